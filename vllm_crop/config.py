@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CropConfig: what the operator of a server decides, `additional_config["crop"]`."""
+
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from vllm_crop.errors import UnsupportedFlagError
+from vllm_crop.plan import Compression
+
+Method = Literal["plc", "off"]
+PositionIds = Literal["renumbered", "original"]
+
+CONFIG_KEY = "crop"
+
+
+class CropLimits(BaseModel):
+    """What one request may ask for."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    max_pruning_rate: float = Field(
+        default=0.99, ge=0, lt=1, description="Largest pruning_rate a request may ask for, in [0, 1)."
+    )
+    max_boxes_per_image: int = Field(
+        default=16, ge=1, description="Most boxes a request may send for one image."
+    )
+
+
+class CropConfig(BaseModel):
+    """Settings of a server, the same for all its requests."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    method: Method = Field(
+        default="plc",
+        description="What is done to requests that do not say: 'plc' compresses visual tokens before the "
+        "language model; 'off' serves them as they are.",
+    )
+    pruning_rate: float = Field(
+        default=0.778,
+        ge=0,
+        lt=1,
+        description="Fraction of an image's visual tokens to remove, averaged over layers, in [0, 1). "
+        "0.667 / 0.778 / 0.889 leave 192 / 128 / 64 of LLaVA-1.5's 576.",
+    )
+    compression: Compression = Field(
+        default="pool",
+        description="What becomes of tokens outside the region: 'pool' averages patches of them, "
+        "'prune' keeps one token of each patch.",
+    )
+    position_ids: PositionIds = Field(
+        default="renumbered",
+        description="'renumbered' numbers the remaining tokens through; 'original' keeps the position ids "
+        "they have in the unpruned prompt.",
+    )
+    vit_cache_mib: int = Field(
+        default=256,
+        ge=0,
+        description="Memory for vision features, so that another question about an image runs no vision "
+        "tower. MiB per worker; 0 switches it off.",
+    )
+    limits: CropLimits = Field(default=CropLimits(), description="What one request may ask for.")
+
+    @classmethod
+    def from_mapping(cls, settings: Mapping[str, Any]) -> Self:
+        """Validate `additional_config["crop"]`.
+
+        Raises:
+            UnsupportedFlagError: naming every wrong key, its value and what is allowed.
+        """
+        try:
+            return cls.model_validate(dict(settings))
+        except ValidationError as error:
+            raise UnsupportedFlagError(describe_errors(error, "additional_config.crop")) from None
+
+
+def describe_errors(error: ValidationError, prefix: str) -> str:
+    """One sentence per wrong field: where it is, what is allowed, what was given (shortened)."""
+    sentences = []
+    for detail in error.errors(include_url=False):
+        place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in detail["loc"])
+        message = detail["msg"].removeprefix("Value error, ")
+        given = "" if detail["type"] in ("missing", "value_error") else f", got {shorten(detail['input'])}"
+        sentences.append(f"{prefix}{place}: {message}{given}")
+    return "; ".join(sentences[:5])
+
+
+def shorten(value: object, length: int = 60) -> str:
+    """A value for an error message, never longer than `length`."""
+    if isinstance(value, str):
+        value = value[: length + 1]
+    elif isinstance(value, list | dict) and len(value) > length:
+        return f"{type(value).__name__} of {len(value)}"
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = f"deeply nested {type(value).__name__}"
+    return text if len(text) <= length else text[: length - 3] + "..."

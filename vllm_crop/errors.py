@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything vllm-crop raises on purpose.
+
+CropError
+├── UnsupportedVersionError   this vLLM is not one we know
+├── UnsupportedModelError     this checkpoint cannot be pruned, with the reason
+└── UnsupportedFlagError      a vLLM option that does not go together with pruning
+"""
+
+
+class CropError(ValueError):
+    """Base of the errors that stop a server at start; the message says what to change."""
+
+
+class UnsupportedVersionError(CropError):
+    """The installed vLLM is outside the supported range or has another shape than expected."""
+
+
+class UnsupportedModelError(CropError):
+    """The checkpoint's architecture or vision tower is not supported."""
+
+
+class UnsupportedFlagError(CropError):
+    """A vLLM option is set that pruning would silently break."""

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Boxes, regions and token grids: where things are in an image, in plain numbers.
+
+Coordinates are fractions of the image, x to the right and y down, half-open: [x0, x1) by [y0, y1).
+"""
+
+import math
+from dataclasses import dataclass
+
+GRID_CELLS = 8  # CROP's localizer speaks of an 8x8 grid (paper section 3.1)
+_EDGE_TOLERANCE = 1e-6  # of a token: 1/3 of 24 columns is column 8, not 7.999
+
+
+@dataclass(frozen=True)
+class Box:
+    """One axis-aligned box, fractions of the image with `x0 < x1` and `y0 < y1`."""
+
+    x0: float
+    y0: float
+    x1: float
+    y1: float
+
+    def __post_init__(self) -> None:
+        if not (self.x0 < self.x1 and self.y0 < self.y1):
+            raise ValueError(f"box must have x0 < x1 and y0 < y1, got {self.as_list()}")
+
+    def as_list(self) -> list[float]:
+        """The four coordinates as `[x0, y0, x1, y1]`."""
+        return [self.x0, self.y0, self.x1, self.y1]
+
+
+@dataclass(frozen=True)
+class Region:
+    """The part of an image a question is about: the union of one or more boxes."""
+
+    boxes: tuple[Box, ...]
+
+    def __post_init__(self) -> None:
+        if not self.boxes:
+            raise ValueError("a region needs at least one box")
+
+    @classmethod
+    def whole(cls) -> "Region":
+        """The whole image."""
+        return cls((Box(0.0, 0.0, 1.0, 1.0),))
+
+    @classmethod
+    def from_grid_cells(cls, x0: int, y0: int, x1: int, y1: int, cells: int = GRID_CELLS) -> "Region":
+        """A rectangle of cells, `0..cells-1` with both ends included, as the paper's localizer names it.
+
+        Raises:
+            ValueError: a cell lies outside the grid or the rectangle is empty.
+        """
+        if not (0 <= x0 <= x1 < cells and 0 <= y0 <= y1 < cells):
+            raise ValueError(f"cells must be 0..{cells - 1}, first <= last, got {[x0, y0, x1, y1]}")
+        return cls((Box(x0 / cells, y0 / cells, (x1 + 1) / cells, (y1 + 1) / cells),))
+
+    def to_grid_cells(self, cells: int = GRID_CELLS) -> tuple[int, int, int, int]:
+        """The smallest rectangle of cells that covers the region, both ends included."""
+        grid = TokenGrid(cells, cells)
+        spans = [grid.span(box) for box in self.boxes]
+        rows = [row for (row0, row1, _, _) in spans for row in (row0, row1)]
+        cols = [col for (_, _, col0, col1) in spans for col in (col0, col1)]
+        return min(cols), min(rows), max(cols) - 1, max(rows) - 1
+
+    def as_lists(self) -> list[list[float]]:
+        """The boxes as lists, for JSON."""
+        return [box.as_list() for box in self.boxes]
+
+
+@dataclass(frozen=True)
+class TokenGrid:
+    """The visual tokens of one image after spatial merge, `rows` x `cols`, numbered row by row."""
+
+    rows: int
+    cols: int
+
+    @property
+    def num_tokens(self) -> int:
+        """How many visual tokens the image costs unpruned."""
+        return self.rows * self.cols
+
+    def span(self, box: Box) -> tuple[int, int, int, int]:
+        """The tokens a box touches: `(row0, row1, col0, col1)`, half-open, never empty."""
+        row0, row1 = _span(box.y0, box.y1, self.rows)
+        col0, col1 = _span(box.x0, box.x1, self.cols)
+        return row0, row1, col0, col1
+
+    def tokens_in(self, region: Region) -> tuple[int, ...]:
+        """Ascending indices of the tokens whose area the region touches."""
+        touched: set[int] = set()
+        for box in region.boxes:
+            row0, row1, col0, col1 = self.span(box)
+            touched.update(row * self.cols + col for row in range(row0, row1) for col in range(col0, col1))
+        return tuple(sorted(touched))
+
+
+@dataclass(frozen=True)
+class ImageView:
+    """What the model sees of an image: a window in fractions of the image as it was sent.
+
+    The window may reach beyond the image (padding) or leave parts out (centre crop).
+    """
+
+    window: Box
+
+    def project(self, region: Region) -> Region | None:
+        """The region in fractions of the view; None when the model sees nothing of it."""
+        boxes = tuple(projected for box in region.boxes if (projected := self._project_box(box)))
+        return Region(boxes) if boxes else None
+
+    def _project_box(self, box: Box) -> Box | None:
+        window = self.window
+        width, height = window.x1 - window.x0, window.y1 - window.y0
+        x0 = max(0.0, (box.x0 - window.x0) / width)
+        x1 = min(1.0, (box.x1 - window.x0) / width)
+        y0 = max(0.0, (box.y0 - window.y0) / height)
+        y1 = min(1.0, (box.y1 - window.y0) / height)
+        return Box(x0, y0, x1, y1) if x0 < x1 and y0 < y1 else None
+
+
+def _span(start: float, end: float, count: int) -> tuple[int, int]:
+    first = min(max(math.floor(start * count + _EDGE_TOLERANCE), 0), count - 1)
+    last = min(max(math.ceil(end * count - _EDGE_TOLERANCE), first + 1), count)
+    return first, last

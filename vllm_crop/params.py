@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CropParams: what one request asks for, the body field `crop`."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from vllm_crop.config import CropConfig, Method, describe_errors, shorten
+from vllm_crop.geometry import Box, Region
+from vllm_crop.plan import Compression
+
+MAX_IMAGES = 1024  # a bound for the list's length before anything is known of the request's images
+MAX_BOXES = 1024
+
+
+class InvalidCropError(ValueError):
+    """A request's `crop` is wrong: answered with HTTP 400. `parameter` names the field."""
+
+    def __init__(self, message: str, parameter: str = "crop") -> None:
+        super().__init__(message)
+        self.parameter = parameter
+
+
+def parse_region(value: Any) -> Region | None:
+    """None, one box or a list of boxes -> the region of one image."""
+    if value is None:
+        return None
+    if isinstance(value, Region):
+        return value
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"must be null, a box [x0, y0, x1, y1] or a list of boxes, got {shorten(value)}")
+    boxes = value if isinstance(value[0], list) else [value]
+    if len(boxes) > MAX_BOXES:
+        raise ValueError(f"at most {MAX_BOXES} boxes, got {len(boxes)}")
+    return Region(tuple(_parse_box(box) for box in boxes))
+
+
+def _parse_box(value: Any) -> Box:
+    if not isinstance(value, list) or len(value) != 4 or not all(_is_fraction(number) for number in value):
+        raise ValueError(f"a box must be four fractions [x0, y0, x1, y1] in [0, 1], got {shorten(value)}")
+    return Box(*(float(number) for number in value))
+
+
+def _is_fraction(number: Any) -> bool:
+    # bool is an int in Python; NaN fails the comparison.
+    return isinstance(number, int | float) and not isinstance(number, bool) and 0 <= number <= 1
+
+
+class CropParams(BaseModel):
+    """One request's settings; what it leaves out, the server's configuration decides."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    regions: Annotated[
+        list[Annotated[Region | None, BeforeValidator(parse_region)]] | None, Field(max_length=MAX_IMAGES)
+    ] = Field(
+        default=None,
+        description="Per image of the request, in prompt order: null, one box or several boxes "
+        "[x0, y0, x1, y1] as fractions of the image as sent.",
+    )
+    pruning_rate: float | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        allow_inf_nan=False,
+        description="Fraction of each image's visual tokens to remove, in [0, 1).",
+    )
+    method: Method | None = Field(default=None, description="'plc', or 'off' for the image as it is.")
+
+    @classmethod
+    def parse(cls, value: Any) -> "CropParams":
+        """Validate the `crop` field of a request.
+
+        Raises:
+            InvalidCropError: naming every wrong field.
+        """
+        if isinstance(value, CropParams):
+            return value
+        if not isinstance(value, Mapping):
+            raise InvalidCropError(f"crop must be an object, got {shorten(value)}")
+        try:
+            return cls.model_validate(dict(value))
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]["loc"]
+            parameter = ".".join(["crop", *(str(part) for part in first[:1])])
+            raise InvalidCropError(describe_errors(error, "crop"), parameter) from None
+
+
+@dataclass(frozen=True)
+class ImageRequest:
+    """What is asked for one image, the server's configuration applied. Part of every cache key."""
+
+    region: Region | None
+    pruning_rate: float
+    compression: Compression
+
+    def cache_key(self) -> tuple[object, ...]:
+        """Everything that changes the image's embeddings, as plain values."""
+        boxes = self.region.as_lists() if self.region else None
+        return ("plc-1", repr(boxes), repr(self.pruning_rate), self.compression)
+
+
+def image_requests(params: CropParams, config: CropConfig, num_images: int) -> list[ImageRequest]:
+    """Apply a request's settings to its images; region None means "serve it whole".
+
+    Raises:
+        InvalidCropError: wrong number of regions, or beyond the server's limits.
+    """
+    regions = params.regions if params.regions is not None else [None] * num_images
+    if len(regions) != num_images:
+        raise InvalidCropError(
+            f"crop.regions: one entry per image needed (null for none), got {len(regions)} for "
+            f"{num_images} image(s)",
+            "crop.regions",
+        )
+    limits = config.limits
+    rate = config.pruning_rate if params.pruning_rate is None else params.pruning_rate
+    if params.pruning_rate is not None and rate > limits.max_pruning_rate:
+        raise InvalidCropError(
+            f"crop.pruning_rate: this server allows at most {limits.max_pruning_rate}, got {rate}",
+            "crop.pruning_rate",
+        )
+    for index, region in enumerate(regions):
+        if region is not None and len(region.boxes) > limits.max_boxes_per_image:
+            raise InvalidCropError(
+                f"crop.regions[{index}]: this server allows at most {limits.max_boxes_per_image} boxes "
+                f"per image, got {len(region.boxes)}",
+                "crop.regions",
+            )
+    off = (params.method or config.method) == "off" or math.isclose(rate, 0.0)
+    return [ImageRequest(None if off else region, rate, config.compression) for region in regions]

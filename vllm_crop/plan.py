@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which visual tokens of one image are kept, pooled or left out: the TokenPlan, and the budget behind it.
+
+Follows the contract of vllm/multimodal/video_prune: the count is known before any KV block is allocated
+(`retained_count`), and the plan delivers exactly that count.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+from vllm_crop.geometry import Region, TokenGrid
+
+Compression = Literal["pool", "prune"]
+
+
+@dataclass(frozen=True)
+class PlannedEmbedding:
+    """One embedding the language model receives.
+
+    Attributes:
+        tokens: ascending grid indices averaged into it; a single one is kept as it is.
+        position: the grid index whose position id it carries when original positions are kept.
+        evicted_from_layer: the first decoder layer that runs without it; None if all layers see it.
+    """
+
+    tokens: tuple[int, ...]
+    position: int
+    evicted_from_layer: int | None = None
+
+
+@dataclass(frozen=True)
+class TokenPlan:
+    """What becomes of one image's visual tokens, embeddings in prompt order."""
+
+    grid: TokenGrid
+    pruning_rate: float
+    embeddings: tuple[PlannedEmbedding, ...]
+
+    @property
+    def num_embeddings(self) -> int:
+        """Placeholders the image takes in the prompt."""
+        return len(self.embeddings)
+
+    def assignment(self) -> list[int]:
+        """For each grid token the index of the embedding it becomes part of, -1 if none."""
+        assigned = [-1] * self.grid.num_tokens
+        for index, embedding in enumerate(self.embeddings):
+            for token in embedding.tokens:
+                assigned[token] = index
+        return assigned
+
+    def tokens_per_layer(self, num_layers: int) -> list[int]:
+        """How many of the image's embeddings each decoder layer runs with, `[num_layers]`."""
+        evictions = [e.evicted_from_layer for e in self.embeddings]
+        return [
+            sum(evicted is None or layer < evicted for evicted in evictions) for layer in range(num_layers)
+        ]
+
+    def pruning_rate_got(self, num_layers: int) -> float:
+        """The fraction of (token, layer) pairs removed."""
+        full = self.grid.num_tokens * num_layers
+        return 1 - sum(self.tokens_per_layer(num_layers)) / full
+
+    def to_json(self, num_layers: int) -> dict[str, Any]:
+        """The plan as `vllm-crop plan --json` prints it."""
+        return {
+            "grid": [self.grid.rows, self.grid.cols],
+            "pruning_rate": self.pruning_rate,
+            "pruning_rate_got": round(self.pruning_rate_got(num_layers), 6),
+            "embeddings": [
+                {
+                    "tokens": list(embedding.tokens),
+                    "position": embedding.position,
+                    "evicted_from_layer": embedding.evicted_from_layer,
+                }
+                for embedding in self.embeddings
+            ],
+            "tokens_per_layer": self.tokens_per_layer(num_layers),
+        }
+
+
+def retained_count(num_tokens: int, pruning_rate: float) -> int:
+    """Embeddings left of `num_tokens` when the fraction `pruning_rate` in [0, 1) is removed; at least one."""
+    return max(1, round(num_tokens * (1 - pruning_rate)))
+
+
+def whole_image_plan(grid: TokenGrid) -> TokenPlan:
+    """The plan that leaves an image as it is."""
+    kept = tuple(PlannedEmbedding((token,), token) for token in range(grid.num_tokens))
+    return TokenPlan(grid, 0.0, kept)
+
+
+@lru_cache(maxsize=4096)
+def make_plan(grid: TokenGrid, region: Region, pruning_rate: float, compression: Compression) -> TokenPlan:
+    """Spend the budget on the region first, the rest of it evenly on the context (CROP section 3.2, PLC).
+
+    A region larger than the budget is sampled evenly and nothing else is kept. A smaller one is kept whole;
+    the remaining embeddings go to the context, each the mean of a compact patch (`pool`) or the token
+    nearest to the middle of that patch (`prune`).
+
+    Args:
+        grid: the image's visual tokens.
+        region: in fractions of what the model sees (after `ImageView.project`).
+        pruning_rate: fraction of the image's tokens to remove, in [0, 1).
+        compression: what becomes of the tokens outside the region.
+    """
+    budget = retained_count(grid.num_tokens, pruning_rate)
+    inside = grid.tokens_in(region)
+    if len(inside) >= budget:
+        return TokenPlan(grid, pruning_rate, _in_prompt_order(_sampled(grid, inside, budget)))
+
+    members = set(inside)
+    context = [token for token in range(grid.num_tokens) if token not in members]
+    kept = [PlannedEmbedding((token,), token) for token in inside]
+    share = budget - len(inside)
+    rest = _pooled(grid, context, share) if compression == "pool" else _sampled(grid, context, share)
+    return TokenPlan(grid, pruning_rate, _in_prompt_order(kept + rest))
+
+
+def _in_prompt_order(embeddings: list[PlannedEmbedding]) -> tuple[PlannedEmbedding, ...]:
+    return tuple(sorted(embeddings, key=lambda embedding: embedding.position))
+
+
+def _pooled(grid: TokenGrid, tokens: Sequence[int], count: int) -> list[PlannedEmbedding]:
+    patches = _even_patches(grid, tokens, count)
+    return [PlannedEmbedding(tuple(sorted(patch)), _middle(grid, patch)) for patch in patches]
+
+
+def _sampled(grid: TokenGrid, tokens: Sequence[int], count: int) -> list[PlannedEmbedding]:
+    middles = [_middle(grid, patch) for patch in _even_patches(grid, tokens, count)]
+    return [PlannedEmbedding((middle,), middle) for middle in middles]
+
+
+def _even_patches(grid: TokenGrid, tokens: Sequence[int], count: int) -> list[list[int]]:
+    """Split `tokens` into `count` compact patches of nearly equal size, by halving across the longer side.
+
+    Needs `0 <= count <= len(tokens)`; works for any shape, holes included.
+    """
+    if count == 0:
+        return []
+    if count == 1:
+        return [list(tokens)]
+    rows = [token // grid.cols for token in tokens]
+    cols = [token % grid.cols for token in tokens]
+    by_row = max(rows) - min(rows) >= max(cols) - min(cols)
+    order = sorted(tokens, key=None if by_row else lambda token: (token % grid.cols, token))
+    first = count // 2
+    cut = round(len(order) * first / count)
+    return _even_patches(grid, order[:cut], first) + _even_patches(grid, order[cut:], count - first)
+
+
+def _middle(grid: TokenGrid, patch: Sequence[int]) -> int:
+    """The token of a patch nearest to its centroid; the first one on a tie."""
+    row = sum(token // grid.cols for token in patch) / len(patch)
+    col = sum(token % grid.cols for token in patch) / len(patch)
+    return min(patch, key=lambda t: ((t // grid.cols - row) ** 2 + (t % grid.cols - col) ** 2, t))

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a checkpoint turns an image into a token grid, read from its JSON configuration alone.
+
+One class per model family; FAMILIES is the list of supported architectures. The server and `vllm-crop plan`
+build the same objects, so they make the same plans.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, Self
+
+from vllm_crop.errors import UnsupportedModelError
+from vllm_crop.geometry import ImageView, TokenGrid
+from vllm_crop.preprocessing import ClipPreprocessing
+
+_DEFAULT_LAYERS = {"llama": 32, "mistral": 32, "qwen2": 32}  # transformers' defaults, left out of config.json
+
+
+class VisionGeometry(Protocol):
+    """The grid and the view of any image, for one checkpoint."""
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers of the language model."""
+        ...
+
+    def grid(self, width: int, height: int) -> TokenGrid:
+        """The visual tokens of an image of this size in pixels."""
+        ...
+
+    def view(self, width: int, height: int) -> ImageView:
+        """The part of an image of this size that the model sees."""
+        ...
+
+
+@dataclass(frozen=True)
+class LlavaGeometry:
+    """LLaVA-1.5: every image becomes one square grid of CLIP patches after resize and centre crop."""
+
+    token_grid: TokenGrid
+    preprocessing: ClipPreprocessing
+    num_layers: int
+
+    @classmethod
+    def from_configs(cls, model: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> Self:
+        """Read `config.json` and the image processor's settings.
+
+        Raises:
+            UnsupportedModelError: another vision tower than CLIP, or its class token is kept.
+        """
+        vision = model.get("vision_config") or {}
+        tower = vision.get("model_type", "clip_vision_model")
+        if tower != "clip_vision_model":
+            raise UnsupportedModelError(
+                f"vision tower {tower!r} is not supported: LLaVA needs 'clip_vision_model'"
+            )
+        strategy = model.get("vision_feature_select_strategy", "default")
+        if strategy != "default":
+            raise UnsupportedModelError(
+                f"vision_feature_select_strategy={strategy!r} is not supported, only 'default'"
+            )
+        side = vision.get("image_size", 224) // vision.get("patch_size", 32)
+        preprocessing = ClipPreprocessing.from_settings(preprocessor)
+        return cls(TokenGrid(side, side), preprocessing, decoder_layers(model.get("text_config") or {}))
+
+    def grid(self, width: int, height: int) -> TokenGrid:
+        """The same grid for every image."""
+        return self.token_grid
+
+    def view(self, width: int, height: int) -> ImageView:
+        """The centre crop."""
+        return self.preprocessing.view(width, height)
+
+
+def decoder_layers(text_config: Mapping[str, Any]) -> int:
+    """`num_hidden_layers`, or the default transformers gives this text model."""
+    model_type = text_config.get("model_type", "llama")
+    layers = text_config.get("num_hidden_layers", _DEFAULT_LAYERS.get(model_type))
+    if layers is None:
+        raise UnsupportedModelError(f"config.json names no num_hidden_layers for {model_type!r}")
+    return int(layers)
+
+
+FAMILIES: dict[str, type[LlavaGeometry]] = {"LlavaForConditionalGeneration": LlavaGeometry}
+
+
+def geometry_from_configs(model: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> VisionGeometry:
+    """The geometry of the family that `config.json` names.
+
+    Raises:
+        UnsupportedModelError: no supported family, or a variant of one that is not supported.
+    """
+    architectures = model.get("architectures") or []
+    for architecture in architectures:
+        if family := FAMILIES.get(architecture.removeprefix("Crop")):
+            return family.from_configs(model, preprocessor)
+    raise UnsupportedModelError(f"architectures {architectures} are not supported, only {sorted(FAMILIES)}")
