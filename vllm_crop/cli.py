@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `vllm-crop`; each subcommand lives in its own module under vllm_crop/commands/."""
+
+import typer
+
+from vllm_crop.commands.bench import bench
+from vllm_crop.commands.check import check
+from vllm_crop.commands.plan import plan
+from vllm_crop.commands.preview import preview
+
+app = typer.Typer(
+    name="vllm-crop",
+    help="Question-guided visual token pruning for vLLM: look at plans, check an installation, measure.",
+    no_args_is_help=True,
+    add_completion=False,
+)
+for command in (check, plan, preview, bench):
+    app.command()(command)

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The border to vLLM: supported versions, signature checks, patches."""

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adds `--plugin crop` and `--crop-config` to `vllm serve` and every other command with engine options.
+
+Why: vLLM has no way for a plugin to add options (AsyncEngineArgs.add_cli_args loads general plugins just
+before it asks EngineArgs for its options, which is what makes this possible).
+Replaces: EngineArgs.add_cli_args, EngineArgs.from_cli_args (vllm/engine/arg_utils.py).
+Remove when: vLLM lets a plugin add options.
+"""
+
+import argparse
+import json
+from typing import Any
+
+from vllm_crop.config import CONFIG_KEY, CropConfig
+from vllm_crop.errors import CropError
+
+REASON = "adds --plugin crop and --crop-config to the command line"
+MIDDLEWARE = "vllm_crop_server.middleware.CropMiddleware"
+_MARK = "_vllm_crop_patched"
+
+
+def patch(engine_args: Any) -> None:
+    """Wrap the two functions of the class EngineArgs, once."""
+    if hasattr(engine_args, _MARK):
+        return
+    setattr(engine_args, _MARK, True)
+    add_cli_args, from_cli_args = engine_args.add_cli_args, engine_args.from_cli_args.__func__
+
+    def add_cli_args_with_crop(parser: Any, *args: Any, **kwargs: Any) -> Any:
+        parser = add_cli_args(parser, *args, **kwargs)
+        add_options(parser)
+        return parser
+
+    def from_cli_args_with_crop(cls: Any, args: argparse.Namespace, *rest: Any, **kwargs: Any) -> Any:
+        apply_options(args)
+        return from_cli_args(cls, args, *rest, **kwargs)
+
+    engine_args.add_cli_args = staticmethod(add_cli_args_with_crop)
+    engine_args.from_cli_args = classmethod(from_cli_args_with_crop)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this plugin."""
+    group = parser.add_argument_group("crop", "Question-guided visual token pruning (vllm-crop).")
+    group.add_argument(
+        "--plugin", choices=["crop"], default=None, help="Serve with visual token pruning: --plugin crop."
+    )
+    group.add_argument(
+        "--crop-config",
+        type=parse_config,
+        default=None,
+        metavar="JSON",
+        help="Settings of --plugin crop (which it implies), for example "
+        '\'{"pruning_rate": 0.889}\'. `vllm-crop check` lists them all.',
+    )
+
+
+def parse_config(text: str) -> dict[str, Any]:
+    """The value of `--crop-config`; an ordinary argparse error says what is wrong with it."""
+    try:
+        settings = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"no JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise argparse.ArgumentTypeError(f"must be a JSON object, got {text[:60]!r}")
+    try:
+        CropConfig.from_mapping(settings)
+    except CropError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return settings
+
+
+def apply_options(args: argparse.Namespace) -> None:
+    """Turn parsed options into what vLLM carries itself: additional_config, middleware, usage details."""
+    additional = getattr(args, "additional_config", None) or {}
+    settings = getattr(args, "crop_config", None)
+    if getattr(args, "plugin", None) == "crop" or settings is not None:
+        additional = {**additional, CONFIG_KEY: {**additional.get(CONFIG_KEY, {}), **(settings or {})}}
+        args.additional_config = additional
+    if CONFIG_KEY not in additional or not hasattr(args, "middleware"):
+        return
+    if MIDDLEWARE not in args.middleware:
+        args.middleware = [*args.middleware, MIDDLEWARE]
+    args.enable_prompt_tokens_details = True

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Selects our model classes and renderer when `additional_config["crop"]` is set.
+
+Why: the architecture is chosen while the model config is made, and only `hf_overrides` can change it then;
+offline `LLM(additional_config=...)` has no other place to say so.
+Replaces: EngineArgs.create_model_config (vllm/engine/arg_utils.py).
+Remove when: a general plugin can see the engine's options before the model config is made.
+"""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from vllm_crop.config import CONFIG_KEY, CropConfig
+from vllm_crop.frontend.hf_overrides import compose_hf_overrides
+from vllm_crop.frontend.refusals import refuse_flags, refuse_model
+
+REASON = "selects the Crop architectures through hf_overrides when additional_config.crop is set"
+RENDERER = ("vllm_crop.frontend.renderer", "CropRenderer")
+_MARK = "_vllm_crop_model_config_patched"
+
+
+def patch(engine_args: Any, require_supported: Callable[[], None]) -> None:
+    """Wrap the method of the class EngineArgs, once."""
+    if hasattr(engine_args, _MARK):
+        return
+    setattr(engine_args, _MARK, True)
+    create_model_config = engine_args.create_model_config
+
+    def create_model_config_with_crop(self: Any, *args: Any, **kwargs: Any) -> Any:
+        settings = self.additional_config.get(CONFIG_KEY) if isinstance(self.additional_config, dict) else None
+        if settings is None:
+            return create_model_config(self, *args, **kwargs)
+        require_supported()
+        config = CropConfig.from_mapping(settings)
+        refuse_flags(self)
+        user_overrides = self.hf_overrides
+        self.hf_overrides = compose_hf_overrides(config.model_dump(), user_overrides)
+        try:
+            model_config = create_model_config(self, *args, **kwargs)
+        finally:
+            self.hf_overrides = user_overrides
+        refuse_model(model_config, config)
+        # The registry is public, its register() warns of overwriting, which is what we want here.
+        registry = importlib.import_module("vllm.renderers.registry").RENDERER_REGISTRY
+        registry.renderers["hf"] = RENDERER
+        return model_config
+
+    engine_args.create_model_config = create_model_config_with_crop

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which vLLM this is made for, every private point of it we build on, and the one place that hooks in."""
+
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from packaging.specifiers import SpecifierSet
+
+from vllm_crop.compat.import_hooks import when_imported
+from vllm_crop.compat.patches import cli_flags, model_config
+from vllm_crop.errors import UnsupportedVersionError
+from vllm_crop.vision_geometry import FAMILIES
+
+SUPPORTED_VERSIONS = SpecifierSet(">=0.32.0,<0.33")
+MODEL_MODULES = {"LlavaForConditionalGeneration": "vllm_crop.models.llava"}
+
+
+@dataclass(frozen=True)
+class UpstreamPoint:
+    """A function of vLLM we override, wrap or call, with the leading parameters it must have."""
+
+    module: str
+    name: str
+    parameters: tuple[str, ...]
+    reason: str
+
+
+_PROCESSOR = "vllm.multimodal.processing.processor"
+UPSTREAM_POINTS = (
+    UpstreamPoint("vllm.engine.arg_utils", "EngineArgs.add_cli_args", ("parser",), cli_flags.REASON),
+    UpstreamPoint("vllm.engine.arg_utils", "EngineArgs.from_cli_args", ("args",), cli_flags.REASON),
+    UpstreamPoint("vllm.engine.arg_utils", "EngineArgs.create_model_config", ("self",), model_config.REASON),
+    UpstreamPoint(
+        _PROCESSOR,
+        "BaseMultiModalProcessor._cached_apply_hf_processor",
+        ("self", "inputs", "timing_ctx"),
+        "plans a request's images before anything is hashed or processed",
+    ),
+    UpstreamPoint(
+        _PROCESSOR,
+        "BaseMultiModalProcessor._get_mm_hashes",
+        ("self", "inputs"),
+        "keys caches by image and region",
+    ),
+    UpstreamPoint(
+        _PROCESSOR,
+        "BaseMultiModalProcessor._get_cache_missing_processor_kwargs",
+        ("self", "inputs", "mm_is_cached"),
+        "gives each image missing from the cache its own plan",
+    ),
+    UpstreamPoint(
+        _PROCESSOR,
+        "BaseMultiModalProcessor._apply_hf_processor_main",
+        ("self", "mm_items", "hf_kwargs"),
+        "sends the plan beside the pixels",
+    ),
+    UpstreamPoint(
+        _PROCESSOR,
+        "BaseMultiModalProcessor._get_mm_fields_config",
+        ("self", "hf_inputs", "hf_processor_mm_kwargs"),
+        "declares the plan's tensors",
+    ),
+    UpstreamPoint(
+        _PROCESSOR,
+        "BaseMultiModalProcessor._get_prompt_updates",
+        ("self", "mm_items", "hf_processor_mm_kwargs", "out_mm_kwargs"),
+        "puts the planned number of placeholders into the prompt",
+    ),
+    UpstreamPoint(
+        "vllm.renderers.base",
+        "BaseRenderer.process_for_engine",
+        ("self", "prompt", "arrival_time"),
+        "sees prompt and images of offline requests before they are processed",
+    ),
+    UpstreamPoint(
+        "vllm.renderers.base",
+        "BaseRenderer.process_for_engine_async",
+        ("self", "prompt", "arrival_time"),
+        "the same for the API server",
+    ),
+    UpstreamPoint(
+        "vllm.model_executor.models.llava",
+        "LlavaForConditionalGeneration.embed_multimodal",
+        ("self", "kwargs"),
+        "returns compressed embeddings",
+    ),
+)
+
+
+def require_supported() -> None:
+    """Check version and shape of the installed vLLM; called when pruning is asked for.
+
+    Raises:
+        UnsupportedVersionError: naming what is installed and what is supported.
+    """
+    problems = [problem for point in UPSTREAM_POINTS if (problem := find_problem(point))]
+    installed = importlib.import_module("vllm").__version__
+    if SUPPORTED_VERSIONS.contains(installed, prereleases=True) and not problems:
+        return
+    message = f"vllm-crop supports vllm{SUPPORTED_VERSIONS}, installed is {installed}"
+    raise UnsupportedVersionError("; ".join([message, *problems]))
+
+
+def find_problem(point: UpstreamPoint) -> str | None:
+    """What is wrong with one upstream point, or None."""
+    try:
+        found: Any = importlib.import_module(point.module)
+        for part in point.name.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError):
+        return f"{point.module}.{point.name} is gone"
+    parameters = tuple(inspect.signature(found).parameters)
+    if parameters[: len(point.parameters)] != point.parameters:
+        return f"{point.module}.{point.name} takes {parameters}, expected {point.parameters}"
+    return None
+
+
+def install() -> None:
+    """Hook into vLLM as far as it is loaded; the rest follows as its modules are imported."""
+    hooks: dict[str, Callable[[ModuleType], None]] = {
+        "vllm.engine.arg_utils": _patch_engine_args,
+        "vllm.model_executor.models.registry": _register_models,
+    }
+    for module_name, hook in hooks.items():
+        when_imported(module_name, hook)
+
+
+def _patch_engine_args(arg_utils: ModuleType) -> None:
+    cli_flags.patch(arg_utils.EngineArgs)
+    model_config.patch(arg_utils.EngineArgs, require_supported)
+
+
+def _register_models(registry: ModuleType) -> None:
+    for architecture in FAMILIES:
+        registry.ModelRegistry.register_model(
+            f"Crop{architecture}", f"{MODEL_MODULES[architecture]}:{architecture}"
+        )

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A LLaVA-1.5 checkpoint of any size with random weights, for the demo, the benchmark and the tests.
+
+Stock random weights give nearly constant logits, which would hide any error: they are scaled here until the
+answer depends on every token. The answers mean nothing all the same.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+IMAGE_TOKEN = "<image>"
+SPECIAL_TOKENS = ["<s>", "</s>", "<pad>", IMAGE_TOKEN]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'].upper() }}: "
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>\n{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class LlavaSize:
+    """Width and depth of the two towers; the image is always 336 pixels, 24x24 tokens."""
+
+    layers: int = 4
+    hidden: int = 64
+    heads: int = 2
+    vision_layers: int = 2
+    vision_hidden: int = 64
+    max_positions: int = 4096
+
+
+TINY = LlavaSize()
+DEMO = LlavaSize(layers=6, hidden=512, heads=8, vision_layers=3, vision_hidden=128)
+BENCH = LlavaSize(layers=12, hidden=768, heads=12, vision_layers=4, vision_hidden=128)
+
+
+def make_tokenizer() -> Any:
+    """A byte-level tokenizer: every text can be written, no file is needed."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate(SPECIAL_TOKENS + alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        additional_special_tokens=[IMAGE_TOKEN],
+        model_max_length=4096,
+    )
+
+
+def make_config(size: LlavaSize, vocab_size: int, image_token_id: int) -> Any:
+    """The LlavaConfig of a checkpoint of this size."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+
+    vision = CLIPVisionConfig(
+        hidden_size=size.vision_hidden,
+        intermediate_size=2 * size.vision_hidden,
+        num_hidden_layers=size.vision_layers,
+        num_attention_heads=4,
+        image_size=336,
+        patch_size=14,
+        projection_dim=size.vision_hidden,
+    )
+    text = LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        hidden_size=size.hidden,
+        intermediate_size=3 * size.hidden,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.heads,
+        vocab_size=vocab_size,
+        max_position_embeddings=size.max_positions,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+    return LlavaConfig(
+        architectures=["LlavaForConditionalGeneration"],
+        vision_config=vision,
+        text_config=text,
+        image_token_index=image_token_id,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        dtype="float32",
+        eos_token_id=1,
+    )
+
+
+def make_checkpoint(folder: Path, size: LlavaSize = TINY, seed: int = 0, weights: bool = True) -> Path:
+    """Write config, processor and (unless `weights` is False) scaled random weights to `folder`."""
+    from transformers import CLIPImageProcessor, LlavaProcessor
+
+    tokenizer = make_tokenizer()
+    image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    # Vocabulary padded to a multiple of 64, as real checkpoints have it.
+    config = make_config(size, -(-len(tokenizer) // 64) * 64, image_token_id)
+    folder.mkdir(parents=True, exist_ok=True)
+    processor = LlavaProcessor(
+        image_processor=CLIPImageProcessor(
+            size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}
+        ),
+        tokenizer=tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        chat_template=CHAT_TEMPLATE,
+        image_token=IMAGE_TOKEN,
+        num_additional_image_tokens=1,
+    )
+    processor.save_pretrained(folder)
+    config.save_pretrained(folder)
+    if weights:
+        _save_weights(folder, config, seed)
+    return folder
+
+
+def _save_weights(folder: Path, config: Any, seed: int) -> None:
+    import torch
+    from safetensors.torch import save_file
+    from transformers import LlavaForConditionalGeneration
+
+    torch.manual_seed(seed)
+    model = LlavaForConditionalGeneration(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.mul_(_scale(name))
+    tensors = {name: tensor.contiguous() for name, tensor in _published_names(model.state_dict())}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _scale(name: str) -> float:
+    """What makes a small random LLaVA's logits depend on its whole input."""
+    if name.endswith("bias") or "norm" in name:
+        return 1.0
+    if "multi_modal_projector" in name:
+        return 20.0
+    if "language_model" not in name:
+        return 4.0 if "layers" in name else 1.0
+    if "embed_tokens" in name:
+        return 25.0
+    return 5.0 if "q_proj" in name or "k_proj" in name else 4.0
+
+
+def _published_names(state: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The names of published LLaVA checkpoints, which both transformers and vLLM read."""
+    for name, tensor in state.items():
+        name = name.removeprefix("model.")
+        if name.startswith("vision_tower.") and not name.startswith("vision_tower.vision_model."):
+            name = name.replace("vision_tower.", "vision_tower.vision_model.", 1)
+        if name.startswith("language_model."):
+            name = name.replace("language_model.", "language_model.model.", 1)
+        yield ("language_model.lm_head.weight" if name == "lm_head.weight" else name), tensor

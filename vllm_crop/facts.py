@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What was done to a request's images, for the `x-crop-facts` header and the metrics."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from vllm_crop.geometry import Region
+
+Source = Literal["request", "none", "off", "out_of_view"]
+MAX_HEADER_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """One image of a request.
+
+    Attributes:
+        tokens: visual tokens of the image unpruned.
+        tokens_after_plc: placeholders it takes in the prompt.
+        tokens_avg: embeddings a decoder layer runs with, averaged over layers.
+        region: the region asked for, in fractions of the image as sent.
+        source: where the region came from; "none" and "out_of_view" images are served whole.
+    """
+
+    tokens: int
+    tokens_after_plc: int
+    tokens_avg: float
+    region: Region | None
+    source: Source
+
+    @property
+    def pruned(self) -> bool:
+        """Whether the image costs less than it would in stock vLLM."""
+        return self.tokens_avg < self.tokens
+
+    def to_json(self, with_region: bool = True) -> dict[str, Any]:
+        """Plain values, without the boxes where they would take too much room."""
+        region = {"region": self.region and self.region.as_lists()} if with_region else {}
+        return {
+            "tokens": self.tokens,
+            "tokens_after_plc": self.tokens_after_plc,
+            "tokens_avg": round(self.tokens_avg, 2),
+            **region,
+            "source": self.source,
+        }
+
+
+def facts_header(images: Sequence[ImageFacts]) -> str:
+    """The value of `x-crop-facts`: totals, then the images as far as they fit into 4 KiB of ASCII."""
+    totals = {
+        "tokens": sum(image.tokens for image in images),
+        "tokens_after_plc": sum(image.tokens_after_plc for image in images),
+        "tokens_avg": round(sum(image.tokens_avg for image in images), 2),
+        "localizer_ms": None,
+    }
+    for with_region in (True, False):
+        described = [image.to_json(with_region) for image in images]
+        header = json.dumps({**totals, "images": described}, separators=(",", ":"))
+        if len(header) <= MAX_HEADER_BYTES:
+            return header
+    return json.dumps({**totals, "num_images": len(images)}, separators=(",", ":"))

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `hf_overrides` callable that selects our model classes; it travels with the config to every process."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from vllm_crop.errors import UnsupportedModelError
+from vllm_crop.vision_geometry import FAMILIES
+
+HfConfig = Any
+UserOverrides = Mapping[str, Any] | Callable[[HfConfig], HfConfig]
+
+
+def compose_hf_overrides(
+    crop: Mapping[str, Any], user_overrides: UserOverrides
+) -> Callable[[HfConfig], HfConfig]:
+    """A picklable callable that applies the user's own overrides first, then ours."""
+    return partial(apply_overrides, crop=dict(crop), user_overrides=user_overrides)
+
+
+def apply_overrides(hf_config: HfConfig, crop: Mapping[str, Any], user_overrides: UserOverrides) -> HfConfig:
+    """Name the Crop architectures and attach the settings as `hf_config.crop`.
+
+    Raises:
+        UnsupportedModelError: the checkpoint is none we can prune.
+    """
+    if callable(user_overrides):
+        hf_config = user_overrides(hf_config)
+    else:
+        _update(hf_config, user_overrides)
+    if hf_config.model_type.startswith("dummy_"):  # vLLM asks whether overrides change the model type
+        return hf_config
+    architectures = [name.removeprefix("Crop") for name in hf_config.architectures or []]
+    if not architectures or architectures[0] not in FAMILIES:
+        raise UnsupportedModelError(
+            f"--plugin crop does not support {architectures}; supported: {sorted(FAMILIES)}"
+        )
+    FAMILIES[architectures[0]].from_configs(hf_config.to_dict(), {})
+    hf_config.architectures = [f"Crop{architectures[0]}"]
+    hf_config.crop = dict(crop)
+    if crop.get("position_ids") == "original":
+        # At the top level only: the runner then asks the model for positions (three equal rows of them),
+        # while the language model below keeps its plain 1-D RoPE.
+        hf_config.mrope_section = [1, 0, 0]
+    return hf_config
+
+
+def _update(hf_config: HfConfig, overrides: Mapping[str, Any]) -> None:
+    for key, value in overrides.items():
+        nested = getattr(hf_config, key, None)
+        if isinstance(value, Mapping) and hasattr(nested, "model_type"):
+            _update(nested, value)
+        else:
+            setattr(hf_config, key, value)

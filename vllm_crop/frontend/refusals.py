@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What cannot work together with pruning: refused at start, naming the flag."""
+
+import os
+from typing import Any
+
+from vllm_crop.config import CONFIG_KEY, CropConfig
+from vllm_crop.errors import UnsupportedFlagError
+from vllm_crop.vision_geometry import geometry_from_configs
+
+REFUSED = {
+    "VLLM_USE_RUST_FRONTEND=1": "the Rust front end replaces the Python API server that reads `crop`",
+    "--video-pruning-rate": "EVS and VidCom2 put position channels into the embeddings we average",
+    "--model-impl transformers|terratorch": "only vLLM's own model classes can be pruned",
+    "--enable-tower-connector-lora": "adapters of the vision tower are not part of our feature cache's key",
+    "--mm-processor-kwargs '{\"crop\": ...}'": "the server's settings go into --crop-config",
+    "--tokenizer-mode other than auto|hf|slow": "another renderer would ignore the request's `crop`",
+    "position_ids=original without room in the model's positions": "set a smaller --max-model-len",
+}
+
+
+def refuse_flags(engine_args: Any) -> None:
+    """Refuse options that are known before the model's configuration is.
+
+    Raises:
+        UnsupportedFlagError: naming the first offending flag.
+    """
+    if os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
+        _refuse("VLLM_USE_RUST_FRONTEND=1")
+    if engine_args.video_pruning_rate:
+        _refuse("--video-pruning-rate")
+    if engine_args.model_impl not in ("auto", "vllm"):
+        _refuse("--model-impl transformers|terratorch")
+    if engine_args.enable_tower_connector_lora:
+        _refuse("--enable-tower-connector-lora")
+    if CONFIG_KEY in (engine_args.mm_processor_kwargs or {}):
+        _refuse("--mm-processor-kwargs '{\"crop\": ...}'")
+
+
+def refuse_model(model_config: Any, config: CropConfig) -> None:
+    """Refuse what only the finished model config shows.
+
+    Raises:
+        UnsupportedFlagError: naming the flag and what to set instead.
+    """
+    if model_config.tokenizer_mode not in ("auto", "hf", "slow"):
+        _refuse("--tokenizer-mode other than auto|hf|slow")
+    if config.position_ids == "original":
+        image_tokens = geometry_from_configs(model_config.hf_config.to_dict(), {}).grid(1, 1).num_tokens
+        room = model_config.hf_text_config.max_position_embeddings - image_tokens
+        if model_config.max_model_len > room:
+            raise UnsupportedFlagError(
+                "--crop-config position_ids='original' lets positions run past the prompt's length: "
+                f"--max-model-len must be at most {room} for this model, got {model_config.max_model_len}"
+            )
+
+
+def _refuse(flag: str) -> None:
+    raise UnsupportedFlagError(f"{flag} cannot be used with --plugin crop: {REFUSED[flag]}")

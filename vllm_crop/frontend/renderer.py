@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hands a request's `crop` to the multimodal processor and reports what became of its images.
+
+Subclass of vllm/renderers/hf.py; everything that renders a prompt passes here: chat completions, responses,
+messages, completions, batches, tokenization and offline `LLM`.
+"""
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+from vllm.exceptions import VLLMValidationError
+from vllm.renderers.hf import HfRenderer
+
+from vllm_crop.facts import ImageFacts, Source
+from vllm_crop.metrics import crop_metrics
+from vllm_crop.models.processing import CROP_KEY, CropProcessorMixin, ImageDecision
+from vllm_crop.params import CropParams
+from vllm_crop.request_context import current_request
+
+
+class CropRenderer(HfRenderer):
+    """The stock renderer; for models other than ours it does nothing more."""
+
+    def process_for_engine(self, prompt: Any, arrival_time: float, **kwargs: Any) -> Any:
+        """As upstream, for the offline `LLM`."""
+        self._hand_over_crop(prompt)
+        engine_input = super().process_for_engine(prompt, arrival_time, **kwargs)
+        self._report(prompt, engine_input, **kwargs)
+        return engine_input
+
+    async def process_for_engine_async(self, prompt: Any, arrival_time: float, **kwargs: Any) -> Any:
+        """As upstream, for the API server."""
+        self._hand_over_crop(prompt)
+        engine_input = await super().process_for_engine_async(prompt, arrival_time, **kwargs)
+        self._report(prompt, engine_input, **kwargs)
+        return engine_input
+
+    def _hand_over_crop(self, prompt: Any) -> None:
+        context = current_request.get()
+        if context is None or not isinstance(self.mm_processor, CropProcessorMixin):
+            return
+        if prompt.get("multi_modal_data"):
+            given = dict(prompt.get("mm_processor_kwargs") or {})
+            if context.params is not None or CROP_KEY not in given:
+                given[CROP_KEY] = context.params or CropParams()
+            prompt["mm_processor_kwargs"] = given
+        elif context.params is not None and any(context.params.regions or ()):
+            raise VLLMValidationError(
+                "crop.regions: the request has no image", parameter=f"{CROP_KEY}.regions"
+            )
+
+    def _report(self, prompt: Any, engine_input: Any, skip_mm_cache: bool = False, **_: Any) -> None:
+        placeholders = engine_input.get("mm_placeholders", {}).get("image")
+        if not placeholders or not isinstance(self.mm_processor, CropProcessorMixin):
+            return
+        params = CropParams.parse((prompt.get("mm_processor_kwargs") or {}).get(CROP_KEY) or {})
+        mm_items = self.mm_processor.info.parse_mm_data(prompt["multi_modal_data"], validate=False)
+        decisions = self.mm_processor.decide(params, cast(Mapping[str, Any], mm_items))
+        off = (params.method or self.mm_processor.crop_config.method) == "off"
+        facts = [
+            _image_facts(decision, placeholder.length, off)
+            for decision, placeholder in zip(decisions, placeholders, strict=True)
+        ]
+        if (context := current_request.get()) is not None:
+            context.facts.extend(facts)
+        if not skip_mm_cache:  # tokenization renders without serving
+            crop_metrics().record(self.model_config.served_model_name, facts)
+
+
+def _image_facts(decision: ImageDecision, num_placeholders: int, off: bool) -> ImageFacts:
+    assert decision.plan is None or decision.plan.num_embeddings == num_placeholders
+    source: Source = "off" if off else "request"
+    if not off and decision.region is None:
+        source = "none" if decision.request.region is None else "out_of_view"
+    return ImageFacts(
+        tokens=decision.full_tokens or num_placeholders,
+        tokens_after_plc=num_placeholders,
+        tokens_avg=float(num_placeholders),
+        region=decision.request.region,
+        source=source,
+    )

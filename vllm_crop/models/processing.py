@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every family's multimodal processor does with a request's `crop`: plan, count, cache keys.
+
+Mixed in front of a vLLM multimodal processor (vllm/multimodal/processing/processor.py). The plan is made
+here, once; the worker receives it as tensors beside the pixels, so count and rows cannot disagree.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from vllm.exceptions import VLLMValidationError
+from vllm.multimodal.inputs import MultiModalFieldConfig
+from vllm.multimodal.parse import ImageProcessorItems
+from vllm.multimodal.processing import PromptReplacement, PromptUpdate
+from vllm.multimodal.processing.inputs import ProcessorInputs
+
+from vllm_crop.config import CropConfig
+from vllm_crop.geometry import Region
+from vllm_crop.params import CropParams, ImageRequest, InvalidCropError, image_requests
+from vllm_crop.plan import TokenPlan, make_plan
+from vllm_crop.vision_geometry import VisionGeometry, geometry_from_configs
+
+CROP_KEY = "crop"
+ASSIGNMENT, POSITIONS, IMAGE_KEY = "crop_assignment", "crop_positions", "crop_image_key"
+CROP_FIELDS = (ASSIGNMENT, POSITIONS, IMAGE_KEY)
+
+
+@dataclass(frozen=True)
+class ImageDecision:
+    """What is done with one image: `plan` None serves it whole.
+
+    Attributes:
+        region: what is left of the request's region in the model's view.
+        full_tokens: visual tokens unpruned; None for an image known by its uuid only.
+    """
+
+    request: ImageRequest
+    plan: TokenPlan | None
+    region: Region | None
+    full_tokens: int | None
+
+
+@dataclass(frozen=True)
+class CropItems:
+    """Decisions and image keys of the items a processor call is about, in item order."""
+
+    decisions: tuple[ImageDecision, ...]
+    image_hashes: tuple[str, ...]
+
+
+class CropProcessorMixin:
+    """Overrides for a processor with the modality "image"; see the module docstring."""
+
+    @cached_property
+    def crop_config(self) -> CropConfig:
+        """The server's settings, which travel in the HF config (see frontend/hf_overrides.py)."""
+        return CropConfig.from_mapping(self.info.get_hf_config().crop)
+
+    @cached_property
+    def geometry(self) -> VisionGeometry:
+        """Grid and view of this checkpoint with this server's processor settings."""
+        image_processor = self.info.get_hf_processor().image_processor
+        overrides = self.info.ctx.get_merged_mm_kwargs({})
+        settings = {**image_processor.to_dict(), **overrides, **overrides.get("images_kwargs", {})}
+        return geometry_from_configs(self.info.get_hf_config().to_dict(), settings)
+
+    def decide(self, params: CropParams, mm_items: Mapping[str, Any]) -> tuple[ImageDecision, ...]:
+        """Plan every image of a request.
+
+        Raises:
+            InvalidCropError: the request asks for what cannot be done with its images.
+        """
+        images = mm_items.get("image") or ()
+        requests = image_requests(params, self.crop_config, len(images))
+        return tuple(self._decide_image(images, index, request) for index, request in enumerate(requests))
+
+    def _decide_image(self, images: Any, index: int, request: ImageRequest) -> ImageDecision:
+        if not isinstance(images, ImageProcessorItems):
+            if request.region is not None:
+                raise InvalidCropError("crop.regions: not possible for image embeddings", "crop.regions")
+            return ImageDecision(request, None, None, images.get_feature_size(index))
+        if images.get(index) is None:  # a uuid alone: its cached result is found by the request's key
+            return ImageDecision(request, None, request.region, None)
+        size = images.get_image_size(index)
+        grid = self.geometry.grid(size.width, size.height)
+        region = request.region and self.geometry.view(size.width, size.height).project(request.region)
+        if region is None:
+            return ImageDecision(request, None, None, grid.num_tokens)
+        plan = make_plan(grid, region, request.pruning_rate, request.compression)
+        pruned = plan.num_embeddings < grid.num_tokens
+        return ImageDecision(request, plan if pruned else None, region, grid.num_tokens)
+
+    # Overrides of BaseMultiModalProcessor. `crop` is taken out before every call to super: the HF processor
+    # is cached by its kwargs, and must never see ours.
+
+    def _cached_apply_hf_processor(self, inputs: ProcessorInputs, timing_ctx: Any) -> Any:
+        given, plain = _split(inputs.hf_processor_mm_kwargs)
+        try:
+            params = CropParams.parse({} if given is None else given)
+            decisions = self.decide(params, inputs.mm_data_items)
+        except InvalidCropError as error:
+            raise VLLMValidationError(str(error), parameter=error.parameter) from None
+        # Profiling sends one dummy item many times, without `crop`: a key would let the feature cache
+        # answer all but the first, and too little memory would be profiled.
+        hashes: Sequence[str] = ()
+        if given is not None and decisions:
+            hashes = super()._get_mm_hashes(replace(inputs, hf_processor_mm_kwargs=plain))["image"]
+        items = CropItems(decisions, tuple(hashes) or ("",) * len(decisions))
+        inputs = replace(inputs, hf_processor_mm_kwargs={**plain, CROP_KEY: items})
+        return super()._cached_apply_hf_processor(inputs, timing_ctx)
+
+    def _get_mm_hashes(self, inputs: ProcessorInputs) -> Any:
+        items, plain = _split(inputs.hf_processor_mm_kwargs)
+        hashes = super()._get_mm_hashes(replace(inputs, hf_processor_mm_kwargs=plain))
+        if items is None or not items.decisions:
+            return hashes
+        keyed = [
+            _hash_with_request(image_hash, decision.request)
+            for image_hash, decision in zip(hashes["image"], items.decisions, strict=True)
+        ]
+        return {**hashes, "image": keyed}
+
+    def _get_cache_missing_processor_kwargs(self, inputs: ProcessorInputs, mm_is_cached: Any) -> Any:
+        items, plain = _split(inputs.hf_processor_mm_kwargs)
+        kwargs = super()._get_cache_missing_processor_kwargs(
+            replace(inputs, hf_processor_mm_kwargs=plain), mm_is_cached
+        )
+        if items is None:
+            return kwargs
+        missing = [index for index, cached in enumerate(mm_is_cached.get("image", ())) if not cached]
+        picked = CropItems(
+            tuple(items.decisions[index] for index in missing),
+            tuple(items.image_hashes[index] for index in missing),
+        )
+        return {**kwargs, CROP_KEY: picked}
+
+    def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> Any:
+        items, plain = _split(hf_kwargs)
+        data = super()._apply_hf_processor_main(mm_items, plain)
+        if items is not None and items.decisions:
+            plans = [decision.plan for decision in items.decisions]
+            data[ASSIGNMENT] = [_assignment(plan) for plan in plans]
+            data[POSITIONS] = [_positions(plan) for plan in plans]
+            data[IMAGE_KEY] = [_image_key(image_hash) for image_hash in items.image_hashes]
+        return data
+
+    def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]) -> Any:
+        _, plain = _split(hf_processor_mm_kwargs)
+        fields = super()._get_mm_fields_config(hf_inputs, plain)
+        ours = {name: MultiModalFieldConfig.batched("image", keep_on_cpu=True) for name in CROP_FIELDS}
+        return {**fields, **ours}
+
+    def _get_prompt_updates(
+        self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, object], out_mm_kwargs: Any
+    ) -> Sequence[PromptUpdate]:
+        _, plain = _split(hf_processor_mm_kwargs)
+        updates = super()._get_prompt_updates(
+            mm_items=mm_items, hf_processor_mm_kwargs=plain, out_mm_kwargs=out_mm_kwargs
+        )
+        return [_with_planned_count(update, out_mm_kwargs) for update in updates]
+
+
+def _split(kwargs: Mapping[str, object]) -> tuple[Any, dict[str, object]]:
+    plain = dict(kwargs)
+    return plain.pop(CROP_KEY, None), plain
+
+
+def _hash_with_request(image_hash: str, request: ImageRequest) -> str:
+    """Images served whole keep the hash stock vLLM gives them; any region gets a key of its own."""
+    if request.region is None:
+        return image_hash
+    return hashlib.blake2b(repr((image_hash, request.cache_key())).encode(), digest_size=32).hexdigest()
+
+
+def _assignment(plan: TokenPlan | None) -> torch.Tensor:
+    return torch.tensor([] if plan is None else plan.assignment(), dtype=torch.int32)
+
+
+def _positions(plan: TokenPlan | None) -> torch.Tensor:
+    positions = [] if plan is None else [embedding.position for embedding in plan.embeddings]
+    return torch.tensor(positions, dtype=torch.int32)
+
+
+def _image_key(image_hash: str) -> torch.Tensor:
+    if not image_hash:
+        return torch.empty(0, dtype=torch.int64)
+    digest = hashlib.blake2b(image_hash.encode(), digest_size=16).digest()
+    words = [int.from_bytes(digest[start : start + 8], "big", signed=True) for start in (0, 8)]
+    return torch.tensor(words, dtype=torch.int64)
+
+
+def _with_planned_count(update: PromptUpdate, out_mm_kwargs: Any) -> PromptUpdate:
+    if update.modality != "image" or not isinstance(update, PromptReplacement):
+        return update
+    full_replacement = update.replacement
+
+    def planned_replacement(item_idx: int) -> Any:
+        full = full_replacement(item_idx) if callable(full_replacement) else full_replacement
+        planned = len(out_mm_kwargs["image"][item_idx][POSITIONS].data)
+        return full[:planned] if planned else full
+
+    return replace(update, replacement=planned_replacement)
