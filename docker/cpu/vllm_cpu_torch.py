@@ -4,7 +4,7 @@
 torchvision registers fake kernels for `torchvision::nms` at import. Its operator library, which would
 declare that operator, needs CUDA libraries and is skipped, so the import raises "operator
 torchvision::nms does not exist". Declaring the two schemas first is enough: vLLM and transformers use
-only the transforms, which are plain torch. torchaudio and torchcodec cannot be loaded at all, yet transformers
+only the transforms, which are plain torch. torchaudio and torchcodec cannot be loaded at all; transformers
 and vLLM import them wherever they are installed: they are hidden, and audio and video go without them.
 Every interpreter start runs this file, so it imports next to nothing.
 """
@@ -20,12 +20,12 @@ _libraries: list[object] = []  # torch drops a library's schemas when its object
 
 
 class TorchvisionSchemas:
-    """Meta path finder that declares the schemas on the first look-up of torchvision; finds nothing itself."""
+    """Meta path finder: declares the schemas on the first look-up of torchvision, finds nothing."""
 
     @staticmethod
     def find_spec(fullname: str, path: object = None, target: object = None) -> None:
         if fullname == "torchvision" and TorchvisionSchemas in sys.meta_path:
-            sys.meta_path.remove(TorchvisionSchemas)  # type: ignore[arg-type]
+            sys.meta_path.remove(TorchvisionSchemas)
             declare_schemas()
 
 
@@ -53,7 +53,7 @@ def is_cuda_build(package: str) -> bool:
 def install() -> None:
     """Called by the `.pth` file at interpreter start, possibly twice (a venv inside a venv)."""
     if TorchvisionSchemas not in sys.meta_path:
-        sys.meta_path.insert(0, TorchvisionSchemas)  # type: ignore[arg-type]
+        sys.meta_path.insert(0, TorchvisionSchemas)
     for package in ("torchaudio", "torchcodec"):
         if is_cuda_build(package):
             sys.modules.setdefault(package, None)  # type: ignore[arg-type]  # "not found", to any importer

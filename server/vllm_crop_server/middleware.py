@@ -10,11 +10,13 @@ import json
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vllm_crop.facts import facts_header
 from vllm_crop.params import CropParams, InvalidCropError
 from vllm_crop.request_context import RequestContext, current_request
+from vllm_crop_server.schemas import error_body
 
 FIELD = "crop"
 FACTS_HEADER = "x-crop-facts"
@@ -34,7 +36,8 @@ class CropMiddleware:
         context = RequestContext()
         token = current_request.set(context)
         try:
-            await self.app(scope, _BodyReader(receive, context), _facts_sender(send, context))
+            body_reader = _BodyReader(receive, context)
+            await self.app(scope, body_reader, _response_sender(scope, send, context, body_reader))
         finally:
             current_request.reset(token)
 
@@ -48,6 +51,7 @@ class _BodyReader:
         self.chunks: list[bytes] = []
         self.num_bytes = 0
         self.complete = False
+        self.rejection: InvalidCropError | None = None
 
     async def __call__(self) -> Message:
         message = await self.receive()
@@ -59,16 +63,25 @@ class _BodyReader:
                 raise HTTPException(413, f"request body larger than {MAX_BODY_BYTES} bytes")
             self.complete = not message.get("more_body", False)
             if self.complete:
-                self.context.params = read_crop(b"".join(self.chunks))
-                self.chunks.clear()
+                self._finish()
         return message
+
+    def _finish(self) -> None:
+        body = b"".join(self.chunks)
+        self.chunks.clear()
+        try:
+            self.context.params = read_crop(body)
+        except InvalidCropError as error:
+            self.rejection = error
+            # Ends the route; what it answers is replaced by the rejection.
+            raise HTTPException(400, str(error)) from None
 
 
 def read_crop(body: bytes) -> CropParams | None:
     """The validated `crop` field of a JSON body; None if there is none, or if the body is no JSON object.
 
     Raises:
-        HTTPException: status 400 naming the wrong field.
+        InvalidCropError: naming the wrong field.
     """
     # A key can also be spelled with escapes; anything else cannot contain the field.
     if b'"crop"' not in body and b"\\u" not in body:
@@ -76,16 +89,11 @@ def read_crop(body: bytes) -> CropParams | None:
     try:
         request = json.loads(body)
     except RecursionError:
-        raise HTTPException(400, f"{FIELD}: the request body is nested too deeply") from None
+        raise InvalidCropError(f"{FIELD}: the request body is nested too deeply") from None
     except ValueError:
         return None  # the route answers bodies that are not JSON
     value = request.get(FIELD) if isinstance(request, dict) else None
-    if value is None:
-        return None
-    try:
-        return CropParams.parse(value)
-    except InvalidCropError as error:
-        raise HTTPException(400, str(error)) from None
+    return None if value is None else CropParams.parse(value)
 
 
 def _is_json_post(scope: Scope) -> bool:
@@ -95,8 +103,17 @@ def _is_json_post(scope: Scope) -> bool:
     return media_type == "application/json" or media_type.endswith("+json")
 
 
-def _facts_sender(send: Send, context: RequestContext) -> Send:
+def _response_sender(scope: Scope, send: Send, context: RequestContext, body_reader: _BodyReader) -> Send:
+    rejected = False
+
     async def send_with_facts(message: Message) -> None:
+        nonlocal rejected
+        if body_reader.rejection is not None:
+            if not rejected:
+                rejected = True
+                content = error_body(body_reader.rejection, scope["path"])
+                await JSONResponse(content, status_code=400)(scope, body_reader.receive, send)
+            return
         if message["type"] == "http.response.start" and context.facts:
             MutableHeaders(scope=message)[FACTS_HEADER] = facts_header(context.facts)
         await send(message)

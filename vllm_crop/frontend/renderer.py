@@ -8,13 +8,17 @@ messages, completions, batches, tokenization and offline `LLM`.
 from collections.abc import Mapping
 from typing import Any, cast
 
-from vllm.exceptions import VLLMValidationError
 from vllm.renderers.hf import HfRenderer
 
 from vllm_crop.facts import ImageFacts, Source
 from vllm_crop.metrics import crop_metrics
-from vllm_crop.models.processing import CROP_KEY, CropProcessorMixin, ImageDecision
-from vllm_crop.params import CropParams
+from vllm_crop.models.processing import (
+    CROP_KEY,
+    CropProcessorMixin,
+    ImageDecision,
+    as_validation_error,
+)
+from vllm_crop.params import CropParams, image_requests
 from vllm_crop.request_context import current_request
 
 
@@ -44,10 +48,9 @@ class CropRenderer(HfRenderer):
             if context.params is not None or CROP_KEY not in given:
                 given[CROP_KEY] = context.params or CropParams()
             prompt["mm_processor_kwargs"] = given
-        elif context.params is not None and any(context.params.regions or ()):
-            raise VLLMValidationError(
-                "crop.regions: the request has no image", parameter=f"{CROP_KEY}.regions"
-            )
+        elif context.params is not None:
+            with as_validation_error():
+                image_requests(context.params, self.mm_processor.crop_config, num_images=0)
 
     def _report(self, prompt: Any, engine_input: Any, skip_mm_cache: bool = False, **_: Any) -> None:
         placeholders = engine_input.get("mm_placeholders", {}).get("image")

@@ -6,7 +6,8 @@ here, once; the worker receives it as tensors beside the pixels, so count and ro
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import ImageProcessorItems
-from vllm.multimodal.processing import PromptReplacement, PromptUpdate
+from vllm.multimodal.processing import BaseMultiModalProcessor, PromptReplacement, PromptUpdate
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from vllm_crop.config import CropConfig
@@ -52,7 +53,7 @@ class CropItems:
     image_hashes: tuple[str, ...]
 
 
-class CropProcessorMixin:
+class CropProcessorMixin(BaseMultiModalProcessor):
     """Overrides for a processor with the modality "image"; see the module docstring."""
 
     @cached_property
@@ -94,16 +95,32 @@ class CropProcessorMixin:
         pruned = plan.num_embeddings < grid.num_tokens
         return ImageDecision(request, plan if pruned else None, region, grid.num_tokens)
 
+    def _check_positions(self, decisions: Sequence[ImageDecision]) -> None:
+        if self.crop_config.position_ids != "original":
+            return
+        removed = sum(
+            decision.full_tokens - decision.plan.num_embeddings
+            for decision in decisions
+            if decision.plan is not None and decision.full_tokens is not None
+        )
+        model_config = self.info.ctx.model_config
+        positions = model_config.hf_text_config.max_position_embeddings
+        if model_config.max_model_len + removed > positions:
+            raise InvalidCropError(
+                f"crop.regions: {removed} tokens removed, but this server keeps their position ids and has "
+                f"room for {positions - model_config.max_model_len}: prune fewer images or less of them",
+                "crop.regions",
+            )
+
     # Overrides of BaseMultiModalProcessor. `crop` is taken out before every call to super: the HF processor
     # is cached by its kwargs, and must never see ours.
 
     def _cached_apply_hf_processor(self, inputs: ProcessorInputs, timing_ctx: Any) -> Any:
         given, plain = _split(inputs.hf_processor_mm_kwargs)
-        try:
+        with as_validation_error():
             params = CropParams.parse({} if given is None else given)
             decisions = self.decide(params, inputs.mm_data_items)
-        except InvalidCropError as error:
-            raise VLLMValidationError(str(error), parameter=error.parameter) from None
+            self._check_positions(decisions)
         # Profiling sends one dummy item many times, without `crop`: a key would let the feature cache
         # answer all but the first, and too little memory would be profiled.
         hashes: Sequence[str] = ()
@@ -162,6 +179,15 @@ class CropProcessorMixin:
             mm_items=mm_items, hf_processor_mm_kwargs=plain, out_mm_kwargs=out_mm_kwargs
         )
         return [_with_planned_count(update, out_mm_kwargs) for update in updates]
+
+
+@contextmanager
+def as_validation_error() -> Iterator[None]:
+    """Turn an InvalidCropError into the exception that every API of vLLM answers with HTTP 400."""
+    try:
+        yield
+    except InvalidCropError as error:
+        raise VLLMValidationError(str(error), parameter=error.parameter) from None
 
 
 def _split(kwargs: Mapping[str, object]) -> tuple[Any, dict[str, object]]:

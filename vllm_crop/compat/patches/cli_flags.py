@@ -51,7 +51,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default=None,
         metavar="JSON",
         help="Settings of --plugin crop (which it implies), for example "
-        '\'{"pruning_rate": 0.889}\'. `vllm-crop check` lists them all.',
+        "'{\"pruning_rate\": 0.889}'. `vllm-crop check` lists them all.",
     )
 
 

@@ -28,7 +28,9 @@ def patch(engine_args: Any, require_supported: Callable[[], None]) -> None:
     create_model_config = engine_args.create_model_config
 
     def create_model_config_with_crop(self: Any, *args: Any, **kwargs: Any) -> Any:
-        settings = self.additional_config.get(CONFIG_KEY) if isinstance(self.additional_config, dict) else None
+        settings = (
+            self.additional_config.get(CONFIG_KEY) if isinstance(self.additional_config, dict) else None
+        )
         if settings is None:
             return create_model_config(self, *args, **kwargs)
         require_supported()

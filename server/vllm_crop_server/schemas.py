@@ -1,0 +1,15 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The JSON shapes clients expect from each of the APIs that vLLM speaks."""
+
+from typing import Any
+
+from vllm_crop.params import InvalidCropError
+
+
+def error_body(error: InvalidCropError, path: str) -> dict[str, Any]:
+    """A 400 as the API of this path words it: Anthropic's for `/v1/messages`, OpenAI's elsewhere."""
+    if "/messages" in path:
+        return {"type": "error", "error": {"type": "invalid_request_error", "message": str(error)}}
+    return {
+        "error": {"message": str(error), "type": "BadRequestError", "param": error.parameter, "code": 400}
+    }
