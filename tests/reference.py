@@ -86,7 +86,11 @@ class HfLlava:
         embeds, token_ids, logprobs = rows, [], []
         for _ in range(steps):
             output = self.model.model.language_model(
-                inputs_embeds=embeds[None], position_ids=torch.tensor([positions]), use_cache=False
+                inputs_embeds=embeds[None],
+                position_ids=torch.tensor([positions]),
+                # Without a mask, transformers takes gaps in the positions for borders of packed sequences.
+                attention_mask=torch.ones(1, len(positions), dtype=torch.long),
+                use_cache=False,
             )
             logits = self.model.lm_head(output.last_hidden_state[0, -1])
             logprobs.append(torch.log_softmax(logits.double(), dim=-1))

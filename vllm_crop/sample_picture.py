@@ -19,7 +19,7 @@ _SIGNS = (("CAFE", "open 7-19"), ("BAKERY", "bread 3.50"), ("BOOKS", "since 1924
 _INK: Colour = (34, 38, 46)
 
 # Where things stand: left, top, right, bottom in units of the short side, from the anchor (fractions).
-_ANCHORS = {"sign": (0.68, _HORIZON), "car": (0.36, 0.86), "tree": (0.07, 0.76), "person": (0.56, 0.86)}
+_ANCHORS = {"sign": (0.68, _HORIZON), "car": (0.33, 0.86), "tree": (0.07, 0.76), "person": (0.58, 0.755)}
 _EXTENTS = {
     "sign": (-0.12, -0.54, 0.12, -0.32),
     "car": (-0.21, -0.17, 0.21, 0.02),
@@ -68,7 +68,8 @@ def _pixels(box: Box, width: int, height: int) -> tuple[float, float, float, flo
 
 
 def _sky(width: int, height: int) -> Image.Image:
-    gradient = Image.linear_gradient("L").resize((width, height))
+    gradient = Image.new("L", (width, height), 255)
+    gradient.paste(Image.linear_gradient("L").resize((width, round(_HORIZON * height))), (0, 0))
     top, low = Image.new("RGB", (width, height), _SKY_TOP), Image.new("RGB", (width, height), _SKY_LOW)
     return Image.composite(low, top, gradient)
 
@@ -84,10 +85,11 @@ def _draw_clouds(draw: ImageDraw.ImageDraw, chance: random.Random, width: int, h
 
 def _draw_houses(draw: ImageDraw.ImageDraw, chance: random.Random, width: int, height: int) -> None:
     unit, x = min(width, height), -0.02 * width
+    facade = chance.choice(_FACADES)
     while x < width:
         right = x + chance.uniform(0.22, 0.36) * unit
         top = chance.uniform(0.24, 0.44) * height
-        facade = chance.choice(_FACADES)
+        facade = chance.choice([other for other in _FACADES if other != facade])
         draw.rectangle((x, top, right, _HORIZON * height), fill=facade)
         draw.rectangle((x, top, right, top + 0.02 * unit), fill=_shade(facade, 0.7))
         _draw_windows(draw, (x, top, right, _HORIZON * height), unit, chance)
@@ -123,12 +125,12 @@ def _draw_sign(
     draw: ImageDraw.ImageDraw, box: Sequence[float], height: int, words: tuple[str, str]
 ) -> None:
     left, top, right, bottom = box
-    wide, tall, middle = right - left, bottom - top, (left + right) / 2
+    wide, tall, middle, green = right - left, bottom - top, (left + right) / 2, (24, 92, 72)
     draw.rectangle((middle - 0.03 * wide, bottom, middle + 0.03 * wide, 0.75 * height), fill=(70, 74, 82))
-    draw.rounded_rectangle(box, radius=0.08 * wide, fill=(250, 246, 234), outline=(24, 92, 72), width=8)
-    draw.rounded_rectangle(
-        (left, top, right, top + 0.58 * tall), radius=0.08 * wide, fill=(24, 92, 72), outline=(24, 92, 72)
-    )
+    frame = round(0.035 * wide)
+    draw.rounded_rectangle(box, radius=0.08 * wide, fill=(250, 246, 234), outline=green, width=frame)
+    upper = (left, top, right, top + 0.56 * tall)
+    draw.rounded_rectangle(upper, radius=0.08 * wide, fill=green, corners=(True, True, False, False))
     title, line = words
     _write(draw, (middle, top + 0.29 * tall), title, 0.84 * wide, 0.36 * tall, (255, 255, 255))
     _write(draw, (middle, top + 0.78 * tall), line, 0.8 * wide, 0.24 * tall, _INK)

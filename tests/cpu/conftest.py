@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real vLLM engines on the CPU, in this process; each is started once and shared by all tests."""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+# In one process, so that tests can look into the model; the end-to-end tests cover separate processes.
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+from tests.reference import HfLlava, Reference
+from vllm_crop.config import CropConfig
+from vllm_crop.params import CropParams, image_requests
+from vllm_crop.plan import TokenPlan, make_plan
+from vllm_crop.vision_geometry import LlavaGeometry
+
+TEXT = "USER: {images}What is the time, and where?\nASSISTANT:"
+STEPS = 8
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt with images and the `crop` it is asked with (None: the field is left out)."""
+
+    images: tuple[Image.Image, ...] = ()
+    crop: Mapping[str, Any] | None = None
+    text: str = TEXT
+
+    def prompt(self) -> dict[str, Any]:
+        """As `LLM.generate` takes it."""
+        prompt: dict[str, Any] = {"prompt": self.text.format(images="<image>\n" * len(self.images))}
+        if self.images:
+            prompt["multi_modal_data"] = {"image": list(self.images)}
+        if self.crop is not None:
+            prompt["mm_processor_kwargs"] = {"crop": dict(self.crop)}
+        return prompt
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Tokens, full-vocabulary logprobs `[steps, vocab]` and prompt counts of one request."""
+
+    token_ids: list[int]
+    logprobs: torch.Tensor
+    num_prompt_tokens: int
+    num_cached_tokens: int
+
+
+class Engine:
+    """A vLLM `LLM` with helpers to ask it and to look into its model."""
+
+    def __init__(self, checkpoint: Path, crop: Mapping[str, Any] | None, **options: Any) -> None:
+        from vllm import LLM
+
+        self.config = CropConfig.from_mapping(crop or {})
+        self.llm = LLM(
+            model=str(checkpoint),
+            dtype="float32",
+            max_model_len=2048,
+            enforce_eager=True,
+            max_logprobs=-1,
+            block_size=32,
+            limit_mm_per_prompt={"image": 16},
+            kv_cache_memory_bytes=64 << 20,
+            seed=0,
+            additional_config={} if crop is None else {"crop": dict(crop)},
+            **options,
+        )
+
+    def ask(self, *questions: Question) -> list[Answer]:
+        """Answer all at once, greedily."""
+        from vllm import SamplingParams
+
+        sampling = SamplingParams(temperature=0, max_tokens=STEPS, logprobs=-1, ignore_eos=True)
+        outputs = self.llm.generate([question.prompt() for question in questions], sampling, use_tqdm=False)
+        return [_answer(output) for output in outputs]
+
+    @property
+    def model(self) -> Any:
+        """The model in the (only) worker."""
+        return self.llm.apply_model(lambda model: model)[0]
+
+    @property
+    def processor(self) -> Any:
+        """The multimodal processor of the front end."""
+        return self.llm.llm_engine.renderer.mm_processor
+
+
+def _answer(output: Any) -> Answer:
+    completion = output.outputs[0]
+    rows = []
+    for step in completion.logprobs:
+        row = torch.empty(len(step), dtype=torch.float64)
+        for token, entry in step.items():
+            row[token] = entry.logprob
+        rows.append(row)
+    return Answer(
+        list(completion.token_ids),
+        torch.stack(rows),
+        len(output.prompt_token_ids),
+        output.num_cached_tokens or 0,
+    )
+
+
+@pytest.fixture(scope="session")
+def pool_engine(checkpoint: Path) -> Engine:
+    """Pooling, renumbered positions; 256 tokens a step, so every unpruned image is prefilled in chunks."""
+    return Engine(checkpoint, {"pruning_rate": 5 / 6}, max_num_batched_tokens=256)
+
+
+@pytest.fixture(scope="session")
+def original_engine(checkpoint: Path) -> Engine:
+    """Sampling instead of pooling, original position ids, whole prompts in one step."""
+    crop = {"pruning_rate": 0.778, "compression": "prune", "position_ids": "original"}
+    return Engine(checkpoint, crop, max_num_batched_tokens=2048)
+
+
+@pytest.fixture(scope="session")
+def stock_engine(checkpoint: Path) -> Engine:
+    """The plugin is installed, nobody asked for it."""
+    return Engine(checkpoint, None, max_num_batched_tokens=256)
+
+
+@pytest.fixture(scope="session")
+def hf(checkpoint: Path) -> HfLlava:
+    """The exact reference."""
+    return HfLlava(checkpoint)
+
+
+ReferenceFor = Callable[..., Reference]
+
+
+@pytest.fixture(scope="session")
+def reference_for(hf: HfLlava) -> ReferenceFor:
+    """The reference answer to a question, as an engine with this configuration must give it."""
+    geometry = LlavaGeometry.from_configs(hf.model.config.to_dict(), hf.processor.image_processor.to_dict())
+
+    def plan(image: Image.Image, request: Any) -> TokenPlan | None:
+        region = request.region and geometry.view(*image.size).project(request.region)
+        if region is None:
+            return None
+        return make_plan(geometry.grid(*image.size), region, request.pruning_rate, request.compression)
+
+    def answer(question: Question, config: CropConfig, original_positions: bool | None = None) -> Reference:
+        requests = image_requests(
+            CropParams.parse(question.crop or {}), config, num_images=len(question.images)
+        )
+        plans = [plan(image, request) for image, request in zip(question.images, requests, strict=True)]
+        prompt_ids = hf.processor.tokenizer.encode(question.prompt()["prompt"], add_special_tokens=False)
+        if original_positions is None:
+            original_positions = config.position_ids == "original"
+        return hf.generate(prompt_ids, question.images, plans, STEPS, original_positions)
+
+    return answer

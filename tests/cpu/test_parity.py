@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The served model computes what plain transformers computes from the same compressed embeddings."""
+
+import pytest
+
+from tests.cpu.conftest import Answer, Engine, Question, ReferenceFor
+from tests.pictures import noise_image
+from tests.reference import Reference
+from vllm_crop.geometry import Region
+
+pytestmark = pytest.mark.vllm_runtime
+
+TOLERANCE = 1e-5  # nats, float32, over the full vocabulary
+NOTICEABLE = 1e-2  # what a wrong plan or wrong positions must change at least
+
+WIDE, TALL, SQUARE = noise_image(1, 500, 400), noise_image(2, 300, 420), noise_image(3)
+
+
+def cells(*corners: int) -> list[list[float]]:
+    """One region as 8x8 cells, both ends included."""
+    return Region.from_grid_cells(*corners).as_lists()
+
+
+TWO_BOXES = [*cells(0, 0, 1, 1), *cells(5, 5, 6, 7)]
+SCENARIOS = {
+    "none": Question((WIDE,), {"regions": [None]}),
+    "field left out": Question((WIDE,)),
+    "1x1 cell": Question((WIDE,), {"regions": [cells(3, 4, 3, 4)]}),
+    "2x2 cells": Question((SQUARE,), {"regions": [cells(2, 3, 3, 4)]}),
+    "4x4 cells": Question((TALL,), {"regions": [cells(1, 2, 4, 5)], "pruning_rate": 0.667}),
+    "region larger than the budget": Question((SQUARE,), {"regions": [cells(0, 0, 7, 7)]}),
+    "two boxes": Question((SQUARE,), {"regions": [TWO_BOXES]}),
+    "two images": Question((WIDE, TALL), {"regions": [cells(2, 3, 3, 4), cells(4, 1, 5, 2)]}),
+    "one of two images": Question((WIDE, TALL), {"regions": [None, cells(4, 1, 5, 2)]}),
+    "same image, two regions": Question(
+        (SQUARE, SQUARE), {"regions": [cells(0, 0, 1, 1), cells(6, 6, 7, 7)]}
+    ),
+    "region out of view": Question((WIDE,), {"regions": [[0.0, 0.4, 0.05, 0.6]]}),
+    "off": Question((WIDE,), {"regions": [cells(3, 4, 3, 4)], "method": "off"}),
+    "text only": Question(text="USER: {images}What is the time?\nASSISTANT:"),
+}
+UNPRUNED = {"none", "field left out", "region out of view", "off", "text only"}
+
+
+def difference(answer: Answer | Reference, reference: Reference) -> float:
+    """Largest absolute difference of logprobs over all steps and the whole vocabulary."""
+    return float((answer.logprobs - reference.logprobs).abs().max())
+
+
+def check(engine: Engine, question: Question, reference_for: ReferenceFor, name: str) -> None:
+    (answer,) = engine.ask(question)
+    reference = reference_for(question, engine.config)
+    error = difference(answer, reference)
+    unpruned = reference_for(Question(question.images, {"method": "off"}, question.text), engine.config)
+    sensitivity = difference(unpruned, reference)
+    print(
+        f"{name}: {answer.num_prompt_tokens} prompt tokens, error {error:.1e}, unpruned {sensitivity:.1e} off"
+    )
+    assert answer.num_prompt_tokens == reference.num_prompt_tokens
+    assert answer.token_ids == reference.token_ids
+    assert error <= TOLERANCE
+    if name not in UNPRUNED:
+        assert sensitivity > NOTICEABLE
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_pooling_equals_transformers(pool_engine: Engine, reference_for: ReferenceFor, name: str) -> None:
+    check(pool_engine, SCENARIOS[name], reference_for, name)
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_sampling_with_original_positions_equals_transformers(
+    original_engine: Engine, reference_for: ReferenceFor, name: str
+) -> None:
+    check(original_engine, SCENARIOS[name], reference_for, name)
+
+
+@pytest.mark.parametrize("name", sorted(set(SCENARIOS) - UNPRUNED))
+def test_original_positions_change_the_answer(
+    original_engine: Engine, reference_for: ReferenceFor, name: str
+) -> None:
+    """The control: an engine that renumbered would be noticed."""
+    question = SCENARIOS[name]
+    original = reference_for(question, original_engine.config)
+    renumbered = reference_for(question, original_engine.config, original_positions=False)
+    assert difference(renumbered, original) > NOTICEABLE
+
+
+def test_all_scenarios_in_one_batch(pool_engine: Engine, reference_for: ReferenceFor) -> None:
+    answers = pool_engine.ask(*SCENARIOS.values())
+    for (name, question), answer in zip(SCENARIOS.items(), answers, strict=True):
+        reference = reference_for(question, pool_engine.config)
+        assert answer.token_ids == reference.token_ids, name
+        assert difference(answer, reference) <= TOLERANCE, name
+
+
+def test_off_is_bitwise_stock_vllm(pool_engine: Engine, stock_engine: Engine) -> None:
+    assert type(stock_engine.model).__module__ == "vllm.model_executor.models.llava"
+    assert type(pool_engine.model).__module__ == "vllm_crop.models.llava"
+    fresh = noise_image(17, 400, 400)
+    (off,) = pool_engine.ask(Question((fresh,), {"method": "off"}))
+    (stock,) = stock_engine.ask(Question((fresh,)))
+    assert off.token_ids == stock.token_ids
+    assert (off.logprobs == stock.logprobs).all()

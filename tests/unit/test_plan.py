@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Token plans: counts, coverage, evenness and budget arithmetic."""
+
+import itertools
+import json
+import math
+from collections import Counter
+
+import pytest
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+from strategies import grids, regions
+
+from vllm_crop.geometry import Region, TokenGrid
+from vllm_crop.plan import (
+    Compression,
+    PlannedEmbedding,
+    TokenPlan,
+    make_plan,
+    retained_count,
+    whole_image_plan,
+)
+
+LLAVA = TokenGrid(24, 24)
+rates = st.one_of(st.floats(0, 0.999), st.integers(0, 99).map(lambda hundredths: hundredths / 100))
+compressions: st.SearchStrategy[Compression] = st.sampled_from(["pool", "prune"])
+
+
+@settings(deadline=None, max_examples=300)
+@given(grids(), regions(), rates, compressions)
+def test_every_plan_is_well_formed(
+    grid: TokenGrid, region: Region, pruning_rate: float, compression: Compression
+) -> None:
+    plan = make_plan(grid, region, pruning_rate, compression)
+
+    assert (plan.grid, plan.pruning_rate) == (grid, pruning_rate)
+    assert plan.num_embeddings == retained_count(grid.num_tokens, pruning_rate)
+    used = [token for embedding in plan.embeddings for token in embedding.tokens]
+    assert len(used) == len(set(used)), "a token belongs to two embeddings"
+    assert set(used) <= set(range(grid.num_tokens))
+    for embedding in plan.embeddings:
+        assert embedding.tokens == tuple(sorted(embedding.tokens))
+        assert embedding.position in embedding.tokens
+        assert embedding.evicted_from_layer is None
+    positions = [embedding.position for embedding in plan.embeddings]
+    assert all(before < after for before, after in itertools.pairwise(positions))
+
+
+@settings(deadline=None, max_examples=300)
+@given(grids(), regions(), rates, compressions)
+def test_a_region_within_the_budget_is_kept_token_by_token(
+    grid: TokenGrid, region: Region, pruning_rate: float, compression: Compression
+) -> None:
+    inside = grid.tokens_in(region)
+    assume(len(inside) <= retained_count(grid.num_tokens, pruning_rate))
+    kept = {e.tokens: e.position for e in make_plan(grid, region, pruning_rate, compression).embeddings}
+    assert all(kept.get((token,)) == token for token in inside)
+
+
+@settings(deadline=None, max_examples=300)
+@given(grids(), regions(), rates, compressions)
+def test_a_region_beyond_the_budget_takes_all_of_it(
+    grid: TokenGrid, region: Region, pruning_rate: float, compression: Compression
+) -> None:
+    inside = grid.tokens_in(region)
+    assume(len(inside) >= retained_count(grid.num_tokens, pruning_rate))
+    plan = make_plan(grid, region, pruning_rate, compression)
+    assert all(len(embedding.tokens) == 1 for embedding in plan.embeddings)
+    assert {embedding.position for embedding in plan.embeddings} <= set(inside)
+
+
+@settings(deadline=None, max_examples=300)
+@given(grids(), regions(), rates)
+def test_pooling_spreads_the_context_over_patches_that_differ_by_one_token_at_most(
+    grid: TokenGrid, region: Region, pruning_rate: float
+) -> None:
+    inside = set(grid.tokens_in(region))
+    share = retained_count(grid.num_tokens, pruning_rate) - len(inside)
+    assume(share > 0)
+    plan = make_plan(grid, region, pruning_rate, "pool")
+    patches = [e.tokens for e in plan.embeddings if not inside.intersection(e.tokens)]
+
+    assert {token for e in plan.embeddings for token in e.tokens} == set(range(grid.num_tokens))
+    assert len(patches) == share
+    even = (grid.num_tokens - len(inside)) / share
+    assert {len(patch) for patch in patches} <= {math.floor(even), math.ceil(even)}
+
+
+@settings(deadline=None)
+@given(grids(), regions(), rates)
+def test_a_pooled_embedding_sits_at_the_token_nearest_to_its_centroid(
+    grid: TokenGrid, region: Region, pruning_rate: float
+) -> None:
+    for embedding in make_plan(grid, region, pruning_rate, "pool").embeddings:
+        places = {token: divmod(token, grid.cols) for token in embedding.tokens}
+        centroid = [sum(axis) / len(places) for axis in zip(*places.values(), strict=True)]
+        distances = {token: math.dist(place, centroid) for token, place in places.items()}
+        assert distances[embedding.position] == pytest.approx(min(distances.values()))
+
+
+@settings(deadline=None)
+@given(grids(), regions(), rates)
+def test_pruning_keeps_the_token_at_which_pooling_would_put_the_mean(
+    grid: TokenGrid, region: Region, pruning_rate: float
+) -> None:
+    pooled = make_plan(grid, region, pruning_rate, "pool")
+    pruned = make_plan(grid, region, pruning_rate, "prune")
+    positions = [embedding.position for embedding in pooled.embeddings]
+    assert [(e.tokens, e.position) for e in pruned.embeddings] == [((p,), p) for p in positions]
+
+
+@settings(deadline=None)
+@given(grids(), regions(), compressions)
+def test_pruning_rate_zero_leaves_the_image_as_it_is(
+    grid: TokenGrid, region: Region, compression: Compression
+) -> None:
+    plan = make_plan(grid, region, 0.0, compression)
+    assert plan == whole_image_plan(grid)
+    assert [(e.tokens, e.position) for e in plan.embeddings] == [((t,), t) for t in range(grid.num_tokens)]
+
+
+@pytest.mark.parametrize("budget", [1, 2, 3, 4, 16, 64, 100, 128, 191, 192, 288, 323, 400, 575])
+@pytest.mark.parametrize("cells", [(0, 0, 7, 7), (2, 1, 7, 6), (0, 2, 7, 5)], ids=str)
+def test_a_region_beyond_the_budget_is_sampled_alike_in_every_quadrant(
+    cells: tuple[int, int, int, int], budget: int
+) -> None:
+    region = Region.from_grid_cells(*cells)
+    row0, row1, col0, col1 = LLAVA.span(region.boxes[0])
+    if budget > len(LLAVA.tokens_in(region)):
+        pytest.skip("the region fits into the budget")
+    plan = make_plan(LLAVA, region, 1 - budget / 576, "pool")
+    places = [divmod(embedding.position, 24) for embedding in plan.embeddings]
+    shares = Counter((2 * row >= row0 + row1, 2 * col >= col0 + col1) for row, col in places)
+    assert shares.total() == budget
+    for quadrant in itertools.product((False, True), repeat=2):
+        assert abs(shares[quadrant] - budget / 4) < 2
+
+
+@pytest.mark.parametrize(("budget", "reach"), [(16, 3), (36, 3), (64, 1), (128, 1), (192, 1), (400, 1)])
+def test_no_token_of_a_sampled_image_is_far_from_a_kept_one(budget: int, reach: int) -> None:
+    plan = make_plan(LLAVA, Region.whole(), 1 - budget / 576, "prune")
+    kept = [divmod(embedding.position, 24) for embedding in plan.embeddings]
+    for row, col in itertools.product(range(24), range(24)):
+        assert min(max(abs(row - r), abs(col - c)) for r, c in kept) <= reach
+
+
+@pytest.mark.parametrize("pruning_rate", [0.667, 0.778, 0.889])
+def test_pooled_patches_are_compact(pruning_rate: float) -> None:
+    spans = [(0, 1), (2, 4), (5, 7)]
+    sprawling = total = 0
+    for (x0, x1), (y0, y1) in itertools.product(spans, spans):
+        plan = make_plan(LLAVA, Region.from_grid_cells(x0, y0, x1, y1), pruning_rate, "pool")
+        for patch in (e.tokens for e in plan.embeddings if len(e.tokens) > 1):
+            rows, cols = [t // 24 for t in patch], [t % 24 for t in patch]
+            area = (max(rows) - min(rows) + 1) * (max(cols) - min(cols) + 1)
+            total += 1
+            sprawling += len(patch) / area < 1 / 3
+    # A few patches reach around the region, which is a hole in the context.
+    assert sprawling <= 0.03 * total
+
+
+@given(st.integers(1, 5000), rates)
+@example(576, 0.999)
+def test_retained_count_is_the_nearest_whole_number_and_at_least_one(
+    num_tokens: int, pruning_rate: float
+) -> None:
+    count = retained_count(num_tokens, pruning_rate)
+    assert 1 <= count <= num_tokens
+    assert count == 1 or abs(num_tokens * (1 - pruning_rate) - count) <= 0.5
+
+
+@given(st.integers(1, 5000), rates, rates)
+def test_a_higher_pruning_rate_never_retains_more(num_tokens: int, one: float, other: float) -> None:
+    low, high = sorted((one, other))
+    assert retained_count(num_tokens, high) <= retained_count(num_tokens, low)
+
+
+@pytest.mark.parametrize(("pruning_rate", "tokens"), [(0.667, 192), (0.778, 128), (0.889, 64)])
+def test_llava_budgets_are_those_the_field_reports(pruning_rate: float, tokens: int) -> None:
+    assert retained_count(576, pruning_rate) == tokens
+    for region in (Region.whole(), Region.from_grid_cells(3, 3, 4, 4)):
+        plan = make_plan(LLAVA, region, pruning_rate, "pool")
+        assert plan.num_embeddings == tokens
+        assert plan.pruning_rate_got(32) == pytest.approx(pruning_rate, abs=0.5 / 576)
+
+
+@st.composite
+def plans_with_evictions(draw: st.DrawFn) -> TokenPlan:
+    """A plan whose embeddings leave at layers drawn at random."""
+    grid, region = draw(grids(6)), draw(regions())
+    plan = make_plan(grid, region, draw(rates), "pool")
+    embeddings = tuple(
+        PlannedEmbedding(e.tokens, e.position, draw(st.none() | st.integers(0, 9))) for e in plan.embeddings
+    )
+    return TokenPlan(grid, plan.pruning_rate, embeddings)
+
+
+@settings(deadline=None)
+@given(plans_with_evictions(), st.integers(1, 12))
+def test_layer_counts_and_the_rate_reached_agree_with_counting_pairs(
+    plan: TokenPlan, num_layers: int
+) -> None:
+    run = [
+        (layer, embedding)
+        for layer in range(num_layers)
+        for embedding in plan.embeddings
+        if embedding.evicted_from_layer is None or layer < embedding.evicted_from_layer
+    ]
+    per_layer = Counter(layer for layer, _ in run)
+    assert plan.tokens_per_layer(num_layers) == [per_layer[layer] for layer in range(num_layers)]
+    full = plan.grid.num_tokens * num_layers
+    assert plan.pruning_rate_got(num_layers) == pytest.approx((full - len(run)) / full)
+
+
+def test_an_embedding_is_absent_from_the_layer_that_evicts_it_on() -> None:
+    embeddings = (PlannedEmbedding((0,), 0, 2), PlannedEmbedding((1,), 1))
+    plan = TokenPlan(TokenGrid(2, 2), 0.5, embeddings)
+    assert plan.tokens_per_layer(4) == [2, 2, 1, 1]
+    assert plan.pruning_rate_got(4) == 1 - 6 / 16
+
+
+@settings(deadline=None)
+@given(grids(), regions(), rates, compressions)
+def test_assignment_names_the_embedding_of_each_token(
+    grid: TokenGrid, region: Region, pruning_rate: float, compression: Compression
+) -> None:
+    plan = make_plan(grid, region, pruning_rate, compression)
+    assignment = plan.assignment()
+    assert len(assignment) == grid.num_tokens
+    for token, index in enumerate(assignment):
+        holders = [i for i, embedding in enumerate(plan.embeddings) if token in embedding.tokens]
+        assert holders == ([] if index == -1 else [index])
+
+
+def test_json_of_a_plan_has_the_fields_scripts_rely_on() -> None:
+    plan = make_plan(TokenGrid(2, 4), Region.from_grid_cells(0, 0, 1, 3), 0.5, "pool")
+    printed = json.loads(json.dumps(plan.to_json(num_layers=3)))
+    assert list(printed) == ["grid", "pruning_rate", "pruning_rate_got", "embeddings", "tokens_per_layer"]
+    assert printed["grid"] == [2, 4]
+    assert printed["pruning_rate"] == printed["pruning_rate_got"] == 0.5
+    assert printed["tokens_per_layer"] == [4, 4, 4]
+    assert printed["embeddings"][0] == {"tokens": [0], "position": 0, "evicted_from_layer": None}
+    assert sorted(token for e in printed["embeddings"] for token in e["tokens"]) == list(range(8))
+
+
+def test_json_rounds_the_rate_reached_and_keeps_evictions() -> None:
+    plan = TokenPlan(TokenGrid(1, 3), 0.9, (PlannedEmbedding((0, 1), 0, 1),))
+    printed = plan.to_json(num_layers=1)
+    assert printed["pruning_rate_got"] == 0.666667
+    assert printed["embeddings"] == [{"tokens": [0, 1], "position": 0, "evicted_from_layer": 1}]

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vllm-crop check`: would pruning start here, and with which settings."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from vllm_crop.installation import ENTRY_POINT_GROUP, describe_installation
+
+
+def check(
+    model: Annotated[
+        str | None, typer.Option(help="A checkpoint to judge too: a directory, or its name on the Hub.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Check this installation, and list settings and limits. Exits with 1 if pruning would not start."""
+    report = describe_installation(model)
+    if as_json:
+        typer.echo(json.dumps(report, indent=2))
+    else:
+        _print_report(Console(highlight=False), report)
+    raise typer.Exit(0 if report["ok"] else 1)
+
+
+def _print_report(console: Console, report: Mapping[str, Any]) -> None:
+    _print_rows(console, "Versions", report["versions"].items())
+    console.print(f"  vllm-crop supports vllm{report['supported_vllm']}")
+    _print_rows(console, f"Entry points of {ENTRY_POINT_GROUP}", report["entry_points"].items())
+    selected = report["vllm_plugins"]
+    console.print(f"  VLLM_PLUGINS {'is not set' if selected is None else f'= {escape(selected)}'}")
+    _print_upstream_points(console, report["upstream_points"])
+    _print_rows(console, "Refused with --plugin crop", report["refused"].items())
+    settings = [
+        (setting["key"], json.dumps(setting["default"]), setting["description"])
+        for setting in report["config"]
+    ]
+    _print_rows(console, "Settings of --crop-config, with defaults", settings)
+    console.print("\n[bold]Supported architectures[/bold]")
+    for architecture in report["architectures"]:
+        console.print(f"  {architecture}")
+    if report["model"]:
+        _print_model(console, report["model"])
+    _print_verdict(console, report["problems"])
+
+
+def _print_rows(console: Console, title: str, rows: Any) -> None:
+    console.print(f"\n[bold]{escape(title)}[/bold]")
+    table = Table.grid(padding=(0, 2))
+    for row in rows:
+        table.add_row("", *(escape(cell) for cell in row))
+    console.print(table)
+
+
+def _print_upstream_points(console: Console, points: Sequence[Mapping[str, Any]]) -> None:
+    rows = [(point["name"], point["reason"]) for point in points]
+    marks = ["[red]problem[/red]" if point["problem"] else "[green]ok[/green]" for point in points]
+    console.print("\n[bold]Functions of vLLM this builds on[/bold]")
+    if not points:
+        console.print("  not checked, see the problems below")
+    table = Table.grid(padding=(0, 2))
+    for mark, (name, reason) in zip(marks, rows, strict=True):
+        table.add_row("", mark, escape(name.rsplit(".", 2)[-2] + "." + name.rsplit(".", 1)[-1]), escape(reason))
+    console.print(table)
+
+
+def _print_model(console: Console, model: Mapping[str, Any]) -> None:
+    console.print(f"\n[bold]{escape(model['name'])}[/bold]")
+    if not model["supported"]:
+        console.print(f"  [red]not supported[/red]: {escape(model['reason'])}")
+        return
+    (rows, cols), (width, height) = model["grid"], model["image_size"]
+    console.print(
+        f"  [green]supported[/green]: {model['tokens_per_image']} tokens for an image of {width}x{height} "
+        f"({rows} x {cols}), {model['num_layers']} decoder layers"
+    )
+
+
+def _print_verdict(console: Console, problems: Sequence[str]) -> None:
+    if not problems:
+        console.print("\n[bold green]Pruning can start:[/bold green] vllm serve MODEL --plugin crop")
+        return
+    console.print("\n[bold red]Pruning would not start:[/bold red]")
+    for problem in problems:
+        console.print(f"  - {escape(problem)}")

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vllm-crop preview`: a picture of what pruning leaves of an image."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from vllm_crop.commands.region_options import (
+    DEFAULTS,
+    CellsOption,
+    CompressionOption,
+    PruningRateOption,
+    RegionOption,
+    geometry_of,
+    parse_regions,
+    plan_image,
+    request_for_image,
+    why_whole,
+)
+from vllm_crop.plan_summary import PlanSummary
+from vllm_crop.preview import draw_preview
+from vllm_crop.vision_geometry import VisionGeometry, geometry_from_configs
+
+_LLAVA_CONFIG = {
+    "architectures": ["LlavaForConditionalGeneration"],
+    "vision_config": {"image_size": 336, "patch_size": 14},
+}
+_LLAVA_PROCESSOR = {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}
+
+
+def preview(
+    image: Annotated[Path, typer.Argument(help="The picture, in any format Pillow reads.")],
+    model: Annotated[
+        str | None,
+        typer.Option(help="Directory of a checkpoint, or its name on the Hub; LLaVA-1.5 where left out."),
+    ] = None,
+    region: RegionOption = None,
+    cells: CellsOption = None,
+    pruning_rate: PruningRateOption = DEFAULTS.pruning_rate,
+    compression: CompressionOption = DEFAULTS.compression,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where to write the PNG.")] = Path(
+        "preview.png"
+    ),
+) -> None:
+    """Draw which parts of an image the model keeps, pools and never sees, and print the counts."""
+    asked = parse_regions(region, cells)
+    request = request_for_image(asked, pruning_rate, compression)
+    if model is None:
+        typer.echo("No --model: LLaVA-1.5 assumed, a 24 x 24 grid on the 336-pixel centre crop.")
+    geometry = geometry_of(model) if model is not None else llava_geometry()
+    picture = _open(image)
+    token_plan = plan_image(geometry, *picture.size, request)
+    view = geometry.view(*picture.size)
+    drawing = draw_preview(picture, token_plan, view, asked)
+    try:
+        drawing.save(output, format="PNG")
+    except OSError as error:
+        raise typer.BadParameter(
+            f"{output} cannot be written: {error.strerror or error}", param_hint="--output"
+        ) from None
+    in_view = request.region and view.project(request.region)
+    counts = PlanSummary.of(token_plan, in_view)
+    reason = "" if in_view else f": {why_whole(request, asked)}"
+    typer.echo(f"{counts.tokens} -> {counts.embeddings} tokens ({counts.change})  {counts.describe()}{reason}")
+    typer.echo(f"Written to {output}")
+
+
+def llava_geometry() -> VisionGeometry:
+    """LLaVA-1.5's: 24 x 24 tokens on the centre crop of 336 pixels."""
+    return geometry_from_configs(_LLAVA_CONFIG, _LLAVA_PROCESSOR)
+
+
+def _open(path: Path) -> Image.Image:
+    """The picture upright, so that its size is the one the server sees."""
+    try:
+        return ImageOps.exif_transpose(Image.open(path))
+    except FileNotFoundError:
+        reason = f"there is no file {path}"
+    except UnidentifiedImageError:
+        reason = f"{path} is no image that Pillow can read"
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = f"{path} cannot be read: {error}"
+    raise typer.BadParameter(reason, param_hint="IMAGE")

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options `plan` and `preview` share, and the plan that follows from them.
+
+A server decides with the same functions: image_requests, ImageView.project and make_plan.
+"""
+
+import re
+from typing import Annotated, get_args
+
+import typer
+
+from vllm_crop.checkpoint_files import load_geometry
+from vllm_crop.config import CropConfig, Method
+from vllm_crop.errors import CropError
+from vllm_crop.geometry import Region
+from vllm_crop.params import MAX_BOXES, CropParams, ImageRequest, InvalidCropError, image_requests, parse_region
+from vllm_crop.plan import Compression, TokenPlan, make_plan, whole_image_plan
+from vllm_crop.vision_geometry import VisionGeometry
+
+DEFAULTS = CropConfig()
+
+RegionOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--region",
+        metavar="X0,Y0,X1,Y1",
+        help="A box, as fractions of the image as sent; repeat it for several boxes.",
+    ),
+]
+CellsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--cells",
+        metavar="X0,Y0,X1,Y1",
+        help="A box in cells of the 8x8 grid, 0..7, both ends included, as in the CROP paper.",
+    ),
+]
+PruningRateOption = Annotated[
+    float, typer.Option(metavar="RATE", help="Fraction of the visual tokens to remove, in [0, 1).")
+]
+CompressionOption = Annotated[
+    Compression,
+    typer.Option(help="Tokens outside the region: averaged in patches, or one of each patch kept."),
+]
+
+
+def parse_regions(regions: list[str] | None, cells: list[str] | None) -> Region | None:
+    """The region that `--region` and `--cells` describe together; None without any.
+
+    Raises:
+        typer.BadParameter: a box that is none.
+    """
+    boxes = [box for text in regions or [] for box in _parse_fractions(text).boxes]
+    boxes += [box for text in cells or [] for box in _parse_cells(text).boxes]
+    return Region(tuple(boxes)) if boxes else None
+
+
+def request_for_image(
+    region: Region | None, pruning_rate: float, compression: Compression, method: str = "plc"
+) -> ImageRequest:
+    """What a server makes of these settings for one image.
+
+    Raises:
+        typer.BadParameter: a setting is out of range.
+    """
+    if method not in get_args(Method):
+        raise typer.BadParameter(
+            f"this version has the methods {', '.join(get_args(Method))}, not {method!r}", param_hint="--method"
+        )
+    settings = {
+        "method": method,
+        "pruning_rate": pruning_rate,
+        "compression": compression,
+        "limits": {"max_boxes_per_image": MAX_BOXES},  # no operator has set one here
+    }
+    try:
+        config = CropConfig.from_mapping(settings)
+    except CropError as error:
+        reason = str(error).removeprefix("additional_config.crop.pruning_rate: ")
+        raise typer.BadParameter(reason, param_hint="--pruning-rate") from None
+    try:
+        return image_requests(CropParams(regions=[region]), config, num_images=1)[0]
+    except InvalidCropError as error:
+        raise typer.BadParameter(str(error), param_hint="--region") from None
+
+
+def geometry_of(model: str) -> VisionGeometry:
+    """The geometry of `--model`.
+
+    Raises:
+        typer.BadParameter: the checkpoint cannot be read or pruned.
+    """
+    try:
+        return load_geometry(model)
+    except CropError as error:
+        raise typer.BadParameter(str(error), param_hint="--model") from None
+
+
+def plan_image(geometry: VisionGeometry, width: int, height: int, request: ImageRequest) -> TokenPlan:
+    """The plan a server makes for an image of this size in pixels."""
+    grid = geometry.grid(width, height)
+    region = request.region and geometry.view(width, height).project(request.region)
+    if region is None:
+        return whole_image_plan(grid)
+    return make_plan(grid, region, request.pruning_rate, request.compression)
+
+
+def why_whole(request: ImageRequest, region: Region | None, method: str = "plc") -> str:
+    """Why an image is served whole."""
+    if method == "off":
+        return "the method is off"
+    if region is None:
+        return "no region is given"
+    if request.region is None:
+        return "the pruning rate is 0"
+    return "the model sees nothing of the region"
+
+
+def _parse_fractions(text: str) -> Region:
+    try:
+        region = parse_region([float(number) for number in text.split(",")])
+    except ValueError as error:
+        reason = "a box must be four fractions x0,y0,x1,y1" if "convert" in str(error) else str(error)
+        raise typer.BadParameter(f"{reason}, got {text!r}", param_hint="--region") from None
+    assert region is not None
+    return region
+
+
+def _parse_cells(text: str) -> Region:
+    if not re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*){3}", text):
+        raise typer.BadParameter(f"four cell numbers x0,y0,x1,y1 needed, got {text!r}", param_hint="--cells")
+    try:
+        return Region.from_grid_cells(*(int(number) for number in text.split(",")))
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--cells") from None

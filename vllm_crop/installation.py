@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is installed here, and whether vLLM would prune with it: the facts behind `vllm-crop check`."""
+
+import contextlib
+import importlib
+import io
+import logging
+import os
+import platform
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, entry_points, version
+from typing import Any
+
+from pydantic import BaseModel
+
+from vllm_crop import __version__
+from vllm_crop.checkpoint_files import load_geometry
+from vllm_crop.compat import vllm as compat
+from vllm_crop.config import CropConfig
+from vllm_crop.errors import CropError
+from vllm_crop.frontend.refusals import REFUSED
+from vllm_crop.vision_geometry import FAMILIES
+
+ENTRY_POINT_GROUP, ENTRY_POINT = "vllm.general_plugins", "crop"
+NOT_INSTALLED = "not installed"
+_EXAMPLE_SIZE = (640, 480)
+
+
+def describe_installation(model: str | None = None) -> dict[str, Any]:
+    """Everything `vllm-crop check` prints, as plain values; `problems` is empty when pruning would start.
+
+    Args:
+        model: a checkpoint to judge too, a directory or a name on the Hub.
+    """
+    vllm_version, problems = _installed_vllm()
+    upstream_points = _upstream_points() if not problems else []
+    problems += [point["problem"] for point in upstream_points if point["problem"]]
+    problems += _plugin_problems()
+    checkpoint = describe_checkpoint(model) if model is not None else None
+    if checkpoint and not checkpoint["supported"]:
+        problems.append(checkpoint["reason"])
+    return {
+        "ok": not problems,
+        "problems": problems,
+        "versions": {
+            "vllm-crop": __version__,
+            "vllm": vllm_version,
+            **{name: _version_of(name) for name in ("torch", "transformers")},
+            "python": platform.python_version(),
+        },
+        "supported_vllm": str(compat.SUPPORTED_VERSIONS),
+        "entry_points": _found_entry_points(),
+        "vllm_plugins": os.environ.get("VLLM_PLUGINS"),
+        "upstream_points": upstream_points,
+        "architectures": sorted(FAMILIES),
+        "refused": dict(REFUSED),
+        "config": describe_config(CropConfig),
+        "model": checkpoint,
+    }
+
+
+def describe_checkpoint(model: str) -> dict[str, Any]:
+    """Whether a checkpoint can be pruned, with its grid, or why not."""
+    try:
+        geometry = load_geometry(model)
+        grid = geometry.grid(*_EXAMPLE_SIZE)
+    except CropError as error:
+        return {"name": model, "supported": False, "reason": str(error)}
+    return {
+        "name": model,
+        "supported": True,
+        "image_size": list(_EXAMPLE_SIZE),
+        "grid": [grid.rows, grid.cols],
+        "tokens_per_image": grid.num_tokens,
+        "num_layers": geometry.num_layers,
+    }
+
+
+def describe_config(settings: type[BaseModel], prefix: str = "") -> list[dict[str, Any]]:
+    """Every key of a configuration with default and description, nested keys as `limits.max_...`."""
+    described = []
+    for name, field in settings.model_fields.items():
+        if isinstance(field.default, BaseModel):
+            described += describe_config(type(field.default), f"{prefix}{name}.")
+        else:
+            described.append(
+                {"key": f"{prefix}{name}", "default": field.default, "description": field.description}
+            )
+    return described
+
+
+def _installed_vllm() -> tuple[str, list[str]]:
+    """Version and problems. The module is asked: a CPU build may have no distribution called vllm."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    try:
+        with _quiet():
+            found = str(importlib.import_module("vllm").__version__)
+    except ModuleNotFoundError as error:
+        if error.name == "vllm":
+            return NOT_INSTALLED, [f"vllm is not installed; vllm-crop supports vllm{compat.SUPPORTED_VERSIONS}"]
+        return "broken", [f"vllm cannot be imported: {error}"]
+    except Exception as error:  # whatever a broken installation raises is what the user must see
+        return "broken", [f"vllm cannot be imported: {error}"]
+    if compat.SUPPORTED_VERSIONS.contains(found, prereleases=True):
+        return found, []
+    return found, [f"vllm-crop supports vllm{compat.SUPPORTED_VERSIONS}, installed is {found}"]
+
+
+def _upstream_points() -> list[dict[str, Any]]:
+    described = []
+    for point in compat.UPSTREAM_POINTS:
+        try:
+            with _quiet():
+                problem = compat.find_problem(point)
+        except Exception as error:  # importing vLLM's modules can fail in any way
+            problem = f"{point.module} cannot be imported: {error}"
+        name = f"{point.module}.{point.name}"
+        described.append({"name": name, "reason": point.reason, "problem": problem})
+    return described
+
+
+def _plugin_problems() -> list[str]:
+    problems = []
+    if ENTRY_POINT not in _found_entry_points():
+        problems.append(f"no entry point {ENTRY_POINT!r} in {ENTRY_POINT_GROUP}: reinstall vllm-crop")
+    selected = os.environ.get("VLLM_PLUGINS")
+    if selected is not None and ENTRY_POINT not in selected.split(","):
+        problems.append(f"VLLM_PLUGINS={selected!r} leaves out {ENTRY_POINT!r}: add it, or unset the variable")
+    return problems
+
+
+def _found_entry_points() -> dict[str, str]:
+    return {found.name: found.value for found in entry_points(group=ENTRY_POINT_GROUP)}
+
+
+def _version_of(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return NOT_INSTALLED
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what importing vLLM logs and prints out of the report."""
+    logging.disable(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(logging.NOTSET)

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The part of the preview the model sees, drawn token by token."""
+
+from collections.abc import Iterator
+
+from PIL import Image, ImageDraw, ImageOps
+
+from vllm_crop.geometry import TokenGrid
+from vllm_crop.plan import TokenPlan
+
+PixelBox = tuple[int, int, int, int]
+
+# Colour with opacity, and width in pixels, from the weakest line to the strongest.
+LEFT_OUT_LINE = ((255, 255, 255, 40), 1)
+KEPT_LINE = ((255, 255, 255, 100), 1)
+PATCH_LINE = ((20, 24, 32, 190), 2)
+_LINES = (LEFT_OUT_LINE, KEPT_LINE, PATCH_LINE)
+_PATCH_OPACITY = 0.86  # a trace of the picture shows what was averaged
+
+
+def draw_tokens(seen: Image.Image, plan: TokenPlan) -> Image.Image:
+    """What the model sees: kept tokens sharp, pooled ones in their mean colour, the others faded.
+
+    Args:
+        seen: the model's view of the picture, RGB, of any size.
+        plan: what becomes of its tokens.
+    """
+    grid = plan.grid
+    means = seen.resize((grid.cols, grid.rows), Image.Resampling.BOX)
+    drawing = faded(seen)
+    for embedding in plan.embeddings:
+        colour = _mean_colour(means, embedding.tokens)
+        for token in embedding.tokens:
+            box = _cell(seen, grid, token)
+            cell = seen.crop(box)
+            if len(embedding.tokens) > 1:
+                cell = Image.blend(cell, Image.new("RGB", cell.size, colour), _PATCH_OPACITY)
+            drawing.paste(cell, box[:2])
+    return _with_lines(drawing, plan)
+
+
+def faded(picture: Image.Image) -> Image.Image:
+    """The look of tokens that are left out: grey and pale."""
+    grey = ImageOps.grayscale(picture).convert("RGB")
+    return Image.blend(grey, Image.new("RGB", picture.size, (216, 219, 224)), 0.72)
+
+
+def _cell(seen: Image.Image, grid: TokenGrid, token: int) -> PixelBox:
+    row, col = divmod(token, grid.cols)
+    left, right = (round(edge * seen.width / grid.cols) for edge in (col, col + 1))
+    top, bottom = (round(edge * seen.height / grid.rows) for edge in (row, row + 1))
+    return left, top, right, bottom
+
+
+def _mean_colour(means: Image.Image, tokens: tuple[int, ...]) -> tuple[int, int, int]:
+    totals = [0.0, 0.0, 0.0]
+    for token in tokens:
+        row, col = divmod(token, means.width)
+        pixel = means.getpixel((col, row))
+        assert isinstance(pixel, tuple)  # RGB
+        totals = [total + value for total, value in zip(totals, pixel, strict=True)]
+    red, green, blue = (round(total / len(tokens)) for total in totals)
+    return red, green, blue
+
+
+def _with_lines(drawing: Image.Image, plan: TokenPlan) -> Image.Image:
+    """Lines between neighbours that are not part of the same embedding."""
+    assigned = plan.assignment()
+    sizes = [len(embedding.tokens) for embedding in plan.embeddings]
+    kinds = [0 if index < 0 else min(sizes[index], 2) for index in assigned]
+    lines: list[list[PixelBox]] = [[] for _ in _LINES]
+    for token, neighbour in _neighbours(plan.grid):
+        if assigned[token] == assigned[neighbour] >= 0:
+            continue
+        left, top, _, _ = _cell(drawing, plan.grid, neighbour)
+        _, _, right, bottom = _cell(drawing, plan.grid, token)
+        # The edge both share: the neighbour starts where the token ends, in one of the two directions.
+        lines[max(kinds[token], kinds[neighbour])].append((left, top, right, bottom))
+    overlay = Image.new("RGBA", drawing.size)
+    draw = ImageDraw.Draw(overlay)
+    for edges, (colour, width) in zip(lines, _LINES, strict=True):
+        for edge in edges:
+            draw.line(edge, fill=colour, width=width)
+    return Image.alpha_composite(drawing.convert("RGBA"), overlay).convert("RGB")
+
+
+def _neighbours(grid: TokenGrid) -> Iterator[tuple[int, int]]:
+    """Every token with the one to its right and the one below."""
+    for token in range(grid.num_tokens):
+        if (token + 1) % grid.cols:
+            yield token, token + 1
+        if token + grid.cols < grid.num_tokens:
+            yield token, token + grid.cols
