@@ -97,7 +97,9 @@ def _installed_vllm() -> tuple[str, list[str]]:
             found = str(importlib.import_module("vllm").__version__)
     except ModuleNotFoundError as error:
         if error.name == "vllm":
-            return NOT_INSTALLED, [f"vllm is not installed; vllm-crop supports vllm{compat.SUPPORTED_VERSIONS}"]
+            return NOT_INSTALLED, [
+                f"vllm is not installed; vllm-crop supports vllm{compat.SUPPORTED_VERSIONS}"
+            ]
         return "broken", [f"vllm cannot be imported: {error}"]
     except Exception as error:  # whatever a broken installation raises is what the user must see
         return "broken", [f"vllm cannot be imported: {error}"]
@@ -125,7 +127,9 @@ def _plugin_problems() -> list[str]:
         problems.append(f"no entry point {ENTRY_POINT!r} in {ENTRY_POINT_GROUP}: reinstall vllm-crop")
     selected = os.environ.get("VLLM_PLUGINS")
     if selected is not None and ENTRY_POINT not in selected.split(","):
-        problems.append(f"VLLM_PLUGINS={selected!r} leaves out {ENTRY_POINT!r}: add it, or unset the variable")
+        problems.append(
+            f"VLLM_PLUGINS={selected!r} leaves out {ENTRY_POINT!r}: add it, or unset the variable"
+        )
     return problems
 
 

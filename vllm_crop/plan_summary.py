@@ -55,7 +55,9 @@ class PlanSummary:
     @property
     def change(self) -> str:
         """What pruning saves, such as "-83.3 %"."""
-        return f"{100 * (self.embeddings / self.tokens - 1):.1f} %" if self.embeddings < self.tokens else "0 %"
+        return (
+            f"{100 * (self.embeddings / self.tokens - 1):.1f} %" if self.embeddings < self.tokens else "0 %"
+        )
 
     def describe(self) -> str:
         """One line such as "region 36 kept, 60 pooled"."""

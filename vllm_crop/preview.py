@@ -19,13 +19,13 @@ _WHITE = (255, 255, 255)
 _PADDING_COLOUR = (127, 127, 127)
 
 
-def draw_preview(image: Image.Image, plan: TokenPlan, view: ImageView, region: Region | None) -> Image.Image:
+def draw_preview(image: Image.Image, view: ImageView, plan: TokenPlan, region: Region | None) -> Image.Image:
     """The picture with its plan drawn in, above a caption with the counts and a legend.
 
     Args:
         image: as it is sent to the model; of any size and mode.
-        plan: what becomes of its tokens.
         view: the part of the upright image that the model sees.
+        plan: what becomes of its tokens.
         region: in fractions of the image as sent; None if there is none.
     """
     picture = as_rgb(image)
@@ -63,14 +63,12 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
-    """Grey values of 16 bits, 32 bits or floats, by the smallest usual range that holds them."""
+    """Grey values of 16 or 32 bits, or floats, by the smallest usual range that holds them."""
     values = image.convert("F")
     _, brightest = values.getextrema()
     assert isinstance(brightest, float)  # a single channel
-    ranges = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
-    if image.mode.startswith("I;16"):
-        ranges = (65535.0,)
-    white = next((limit for limit in ranges if brightest <= limit), brightest)
+    usual = {"F": (1.0, 255.0, 65535.0), "I": (255.0, 65535.0)}.get(image.mode, (65535.0,))
+    white = next((limit for limit in usual if brightest <= limit), brightest)
     return values.point(lambda value: value * (255 / white)).convert("L")
 
 

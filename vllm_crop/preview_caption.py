@@ -72,9 +72,7 @@ def _bar(width: int, summary: PlanSummary, plan: TokenPlan, swatches: list[Swatc
     x += 50
     after = f"{summary.embeddings} tokens"
     draw.text((x, y), after, fill=_TEXT, font=big, stroke_width=0.8)
-    draw.text(
-        (width - _MARGIN, y), summary.change, fill=_SAVED, font=big, anchor="ra", stroke_width=0.8
-    )
+    draw.text((width - _MARGIN, y), summary.change, fill=_SAVED, font=big, anchor="ra", stroke_width=0.8)
     y += 50
     draw.text((_MARGIN, y), summary.describe(), fill=_TEXT, font=small)
     grid = f"{plan.grid.rows} x {plan.grid.cols} grid, pruning rate {plan.pruning_rate:g}"

@@ -121,9 +121,7 @@ def _draw_street(draw: ImageDraw.ImageDraw, width: int, height: int) -> None:
         draw.rectangle((left, 0.925 * height, left + 0.55 * dash, 0.94 * height), fill=(236, 232, 214))
 
 
-def _draw_sign(
-    draw: ImageDraw.ImageDraw, box: Sequence[float], height: int, words: tuple[str, str]
-) -> None:
+def _draw_sign(draw: ImageDraw.ImageDraw, box: Sequence[float], height: int, words: tuple[str, str]) -> None:
     left, top, right, bottom = box
     wide, tall, middle, green = right - left, bottom - top, (left + right) / 2, (24, 92, 72)
     draw.rectangle((middle - 0.03 * wide, bottom, middle + 0.03 * wide, 0.75 * height), fill=(70, 74, 82))

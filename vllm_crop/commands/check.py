@@ -65,7 +65,9 @@ def _print_upstream_points(console: Console, points: Sequence[Mapping[str, Any]]
         console.print("  not checked, see the problems below")
     table = Table.grid(padding=(0, 2))
     for mark, (name, reason) in zip(marks, rows, strict=True):
-        table.add_row("", mark, escape(name.rsplit(".", 2)[-2] + "." + name.rsplit(".", 1)[-1]), escape(reason))
+        table.add_row(
+            "", mark, escape(name.rsplit(".", 2)[-2] + "." + name.rsplit(".", 1)[-1]), escape(reason)
+        )
     console.print(table)
 
 

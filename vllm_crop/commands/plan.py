@@ -26,6 +26,8 @@ from vllm_crop.geometry import Region
 from vllm_crop.plan import TokenPlan
 from vllm_crop.plan_summary import PlanSummary
 
+Cell = tuple[str, str]
+
 # Character and colour of a cell; the character is what is left where the terminal shows no colours.
 _REGION_CELL, _KEPT_CELL, _LEFT_OUT_CELL = ("#", "magenta"), ("o", "bright_white"), (".", "bright_black")
 _PATCH_CELLS = (("+", "blue"), ("-", "cyan"), ("=", "green"), ("~", "yellow"), (":", "red"))
@@ -55,7 +57,8 @@ def plan(
     console.print(_summary(token_plan, in_view, pruning_rate, geometry.num_layers))
     if in_view is None:
         console.print(f"Served whole: {why_whole(request, asked, method)}.")
-    console.print(_drawing(token_plan, in_view))
+    else:
+        console.print(_drawing(token_plan, in_view))
 
 
 def _parse_size(text: str) -> tuple[int, int]:
@@ -84,37 +87,39 @@ def _summary(token_plan: TokenPlan, region: Region | None, asked: float, num_lay
     return table
 
 
-def _drawing(token_plan: TokenPlan, region: Region | None) -> Text:
+def _drawing(token_plan: TokenPlan, region: Region) -> Text:
     """The grid, two characters a token, and what they mean."""
     grid = token_plan.grid
-    inside = set(grid.tokens_in(region)) if region else set()
-    assigned = token_plan.assignment()
+    inside = set(grid.tokens_in(region))
     patches = _patch_cells(token_plan)
-    drawing = Text()
-    shown = set()
-    for token, embedding in enumerate(assigned):
-        cell = patches.get(embedding, _KEPT_CELL)
-        if embedding < 0:
-            cell = _LEFT_OUT_CELL
-        elif token in inside:
-            cell = _REGION_CELL
+    drawing, shown = Text(), set()
+    for token, embedding in enumerate(token_plan.assignment()):
+        kept_cell = _REGION_CELL if token in inside else _KEPT_CELL
+        cell = patches.get(embedding, kept_cell) if embedding >= 0 else _LEFT_OUT_CELL
         shown.add(cell)
-        drawing.append(cell[0] * 2, style=f"{cell[1]} on {cell[1]}")
+        _append(drawing, cell)
         if (token + 1) % grid.cols == 0:
             drawing.append("\n")
     meanings = {_REGION_CELL: "region, kept", _KEPT_CELL: "kept", _LEFT_OUT_CELL: "left out"}
     for cell, meaning in meanings.items():
         if cell in shown:
-            drawing.append(cell[0] * 2, style=f"{cell[1]} on {cell[1]}").append(f" {meaning}   ")
-    for character, colour in _PATCH_CELLS if patches else ():
-        drawing.append(character * 2, style=f"{colour} on {colour}")
+            _append(drawing, cell)
+            drawing.append(f" {meaning}  ")
+    for cell in _PATCH_CELLS:
+        if cell in shown:
+            _append(drawing, cell)
     return drawing.append(" pooled, one embedding per patch" if patches else "")
 
 
-def _patch_cells(token_plan: TokenPlan) -> dict[int, tuple[str, str]]:
+def _append(drawing: Text, cell: Cell) -> None:
+    character, colour = cell
+    drawing.append(character * 2, style=f"{colour} on {colour}")
+
+
+def _patch_cells(token_plan: TokenPlan) -> dict[int, Cell]:
     """A cell for each pooled embedding, another one than its neighbours have where that is possible."""
     grid, assigned = token_plan.grid, token_plan.assignment()
-    chosen: dict[int, tuple[str, str]] = {}
+    chosen: dict[int, Cell] = {}
     for index, embedding in enumerate(token_plan.embeddings):
         if len(embedding.tokens) == 1:
             continue

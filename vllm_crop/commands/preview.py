@@ -49,11 +49,11 @@ def preview(
     request = request_for_image(asked, pruning_rate, compression)
     if model is None:
         typer.echo("No --model: LLaVA-1.5 assumed, a 24 x 24 grid on the 336-pixel centre crop.")
-    geometry = geometry_of(model) if model is not None else llava_geometry()
+    geometry = geometry_of(model) if model is not None else assumed_llava()
     picture = _open(image)
     token_plan = plan_image(geometry, *picture.size, request)
     view = geometry.view(*picture.size)
-    drawing = draw_preview(picture, token_plan, view, asked)
+    drawing = draw_preview(picture, view, token_plan, asked)
     try:
         drawing.save(output, format="PNG")
     except OSError as error:
@@ -63,11 +63,13 @@ def preview(
     in_view = request.region and view.project(request.region)
     counts = PlanSummary.of(token_plan, in_view)
     reason = "" if in_view else f": {why_whole(request, asked)}"
-    typer.echo(f"{counts.tokens} -> {counts.embeddings} tokens ({counts.change})  {counts.describe()}{reason}")
+    typer.echo(
+        f"{counts.tokens} -> {counts.embeddings} tokens ({counts.change})  {counts.describe()}{reason}"
+    )
     typer.echo(f"Written to {output}")
 
 
-def llava_geometry() -> VisionGeometry:
+def assumed_llava() -> VisionGeometry:
     """LLaVA-1.5's: 24 x 24 tokens on the centre crop of 336 pixels."""
     return geometry_from_configs(_LLAVA_CONFIG, _LLAVA_PROCESSOR)
 

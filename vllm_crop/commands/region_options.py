@@ -13,7 +13,14 @@ from vllm_crop.checkpoint_files import load_geometry
 from vllm_crop.config import CropConfig, Method
 from vllm_crop.errors import CropError
 from vllm_crop.geometry import Region
-from vllm_crop.params import MAX_BOXES, CropParams, ImageRequest, InvalidCropError, image_requests, parse_region
+from vllm_crop.params import (
+    MAX_BOXES,
+    CropParams,
+    ImageRequest,
+    InvalidCropError,
+    image_requests,
+    parse_region,
+)
 from vllm_crop.plan import Compression, TokenPlan, make_plan, whole_image_plan
 from vllm_crop.vision_geometry import VisionGeometry
 
@@ -65,7 +72,8 @@ def request_for_image(
     """
     if method not in get_args(Method):
         raise typer.BadParameter(
-            f"this version has the methods {', '.join(get_args(Method))}, not {method!r}", param_hint="--method"
+            f"this version has the methods {', '.join(get_args(Method))}, not {method!r}",
+            param_hint="--method",
         )
     settings = {
         "method": method,
@@ -118,11 +126,16 @@ def why_whole(request: ImageRequest, region: Region | None, method: str = "plc")
 
 def _parse_fractions(text: str) -> Region:
     try:
-        region = parse_region([float(number) for number in text.split(",")])
+        numbers = [float(number) for number in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(
+            f"four fractions x0,y0,x1,y1 needed, got {text!r}", param_hint="--region"
+        ) from None
+    try:
+        region = parse_region(numbers)
     except ValueError as error:
-        reason = "a box must be four fractions x0,y0,x1,y1" if "convert" in str(error) else str(error)
-        raise typer.BadParameter(f"{reason}, got {text!r}", param_hint="--region") from None
-    assert region is not None
+        raise typer.BadParameter(str(error), param_hint="--region") from None
+    assert region is not None  # only None gives None
     return region
 
 

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading grids and decoder depth from checkpoints' JSON."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoConfig, LlavaConfig
+
+from vllm_crop.errors import UnsupportedModelError
+from vllm_crop.geometry import Box, TokenGrid
+from vllm_crop.vision_geometry import FAMILIES, LlavaGeometry, decoder_layers, geometry_from_configs
+
+# As published with llava-hf/llava-1.5-7b-hf: what equals transformers' defaults is left out.
+LLAVA_7B = {
+    "architectures": ["LlavaForConditionalGeneration"],
+    "image_token_index": 32000,
+    "model_type": "llava",
+    "text_config": {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 32064},
+    "vision_config": {"image_size": 336, "model_type": "clip_vision_model", "patch_size": 14},
+    "vision_feature_layer": -2,
+    "vision_feature_select_strategy": "default",
+}
+LLAVA_PREPROCESSOR = {
+    "crop_size": {"height": 336, "width": 336},
+    "do_center_crop": True,
+    "do_resize": True,
+    "size": {"shortest_edge": 336},
+}
+
+
+def test_published_llava_has_24_by_24_tokens_and_32_layers() -> None:
+    geometry = geometry_from_configs(LLAVA_7B, LLAVA_PREPROCESSOR)
+    assert isinstance(geometry, LlavaGeometry)
+    assert geometry.num_layers == 32
+    assert geometry.grid(640, 480) == geometry.grid(1, 1) == TokenGrid(24, 24)
+    assert geometry.view(640, 480).window == Box(0.125, 0.0, 0.875, 1.0)
+
+
+def test_the_file_of_a_checkpoint_and_the_loaded_config_give_the_same_geometry(tmp_path: Path) -> None:
+    config = LlavaConfig(architectures=["LlavaForConditionalGeneration"])
+    config.text_config.num_hidden_layers = 7
+    config.save_pretrained(tmp_path)
+    from_file, _ = LlavaConfig.get_config_dict(tmp_path)
+    assert geometry_from_configs(from_file, {}) == geometry_from_configs(config.to_dict(), {})
+    assert geometry_from_configs(from_file, {}).num_layers == 7
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2"])
+def test_layers_left_out_of_config_json_are_transformers_defaults(model_type: str) -> None:
+    default = AutoConfig.for_model(model_type).num_hidden_layers
+    assert decoder_layers({"model_type": model_type}) == default
+
+
+def test_written_layers_win_over_defaults() -> None:
+    assert decoder_layers({"model_type": "llama", "num_hidden_layers": 40}) == 40
+    assert decoder_layers({"num_hidden_layers": 5, "model_type": "of our own"}) == 5
+    assert decoder_layers({}) == 32
+
+
+def test_unknown_text_models_without_layers_are_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="num_hidden_layers for 'gpt9'"):
+        decoder_layers({"model_type": "gpt9"})
+
+
+@pytest.mark.parametrize("architecture", sorted(FAMILIES))
+def test_our_own_architecture_names_are_recognised(architecture: str) -> None:
+    stock = geometry_from_configs({**LLAVA_7B, "architectures": [architecture]}, LLAVA_PREPROCESSOR)
+    ours = geometry_from_configs({**LLAVA_7B, "architectures": [f"Crop{architecture}"]}, LLAVA_PREPROCESSOR)
+    assert ours == stock
+
+
+@pytest.mark.parametrize(
+    "architectures", [None, [], ["LlamaForCausalLM"], ["LlavaNextForConditionalGeneration"]]
+)
+def test_other_architectures_are_refused_naming_the_supported_ones(architectures: Any) -> None:
+    with pytest.raises(UnsupportedModelError, match="LlavaForConditionalGeneration"):
+        geometry_from_configs({**LLAVA_7B, "architectures": architectures}, {})
+
+
+def test_other_vision_towers_are_refused() -> None:
+    vision = {"model_type": "siglip_vision_model", "image_size": 384, "patch_size": 14}
+    with pytest.raises(UnsupportedModelError, match="'siglip_vision_model'"):
+        geometry_from_configs({**LLAVA_7B, "vision_config": vision}, {})
+
+
+def test_checkpoints_that_keep_the_class_token_are_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="vision_feature_select_strategy='full'"):
+        geometry_from_configs({**LLAVA_7B, "vision_feature_select_strategy": "full"}, {})
+
+
+def test_image_processor_settings_that_are_not_understood_are_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="longest_edge"):
+        geometry_from_configs(LLAVA_7B, {"size": {"longest_edge": 336}})
+
+
+def test_a_tower_whose_sizes_are_left_out_has_those_of_clip() -> None:
+    geometry = geometry_from_configs({**LLAVA_7B, "vision_config": {"model_type": "clip_vision_model"}}, {})
+    assert geometry.grid(1, 1) == TokenGrid(7, 7)
+
+
+@pytest.mark.xfail(reason="transformers reads a missing vision_config as 336 pixels in patches of 14")
+def test_a_checkpoint_without_a_vision_config_has_transformers_default_tower() -> None:
+    bare = {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava"}
+    loaded = LlavaConfig.from_dict(bare)
+    assert geometry_from_configs(bare, {}).grid(1, 1) == geometry_from_configs(loaded.to_dict(), {}).grid(
+        1, 1
+    )
