@@ -13,6 +13,7 @@ Method = Literal["plc", "off"]
 PositionIds = Literal["renumbered", "original"]
 
 CONFIG_KEY = "crop"
+_LONGEST_KEY = 40  # an unknown key comes from the client and may be a megabyte long
 
 
 class CropLimits(BaseModel):
@@ -80,7 +81,9 @@ def describe_errors(error: ValidationError, prefix: str) -> str:
     """One sentence per wrong field: where it is, what is allowed, what was given (shortened)."""
     sentences = []
     for detail in error.errors(include_url=False):
-        place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in detail["loc"])
+        place = "".join(
+            f"[{part}]" if isinstance(part, int) else f".{part[:_LONGEST_KEY]}" for part in detail["loc"]
+        )
         message = detail["msg"].removeprefix("Value error, ")
         given = "" if detail["type"] in ("missing", "value_error") else f", got {shorten(detail['input'])}"
         sentences.append(f"{prefix}{place}: {message}{given}")

@@ -17,7 +17,7 @@ CHAT_TEMPLATE = (
     "{% if message['content'] is string %}{{ message['content'] }}"
     "{% else %}{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}<image>\n{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}\n{% endfor %}"
+    "{% endfor %}{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
 
@@ -40,15 +40,19 @@ BENCH = LlavaSize(layers=12, hidden=768, heads=12, vision_layers=4, vision_hidde
 
 
 def make_tokenizer() -> Any:
-    """A byte-level tokenizer: every text can be written, no file is needed."""
+    """A byte-level tokenizer: every text can be written, and every token reads as some text of its own."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate(SPECIAL_TOKENS + alphabet)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokens = SPECIAL_TOKENS + sorted(pre_tokenizers.ByteLevel.alphabet())
+    # Filled up to a multiple of 64, as real vocabularies are, with words that are only ever generated.
+    tokens += [f" w{index}" for index in range(-len(tokens) % 64)]
+    tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    # Not the ByteLevel decoder: random bytes are rarely valid UTF-8.
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u0120", " "), decoders.Replace("\u010a", "\n"), decoders.Fuse()]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<s>",
@@ -103,8 +107,7 @@ def make_checkpoint(folder: Path, size: LlavaSize = TINY, seed: int = 0, weights
 
     tokenizer = make_tokenizer()
     image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    # Vocabulary padded to a multiple of 64, as real checkpoints have it.
-    config = make_config(size, -(-len(tokenizer) // 64) * 64, image_token_id)
+    config = make_config(size, len(tokenizer), image_token_id)
     folder.mkdir(parents=True, exist_ok=True)
     processor = LlavaProcessor(
         image_processor=CLIPImageProcessor(

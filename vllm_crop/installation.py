@@ -22,7 +22,7 @@ from vllm_crop.frontend.refusals import REFUSED
 from vllm_crop.vision_geometry import FAMILIES
 
 ENTRY_POINT_GROUP, ENTRY_POINT = "vllm.general_plugins", "crop"
-NOT_INSTALLED = "not installed"
+NOT_INSTALLED, BROKEN = "not installed", "broken"
 _EXAMPLE_SIZE = (640, 480)
 
 
@@ -33,9 +33,9 @@ def describe_installation(model: str | None = None) -> dict[str, Any]:
         model: a checkpoint to judge too, a directory or a name on the Hub.
     """
     vllm_version, problems = _installed_vllm()
-    upstream_points = _upstream_points() if not problems else []
+    upstream_points = [] if vllm_version in (NOT_INSTALLED, BROKEN) else _upstream_points()
     problems += [point["problem"] for point in upstream_points if point["problem"]]
-    problems += _plugin_problems()
+    problems += _environment_problems()
     checkpoint = describe_checkpoint(model) if model is not None else None
     if checkpoint and not checkpoint["supported"]:
         problems.append(checkpoint["reason"])
@@ -91,7 +91,6 @@ def describe_config(settings: type[BaseModel], prefix: str = "") -> list[dict[st
 
 def _installed_vllm() -> tuple[str, list[str]]:
     """Version and problems. The module is asked: a CPU build may have no distribution called vllm."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     try:
         with _quiet():
             found = str(importlib.import_module("vllm").__version__)
@@ -100,9 +99,9 @@ def _installed_vllm() -> tuple[str, list[str]]:
             return NOT_INSTALLED, [
                 f"vllm is not installed; vllm-crop supports vllm{compat.SUPPORTED_VERSIONS}"
             ]
-        return "broken", [f"vllm cannot be imported: {error}"]
+        return BROKEN, [f"vllm cannot be imported: {error}"]
     except Exception as error:  # whatever a broken installation raises is what the user must see
-        return "broken", [f"vllm cannot be imported: {error}"]
+        return BROKEN, [f"vllm cannot be imported: {error}"]
     if compat.SUPPORTED_VERSIONS.contains(found, prereleases=True):
         return found, []
     return found, [f"vllm-crop supports vllm{compat.SUPPORTED_VERSIONS}, installed is {found}"]
@@ -121,7 +120,7 @@ def _upstream_points() -> list[dict[str, Any]]:
     return described
 
 
-def _plugin_problems() -> list[str]:
+def _environment_problems() -> list[str]:
     problems = []
     if ENTRY_POINT not in _found_entry_points():
         problems.append(f"no entry point {ENTRY_POINT!r} in {ENTRY_POINT_GROUP}: reinstall vllm-crop")
@@ -130,6 +129,8 @@ def _plugin_problems() -> list[str]:
         problems.append(
             f"VLLM_PLUGINS={selected!r} leaves out {ENTRY_POINT!r}: add it, or unset the variable"
         )
+    if os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
+        problems.append(f"VLLM_USE_RUST_FRONTEND is set: {REFUSED['VLLM_USE_RUST_FRONTEND=1']}")
     return problems
 
 
@@ -147,9 +148,10 @@ def _version_of(distribution: str) -> str:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep what importing vLLM logs and prints out of the report."""
+    disabled = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(disabled)

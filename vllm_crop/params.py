@@ -85,7 +85,7 @@ class CropParams(BaseModel):
             return cls.model_validate(dict(value))
         except ValidationError as error:
             first = error.errors(include_url=False)[0]["loc"]
-            parameter = ".".join(["crop", *(str(part) for part in first[:1])])
+            parameter = ".".join(["crop", *(str(part)[:40] for part in first[:1])])
             raise InvalidCropError(describe_errors(error, "crop"), parameter) from None
 
 

@@ -17,6 +17,10 @@ SHORT_VIEW = 480  # what the model sees is drawn at least this large, so that th
 MAX_SIDE = 2400
 _WHITE = (255, 255, 255)
 _PADDING_COLOUR = (127, 127, 127)
+_WHITES: dict[str, tuple[float, ...]] = {
+    "F": (1.0, 255.0, 65535.0),
+    "I": (255.0, 65535.0),
+}  # usual values of white, by mode
 
 
 def draw_preview(image: Image.Image, view: ImageView, plan: TokenPlan, region: Region | None) -> Image.Image:
@@ -67,8 +71,7 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     values = image.convert("F")
     _, brightest = values.getextrema()
     assert isinstance(brightest, float)  # a single channel
-    usual = {"F": (1.0, 255.0, 65535.0), "I": (255.0, 65535.0)}.get(image.mode, (65535.0,))
-    white = next((limit for limit in usual if brightest <= limit), brightest)
+    white = next((limit for limit in _WHITES.get(image.mode, (65535.0,)) if brightest <= limit), brightest)
     return values.point(lambda value: value * (255 / white)).convert("L")
 
 

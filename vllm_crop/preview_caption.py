@@ -18,7 +18,7 @@ _TEXT: Colour = (244, 246, 250)
 _QUIET: Colour = (160, 168, 180)
 _SAVED: Colour = (92, 214, 150)
 _MARGIN = 22
-_MIN_WIDTH = 640
+_MIN_WIDTH = 750
 
 
 class Swatch(Enum):
@@ -74,9 +74,14 @@ def _bar(width: int, summary: PlanSummary, plan: TokenPlan, swatches: list[Swatc
     draw.text((x, y), after, fill=_TEXT, font=big, stroke_width=0.8)
     draw.text((width - _MARGIN, y), summary.change, fill=_SAVED, font=big, anchor="ra", stroke_width=0.8)
     y += 50
-    draw.text((_MARGIN, y), summary.describe(), fill=_TEXT, font=small)
-    grid = f"{plan.grid.rows} x {plan.grid.cols} grid, pruning rate {plan.pruning_rate:g}"
-    draw.text((width - _MARGIN, y), grid, fill=_QUIET, font=small, anchor="ra")
+    counts = summary.describe()
+    grid = f"{plan.grid.rows} x {plan.grid.cols} grid, pruning rate {plan.pruning_rate:.4g}"
+    draw.text((_MARGIN, y), counts, fill=_TEXT, font=small)
+    if small.getlength(counts) + small.getlength(grid) + 3 * _MARGIN <= width:
+        draw.text((width - _MARGIN, y), grid, fill=_QUIET, font=small, anchor="ra")
+    else:
+        y += 30
+        draw.text((_MARGIN, y), grid, fill=_QUIET, font=small)
     y += 40
     draw.line((_MARGIN, y, width - _MARGIN, y), fill=(52, 58, 68), width=1)
     bottom = _legend(bar, y + 16, swatches)

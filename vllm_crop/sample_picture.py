@@ -19,9 +19,9 @@ _SIGNS = (("CAFE", "open 7-19"), ("BAKERY", "bread 3.50"), ("BOOKS", "since 1924
 _INK: Colour = (34, 38, 46)
 
 # Where things stand: left, top, right, bottom in units of the short side, from the anchor (fractions).
-_ANCHORS = {"sign": (0.68, _HORIZON), "car": (0.33, 0.86), "tree": (0.07, 0.76), "person": (0.58, 0.755)}
+_ANCHORS = {"sign": (2 / 3, _HORIZON), "car": (0.33, 0.86), "tree": (0.07, 0.76), "person": (0.58, 0.755)}
 _EXTENTS = {
-    "sign": (-0.12, -0.54, 0.12, -0.32),
+    "sign": (-0.12, -0.53, 0.12, -0.29),
     "car": (-0.21, -0.17, 0.21, 0.02),
     "tree": (-0.15, -0.46, 0.15, 0.0),
     "person": (-0.04, -0.20, 0.04, 0.0),

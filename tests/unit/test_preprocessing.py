@@ -140,7 +140,7 @@ def test_missing_settings_are_those_of_transformers() -> None:
     "size", [{"shortest_edge": 336, "longest_edge": 1000}, {"longest_edge": 336}, {"max_height": 3}, {}]
 )
 def test_unknown_ways_of_resizing_are_refused(size: dict[str, int]) -> None:
-    with pytest.raises(UnsupportedModelError, match="size .* is not supported"):
+    with pytest.raises(UnsupportedModelError, match=r"size .* is not supported"):
         ClipPreprocessing.from_settings({"size": size})
 
 

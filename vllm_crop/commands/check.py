@@ -2,7 +2,7 @@
 """`vllm-crop check`: would pruning start here, and with which settings."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -33,53 +33,56 @@ def _print_report(console: Console, report: Mapping[str, Any]) -> None:
     console.print(f"  vllm-crop supports vllm{report['supported_vllm']}")
     _print_rows(console, f"Entry points of {ENTRY_POINT_GROUP}", report["entry_points"].items())
     selected = report["vllm_plugins"]
-    console.print(f"  VLLM_PLUGINS {'is not set' if selected is None else f'= {escape(selected)}'}")
+    console.print("  VLLM_PLUGINS is not set" if selected is None else f"  VLLM_PLUGINS={escape(selected)}")
     _print_upstream_points(console, report["upstream_points"])
+    _print_heading(console, "Supported architectures")
+    for architecture in report["architectures"]:
+        console.print(f"  {architecture}")
     _print_rows(console, "Refused with --plugin crop", report["refused"].items())
     settings = [
         (setting["key"], json.dumps(setting["default"]), setting["description"])
         for setting in report["config"]
     ]
     _print_rows(console, "Settings of --crop-config, with defaults", settings)
-    console.print("\n[bold]Supported architectures[/bold]")
-    for architecture in report["architectures"]:
-        console.print(f"  {architecture}")
     if report["model"]:
         _print_model(console, report["model"])
     _print_verdict(console, report["problems"])
 
 
-def _print_rows(console: Console, title: str, rows: Any) -> None:
+def _print_heading(console: Console, title: str) -> None:
     console.print(f"\n[bold]{escape(title)}[/bold]")
+
+
+def _print_rows(console: Console, title: str, rows: Iterable[Sequence[str]]) -> None:
+    _print_heading(console, title)
     table = Table.grid(padding=(0, 2))
     for row in rows:
         table.add_row("", *(escape(cell) for cell in row))
+    for column in table.columns:
+        column.overflow = "fold"
     console.print(table)
 
 
 def _print_upstream_points(console: Console, points: Sequence[Mapping[str, Any]]) -> None:
-    rows = [(point["name"], point["reason"]) for point in points]
-    marks = ["[red]problem[/red]" if point["problem"] else "[green]ok[/green]" for point in points]
-    console.print("\n[bold]Functions of vLLM this builds on[/bold]")
+    _print_heading(console, "Functions of vLLM this builds on")
     if not points:
         console.print("  not checked, see the problems below")
-    table = Table.grid(padding=(0, 2))
-    for mark, (name, reason) in zip(marks, rows, strict=True):
-        table.add_row(
-            "", mark, escape(name.rsplit(".", 2)[-2] + "." + name.rsplit(".", 1)[-1]), escape(reason)
-        )
-    console.print(table)
+    for point in points:
+        mark = "[red]problem[/red]" if point["problem"] else "[green]ok[/green]"
+        console.print(f"  {mark}  {escape(point['name'])}", soft_wrap=True)
+        console.print(f"      [dim]{escape(point['reason'])}[/dim]", soft_wrap=True)
 
 
 def _print_model(console: Console, model: Mapping[str, Any]) -> None:
-    console.print(f"\n[bold]{escape(model['name'])}[/bold]")
+    _print_heading(console, model["name"])
     if not model["supported"]:
-        console.print(f"  [red]not supported[/red]: {escape(model['reason'])}")
+        console.print(f"  [red]not supported[/red]: {escape(model['reason'])}", soft_wrap=True)
         return
     (rows, cols), (width, height) = model["grid"], model["image_size"]
     console.print(
         f"  [green]supported[/green]: {model['tokens_per_image']} tokens for an image of {width}x{height} "
-        f"({rows} x {cols}), {model['num_layers']} decoder layers"
+        f"({rows} x {cols}), {model['num_layers']} decoder layers",
+        soft_wrap=True,
     )
 
 
@@ -89,4 +92,4 @@ def _print_verdict(console: Console, problems: Sequence[str]) -> None:
         return
     console.print("\n[bold red]Pruning would not start:[/bold red]")
     for problem in problems:
-        console.print(f"  - {escape(problem)}")
+        console.print(f"  - {escape(problem)}", soft_wrap=True)

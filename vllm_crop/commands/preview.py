@@ -47,8 +47,6 @@ def preview(
     """Draw which parts of an image the model keeps, pools and never sees, and print the counts."""
     asked = parse_regions(region, cells)
     request = request_for_image(asked, pruning_rate, compression)
-    if model is None:
-        typer.echo("No --model: LLaVA-1.5 assumed, a 24 x 24 grid on the 336-pixel centre crop.")
     geometry = geometry_of(model) if model is not None else assumed_llava()
     picture = _open(image)
     token_plan = plan_image(geometry, *picture.size, request)
@@ -61,6 +59,8 @@ def preview(
             f"{output} cannot be written: {error.strerror or error}", param_hint="--output"
         ) from None
     in_view = request.region and view.project(request.region)
+    if model is None:
+        typer.echo("No --model: LLaVA-1.5 assumed, a 24 x 24 grid on the 336-pixel centre crop.")
     counts = PlanSummary.of(token_plan, in_view)
     reason = "" if in_view else f": {why_whole(request, asked)}"
     typer.echo(
@@ -77,7 +77,8 @@ def assumed_llava() -> VisionGeometry:
 def _open(path: Path) -> Image.Image:
     """The picture upright, so that its size is the one the server sees."""
     try:
-        return ImageOps.exif_transpose(Image.open(path))
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image)
     except FileNotFoundError:
         reason = f"there is no file {path}"
     except UnidentifiedImageError:

@@ -66,7 +66,11 @@ class Client:
             temperature=0,
             stream=True,
             stream_options={"include_usage": True},
-            extra_body={"ignore_eos": True, **({} if crop is None else {"crop": crop})},
+            extra_body={
+                "ignore_eos": True,
+                "skip_special_tokens": False,
+                **({} if crop is None else {"crop": crop}),
+            },
         )
         facts = json.loads(response.headers["x-crop-facts"])
         words: list[str] = []

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Servers started with `vllm serve`, asked through the real clients."""
+
+import base64
+import io
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from vllm_crop.benchmarking.server import Server, get_text, serve
+
+API_KEY = "sekret-0123"
+MODEL = "tiny-llava"
+OPTIONS = (
+    *("--served-model-name", MODEL, "--dtype", "float32", "--max-model-len", "2048", "--enforce-eager"),
+    *("--block-size", "32", "--limit-mm-per-prompt", '{"image": 8}', "--max-num-batched-tokens", "2048"),
+)
+
+
+def data_url(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def metric(server: Server, name: str, **labels: str) -> float:
+    """A sample on /metrics, 0 if it is not there yet."""
+    total = 0.0
+    for line in get_text(f"{server.base_url}/metrics").splitlines():
+        if re.match(rf"{re.escape(name)}[ {{]", line) and all(
+            f'{k}="{v}"' in line for k, v in labels.items()
+        ):
+            total += float(line.rsplit(" ", 1)[1])
+    return total
+
+
+@pytest.fixture(scope="session")
+def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("logs")
+
+
+@pytest.fixture(scope="module")
+def server(checkpoint: Path, logs: Path) -> Iterator[Server]:
+    """Two API server processes behind one port, an API key, pooling to 96 tokens."""
+    crop = ("--plugin", "crop", "--crop-config", '{"pruning_rate": 0.8333}')
+    options = ("--api-server-count", "2", "--api-key", API_KEY)
+    with serve(str(checkpoint), *crop, *options, *OPTIONS, log_path=logs / "crop.log") as running:
+        yield running

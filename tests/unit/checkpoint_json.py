@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints of a few JSON files, for tests that need no transformers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+LLAVA = {
+    "architectures": ["LlavaForConditionalGeneration"],
+    "vision_config": {"model_type": "clip_vision_model", "image_size": 336, "patch_size": 14},
+    "text_config": {"model_type": "llama", "num_hidden_layers": 40},
+}
+PROCESSOR = {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}
+
+
+def write_json(folder: Path, **files: Any) -> str:
+    """Write `config=...` to config.json and so on, text as it is; returns the folder's name."""
+    for name, content in files.items():
+        text = content if isinstance(content, str) else json.dumps(content)
+        (folder / f"{name}.json").write_text(text)
+    return str(folder)
+
+
+def write_llava(folder: Path) -> str:
+    """LLaVA-1.5-13B's geometry: 24 x 24 tokens, 40 decoder layers."""
+    return write_json(folder, config=LLAVA, preprocessor_config=PROCESSOR)

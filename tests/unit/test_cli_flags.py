@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`--plugin crop` and `--crop-config`, on a stand-in for vLLM's EngineArgs."""
+
+import argparse
+import json
+import pkgutil
+from typing import Any
+
+import pytest
+
+from vllm_crop.compat.patches import cli_flags
+from vllm_crop.compat.patches.cli_flags import MIDDLEWARE, add_options, apply_options, parse_config, patch
+
+
+def fake_engine_args() -> type:
+    """A new class with the two functions that are replaced, as vLLM declares them."""
+
+    class EngineArgs:
+        def __init__(self, args: argparse.Namespace) -> None:
+            self.additional_config = args.additional_config
+
+        @staticmethod
+        def add_cli_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+            parser.add_argument("--additional-config", type=json.loads, default={})
+            return parser
+
+        @classmethod
+        def from_cli_args(cls, args: argparse.Namespace) -> Any:
+            return cls(args)
+
+    return EngineArgs
+
+
+def serve_parser() -> argparse.ArgumentParser:
+    """What `vllm serve` adds that our options touch."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--additional-config", type=json.loads, default={})
+    parser.add_argument("--middleware", action="append", default=[])
+    parser.add_argument("--enable-prompt-tokens-details", action="store_true")
+    add_options(parser)
+    return parser
+
+
+def served(*command_line: str) -> argparse.Namespace:
+    """The options of a `vllm serve` command line after ours have been applied."""
+    args = serve_parser().parse_args(command_line)
+    apply_options(args)
+    return args
+
+
+def test_without_our_options_nothing_changes() -> None:
+    args = served("--additional-config", '{"other": 1}')
+    assert args.additional_config == {"other": 1}
+    assert args.middleware == []
+    assert args.enable_prompt_tokens_details is False
+    assert (args.plugin, args.crop_config) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("command_line", "crop"),
+    [
+        (["--plugin", "crop"], {}),
+        (["--crop-config", "{}"], {}),
+        (["--crop-config", '{"pruning_rate": 0.889}'], {"pruning_rate": 0.889}),
+        (["--plugin", "crop", "--crop-config", '{"method": "off"}'], {"method": "off"}),
+        (["--additional-config", '{"crop": {"method": "off"}}'], {"method": "off"}),
+        (["--plugin", "crop", "--additional-config", '{"crop": {"method": "off"}}'], {"method": "off"}),
+    ],
+)
+def test_each_way_of_asking_sets_config_middleware_and_usage_details(
+    command_line: list[str], crop: dict[str, Any]
+) -> None:
+    args = served(*command_line)
+    assert args.additional_config == {"crop": crop}
+    assert args.middleware == [MIDDLEWARE]
+    assert args.enable_prompt_tokens_details is True
+
+
+def test_crop_config_wins_over_additional_config_key_by_key() -> None:
+    args = served(
+        "--additional-config",
+        '{"crop": {"method": "off", "pruning_rate": 0.1}, "other": 1}',
+        "--crop-config",
+        '{"pruning_rate": 0.2}',
+    )
+    assert args.additional_config == {"crop": {"method": "off", "pruning_rate": 0.2}, "other": 1}
+
+
+def test_the_dictionaries_given_are_not_changed() -> None:
+    crop: dict[str, Any] = {"method": "off"}
+    additional = {"crop": crop}
+    args = argparse.Namespace(additional_config=additional, crop_config={"pruning_rate": 0.5}, middleware=[])
+    apply_options(args)
+    assert (additional, crop) == ({"crop": {"method": "off"}}, {"method": "off"})
+
+
+def test_the_middleware_is_added_once_and_after_the_users() -> None:
+    args = served("--plugin", "crop", "--middleware", "mine.Own")
+    apply_options(args)
+    assert args.middleware == ["mine.Own", MIDDLEWARE]
+    assert served("--plugin", "crop", "--middleware", MIDDLEWARE).middleware == [MIDDLEWARE]
+
+
+def test_the_parsers_default_lists_stay_empty() -> None:
+    parser = serve_parser()
+    apply_options(parser.parse_args(["--plugin", "crop"]))
+    again = parser.parse_args([])
+    assert (again.middleware, again.additional_config) == ([], {})
+
+
+def test_commands_without_a_server_get_the_config_alone() -> None:
+    args = argparse.Namespace(additional_config=None, plugin="crop", crop_config=None)
+    apply_options(args)
+    assert vars(args) == {"additional_config": {"crop": {}}, "plugin": "crop", "crop_config": None}
+
+
+def test_options_of_commands_that_know_nothing_of_ours_stay() -> None:
+    args = argparse.Namespace(model="llava")
+    apply_options(args)
+    assert vars(args) == {"model": "llava"}
+
+
+def test_the_middleware_named_is_the_servers() -> None:
+    from vllm_crop_server.middleware import CropMiddleware
+
+    assert pkgutil.resolve_name(MIDDLEWARE) is CropMiddleware
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "no JSON"),
+        ("{", "no JSON"),
+        ("pruning_rate=0.5", "no JSON"),
+        ("[]", "must be a JSON object, got '[]'"),
+        ("null", "must be a JSON object, got 'null'"),
+        ("0.5", "must be a JSON object, got '0.5'"),
+        ('{"pruning_rate": 9}', "pruning_rate: Input should be less than 1, got 9"),
+        ('{"prunning_rate": 0.5}', "prunning_rate: Extra inputs are not permitted"),
+        ('{"limits": {"max_boxes": 1}}', "limits.max_boxes: Extra inputs are not permitted"),
+    ],
+)
+def test_a_wrong_crop_config_ends_with_an_ordinary_argparse_error(
+    text: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        serve_parser().parse_args(["--crop-config", text])
+    assert ended.value.code == 2
+    printed = capsys.readouterr().err
+    assert "argument --crop-config: " in printed
+    assert said in printed
+
+
+def test_other_plugins_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        serve_parser().parse_args(["--plugin", "corp"])
+    assert "--plugin" in capsys.readouterr().err
+
+
+def test_parsed_settings_are_what_was_written_without_defaults() -> None:
+    assert parse_config('{"limits": {}, "pruning_rate": 0}') == {"limits": {}, "pruning_rate": 0}
+
+
+def test_the_help_explains_both_options() -> None:
+    text = " ".join(serve_parser().format_help().split())
+    assert "--plugin {crop}" in text
+    assert (
+        '--crop-config JSON Settings of --plugin crop (which it implies), for example \'{"pruning_rate"'
+        in text
+    )
+
+
+def test_patched_engine_args_offer_and_apply_the_options() -> None:
+    engine_args = fake_engine_args()
+    patch(engine_args)
+    parser = engine_args.add_cli_args(argparse.ArgumentParser())  # type: ignore[attr-defined]
+    made = engine_args.from_cli_args(parser.parse_args(["--plugin", "crop"]))  # type: ignore[attr-defined]
+    assert type(made) is engine_args
+    assert made.additional_config == {"crop": {}}
+
+
+def test_subclasses_of_patched_engine_args_are_still_made_as_themselves() -> None:
+    engine_args = fake_engine_args()
+    patch(engine_args)
+    subclass = type("AsyncEngineArgs", (engine_args,), {})
+    parser = subclass.add_cli_args(argparse.ArgumentParser())
+    made = subclass.from_cli_args(parser.parse_args(["--crop-config", '{"method": "off"}']))
+    assert type(made) is subclass
+    assert made.additional_config == {"crop": {"method": "off"}}
+
+
+def test_patching_twice_adds_the_options_once() -> None:
+    engine_args = fake_engine_args()
+    patch(engine_args)
+    patched = engine_args.add_cli_args  # type: ignore[attr-defined]
+    patch(engine_args)
+    assert engine_args.add_cli_args is patched  # type: ignore[attr-defined]
+    engine_args.add_cli_args(argparse.ArgumentParser())  # type: ignore[attr-defined]
+
+
+def test_the_reason_for_the_patch_is_stated() -> None:
+    assert "--plugin crop" in cli_flags.REASON
+    assert cli_flags.__doc__ is not None
+    assert all(word in cli_flags.__doc__ for word in ("Why:", "Replaces:", "Remove when:"))

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vllm-crop check`, with a stand-in for vLLM."""
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import typer
+from checkpoint_json import write_json, write_llava
+from typer.testing import CliRunner
+
+from vllm_crop import installation
+from vllm_crop.commands.check import check
+from vllm_crop.compat import vllm as compat
+from vllm_crop.compat.vllm import UpstreamPoint
+from vllm_crop.config import CropConfig
+from vllm_crop.frontend.refusals import REFUSED
+
+app = typer.Typer()
+app.command()(check)
+
+
+def run(*options: str) -> Any:
+    return CliRunner().invoke(app, options, env={"COLUMNS": "200"})
+
+
+def report(exit_code: int, *options: str) -> dict[str, Any]:
+    result = run(*options, "--json")
+    assert result.exit_code == exit_code, result.output
+    return json.loads(result.stdout)
+
+
+@pytest.fixture(autouse=True)
+def fine_installation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A supported vLLM whose only upstream point is in the standard library."""
+    vllm = ModuleType("vllm")
+    vllm.__version__ = "0.32.0+cpu"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    monkeypatch.setattr(compat, "UPSTREAM_POINTS", (UpstreamPoint("json", "dumps", ("obj",), "writes"),))
+    monkeypatch.setattr(installation, "_found_entry_points", lambda: {"crop": "vllm_crop:register"})
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    monkeypatch.delenv("VLLM_USE_RUST_FRONTEND", raising=False)
+
+
+def test_a_fine_installation() -> None:
+    found = report(0)
+    assert found["ok"]
+    assert found["problems"] == []
+    assert found["versions"]["vllm"] == "0.32.0+cpu"
+    assert found["upstream_points"] == [{"name": "json.dumps", "reason": "writes", "problem": None}]
+    assert found["entry_points"] == {"crop": "vllm_crop:register"}
+    assert found["refused"] == REFUSED
+    assert found["model"] is None
+
+
+def test_every_setting_is_listed_with_its_default() -> None:
+    listed = {setting["key"]: setting for setting in report(0)["config"]}
+    plain = CropConfig().model_dump()
+    limits = plain.pop("limits")
+    expected = {**plain, **{f"limits.{name}": value for name, value in limits.items()}}
+    assert {key: setting["default"] for key, setting in listed.items()} == expected
+    assert all(setting["description"] for setting in listed.values())
+
+
+def test_the_report_for_people_says_the_same() -> None:
+    result = run()
+    assert result.exit_code == 0
+    for text in ("Pruning can start", "json.dumps", "LlavaForConditionalGeneration", "pruning_rate", "0.778"):
+        assert text in result.stdout
+    for flag in REFUSED:
+        assert flag in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("point", "problem"),
+    [
+        (UpstreamPoint("json", "vanished", (), ""), "json.vanished is gone"),
+        (UpstreamPoint("json", "dumps", ("value",), ""), "expected ('value',)"),
+    ],
+)
+def test_a_changed_upstream_point_is_a_problem(
+    monkeypatch: pytest.MonkeyPatch, point: UpstreamPoint, problem: str
+) -> None:
+    monkeypatch.setattr(compat, "UPSTREAM_POINTS", (point,))
+    found = report(1)
+    assert problem in found["problems"][0]
+    assert problem in found["upstream_points"][0]["problem"]
+    result = run()
+    assert result.exit_code == 1
+    assert "Pruning would not start" in result.stdout
+    assert problem in result.stdout
+
+
+def test_an_upstream_module_that_fails_to_import(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(point: UpstreamPoint) -> str | None:
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setattr(compat, "find_problem", fail)
+    assert "torchvision::nms" in report(1)["problems"][0]
+
+
+def test_no_vllm_is_said_and_the_rest_works(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    found = report(1, "--model", write_llava(tmp_path))
+    assert found["versions"]["vllm"] == "not installed"
+    assert found["problems"] == ["vllm is not installed; vllm-crop supports vllm" + found["supported_vllm"]]
+    assert found["upstream_points"] == []
+    assert found["model"]["supported"]
+    assert "not checked" in run().stdout
+
+
+def test_another_version_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["vllm"], "__version__", "0.33.1")
+    assert report(1)["problems"] == [
+        f"vllm-crop supports vllm{compat.SUPPORTED_VERSIONS}, installed is 0.33.1"
+    ]
+
+
+@pytest.mark.parametrize(("selected", "exit_code"), [("crop", 0), ("other,crop", 0), ("other", 1), ("", 1)])
+def test_vllm_plugins_must_name_crop(monkeypatch: pytest.MonkeyPatch, selected: str, exit_code: int) -> None:
+    monkeypatch.setenv("VLLM_PLUGINS", selected)
+    problems = report(exit_code)["problems"]
+    assert all("VLLM_PLUGINS" in problem for problem in problems)
+    assert len(problems) == exit_code
+
+
+def test_a_missing_entry_point_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(installation, "_found_entry_points", dict)
+    assert "no entry point 'crop'" in report(1)["problems"][0]
+
+
+def test_the_rust_front_end_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    assert "VLLM_USE_RUST_FRONTEND" in report(1)["problems"][0]
+
+
+def test_a_supported_checkpoint(tmp_path: Path) -> None:
+    model = write_llava(tmp_path)
+    described = report(0, "--model", model)["model"]
+    assert described["supported"]
+    assert described["tokens_per_image"] == 576
+    assert "supported: 576 tokens" in run("--model", model).stdout
+
+
+def test_an_unsupported_checkpoint(tmp_path: Path) -> None:
+    model = write_json(tmp_path, config={"architectures": ["LlamaForCausalLM"]})
+    described = report(1, "--model", model)["model"]
+    assert not described["supported"]
+    assert "LlamaForCausalLM" in described["reason"]
+    assert "not supported" in run("--model", model).stdout
+
+
+def test_the_real_entry_point_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    assert installation._found_entry_points().get("crop") == "vllm_crop:register"

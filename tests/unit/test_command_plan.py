@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vllm-crop plan`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from checkpoint_json import write_json, write_llava
+from typer.testing import CliRunner
+
+from vllm_crop.commands.plan import plan
+from vllm_crop.config import CropConfig
+from vllm_crop.geometry import Box, Region, TokenGrid
+from vllm_crop.plan import make_plan, retained_count, whole_image_plan
+
+GRID = TokenGrid(24, 24)
+SQUARE = "672x672"  # seen whole: fractions of the image are fractions of the view
+
+app = typer.Typer()
+app.command()(plan)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_llava(tmp_path_factory.mktemp("llava"))
+
+
+def run(*options: str) -> Any:
+    return CliRunner().invoke(app, options, env={"COLUMNS": "200"})
+
+
+def plan_json(*options: str) -> dict[str, Any]:
+    result = run(*options, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def error_line(*options: str) -> str:
+    result = run(*options)
+    assert result.exit_code == 2, result.output
+    return " ".join(result.output.replace("│", " ").split())
+
+
+def test_json_is_the_plan_of_the_library(model: str) -> None:
+    printed = plan_json(
+        *("--model", model, "--image-size", SQUARE, "--region", "0.25,0.25,0.5,0.5"),
+        *("--pruning-rate", "0.8", "--compression", "prune"),
+    )
+    region = Region((Box(0.25, 0.25, 0.5, 0.5),))
+    assert printed == make_plan(GRID, region, 0.8, "prune").to_json(num_layers=40)
+    assert set(printed) == {"grid", "pruning_rate", "pruning_rate_got", "embeddings", "tokens_per_layer"}
+
+
+def test_defaults_are_the_servers(model: str) -> None:
+    printed = plan_json("--model", model, "--image-size", SQUARE, "--region", "0,0,0.2,0.2")
+    rate = CropConfig().pruning_rate
+    assert printed["pruning_rate"] == rate
+    assert printed["tokens_per_layer"] == [retained_count(576, rate)] * 40
+    assert any(len(embedding["tokens"]) > 1 for embedding in printed["embeddings"])
+
+
+def test_boxes_and_cells_add_up(model: str) -> None:
+    options = ("--model", model, "--image-size", SQUARE)
+    both = plan_json(*options, "--region", "0,0,0.25,0.25", "--cells", "4,4,5,5")
+    boxes = plan_json(*options, "--region", "0,0,0.25,0.25", "--region", "0.5,0.5,0.75,0.75")
+    assert both == boxes
+
+
+def test_the_centre_crop_is_followed(model: str) -> None:
+    # Of 640 pixels the model sees the middle 480: this box is the left half of them.
+    wide = plan_json("--model", model, "--image-size", "640x480", "--region", "0.125,0,0.5,1")
+    square = plan_json("--model", model, "--image-size", SQUARE, "--region", "0,0,0.5,1")
+    assert wide == square
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ((), "no region is given"),
+        (("--region", "0,0,0.1,1"), "the model sees nothing of the region"),
+        (("--region", "0,0,1,1", "--method", "off"), "the method is off"),
+        (("--region", "0,0,1,1", "--pruning-rate", "0"), "the pruning rate is 0"),
+    ],
+)
+def test_images_served_whole(model: str, options: tuple[str, ...], reason: str) -> None:
+    options = ("--model", model, "--image-size", "640x480", *options)
+    assert plan_json(*options) == whole_image_plan(GRID).to_json(num_layers=40)
+    assert f"Served whole: {reason}." in run(*options).stdout
+
+
+def test_summary_counts_and_draws(model: str) -> None:
+    lines = run(
+        *("--model", model, "--image-size", SQUARE, "--cells", "3,3,4,4", "--pruning-rate", "0.8333")
+    ).stdout.splitlines()
+    assert any("576 -> 96" in line and "-83.3 %" in line for line in lines)
+    assert any("36 of 36 tokens kept" in line for line in lines)
+    assert any("60 embeddings pooled from 540 tokens" in line for line in lines)
+    # Two characters a token: 6 x 6 tokens of the region, and the one in the legend.
+    assert sum(line.count("##") for line in lines) == 36 + 1
+    assert sum(len(line) == 48 and not set(line) - set("#+-=~:") for line in lines) == 24
+
+
+def test_pruned_tokens_are_drawn_as_left_out(model: str) -> None:
+    output = run(
+        *("--model", model, "--image-size", SQUARE, "--region", "0,0,0.1,0.1", "--compression", "prune")
+    ).stdout
+    drawn = "".join(line for line in output.splitlines() if len(line) == 48 and not set(line) - set("#o."))
+    assert drawn.count("..") == 576 - 128
+    assert "left out" in output
+    assert "pooled, one" not in output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--method", "ilp"), "--method: this version has the methods plc, off, not 'ilp'"),
+        (("--region", "0,0,1"), "--region: a box must be four fractions"),
+        (("--region", "a,b,c,d"), "--region: four fractions x0,y0,x1,y1 needed, got 'a,b,c,d'"),
+        (("--region", "0,0,2,2"), "--region: a box must be four fractions"),
+        (("--region", "nan,0,1,1"), "--region: a box must be four fractions"),
+        (("--region", "0.5,0,0.5,1"), "--region: box must have x0 < x1"),
+        (("--cells", "0,0,8,8"), "--cells: cells must be 0..7"),
+        (("--cells", "0,0,1.5,2"), "--cells: four cell numbers"),
+        (("--pruning-rate", "1"), "--pruning-rate: Input should be less than 1, got 1.0"),
+        (("--pruning-rate", "-1"), "--pruning-rate: Input should be greater than or equal to 0"),
+        (("--pruning-rate", "nan"), "--pruning-rate:"),
+        (("--compression", "zip"), "--compression"),
+        (("--image-size", "640"), "--image-size: width and height in pixels needed"),
+        (("--image-size", "0x480"), "--image-size:"),
+        (("--model", "/no/such/place"), "--model: '/no/such/place' is neither a directory"),
+    ],
+)
+def test_wrong_options_end_with_one_clear_line(model: str, options: tuple[str, ...], message: str) -> None:
+    said = error_line("--model", model, "--image-size", SQUARE, *options)
+    assert message in said.replace("'--", "--").replace("':", ":")
+
+
+def test_an_unsupported_model_is_refused(tmp_path: Path) -> None:
+    model = write_json(tmp_path, config={"architectures": ["LlamaForCausalLM"]})
+    said = error_line("--model", model, "--image-size", SQUARE)
+    assert "LlamaForCausalLM" in said

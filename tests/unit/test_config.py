@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The server's settings: defaults, refusals that say what is wrong, and short error messages."""
+
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import BaseModel, ValidationError
+
+from vllm_crop.config import CropConfig, CropLimits, shorten
+from vllm_crop.errors import UnsupportedFlagError
+
+ALLOWED = {
+    "method": ["plc", "off"],
+    "pruning_rate": [0, 0.0, 0.5, 0.999],
+    "compression": ["pool", "prune"],
+    "position_ids": ["renumbered", "original"],
+    "vit_cache_mib": [0, 1, 4096],
+    "limits": [
+        {},
+        {"max_pruning_rate": 0.0},
+        {"max_pruning_rate": 0.9, "max_boxes_per_image": 1},
+        CropLimits(max_boxes_per_image=3),
+    ],
+}
+# Settings, then what the message must say: the key, what is allowed, the value.
+REFUSED: list[tuple[dict[Any, Any], list[str]]] = [
+    ({"pruning_rate": 9}, [".pruning_rate:", "less than 1", "got 9"]),
+    ({"pruning_rate": 1}, [".pruning_rate:", "less than 1", "got 1"]),
+    ({"pruning_rate": -0.1}, [".pruning_rate:", "greater than or equal to 0", "got -0.1"]),
+    ({"pruning_rate": math.nan}, [".pruning_rate:", "got nan"]),
+    ({"pruning_rate": math.inf}, [".pruning_rate:", "got inf"]),
+    ({"pruning_rate": "0.5"}, [".pruning_rate:", "number", "got '0.5'"]),
+    ({"pruning_rate": True}, [".pruning_rate:", "number", "got True"]),
+    ({"pruning_rate": None}, [".pruning_rate:", "number", "got None"]),
+    ({"pruning_rate": 10**400}, [".pruning_rate:", "got 1000", "..."]),
+    ({"method": "ilp"}, [".method:", "'plc' or 'off'", "got 'ilp'"]),
+    ({"method": ["plc"]}, [".method:", "'plc' or 'off'", "got ['plc']"]),
+    ({"compression": "resampler"}, [".compression:", "'pool' or 'prune'", "got 'resampler'"]),
+    ({"position_ids": "mrope"}, [".position_ids:", "'renumbered' or 'original'", "got 'mrope'"]),
+    ({"vit_cache_mib": -1}, [".vit_cache_mib:", "greater than or equal to 0", "got -1"]),
+    ({"vit_cache_mib": 1.5}, [".vit_cache_mib:", "integer", "got 1.5"]),
+    ({"vit_cache_mib": "256"}, [".vit_cache_mib:", "integer", "got '256'"]),
+    ({"limits": 3}, [".limits:", "got 3"]),
+    ({"limits": {"max_pruning_rate": 1}}, [".limits.max_pruning_rate:", "less than 1", "got 1"]),
+    ({"limits": {"max_pruning_rate": math.nan}}, [".limits.max_pruning_rate:", "got nan"]),
+    ({"limits": {"max_boxes_per_image": 0}}, [".limits.max_boxes_per_image:", "or equal to 1", "got 0"]),
+    ({"limits": {"max_boxes": 2}}, [".limits.max_boxes:", "not permitted", "got 2"]),
+    ({"prunning_rate": 0.5}, [".prunning_rate:", "not permitted", "got 0.5"]),
+    ({1: 2}, ["[1]:", "strings", "got 1"]),
+]
+
+
+def test_defaults_are_plc_at_128_llava_tokens() -> None:
+    config = CropConfig.from_mapping({})
+    assert config == CropConfig()
+    assert config.model_dump() == {
+        "method": "plc",
+        "pruning_rate": 0.778,
+        "compression": "pool",
+        "position_ids": "renumbered",
+        "vit_cache_mib": 256,
+        "limits": {"max_pruning_rate": 0.99, "max_boxes_per_image": 16},
+    }
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key in ALLOWED for value in ALLOWED[key]])
+def test_allowed_values_are_taken_over(key: str, value: Any) -> None:
+    taken = getattr(CropConfig.from_mapping({key: value}), key)
+    assert taken == (CropLimits(**value) if isinstance(value, dict) else value)
+
+
+def test_every_field_is_among_the_allowed_examples() -> None:
+    assert set(ALLOWED) == set(CropConfig.model_fields)
+
+
+@pytest.mark.parametrize(("given_settings", "said"), REFUSED, ids=str)
+def test_wrong_settings_are_refused_with_place_allowed_and_given_value(
+    given_settings: dict[Any, Any], said: list[str]
+) -> None:
+    with pytest.raises(UnsupportedFlagError) as refused:
+        CropConfig.from_mapping(given_settings)
+    message = str(refused.value)
+    assert message.startswith("additional_config.crop")
+    assert all(part in message for part in said), message
+    assert "\n" not in message
+    assert len(message) < 200
+
+
+def test_several_wrong_settings_are_named_together_up_to_five() -> None:
+    with pytest.raises(UnsupportedFlagError) as refused:
+        CropConfig.from_mapping({"pruning_rate": 9, "method": "x"})
+    assert str(refused.value).count("additional_config.crop.") == 2
+    with pytest.raises(UnsupportedFlagError) as refused:
+        CropConfig.from_mapping({f"unknown{index}": 1 for index in range(50)})
+    assert str(refused.value).count("additional_config.crop.") == 5
+
+
+@pytest.mark.xfail(reason="only a mapping's contents are validated")
+@pytest.mark.parametrize("value", [True, "plc", 0.5, [1], []])
+def test_settings_that_are_no_object_are_refused_like_other_wrong_settings(value: Any) -> None:
+    with pytest.raises(UnsupportedFlagError, match=r"additional_config\.crop"):
+        CropConfig.from_mapping(value)
+
+
+def test_settings_survive_the_way_through_the_model_config() -> None:
+    config = CropConfig(pruning_rate=0.5, limits=CropLimits(max_boxes_per_image=2), vit_cache_mib=0)
+    assert CropConfig.from_mapping(config.model_dump()) == config
+
+
+def test_settings_cannot_be_changed_afterwards() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        CropConfig().pruning_rate = 0.1  # type: ignore[misc]
+    with pytest.raises(ValidationError, match="frozen"):
+        CropConfig().limits.max_pruning_rate = 0.1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("model", [CropConfig, CropLimits])
+def test_every_field_is_described(model: type[BaseModel]) -> None:
+    assert all(field.description for field in model.model_fields.values())
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=200),
+    lambda inner: st.lists(inner, max_size=100) | st.dictionaries(st.text(), inner),
+    max_leaves=30,
+)
+
+
+@settings(deadline=None)
+@given(json_values)
+def test_shortened_values_fit_and_small_ones_are_written_out(value: Any) -> None:
+    text = shorten(value)
+    assert len(text) <= 60
+    if len(repr(value)) <= 60:
+        assert text == repr(value)
+
+
+def test_long_values_are_shortened_by_kind() -> None:
+    assert shorten("x" * 10_000) == "'" + "x" * 56 + "..."
+    assert shorten([0] * 61) == "list of 61"
+    assert shorten({number: 0 for number in range(100)}) == "dict of 100"
+    assert shorten("abcdefgh", length=6) == "'ab..."
+
+
+def test_deeply_nested_values_are_named_not_written_out() -> None:
+    nested: list[Any] = []
+    for _ in range(100_000):
+        nested = [nested]
+    assert shorten(nested) == "deeply nested list"

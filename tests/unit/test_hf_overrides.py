@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Choosing our architectures through `hf_overrides`, on real transformers configs."""
+
+import pickle
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig, LlavaConfig, PretrainedConfig, SiglipVisionConfig
+
+from vllm_crop.config import CropConfig
+from vllm_crop.errors import UnsupportedModelError
+from vllm_crop.frontend.hf_overrides import apply_overrides, compose_hf_overrides
+
+CROP = CropConfig(pruning_rate=0.5).model_dump()
+
+
+def llava(**changes: Any) -> LlavaConfig:
+    """A LLaVA config as vLLM has loaded it."""
+    return LlavaConfig(**{"architectures": ["LlavaForConditionalGeneration"], **changes})
+
+
+def test_the_crop_architecture_is_named_and_the_settings_attached() -> None:
+    config = compose_hf_overrides(CROP, {})(llava())
+    assert config.architectures == ["CropLlavaForConditionalGeneration"]
+    assert CropConfig.from_mapping(config.crop) == CropConfig(pruning_rate=0.5)
+
+
+def test_settings_reach_the_dictionary_form_of_the_config() -> None:
+    assert compose_hf_overrides(CROP, {})(llava()).to_dict()["crop"] == CROP
+
+
+def test_the_overrides_can_be_sent_to_another_process() -> None:
+    overrides = pickle.loads(pickle.dumps(compose_hf_overrides(CROP, {"vocab_size": 7})))
+    config = overrides(llava())
+    assert (config.vocab_size, config.crop) == (7, CROP)
+
+
+def test_later_changes_of_the_settings_do_not_travel() -> None:
+    settings = dict(CROP)
+    overrides = compose_hf_overrides(settings, {})
+    settings["pruning_rate"] = 0.1
+    assert overrides(llava()).crop["pruning_rate"] == 0.5
+
+
+def test_applying_twice_changes_nothing_more() -> None:
+    overrides = compose_hf_overrides(CROP, {})
+    once = overrides(llava()).to_dict()
+    assert overrides(overrides(llava())).to_dict() == once
+
+
+def test_the_users_dictionary_is_applied_into_nested_configs() -> None:
+    user = {"image_seq_length": 9, "text_config": {"max_position_embeddings": 77}, "made_up": {"a": 1}}
+    config = compose_hf_overrides(CROP, user)(llava())
+    assert config.image_seq_length == 9
+    assert config.text_config.max_position_embeddings == 77
+    assert config.text_config.num_hidden_layers == LlamaConfig().num_hidden_layers
+    assert config.made_up == {"a": 1}
+
+
+def test_the_users_callable_runs_first() -> None:
+    def user(config: PretrainedConfig) -> PretrainedConfig:
+        assert config.architectures == ["SomethingElse"]
+        return llava(image_seq_length=5)
+
+    config = compose_hf_overrides(CROP, user)(llava(architectures=["SomethingElse"]))
+    assert config.architectures == ["CropLlavaForConditionalGeneration"]
+    assert config.image_seq_length == 5
+
+
+@pytest.mark.parametrize(("position_ids", "section"), [("renumbered", None), ("original", [1, 0, 0])])
+def test_only_original_position_ids_ask_the_model_for_positions(
+    position_ids: str, section: list[int] | None
+) -> None:
+    crop = {**CROP, "position_ids": position_ids}
+    config = compose_hf_overrides(crop, {})(llava())
+    assert getattr(config, "mrope_section", None) == section
+    assert not hasattr(config.text_config, "mrope_section")
+
+
+@pytest.mark.parametrize(
+    "architectures", [None, [], ["LlamaForCausalLM"], ["Qwen2VLForConditionalGeneration"]]
+)
+def test_other_architectures_are_refused_naming_the_supported_ones(architectures: list[str] | None) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"supported: .*LlavaForConditionalGeneration"):
+        apply_overrides(llava(architectures=architectures), CROP, {})
+
+
+def test_unsupported_variants_are_refused_before_anything_is_changed() -> None:
+    config = llava(vision_config=SiglipVisionConfig())
+    with pytest.raises(UnsupportedModelError, match="siglip_vision_model"):
+        apply_overrides(config, CROP, {})
+    assert config.architectures == ["LlavaForConditionalGeneration"]
+    assert not hasattr(config, "crop")
+
+
+def test_the_dummy_config_that_probes_for_a_new_model_type_passes() -> None:
+    probe = PretrainedConfig()
+    probe.model_type = "dummy_llava"
+    assert compose_hf_overrides(CROP, {"model_type": "dummy_other"})(probe).model_type == "dummy_other"
+    assert not hasattr(probe, "crop")

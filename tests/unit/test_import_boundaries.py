@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who imports whom: in fresh interpreters by what is loaded, and in the sources by what is written."""
+
+import ast
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import vllm_crop
+
+LIBRARY = Path(vllm_crop.__file__).parent
+MAY_IMPORT_VLLM = ("models", "frontend", "compat")
+HEAVY = ("torch", "vllm")
+
+# What is run, and the packages or modules that must not be loaded by it.
+LIGHT_IMPORTS = {
+    "import vllm_crop": HEAVY,
+    "import vllm_crop; vllm_crop.register()": HEAVY,
+    "import vllm_crop; vllm_crop.register(); vllm_crop.register()": HEAVY,
+    "import vllm_crop.geometry": HEAVY,
+    "import vllm_crop.errors": HEAVY,
+    "import vllm_crop.plan": HEAVY,
+    "import vllm_crop.params": HEAVY,
+    "import vllm_crop.config": HEAVY,
+    "import vllm_crop.preprocessing": HEAVY,
+    "import vllm_crop.vision_geometry": HEAVY,
+    "import vllm_crop.facts": HEAVY,
+    "import vllm_crop.request_context": HEAVY,
+    "import vllm_crop.metrics": HEAVY,
+    "import vllm_crop.frontend.hf_overrides": HEAVY,
+    "import vllm_crop.frontend.refusals": HEAVY,
+    "import vllm_crop.compat.vllm": HEAVY,
+    "import vllm_crop.compression.pool": ("vllm",),
+    "import vllm_crop.compression.feature_cache": ("vllm",),
+    "import vllm_crop_server.middleware": (*HEAVY, "vllm_crop.models", "vllm_crop.compat"),
+}
+ON_THEIR_OWN = ("vllm_crop.geometry", "vllm_crop.errors")
+
+
+def loaded_after(statement: str) -> set[str]:
+    """Names of all modules that a fresh interpreter has loaded after running a statement."""
+    program = f"{statement}\nimport json, sys\nprint(json.dumps([n for n, m in sys.modules.items() if m]))"
+    finished = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert finished.returncode == 0, finished.stderr
+    return set(json.loads(finished.stdout))
+
+
+@pytest.mark.parametrize("statement", LIGHT_IMPORTS)
+def test_importing_loads_nothing_it_should_not(statement: str) -> None:
+    loaded = loaded_after(statement)
+    for forbidden in LIGHT_IMPORTS[statement]:
+        assert sorted(name for name in loaded if f"{name}.".startswith(f"{forbidden}.")) == []
+    module = statement.removeprefix("import ")
+    if module in ON_THEIR_OWN:
+        ours = {name for name in loaded if name.partition(".")[0].startswith("vllm_crop")}
+        assert ours == {"vllm_crop", module}
+
+
+def sources(package: str) -> list[Path]:
+    """Every Python file of an installed package."""
+    spec = importlib.util.find_spec(package)
+    assert spec is not None
+    assert spec.origin is not None
+    return sorted(Path(spec.origin).parent.rglob("*.py"))
+
+
+def imported_names(tree: ast.Module) -> Iterator[str]:
+    """Absolute module names in the import statements and `import_module("...")` calls of a source."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            function = (
+                node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            )
+            if function in ("import_module", "__import__"):
+                yield str(node.args[0].value)
+
+
+def imports_of(source: Path) -> set[str]:
+    """The names that a file imports, wherever in it."""
+    return set(imported_names(ast.parse(source.read_text(encoding="utf-8"))))
+
+
+def of_package(names: set[str], package: str) -> set[str]:
+    """The names that lie in a package, itself included."""
+    return {name for name in names if f"{name}.".startswith(f"{package}.")}
+
+
+def test_only_models_frontend_and_compat_import_vllm() -> None:
+    found = {
+        str(source.relative_to(LIBRARY)): of_package(imports_of(source), "vllm")
+        for source in sources("vllm_crop")
+    }
+    assert any(found.values()), "the scan sees no import at all"
+    strays = {
+        path: names for path, names in found.items() if names and Path(path).parts[0] not in MAY_IMPORT_VLLM
+    }
+    assert strays == {}
+
+
+def test_the_server_imports_neither_vllm_nor_models_nor_compat() -> None:
+    for source in sources("vllm_crop_server"):
+        names = imports_of(source)
+        for forbidden in ("vllm", "torch", "vllm_crop.models", "vllm_crop.compat"):
+            assert of_package(names, forbidden) == set(), source
+
+
+def test_the_library_never_imports_the_server() -> None:
+    for source in sources("vllm_crop"):
+        assert of_package(imports_of(source), "vllm_crop_server") == set(), source
+
+
+def test_the_library_names_the_server_in_one_constant_only() -> None:
+    mentions = []
+    for source in sources("vllm_crop"):
+        for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and "vllm_crop_server" in str(node.value):
+                mentions.append((str(source.relative_to(LIBRARY)), node.value))
+    constant = "vllm_crop_server.middleware.CropMiddleware"
+    assert mentions == [(str(Path("compat", "patches", "cli_flags.py")), constant)]
+
+
+def test_geometry_and_errors_import_nothing_of_ours() -> None:
+    for name in ("geometry", "errors"):
+        assert of_package(imports_of(LIBRARY / f"{name}.py"), "vllm_crop") == set()

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Counters, read back from prometheus_client's registry."""
+
+import pytest
+from prometheus_client import REGISTRY, generate_latest
+
+from vllm_crop.facts import ImageFacts, Source
+from vllm_crop.geometry import Region
+from vllm_crop.metrics import crop_metrics
+
+
+def value(counter: str, **labels: str) -> float:
+    """A counter's current value; 0 before its first use."""
+    return REGISTRY.get_sample_value(f"crop:{counter}_total", labels) or 0.0
+
+
+def facts(tokens_avg: float, source: Source = "request") -> ImageFacts:
+    """One LLaVA image that costs `tokens_avg` tokens."""
+    return ImageFacts(576, round(tokens_avg), tokens_avg, Region.whole(), source)
+
+
+def test_tokens_and_images_are_counted_per_model_and_source() -> None:
+    crop_metrics().record("count-a", [facts(128), facts(64.5), facts(576, "none")])
+    crop_metrics().record("count-a", [facts(576, "out_of_view")])
+    crop_metrics().record("count-b", [facts(576, "off")])
+
+    assert value("visual_tokens", model_name="count-a") == 4 * 576
+    assert value("visual_tokens_retained", model_name="count-a") == 128 + 64.5 + 2 * 576
+    for source, count in {"request": 2, "none": 1, "out_of_view": 1, "off": 0}.items():
+        assert value("images", model_name="count-a", source=source) == count
+    assert value("visual_tokens", model_name="count-b") == 576
+    assert value("images", model_name="count-b", source="off") == 1
+
+
+@pytest.mark.parametrize(
+    ("costs", "outcome"),
+    [([128.0], "pruned"), ([576.0, 128.0], "pruned"), ([576.0], "whole"), ([576.0, 576.0], "whole")],
+)
+def test_a_request_counts_once_as_pruned_if_any_image_is(costs: list[float], outcome: str) -> None:
+    before = {name: value("requests", model_name="outcomes", outcome=name) for name in ("pruned", "whole")}
+    crop_metrics().record("outcomes", [facts(cost) for cost in costs])
+    after = {name: value("requests", model_name="outcomes", outcome=name) for name in before}
+    assert after == {**before, outcome: before[outcome] + 1}
+
+
+def test_there_is_one_set_of_counters_per_process() -> None:
+    assert crop_metrics() is crop_metrics()
+
+
+def test_counters_are_exposed_under_the_documented_names() -> None:
+    crop_metrics().record("exposed", [facts(128)])
+    exposed = generate_latest(REGISTRY).decode()
+    for name in ("visual_tokens", "visual_tokens_retained", "images", "requests"):
+        assert f'\ncrop:{name}_total{{model_name="exposed"' in exposed

@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The preview's picture, the command that writes it, and the sample picture."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from checkpoint_json import write_llava
+from PIL import Image
+from typer.testing import CliRunner
+
+from vllm_crop.commands.preview import assumed_llava, preview
+from vllm_crop.geometry import Box, ImageView, Region, TokenGrid
+from vllm_crop.plan import Compression, TokenPlan, make_plan, whole_image_plan
+from vllm_crop.plan_summary import PlanSummary
+from vllm_crop.preview import LONG_SIDE, as_rgb, draw_preview
+from vllm_crop.preview_tokens import draw_tokens
+from vllm_crop.sample_picture import draw_sample_picture, sample_boxes
+
+GRID = TokenGrid(24, 24)
+WHOLE = ImageView(Box(0, 0, 1, 1))
+CORNER = Region((Box(0, 0, 0.25, 0.25),))
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "I", "F", "I;16")
+
+
+app = typer.Typer()
+app.command()(preview)
+
+
+def run(*options: str) -> Any:
+    return CliRunner().invoke(app, options, env={"COLUMNS": "200"})
+
+
+@pytest.fixture
+def street(tmp_path: Path) -> Path:
+    path = tmp_path / "street.png"
+    draw_sample_picture().save(path)
+    return path
+
+
+def plan_of(compression: Compression, region: Region = CORNER, rate: float = 0.8) -> TokenPlan:
+    return make_plan(GRID, region, rate, compression)
+
+
+def test_kept_tokens_stay_sharp() -> None:
+    picture = draw_sample_picture(size=(480, 480))
+    drawing = draw_tokens(picture, plan_of("pool"))
+    inner = (2, 2, 18, 18)  # of the first cell, between the lines
+    assert drawing.crop(inner).tobytes() == picture.crop(inner).tobytes()
+
+
+def test_pooled_tokens_take_the_colour_of_their_patch() -> None:
+    # Left half black, right half white: a patch across the middle is grey.
+    picture = Image.new("RGB", (480, 480))
+    picture.paste((255, 255, 255), (240, 0, 480, 480))
+    plan = plan_of("pool", rate=0.99)
+    drawing = draw_tokens(picture, plan)
+    for embedding in plan.embeddings:
+        if len(embedding.tokens) == 1:
+            continue
+        share = sum(token % 24 >= 12 for token in embedding.tokens) / len(embedding.tokens)
+        for token in embedding.tokens:
+            row, col = divmod(token, 24)
+            red, _, _ = drawing.getpixel((col * 20 + 10, row * 20 + 10))
+            own = 255 if col >= 12 else 0
+            assert abs(red - (0.86 * 255 * share + 0.14 * own)) < 3
+
+
+def test_left_out_tokens_fade() -> None:
+    picture = Image.new("RGB", (480, 480), (255, 0, 0))
+    plan = plan_of("prune")
+    drawing = draw_tokens(picture, plan)
+    left_out = plan.assignment().index(-1)
+    kept = plan.embeddings[0].tokens[0]
+    red, green, blue = drawing.getpixel((left_out % 24 * 20 + 10, left_out // 24 * 20 + 10))
+    assert max(red, green, blue) - min(red, green, blue) < 10
+    assert drawing.getpixel((kept % 24 * 20 + 10, kept // 24 * 20 + 10)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "size", [(640, 480), (480, 640), (32, 32), (4000, 3000), (1600, 20), (3, 900), (1, 1)]
+)
+def test_pictures_of_any_size(size: tuple[int, int]) -> None:
+    view = assumed_llava().view(*size)
+    drawing = draw_preview(Image.new("RGB", size, "teal"), view, whole_image_plan(GRID), None)
+    assert drawing.mode == "RGB"
+    assert drawing.width <= 2400
+    assert drawing.height <= 2700
+    if max(size) < 2 * min(size):
+        assert max(drawing.width, drawing.height) >= LONG_SIDE
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_pictures_of_any_mode(mode: str) -> None:
+    picture = Image.new(mode, (64, 48))
+    assert draw_preview(picture, WHOLE, plan_of("pool"), CORNER).mode == "RGB"
+
+
+def test_sixteen_bits_keep_their_shades() -> None:
+    picture = Image.new("I;16", (4, 4), 32768)
+    assert as_rgb(picture).getpixel((0, 0)) == (127, 127, 127)
+
+
+def test_transparent_is_white_as_in_vllm() -> None:
+    assert as_rgb(Image.new("RGBA", (4, 4), (255, 0, 0, 0))).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_exif_orientation_is_applied(tmp_path: Path) -> None:
+    picture = Image.new("RGB", (80, 40), "red")
+    picture.getexif()[0x0112] = 6
+    picture.save(tmp_path / "turned.jpg", exif=picture.getexif())
+    with Image.open(tmp_path / "turned.jpg") as turned:
+        assert as_rgb(turned).size == (40, 80)
+    result = run(str(tmp_path / "turned.jpg"), "--region", "0,0.4,1,0.6", "-o", str(tmp_path / "out.png"))
+    assert result.exit_code == 0, result.output
+    with Image.open(tmp_path / "out.png") as drawn:
+        assert drawn.height > drawn.width
+
+
+def test_what_the_model_does_not_see_is_dark() -> None:
+    picture = Image.new("RGB", (640, 480), "white")
+    view = assumed_llava().view(640, 480)
+    drawing = draw_preview(picture, view, whole_image_plan(GRID), None)
+    assert sum(drawing.getpixel((20, 400))) < 0.6 * 3 * 255  # cut away by the centre crop
+    assert drawing.getpixel((500 + 10, 375 + 10)) == (255, 255, 255)
+
+
+def test_padding_is_part_of_the_drawing() -> None:
+    padded = ImageView(Box(0, -0.25, 1, 1.25))
+    drawing = draw_preview(Image.new("RGB", (600, 400), "white"), padded, whole_image_plan(GRID), None)
+    assert drawing.getpixel((510, 50)) == (127, 127, 127)
+
+
+def test_a_region_out_of_view_is_outlined_all_the_same() -> None:
+    corner = Region((Box(0, 0, 0.1, 0.5),))
+    picture, view = Image.new("RGB", (640, 480), "white"), assumed_llava().view(640, 480)
+    without = draw_preview(picture, view, whole_image_plan(GRID), None)
+    outlined = draw_preview(picture, view, whole_image_plan(GRID), corner)
+    assert outlined.getpixel((101, 100)) == (255, 45, 120)
+    assert outlined.getpixel((500, 500)) == without.getpixel((500, 500))
+
+
+@pytest.mark.parametrize(
+    ("region", "rate", "compression", "sentence"),
+    [
+        (Box(0, 0, 0.25, 0.25), 0.8333, "pool", "region 36 kept, 60 pooled"),
+        (Box(0, 0, 0.25, 0.25), 0.8333, "prune", "region 36 kept, 60 others kept, 480 left out"),
+        (Box(0, 0, 1, 1), 0.75, "pool", "region 144 of 576 kept, 432 left out"),
+        (Box(0, 0, 0.25, 0.25), 0.25, "pool", "region 36 kept, 252 others kept, 144 pooled"),
+    ],
+)
+def test_summary_of_a_plan(region: Box, rate: float, compression: Compression, sentence: str) -> None:
+    summary = PlanSummary.of(plan_of(compression, Region((region,)), rate), Region((region,)))
+    counted = summary.region_kept + summary.others_kept + summary.pooled
+    assert counted == summary.embeddings
+    assert summary.describe() == sentence
+
+
+def test_command_writes_a_png_and_the_counts(street: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.png"
+    result = run(str(street), "--cells", "3,3,4,4", "--pruning-rate", "0.8333", "-o", str(out))
+    assert result.exit_code == 0, result.output
+    assert "LLaVA-1.5 assumed, a 24 x 24 grid" in result.stdout
+    assert "576 -> 96 tokens (-83.3 %)" in result.stdout
+    with Image.open(out) as drawn:
+        assert drawn.format == "PNG"
+
+
+def test_command_uses_the_checkpoint(street: Path, tmp_path: Path) -> None:
+    result = run(str(street), "--model", write_llava(tmp_path), "-o", str(tmp_path / "out.png"))
+    assert result.exit_code == 0, result.output
+    assert "assumed" not in result.stdout
+    assert "served whole, all tokens kept: no region is given" in result.stdout
+
+
+def test_command_refuses_what_it_cannot_read_or_write(street: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.png"
+    text.write_text("no picture")
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(street.read_bytes()[:2000])
+    for options, message in (
+        ([str(tmp_path / "none.png")], "there is no file"),
+        ([str(text)], "no image that Pillow can read"),
+        ([str(broken)], "cannot be read"),
+        ([str(tmp_path)], "cannot be read"),
+        ([str(street), "-o", str(tmp_path / "no" / "such" / "out.png")], "cannot be written"),
+        ([str(street), "--region", "1,2,3"], "a box must be four fractions"),
+    ):
+        result = run(*options, *(() if "-o" in options else ("-o", str(tmp_path / "out.png"))))
+        assert result.exit_code == 2, result.output
+        assert message in " ".join(result.output.split())
+
+
+def test_the_sample_picture_is_the_same_every_time() -> None:
+    first, again, other = draw_sample_picture(3), draw_sample_picture(3), draw_sample_picture(4)
+    assert first.tobytes() == again.tobytes() != other.tobytes()
+    assert (first.size, first.mode) == ((640, 480), "RGB")
+
+
+@pytest.mark.parametrize("size", [(640, 480), (480, 640), (672, 672), (1280, 400), (24, 24)])
+def test_the_sample_picture_has_its_objects_in_their_boxes(size: tuple[int, int]) -> None:
+    picture = draw_sample_picture(size=size)
+    assert picture.size == size
+    sign = sample_boxes(size)["sign"]
+    middle = round((sign.x0 + sign.x1) / 2 * size[0]), round((sign.y0 + 0.1 * (sign.y1 - sign.y0)) * size[1])
+    red, green, blue = picture.getpixel(middle)
+    assert green > red + 20  # the sign's upper half
+    assert green > blue

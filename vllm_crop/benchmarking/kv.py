@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""KV cache use of a running server, sampled from its /metrics."""
+
+import re
+import threading
+from contextlib import suppress
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from vllm_crop.benchmarking.server import get_text
+
+SAMPLE_INTERVAL_S = 0.2
+
+
+@dataclass(frozen=True)
+class KVCapacity:
+    """The KV cache of one engine. One block is vLLM's null block and never used."""
+
+    blocks: int
+    block_size: int
+
+    @classmethod
+    def of_server(cls, base_url: str) -> Self:
+        """Read `vllm:cache_config_info`.
+
+        Raises:
+            ValueError: the server publishes no such metric.
+        """
+        found = re.search(r"^vllm:cache_config_info\{(.*)\}", get_text(f"{base_url}/metrics"), re.MULTILINE)
+        labels = dict(re.findall(r'(\w+)="([^"]*)"', found[1])) if found else {}
+        if not {"num_gpu_blocks", "block_size"} <= labels.keys():
+            raise ValueError(f"{base_url}/metrics has no vllm:cache_config_info with num_gpu_blocks")
+        return cls(int(labels["num_gpu_blocks"]) - 1, int(labels["block_size"]))
+
+
+@dataclass(frozen=True)
+class KVUsage:
+    """The most blocks running requests held in any of a run's samples."""
+
+    peak_blocks: int
+    samples: int
+
+
+class KVSampler:
+    """Samples the gauge `vllm:kv_cache_usage_perc` in a thread while its block runs.
+
+    The gauge moves once per engine step and counts blocks of running requests only, not those that are
+    kept for later prefix hits. Between two samples a peak can be missed.
+    """
+
+    def __init__(self, base_url: str, capacity: KVCapacity) -> None:
+        self.url = f"{base_url}/metrics"
+        self.capacity = capacity
+        self._values: list[float] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def usage(self) -> KVUsage:
+        """What the samples say; zero without any.
+
+        The peak only: a mean over time would be wrong, because the gauge still shows the state before it
+        during a long prefill.
+        """
+        return KVUsage(round(max(self._values, default=0.0) * self.capacity.blocks), len(self._values))
+
+    def _sample(self) -> None:
+        while not self._stop.wait(SAMPLE_INTERVAL_S):
+            with suppress(OSError):
+                self._values.append(metric_sum(get_text(self.url), "vllm:kv_cache_usage_perc"))
+
+
+def metric_sum(text: str, name: str) -> float:
+    """The sum of a metric over all its labels, in Prometheus text format; 0 if absent.
+
+    A full parser would take a noticeable share of the small machines this also runs on.
+    """
+    pattern = rf"^{re.escape(name)}(?:\{{.*\}})? (\S+)$"
+    return sum(float(value) for value in re.findall(pattern, text, re.MULTILINE))

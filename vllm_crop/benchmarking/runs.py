@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is measured, in which order, and the numbers of one run."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+from vllm_crop.benchmarking.kv import KVUsage
+from vllm_crop.errors import CropError
+
+Mode = Literal["off", "plc", "stock"]
+
+MODES: dict[Mode, str] = {
+    "off": "full image, `crop: {method: off}`",
+    "plc": "pruned before the language model",
+    "stock": "another server without the plugin",
+}
+
+
+class RunError(CropError):
+    """A run gave no usable numbers."""
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """One run of the load generator.
+
+    Attributes:
+        mode: what the requests ask for.
+        concurrency: requests in flight at any time.
+        repeat: 0, 1, ...; runs of the same repeat are neighbours in time and compared with each other.
+        seed: of images and texts; no two runs share one, so no cache can answer.
+    """
+
+    mode: Mode
+    concurrency: int
+    repeat: int
+    seed: int
+
+    def __str__(self) -> str:
+        return f"concurrency {self.concurrency}, {self.mode}, repeat {self.repeat + 1}"
+
+
+def schedule(modes: Sequence[Mode], concurrencies: Sequence[int], repeats: int, seed: int) -> list[RunSpec]:
+    """All runs in order: modes side by side, their order turned around in every other pair.
+
+    A machine that slows down or speeds up meanwhile then touches all modes alike.
+    """
+    specs: list[RunSpec] = []
+    for pair, (repeat, concurrency) in enumerate(itertools.product(range(repeats), concurrencies)):
+        # One flip more per repeat, or with two concurrencies each would always see the same order.
+        flipped = (pair + repeat * (len(concurrencies) + 1)) % 2 == 1
+        for mode in reversed(modes) if flipped else modes:
+            specs.append(RunSpec(mode, concurrency, repeat, seed + len(specs)))
+    return specs
+
+
+@dataclass(frozen=True)
+class Run:
+    """The numbers of one run.
+
+    Tokens are means per request; `kv_tokens` is what a request holds in the KV cache at its end, prompt and
+    output together. `prefix_hit_tokens` and `image_hits` count what caches answered: both should be 0.
+    """
+
+    spec: RunSpec
+    requests: int
+    duration_s: float
+    requests_per_s: float
+    output_tokens_per_s: float
+    ttft_p50_ms: float
+    ttft_p99_ms: float
+    tpot_p50_ms: float
+    prompt_tokens: float
+    output_tokens: float
+    kv_tokens: float
+    kv_peak_blocks: int
+    kv_samples: int
+    prefix_hit_tokens: float
+    image_hits: float
+    ttfts_ms: tuple[float, ...]
+
+    @classmethod
+    def from_result(
+        cls,
+        spec: RunSpec,
+        result: Mapping[str, Any],
+        kv: KVUsage,
+        prefix_hit_tokens: float = 0.0,
+        image_hits: float = 0.0,
+    ) -> Self:
+        """Read what `vllm bench serve --save-detailed` returns.
+
+        Raises:
+            RunError: requests failed.
+        """
+        if result["failed"] or not result["completed"]:
+            errors = next((error for error in result.get("errors", ()) if error), "no error text")
+            raise RunError(
+                f"{spec}: {result['failed']} requests failed, the first one with: {errors.strip()}"
+            )
+        requests = result["completed"]
+        return cls(
+            spec=spec,
+            requests=requests,
+            duration_s=result["duration"],
+            requests_per_s=result["request_throughput"],
+            output_tokens_per_s=result["output_throughput"],
+            ttft_p50_ms=result["median_ttft_ms"],
+            ttft_p99_ms=result["p99_ttft_ms"],
+            tpot_p50_ms=result["median_tpot_ms"],
+            prompt_tokens=result["total_input_tokens"] / requests,
+            output_tokens=result["total_output_tokens"] / requests,
+            kv_tokens=(result["total_input_tokens"] + result["total_output_tokens"]) / requests,
+            kv_peak_blocks=kv.peak_blocks,
+            kv_samples=kv.samples,
+            prefix_hit_tokens=prefix_hit_tokens,
+            image_hits=image_hits,
+            ttfts_ms=tuple(round(1000 * seconds, 1) for seconds in result["ttfts"]),
+        )
