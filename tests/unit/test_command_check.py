@@ -12,8 +12,8 @@ import typer
 from checkpoint_json import write_json, write_llava
 from typer.testing import CliRunner
 
-from vllm_crop import installation
 from vllm_crop.commands.check import check
+from vllm_crop.compat import installation
 from vllm_crop.compat import vllm as compat
 from vllm_crop.compat.vllm import UpstreamPoint
 from vllm_crop.config import CropConfig

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from vllm_crop.config import CropConfig, CropLimits, shorten
 from vllm_crop.errors import UnsupportedFlagError
 
-ALLOWED = {
+ALLOWED: dict[str, list[Any]] = {
     "method": ["plc", "off"],
     "pruning_rate": [0, 0.0, 0.5, 0.999],
     "compression": ["pool", "prune"],

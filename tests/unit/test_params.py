@@ -22,6 +22,7 @@ from vllm_crop.params import (
     image_requests,
     parse_region,
 )
+from vllm_crop.plan import Compression
 
 BOX = [0.1, 0.2, 0.3, 0.4]
 REGION = Region((Box(0.1, 0.2, 0.3, 0.4),))
@@ -106,7 +107,6 @@ def test_every_wrong_field_is_named() -> None:
     assert all(place in message for place in ("crop.regions[0]:", "crop.pruning_rate:", "crop.method:"))
 
 
-@pytest.mark.xfail(reason="keys are written out whatever their length")
 def test_the_message_about_a_long_key_is_short() -> None:
     with pytest.raises(InvalidCropError) as refused:
         CropParams.parse({"k" * 100_000: 1})
@@ -225,6 +225,7 @@ def test_the_servers_limit_of_boxes_counts_per_image() -> None:
 
 
 def test_cache_keys_differ_where_the_embeddings_could() -> None:
+    compressions: tuple[Compression, ...] = ("pool", "prune")
     asked = [
         ImageRequest(region, pruning_rate, compression)
         for region, pruning_rate, compression in itertools.product(
@@ -236,7 +237,7 @@ def test_cache_keys_differ_where_the_embeddings_could() -> None:
                 Region((Box(0.1, 0.2, 0.3, math.nextafter(0.4, 1)),)),
             ],
             [0.5, math.nextafter(0.5, 1)],
-            ["pool", "prune"],
+            compressions,
         )
     ]
     assert len({request.cache_key() for request in asked}) == len(asked)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-from vllm_crop.benchmarking.server import get_text
+from vllm_crop.benchmarking.server import ServerError, get_text
 
 SAMPLE_INTERVAL_S = 0.2
 
@@ -25,12 +25,12 @@ class KVCapacity:
         """Read `vllm:cache_config_info`.
 
         Raises:
-            ValueError: the server publishes no such metric.
+            ServerError: the server publishes no such metric.
         """
         found = re.search(r"^vllm:cache_config_info\{(.*)\}", get_text(f"{base_url}/metrics"), re.MULTILINE)
         labels = dict(re.findall(r'(\w+)="([^"]*)"', found[1])) if found else {}
         if not {"num_gpu_blocks", "block_size"} <= labels.keys():
-            raise ValueError(f"{base_url}/metrics has no vllm:cache_config_info with num_gpu_blocks")
+            raise ServerError(f"{base_url}/metrics has no vllm:cache_config_info with num_gpu_blocks")
         return cls(int(labels["num_gpu_blocks"]) - 1, int(labels["block_size"]))
 
 

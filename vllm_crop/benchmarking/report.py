@@ -15,7 +15,6 @@ from rich.text import Text
 
 from vllm_crop.benchmarking.kv import SAMPLE_INTERVAL_S
 from vllm_crop.benchmarking.prefill import prefill_flops
-from vllm_crop.benchmarking.runs import Run
 from vllm_crop.benchmarking.session import Options, Outcome
 from vllm_crop.benchmarking.summary import Ratio, Summary, mean_prompt_tokens, summarize
 
@@ -43,8 +42,8 @@ def print_report(console: Console, options: Options, outcome: Outcome, origin: M
 
 def table(summaries: Sequence[Summary]) -> Table:
     """A row per concurrency and mode, and one per comparison with its spread below."""
-    shown = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    shown.add_column("in\nflight", justify="right")
+    shown = Table(box=SIMPLE_HEAD, show_edge=False, padding=0)
+    shown.add_column("in\nflight", justify="right", no_wrap=True)
     shown.add_column("mode", no_wrap=True)
     for title, _ in COLUMNS.values():
         shown.add_column(title, justify="right", no_wrap=True)
@@ -60,12 +59,13 @@ def table(summaries: Sequence[Summary]) -> Table:
     return shown
 
 
-def write_json(path: Path, setting: Mapping[str, Any], runs: Sequence[Run]) -> None:
-    """Write setting, summary and every single run, all at once or not at all."""
+def write_report(path: Path, options: Options, outcome: Outcome, origin: Mapping[str, Any]) -> None:
+    """Write the setting, the summary and every single run as JSON, all at once or not at all."""
     report = {
-        **setting,
-        "summary": [asdict(summary) for summary in summarize(runs)],
-        "runs": [asdict(run) for run in runs],
+        "provenance": origin,
+        **_setting(options, outcome),
+        "summary": [asdict(summary) for summary in summarize(outcome.runs)],
+        "runs": [asdict(run) for run in outcome.runs],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
@@ -73,7 +73,7 @@ def write_json(path: Path, setting: Mapping[str, Any], runs: Sequence[Run]) -> N
     os.replace(partial, path)
 
 
-def setting(options: Options, outcome: Outcome) -> dict[str, Any]:
+def _setting(options: Options, outcome: Outcome) -> dict[str, Any]:
     """What was served and asked for, as plain values for JSON."""
     return {
         "machine": asdict(outcome.machine),

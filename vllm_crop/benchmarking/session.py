@@ -93,8 +93,8 @@ def _what_to_serve(
         return options.model, options.serve_args, {}
     model = str(client.call(make_checkpoint, options.folder / "model", BENCH, weights=False))
     args = ["--load-format", "dummy", "--max-model-len", str(MAX_MODEL_LEN)]
-    # A byte tokenizer makes many random questions start with the same unprintable text, which the prefix
-    # cache would answer: a larger share of the shorter prompts.
+    # The dummy's vocabulary is so small that random questions begin alike now and then. The prefix cache
+    # would answer those beginnings, a larger share of the pruned prompts.
     args.append("--no-enable-prefix-caching")
     env = {}
     if machine.is_cpu:

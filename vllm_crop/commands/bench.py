@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from vllm_crop.benchmarking.machine import provenance
-from vllm_crop.benchmarking.report import print_report, setting, write_json
+from vllm_crop.benchmarking.report import print_report, write_report
 from vllm_crop.benchmarking.session import Options, run_benchmark
 from vllm_crop.commands.region_options import parse_regions
 from vllm_crop.errors import CropError
@@ -98,6 +98,6 @@ def bench(
     except KeyboardInterrupt:
         console.print("Stopped, and the server with it.")
         raise typer.Exit(130) from None
-    write_json(result_file, {"provenance": origin, **setting(options, outcome)}, outcome.runs)
+    write_report(result_file, options, outcome, origin)
     print_report(console, options, outcome, origin)
     console.print(f"Every single run: {result_file}", markup=False)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vllm_crop.installation import ENTRY_POINT_GROUP, describe_installation
+from vllm_crop.compat.installation import ENTRY_POINT_GROUP, describe_installation
 
 
 def check(

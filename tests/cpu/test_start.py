@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What decides at start: vLLM's own command line with our options, and the combinations that are refused."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.vllm_runtime
+
+MIDDLEWARE = "vllm_crop_server.middleware.CropMiddleware"
+OPTIONS = ("--dtype", "float32", "--max-model-len", "2048", "--enforce-eager")
+
+
+Parse = Callable[..., Any]
+
+
+@pytest.fixture
+def parse(checkpoint: Path) -> Parse:
+    """`vllm serve *args` up to the namespace and the engine's arguments; MODEL is a checkpoint."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    def run(*args: str) -> Any:
+        parser = FlexibleArgumentParser()
+        make_arg_parser(parser.add_subparsers(dest="subparser").add_parser("serve"))
+        namespace = parser.parse_args(["serve", *(arg.replace("MODEL", str(checkpoint)) for arg in args)])
+        namespace.model = namespace.model_tag or namespace.model
+        return namespace, AsyncEngineArgs.from_cli_args(namespace)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("MODEL", "--plugin", "crop", "--crop-config", '{"pruning_rate": 0.5}'),
+        ("--crop-config", '{"pruning_rate": 0.5}', "--plugin", "crop", "--model", "MODEL"),
+        ("--model=MODEL", "--plugin=crop", '--crop-config={"pruning_rate": 0.5}'),
+        ("MODEL", "--crop-config", '{"pruning_rate": 0.5}'),
+        ("MODEL", "--additional-config", '{"crop": {"pruning_rate": 0.5}}'),
+        ("MODEL", "--additional-config.crop.pruning_rate", "0.5"),
+        ("MODEL", "--plugin", "crop", "--additional-config", '{"crop": {"pruning_rate": 0.5}, "other": 1}'),
+    ],
+)
+def test_every_spelling_means_the_same(checkpoint: Path, parse: Parse, args: tuple[str, ...]) -> None:
+    namespace, engine_args = parse(*args)
+    assert engine_args.model == str(checkpoint)
+    assert engine_args.additional_config["crop"] == {"pruning_rate": 0.5}
+    assert namespace.middleware == [MIDDLEWARE]
+    assert namespace.enable_prompt_tokens_details
+
+
+def test_config_file(checkpoint: Path, parse: Parse, tmp_path: Path) -> None:
+    file = tmp_path / "serve.yaml"
+    settings = "pruning_rate: 0.5\n  limits:\n    max_boxes_per_image: 3"
+    file.write_text(f"model: {checkpoint}\nplugin: crop\ncrop-config:\n  {settings}\n")
+    namespace, engine_args = parse("--config", str(file))
+    assert engine_args.model == str(checkpoint)
+    assert engine_args.additional_config["crop"] == {
+        "pruning_rate": 0.5,
+        "limits": {"max_boxes_per_image": 3},
+    }
+    assert namespace.middleware == [MIDDLEWARE]
+
+
+def test_own_middleware_is_kept_and_nothing_is_added_unasked(parse: Parse) -> None:
+    namespace, engine_args = parse("MODEL", "--middleware", "a.B")
+    assert namespace.middleware == ["a.B"]
+    assert engine_args.additional_config == {}
+    namespace, _ = parse("MODEL", "--middleware", "a.B", "--plugin", "crop")
+    assert namespace.middleware == ["a.B", MIDDLEWARE]
+    assert parse("MODEL")[0].middleware == []  # the default list is not shared
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("{", "no JSON"),
+        ("[]", "must be a JSON object"),
+        ('{"pruning_rate": 9}', "additional_config.crop.pruning_rate"),
+        ('{"prunning_rate": 0.5}', "additional_config.crop.prunning_rate"),
+        ('{"method": "ilp"}', "'plc' or 'off'"),
+    ],
+)
+def test_bad_settings_are_argparse_errors(
+    parse: Parse, value: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse("MODEL", "--plugin", "crop", "--crop-config", value)
+    assert message in capsys.readouterr().err
+
+
+def engine_config(checkpoint: Path, crop: Any, **options: Any) -> Any:
+    from vllm.engine.arg_utils import EngineArgs
+
+    defaults = {"dtype": "float32", "max_model_len": 2048, "enforce_eager": True}
+    args = EngineArgs(model=str(checkpoint), additional_config={"crop": crop}, **{**defaults, **options})
+    return args.create_engine_config()
+
+
+@pytest.mark.parametrize(
+    ("options", "flag"),
+    [
+        ({"video_pruning_rate": 0.5}, "--video-pruning-rate"),
+        ({"model_impl": "transformers"}, "--model-impl"),
+        ({"enable_tower_connector_lora": True}, "--enable-tower-connector-lora"),
+        ({"mm_processor_kwargs": {"crop": {}}}, "--mm-processor-kwargs"),
+        ({"tokenizer_mode": "mistral"}, "--tokenizer-mode"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(checkpoint: Path, options: Any, flag: str) -> None:
+    with pytest.raises(ValueError, match=flag):
+        engine_config(checkpoint, {}, **options)
+
+
+def test_the_rust_front_end_is_refused(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    with pytest.raises(ValueError, match="VLLM_USE_RUST_FRONTEND"):
+        engine_config(checkpoint, {})
+
+
+def test_original_positions_need_room(checkpoint: Path) -> None:
+    engine_config(checkpoint, {"position_ids": "original"}, max_model_len=3520)
+    with pytest.raises(ValueError, match="at most 3520"):
+        engine_config(checkpoint, {"position_ids": "original"}, max_model_len=3521)
+
+
+def test_unknown_settings_are_refused_offline(checkpoint: Path) -> None:
+    with pytest.raises(ValueError, match=r"additional_config\.crop\.rate"):
+        engine_config(checkpoint, {"rate": 0.5})
+
+
+def edited(checkpoint: Path, folder: Path, **changes: Any) -> Path:
+    """A copy of the checkpoint's JSON files with config.json changed."""
+    folder.mkdir()
+    for file in checkpoint.glob("*.json"):
+        (folder / file.name).write_text(file.read_text())
+    config = json.loads((checkpoint / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    return folder
+
+
+def test_unsupported_models_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    text_config = json.loads((checkpoint / "config.json").read_text())["text_config"]
+    llama = edited(checkpoint, tmp_path / "llama", **{**text_config, "architectures": ["LlamaForCausalLM"]})
+    with pytest.raises(ValueError, match=r"does not support \['LlamaForCausalLM'\]; supported: \['Llava"):
+        engine_config(llama, {})
+    with_class_token = edited(checkpoint, tmp_path / "full", vision_feature_select_strategy="full")
+    with pytest.raises(ValueError, match="vision_feature_select_strategy='full'"):
+        engine_config(with_class_token, {})
+    vision = {"model_type": "siglip_vision_model", "image_size": 336, "patch_size": 14}
+    siglip = edited(checkpoint, tmp_path / "siglip", vision_config=vision)
+    with pytest.raises(ValueError, match="siglip_vision_model"):
+        engine_config(siglip, {})
+
+
+@pytest.mark.parametrize("as_callable", [False, True], ids=["dict", "callable"])
+def test_the_users_own_overrides_are_kept(checkpoint: Path, as_callable: bool) -> None:
+    overrides: Any = {"text_config": {"rms_norm_eps": 0.5}, "my_field": 7}
+    config = engine_config(checkpoint, {}, hf_overrides=halve_epsilon if as_callable else overrides)
+    hf_config = config.model_config.hf_config
+    assert hf_config.architectures == ["CropLlavaForConditionalGeneration"]
+    assert hf_config.text_config.rms_norm_eps == 0.5
+    assert hf_config.my_field == 7
+    assert hf_config.crop["pruning_rate"] == 0.778
+
+
+def halve_epsilon(hf_config: Any) -> Any:
+    """What a user might pass as `hf_overrides`."""
+    if not hf_config.model_type.startswith("dummy_"):
+        hf_config.text_config.rms_norm_eps = 0.5
+        hf_config.my_field = 7
+    return hf_config
+
+
+def test_another_vllm_is_refused(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import vllm
+
+    monkeypatch.setattr(vllm, "__version__", "0.33.0")
+    with pytest.raises(ValueError, match=r"supports vllm<0\.33,>=0\.32\.0, installed is 0\.33\.0"):
+        engine_config(checkpoint, {})
+
+
+def test_a_changed_signature_is_refused(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.multimodal.processing import BaseMultiModalProcessor
+
+    monkeypatch.setattr(BaseMultiModalProcessor, "_get_mm_hashes", lambda self, other: None)
+    with pytest.raises(ValueError, match=r"_get_mm_hashes takes \('self', 'other'\)"):
+        engine_config(checkpoint, {})
+
+
+def test_unasked_the_stock_classes_stay(checkpoint: Path) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    config = EngineArgs(model=str(checkpoint), dtype="float32", max_model_len=2048).create_engine_config()
+    assert config.model_config.hf_config.architectures == ["LlavaForConditionalGeneration"]
+    assert not hasattr(config.model_config.hf_config, "crop")

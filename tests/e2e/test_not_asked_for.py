@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Installed but not asked for: the same bytes as stock vLLM, in the same time."""
+
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import openai
+import pytest
+
+from tests.e2e.conftest import MODEL, OPTIONS, data_url
+from tests.pictures import noise_image
+from vllm_crop.benchmarking.server import Server, serve
+
+pytestmark = pytest.mark.e2e
+
+PAIRS = 24
+
+
+def ask(server: Server, seed: int) -> tuple[Any, float]:
+    """One answer with its logprobs, and the seconds it took."""
+    client = openai.OpenAI(base_url=f"{server.base_url}/v1", api_key="unused", max_retries=0)
+    parts = [
+        {"type": "image_url", "image_url": {"url": data_url(noise_image(seed))}},
+        {"type": "text", "text": "What is it?"},
+    ]
+    start = time.perf_counter()
+    answer = client.chat.completions.create(
+        model=MODEL,
+        messages=[{"role": "user", "content": parts}],  # type: ignore[list-item, misc]
+        max_tokens=8,
+        temperature=0,
+        logprobs=True,
+        top_logprobs=5,
+        extra_body={"ignore_eos": True, "skip_special_tokens": False},
+    )
+    seconds = time.perf_counter() - start
+    return (answer.usage, answer.choices[0]), seconds
+
+
+def test_outputs_and_time_equal_stock_vllm(
+    checkpoint: Path, logs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two servers side by side, asked in turn: one that does not load the plugin, one that does."""
+    without_plugin = {"VLLM_PLUGINS": ""}
+    with (
+        serve(str(checkpoint), *OPTIONS, log_path=logs / "stock.log", env=without_plugin) as stock,
+        serve(str(checkpoint), *OPTIONS, log_path=logs / "installed.log") as installed,
+    ):
+        for server in (stock, installed):
+            ask(server, 0)
+        ratios = []
+        for pair in range(1, PAIRS + 1):
+            order = (stock, installed) if pair % 2 else (installed, stock)
+            results = {server.base_url: ask(server, pair) for server in order}
+            (stock_answer, stock_s), (our_answer, our_s) = (
+                results[server.base_url] for server in (stock, installed)
+            )
+            assert our_answer == stock_answer
+            ratios.append(our_s / stock_s)
+    ratios.sort()
+    middle = median(ratios)
+    quartiles = ratios[PAIRS // 4], ratios[-PAIRS // 4]
+    with capsys.disabled():
+        print(
+            f"\ninstalled / stock vLLM, request time over {PAIRS} pairs: median {middle:.3f}, "
+            f"quartiles {quartiles[0]:.3f} to {quartiles[1]:.3f}"
+        )
+    # A cost would show in the median; the bound leaves room for a noisy machine.
+    assert 0.8 < middle < 1.25

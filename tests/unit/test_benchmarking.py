@@ -1,0 +1,379 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parts of `vllm-crop bench` that need no vLLM, and the server's process handling with a stand-in."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from vllm_crop.benchmarking import kv, server
+from vllm_crop.benchmarking.kv import KVCapacity, KVSampler, KVUsage, metric_sum
+from vllm_crop.benchmarking.load import bench_arguments
+from vllm_crop.benchmarking.machine import Machine, git_revision, provenance
+from vllm_crop.benchmarking.prefill import ModelShape, prefill_flops
+from vllm_crop.benchmarking.report import ideal_ratio, print_report, table, write_report
+from vllm_crop.benchmarking.runs import Mode, Run, RunError, RunSpec, schedule
+from vllm_crop.benchmarking.server import Server, ServerError, get_text, log_tail, serve
+from vllm_crop.benchmarking.session import Options, Outcome
+from vllm_crop.benchmarking.summary import Ratio, mean_prompt_tokens, summarize
+from vllm_crop.cli import app
+from vllm_crop.geometry import Box, Region
+
+METRICS = """\
+# HELP vllm:kv_cache_usage_perc KV-cache usage. 1 means 100 percent usage.
+# TYPE vllm:kv_cache_usage_perc gauge
+vllm:kv_cache_usage_perc{engine="0",model_name="m{1}"} 0.25
+vllm:prefix_cache_hits_total{engine="0",model_name="m"} 32.0
+vllm:prefix_cache_hits_total{engine="1",model_name="m"} 1.5e+02
+vllm:prefix_cache_hits_created{engine="0",model_name="m"} 1.79e+09
+vllm:cache_config_info{block_size="32",cache_dtype="auto",kv_sharing="False",num_gpu_blocks="101"} 1.0
+process_open_fds 12.0
+"""
+
+# Stands in for Python running vLLM: `$0 -m vllm.entrypoints.cli.main serve MODEL --host H --port P`.
+STAND_IN = """\
+#!{python}
+import http.server, os, signal, subprocess, sys, time
+print("arguments:", *sys.argv[1:], os.environ.get("MARK"), flush=True)
+if "--fail" in sys.argv:
+    sys.exit("cannot serve [this]")
+if "--hang" in sys.argv:
+    time.sleep(60)
+child = subprocess.Popen([{python!r}, "-c", "import signal, time; "
+    "signal.signal(signal.SIGINT, signal.SIG_IGN); print('deaf', flush=True); time.sleep(60)"],
+    stdout=subprocess.PIPE)
+child.stdout.readline()
+print("child:", child.pid, flush=True)
+class Health(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200 if self.path == "/health" else 404)
+        self.end_headers()
+        self.wfile.write(b"fine")
+port = int(sys.argv[sys.argv.index("--port") + 1])
+http.server.HTTPServer(("127.0.0.1", port), Health).serve_forever()
+"""
+
+
+def make_run(mode: Mode, concurrency: int = 1, repeat: int = 0, **numbers: Any) -> Run:
+    values: dict[str, Any] = dict(
+        requests=16,
+        duration_s=10.0,
+        requests_per_s=1.0,
+        output_tokens_per_s=8.0,
+        ttft_p50_ms=900.0,
+        ttft_p99_ms=1000.0,
+        tpot_p50_ms=40.0,
+        prompt_tokens=600.0,
+        output_tokens=8.0,
+        kv_tokens=608.0,
+        kv_peak_blocks=20,
+        kv_samples=50,
+        prefix_hit_tokens=0.0,
+        image_hits=0.0,
+        ttfts_ms=(900.0, 1000.0),
+    )
+    return Run(spec=RunSpec(mode, concurrency, repeat, seed=0), **{**values, **numbers})
+
+
+def make_options(tmp_path: Path, **settings: Any) -> Options:
+    values: dict[str, Any] = dict(
+        model=None,
+        region=Region((Box(0.25, 0.25, 0.5, 0.5),)),
+        pruning_rate=0.75,
+        concurrencies=(1, 4),
+        num_prompts=16,
+        repeats=3,
+        output_len=8,
+        seed=0,
+        stock=False,
+        serve_args=(),
+        folder=tmp_path,
+    )
+    return Options(**{**values, **settings})
+
+
+def make_outcome(*runs: Run) -> Outcome:
+    machine = Machine("a CPU", True, 2, 0.5)
+    return Outcome(machine, ModelShape(2, 4, 8), KVCapacity(100, 32), (("vllm", "serve"),), runs)
+
+
+class TestSchedule:
+    def test_pairs_are_neighbours_and_their_order_alternates_within_each_concurrency(self) -> None:
+        for concurrencies in ((1,), (1, 4), (1, 4, 8)):
+            specs = schedule(("off", "plc"), concurrencies, repeats=4, seed=10)
+            for first, second in zip(specs[::2], specs[1::2], strict=True):
+                assert (first.concurrency, first.repeat) == (second.concurrency, second.repeat)
+            for concurrency in concurrencies:
+                firsts = [spec.mode for spec in specs[::2] if spec.concurrency == concurrency]
+                assert firsts in (["off", "plc"] * 2, ["plc", "off"] * 2)
+
+    def test_no_seed_is_used_twice(self) -> None:
+        specs = schedule(("off", "plc"), (1, 4, 8), repeats=3, seed=5)
+        assert [spec.seed for spec in specs] == list(range(5, 5 + 18))
+
+
+class TestLoad:
+    SERVER = Server("m", "http://127.0.0.1:1", 1, ("vllm",), Path("log"), 1.0)
+
+    def test_arguments(self, tmp_path: Path) -> None:
+        spec = RunSpec("plc", 4, 0, seed=7)
+        body = make_options(tmp_path).extra_body("plc")
+        arguments = bench_arguments(spec, self.SERVER, 16, 8, body)
+        pairs = dict(zip(arguments[:-2:2], arguments[1:-2:2], strict=True))
+        assert json.loads(pairs["--extra-body"]) == {
+            "crop": {"regions": [[[0.25, 0.25, 0.5, 0.5]]], "pruning_rate": 0.75}
+        }
+        assert (pairs["--seed"], pairs["--max-concurrency"], pairs["--num-prompts"]) == ("7", "4", "16")
+        # Both would put the first request into the caches before it is measured.
+        assert (pairs["--ready-check-timeout-sec"], pairs["--num-warmups"]) == ("0", "0")
+
+    def test_bodies_of_the_other_modes(self, tmp_path: Path) -> None:
+        options = make_options(tmp_path)
+        assert options.extra_body("off") == {"crop": {"method": "off"}}
+        assert options.extra_body("stock") == {}
+
+
+class TestRun:
+    RESULT = {
+        "completed": 4,
+        "failed": 0,
+        "duration": 2.0,
+        "request_throughput": 2.0,
+        "output_throughput": 16.0,
+        "median_ttft_ms": 250.0,
+        "p99_ttft_ms": 300.0,
+        "median_tpot_ms": 40.0,
+        "total_input_tokens": 2504,
+        "total_output_tokens": 32,
+        "ttfts": [0.25, 0.3, 0.2, 0.24],
+        "errors": ["", "", "", ""],
+    }
+
+    def test_reads_what_vllm_saves(self) -> None:
+        run = Run.from_result(RunSpec("off", 1, 0, 0), self.RESULT, KVUsage(20, 9), 32.0, 1.0)
+        assert (run.requests, run.prompt_tokens, run.output_tokens, run.kv_tokens) == (4, 626.0, 8.0, 634.0)
+        assert (run.requests_per_s, run.ttft_p50_ms, run.ttft_p99_ms) == (2.0, 250.0, 300.0)
+        assert (run.kv_peak_blocks, run.kv_samples) == (20, 9)
+        assert (run.prefix_hit_tokens, run.image_hits) == (32.0, 1.0)
+        assert run.ttfts_ms == (250.0, 300.0, 200.0, 240.0)
+
+    def test_failed_requests_are_an_error_with_the_first_reason(self) -> None:
+        result = {**self.RESULT, "failed": 1, "errors": ["", "Bad Request: crop.regions"]}
+        with pytest.raises(RunError, match=r"concurrency 4, plc, repeat 1: 1 requests failed.*crop\.regions"):
+            Run.from_result(RunSpec("plc", 4, 0, 0), result, KVUsage(0, 0))
+
+
+class TestKV:
+    def test_metric_sum_takes_exact_names_and_all_labels(self) -> None:
+        assert metric_sum(METRICS, "vllm:kv_cache_usage_perc") == 0.25
+        assert metric_sum(METRICS, "vllm:prefix_cache_hits_total") == 182.0
+        assert metric_sum(METRICS, "process_open_fds") == 12.0
+        assert metric_sum(METRICS, "vllm:absent") == 0.0
+
+    def test_capacity_leaves_out_the_null_block(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(kv, "get_text", lambda url: METRICS)
+        assert KVCapacity.of_server("http://x") == KVCapacity(blocks=100, block_size=32)
+        monkeypatch.setattr(kv, "get_text", lambda url: "")
+        with pytest.raises(ServerError, match="cache_config_info"):
+            KVCapacity.of_server("http://x")
+
+    def test_sampler_keeps_the_peak_and_survives_a_missed_answer(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        enough = threading.Event()
+        answers = iter(["0.1", None, "0.5", "0.2"])
+
+        def fake_get(url: str) -> str:
+            answer = next(answers, "stop")
+            if answer is None:
+                raise ConnectionResetError
+            if answer == "stop":
+                enough.set()
+                answer = "0.0"
+            return f"vllm:kv_cache_usage_perc{{}} {answer}\n"
+
+        monkeypatch.setattr(kv, "get_text", fake_get)
+        monkeypatch.setattr(kv, "SAMPLE_INTERVAL_S", 0.001)
+        with KVSampler("http://x", KVCapacity(40, 32)) as sampler:
+            assert enough.wait(10)
+        assert sampler.usage().peak_blocks == 20
+        assert sampler.usage().samples >= 4
+
+
+class TestPrefill:
+    def test_formula(self) -> None:
+        # 2 layers, n=3, d=4, m=8: 4*3*16 + 2*9*4 + 3*3*4*8 = 192 + 72 + 288.
+        assert prefill_flops(ModelShape(2, 4, 8), 3) == 2 * 552
+
+    def test_attention_makes_it_grow_faster_than_the_prompt(self) -> None:
+        shape = ModelShape(32, 4096, 11008)
+        assert 5.0 < prefill_flops(shape, 640) / prefill_flops(shape, 128) < 5.3
+
+
+class TestSummary:
+    def test_medians_and_paired_ratios(self) -> None:
+        runs = [make_run("off", 1, repeat, requests_per_s=1.0 + repeat) for repeat in range(3)]
+        runs += [make_run("plc", 1, repeat, requests_per_s=4.0 + 2 * repeat) for repeat in range(3)]
+        (summary,) = summarize(runs)
+        assert list(summary.medians) == ["off", "plc"]
+        assert summary.medians["off"]["requests_per_s"] == 2.0
+        # Pair by pair: 4/1, 6/2, 8/3.
+        assert summary.ratios["plc/off"]["requests_per_s"] == Ratio(3.0, 8 / 3, 4.0)
+
+    def test_nothing_to_divide_by(self) -> None:
+        (summary,) = summarize([make_run("off", kv_peak_blocks=0), make_run("plc")])
+        assert summary.ratios["plc/off"]["kv_peak_blocks"] is None
+        assert summary.ratios["plc/off"]["kv_tokens"] == Ratio(1.0, 1.0, 1.0)
+
+    def test_stock_is_the_reference_of_off(self) -> None:
+        (summary,) = summarize([make_run("off"), make_run("plc"), make_run("stock")])
+        assert list(summary.medians) == ["stock", "off", "plc"]
+        assert list(summary.ratios) == ["plc/off", "off/stock"]
+
+    def test_mean_prompt_tokens_weighs_by_requests(self) -> None:
+        runs = [
+            make_run("off", prompt_tokens=600.0, requests=1),
+            make_run("off", prompt_tokens=630.0, requests=2),
+        ]
+        assert mean_prompt_tokens(runs) == {"off": 620.0}
+
+
+class TestReport:
+    RUNS = (
+        make_run("off", 1, 0),
+        make_run("plc", 1, 0, requests_per_s=2.345, prompt_tokens=120.0),
+        make_run("off", 1, 1),
+        make_run("plc", 1, 1, requests_per_s=3.0, prompt_tokens=120.0),
+    )
+
+    def test_table_fits_a_terminal_of_80_columns(self, tmp_path: Path) -> None:
+        console = Console(width=80, record=True, file=(tmp_path / "out").open("w"))
+        console.print(table(summarize(self.RUNS)))
+        text = console.export_text()
+        assert "plc / off" in text
+        assert "2.67x" in text
+        assert "2.35-3.00" in text
+        assert "…" not in text
+
+    def test_printed_report_names_the_setting(self, tmp_path: Path) -> None:
+        console = Console(width=200, record=True, file=(tmp_path / "out").open("w"))
+        print_report(console, make_options(tmp_path), make_outcome(*self.RUNS), provenance())
+        text = console.export_text()
+        for part in ("2 layers of 4", "a CPU, 2 CPU cores", "600 prompt tokens full, 120 pruned", "of 100,"):
+            assert part in text
+        assert "Caches answered" not in text
+
+    def test_cache_hits_are_told(self, tmp_path: Path) -> None:
+        console = Console(width=200, record=True, file=(tmp_path / "out").open("w"))
+        outcome = make_outcome(*self.RUNS, make_run("plc", 1, 2, prefix_hit_tokens=32.0))
+        print_report(console, make_options(tmp_path), outcome, provenance())
+        assert "Caches answered" in console.export_text()
+
+    def test_json_holds_every_run_and_where_it_comes_from(self, tmp_path: Path) -> None:
+        path = tmp_path / "deep" / "result.json"
+        outcome = make_outcome(*self.RUNS)
+        write_report(path, make_options(tmp_path), outcome, provenance())
+        report = json.loads(path.read_text())
+        assert len(report["runs"]) == 4
+        assert report["runs"][1]["spec"] == {"mode": "plc", "concurrency": 1, "repeat": 0, "seed": 0}
+        assert report["runs"][0]["ttfts_ms"] == [900.0, 1000.0]
+        assert report["summary"][0]["ratios"]["plc/off"]["requests_per_s"]["high"] == 3.0
+        assert report["ideal_prefill_flops_ratio"] == ideal_ratio(outcome)
+        assert report["provenance"]["versions"]["python"]
+        assert report["machine"]["device"] == "a CPU"
+        assert [name.name for name in path.parent.iterdir()] == ["result.json"]
+
+    def test_revision_of_a_checkout_only(self, tmp_path: Path) -> None:
+        assert git_revision(tmp_path / "package") is None
+        package = tmp_path / "package"
+        package.mkdir()
+        assert git_revision(package) is None
+        git = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e"]
+        subprocess.run([*git, "init", "-q"], check=True)
+        subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "m"], check=True)
+        revision = git_revision(package)
+        assert revision is not None
+        assert len(revision) == 40
+        (package / "file").touch()
+        assert git_revision(package) == f"{revision}+changes"
+        nested = package / "site-packages" / "vllm_crop"
+        nested.mkdir(parents=True)
+        assert git_revision(nested) is None
+
+
+class TestCommand:
+    def test_fewer_requests_than_in_flight(self) -> None:
+        result = CliRunner().invoke(app, ["bench", "--num-prompts", "4"])
+        assert result.exit_code == 2
+        assert "4 requests cannot keep 8 in flight" in result.output
+
+    def test_loads_no_vllm(self) -> None:
+        code = "import sys, vllm_crop.commands.bench; sys.exit(bool({'torch', 'vllm'} & sys.modules.keys()))"
+        assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Replaces the Python that would run vLLM; returns the log's path."""
+    script = tmp_path / "python"
+    script.write_text(STAND_IN.format(python=sys.executable))
+    script.chmod(0o755)
+    monkeypatch.setattr(server.sys, "executable", str(script))
+    return tmp_path / "logs" / "server.log"
+
+
+def is_running(process_id: int) -> bool:
+    try:
+        state = Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+class TestServe:
+    def test_serves_and_takes_the_whole_group_down(self, stand_in: Path) -> None:
+        with serve("m", "--max-num-seqs", "2", log_path=stand_in, env={"MARK": "here"}) as running:
+            assert get_text(f"{running.base_url}/health") == "fine"
+            log = stand_in.read_text()
+            child = int(log.rpartition("child: ")[2].split()[0])
+            assert is_running(running.process_id)
+            assert is_running(child)
+            assert os.getpgid(running.process_id) != os.getpgid(0)
+        assert not is_running(running.process_id)
+        assert not is_running(child)
+        assert "serve m --host 127.0.0.1 --port" in log
+        assert "--max-num-seqs 2 here" in log
+
+    def test_death_at_start_shows_the_log(self, stand_in: Path) -> None:
+        with pytest.raises(ServerError, match=r"exit code 1(.|\n)*cannot serve \[this\]"):
+            with serve("m", "--fail", log_path=stand_in):
+                pytest.fail("not reached")
+
+    def test_timeout_stops_it(self, stand_in: Path) -> None:
+        with pytest.raises(ServerError, match=r"not ready after 1 s(.|\n)*arguments:"):
+            with serve("m", "--hang", log_path=stand_in, ready_timeout_s=1.0):
+                pytest.fail("not reached")
+
+    def test_sigterm_stops_it_too(self, stand_in: Path) -> None:
+        process_id = 0
+        with pytest.raises(SystemExit) as ended, serve("m", log_path=stand_in) as running:
+            process_id = running.process_id
+            os.kill(os.getpid(), signal.SIGTERM)
+            signal.pause()
+        assert ended.value.code == 128 + signal.SIGTERM
+        assert not is_running(process_id)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+    def test_log_tail(self, tmp_path: Path) -> None:
+        path = tmp_path / "log"
+        assert log_tail(path) == "    (the log is empty)"
+        path.write_text("\n".join(str(line) for line in range(100)))
+        assert log_tail(path, 2) == "    98\n    99"
