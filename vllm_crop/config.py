@@ -71,6 +71,10 @@ class CropConfig(BaseModel):
         Raises:
             UnsupportedFlagError: naming every wrong key, its value and what is allowed.
         """
+        if not isinstance(settings, Mapping):
+            raise UnsupportedFlagError(
+                f"additional_config.{CONFIG_KEY} must be an object, got {shorten(settings)}"
+            )
         try:
             return cls.model_validate(dict(settings))
         except ValidationError as error:

@@ -14,6 +14,8 @@ from vllm_crop.geometry import Region, TokenGrid
 
 Compression = Literal["pool", "prune"]
 
+_SIMILAR = 1.2  # how much larger the patches on one side of a cut may be, on average
+
 
 @dataclass(frozen=True)
 class PlannedEmbedding:
@@ -86,10 +88,10 @@ def retained_count(num_tokens: int, pruning_rate: float) -> int:
     return max(1, round(num_tokens * (1 - pruning_rate)))
 
 
-def whole_image_plan(grid: TokenGrid) -> TokenPlan:
-    """The plan that leaves an image as it is."""
+def whole_image_plan(grid: TokenGrid, pruning_rate: float = 0.0) -> TokenPlan:
+    """The plan that leaves an image as it is, whatever `pruning_rate` was asked for."""
     kept = tuple(PlannedEmbedding((token,), token) for token in range(grid.num_tokens))
-    return TokenPlan(grid, 0.0, kept)
+    return TokenPlan(grid, pruning_rate, kept)
 
 
 @lru_cache(maxsize=4096)
@@ -134,21 +136,38 @@ def _sampled(grid: TokenGrid, tokens: Sequence[int], count: int) -> list[Planned
 
 
 def _even_patches(grid: TokenGrid, tokens: Sequence[int], count: int) -> list[list[int]]:
-    """Split `tokens` into `count` compact patches of nearly equal size, by halving across the longer side.
+    """Split `tokens` into `count` compact patches of similar size, by halving across the longer side.
 
     Needs `0 <= count <= len(tokens)`; works for any shape, holes included.
     """
-    if count == 0:
-        return []
-    if count == 1:
-        return [list(tokens)]
+    if count <= 1:
+        return [list(tokens)] if count else []
     rows = [token // grid.cols for token in tokens]
     cols = [token % grid.cols for token in tokens]
-    by_row = max(rows) - min(rows) >= max(cols) - min(cols)
-    order = sorted(tokens, key=None if by_row else lambda token: (token % grid.cols, token))
-    first = count // 2
-    cut = round(len(order) * first / count)
+    lines = rows if max(rows) - min(rows) >= max(cols) - min(cols) else cols
+    ordered = sorted(zip(lines, tokens, strict=True))
+    order = [token for _, token in ordered]
+    cut, first = _halve([line for line, _ in ordered], count)
     return _even_patches(grid, order[:cut], first) + _even_patches(grid, order[cut:], count - first)
+
+
+def _halve(lines: Sequence[int], count: int) -> tuple[int, int]:
+    """Where to cut tokens sorted by line, and how many of `count` patches go before the cut.
+
+    Between two lines if that leaves patches of similar size on both sides, which keeps them in one piece;
+    else in the middle of a line, exactly in proportion.
+    """
+    total = len(lines)
+    borders = [index for index in range(1, total) if lines[index] != lines[index - 1]]
+    for cut in sorted(borders, key=lambda index: (abs(2 * index - total), index)):
+        if abs(2 * cut - total) > total / 2:
+            break
+        before = min(max(round(count * cut / total), 1, count - (total - cut)), cut, count - 1)
+        sizes = cut / before, (total - cut) / (count - before)
+        if max(sizes) <= _SIMILAR * min(sizes):
+            return cut, before
+    before = count // 2
+    return round(total * before / count), before
 
 
 def _middle(grid: TokenGrid, patch: Sequence[int]) -> int:

@@ -50,7 +50,10 @@ class ClipPreprocessing:
             crop_size = settings.get("crop_size", 224)
             sides = {"height": crop_size, "width": crop_size} if isinstance(crop_size, int) else crop_size
             crop = (sides["height"], sides["width"])
-        return cls(bool(settings.get("do_pad", False)), shortest_edge, resize_to, crop)
+        # Other image processors know do_pad too; for them it only fills up a batch.
+        pads_by_square = str(settings.get("image_processor_type", "")).startswith("LlavaImageProcessor")
+        pads_to_square = bool(settings.get("do_pad", False)) and pads_by_square
+        return cls(pads_to_square, shortest_edge, resize_to, crop)
 
     def view(self, width: int, height: int) -> ImageView:
         """The window of an image of this size in pixels that reaches the vision tower."""

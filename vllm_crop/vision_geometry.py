@@ -13,7 +13,9 @@ from vllm_crop.errors import UnsupportedModelError
 from vllm_crop.geometry import ImageView, TokenGrid
 from vllm_crop.preprocessing import ClipPreprocessing
 
-_DEFAULT_LAYERS = {"llama": 32, "mistral": 32, "qwen2": 32}  # transformers' defaults, left out of config.json
+# transformers' defaults for what a config.json may leave out.
+_DEFAULT_LAYERS = {"llama": 32, "mistral": 32, "qwen2": 32}
+_DEFAULT_VISION = {"image_size": 336, "patch_size": 14}
 
 
 class VisionGeometry(Protocol):
@@ -48,7 +50,7 @@ class LlavaGeometry:
         Raises:
             UnsupportedModelError: another vision tower than CLIP, or its class token is kept.
         """
-        vision = model.get("vision_config") or {}
+        vision = model.get("vision_config") or _DEFAULT_VISION
         tower = vision.get("model_type", "clip_vision_model")
         if tower != "clip_vision_model":
             raise UnsupportedModelError(
@@ -84,14 +86,25 @@ def decoder_layers(text_config: Mapping[str, Any]) -> int:
 FAMILIES: dict[str, type[LlavaGeometry]] = {"LlavaForConditionalGeneration": LlavaGeometry}
 
 
+def family_of(model: Mapping[str, Any]) -> str:
+    """The supported architecture a `config.json` names; our own names for them count too.
+
+    Raises:
+        UnsupportedModelError: the first architecture, which is the one vLLM serves, is not supported.
+    """
+    architectures = model.get("architectures") or []
+    family = str(architectures[0]).removeprefix("Crop") if architectures else ""
+    if family not in FAMILIES:
+        raise UnsupportedModelError(
+            f"architectures {architectures} are not supported; supported: {sorted(FAMILIES)}"
+        )
+    return family
+
+
 def geometry_from_configs(model: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> VisionGeometry:
     """The geometry of the family that `config.json` names.
 
     Raises:
         UnsupportedModelError: no supported family, or a variant of one that is not supported.
     """
-    architectures = model.get("architectures") or []
-    for architecture in architectures:
-        if family := FAMILIES.get(architecture.removeprefix("Crop")):
-            return family.from_configs(model, preprocessor)
-    raise UnsupportedModelError(f"architectures {architectures} are not supported, only {sorted(FAMILIES)}")
+    return FAMILIES[family_of(model)].from_configs(model, preprocessor)

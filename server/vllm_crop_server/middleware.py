@@ -21,6 +21,7 @@ from vllm_crop_server.schemas import error_body
 FIELD = "crop"
 FACTS_HEADER = "x-crop-facts"
 MAX_BODY_BYTES = 512 << 20
+_SEEN = "vllm_crop.seen"
 
 
 class CropMiddleware:
@@ -30,30 +31,47 @@ class CropMiddleware:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if not _is_json_post(scope) or current_request.get() is not None:
+        if scope["type"] != "http" or _SEEN in scope:
             await self.app(scope, receive, send)
             return
-        context = RequestContext()
-        token = current_request.set(context)
+        scope[_SEEN] = True  # marked here and not by the context variable, which a pipelined request inherits
+        exchange = _Exchange(scope, receive, send) if _is_json_post(scope) else None
+        token = current_request.set(exchange.context if exchange else None)
         try:
-            body_reader = _BodyReader(receive, context)
-            await self.app(scope, body_reader, _response_sender(scope, send, context, body_reader))
+            if exchange is None:
+                await self.app(scope, receive, send)
+            else:
+                await exchange.run(self.app)
         finally:
             current_request.reset(token)
 
 
-class _BodyReader:
-    """The route's `receive`: passes the body through and reads `crop` from it when it is complete."""
+class _Exchange:
+    """One request and its response: reads `crop` from the body as it passes, adds the facts, or rejects."""
 
-    def __init__(self, receive: Receive, context: RequestContext) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.scope = scope
         self.receive = receive
-        self.context = context
+        self.send = send
+        self.context = RequestContext()
+        self.rejection: InvalidCropError | None = None
+        self.rejected = False
         self.chunks: list[bytes] = []
         self.num_bytes = 0
         self.complete = False
-        self.rejection: InvalidCropError | None = None
 
-    async def __call__(self) -> Message:
+    async def run(self, app: ASGIApp) -> None:
+        """Serve the request; whatever a route makes of a rejected body is replaced by the rejection."""
+        try:
+            await app(self.scope, self.pass_body, self.send_with_facts)
+        except Exception:
+            if self.rejection is None:
+                raise
+        if self.rejection is not None:
+            await self._reject()
+
+    async def pass_body(self) -> Message:
+        """The route's `receive`."""
         message = await self.receive()
         if message["type"] == "http.request" and not self.complete:
             chunk = message.get("body", b"")
@@ -63,18 +81,32 @@ class _BodyReader:
                 raise HTTPException(413, f"request body larger than {MAX_BODY_BYTES} bytes")
             self.complete = not message.get("more_body", False)
             if self.complete:
-                self._finish()
+                self._read_crop()
         return message
 
-    def _finish(self) -> None:
+    async def send_with_facts(self, message: Message) -> None:
+        """The route's `send`."""
+        if self.rejection is not None:
+            await self._reject()
+            return
+        if message["type"] == "http.response.start" and self.context.facts:
+            MutableHeaders(scope=message)[FACTS_HEADER] = facts_header(self.context.facts)
+        await self.send(message)
+
+    def _read_crop(self) -> None:
         body = b"".join(self.chunks)
         self.chunks.clear()
         try:
             self.context.params = read_crop(body)
         except InvalidCropError as error:
             self.rejection = error
-            # Ends the route; what it answers is replaced by the rejection.
-            raise HTTPException(400, str(error)) from None
+            raise HTTPException(400, str(error)) from None  # ends the route
+
+    async def _reject(self) -> None:
+        if not self.rejected and self.rejection is not None:
+            self.rejected = True
+            content = error_body(self.rejection, self.scope["path"])
+            await JSONResponse(content, status_code=400)(self.scope, self.receive, self.send)
 
 
 def read_crop(body: bytes) -> CropParams | None:
@@ -83,8 +115,8 @@ def read_crop(body: bytes) -> CropParams | None:
     Raises:
         InvalidCropError: naming the wrong field.
     """
-    # A key can also be spelled with escapes; anything else cannot contain the field.
-    if b'"crop"' not in body and b"\\u" not in body:
+    # A key can also be spelled with escapes, or in UTF-16; anything else cannot contain the field.
+    if b'"crop"' not in body and b"\\u" not in body and b"\0" not in body:
         return None
     try:
         request = json.loads(body)
@@ -97,25 +129,7 @@ def read_crop(body: bytes) -> CropParams | None:
 
 
 def _is_json_post(scope: Scope) -> bool:
-    if scope["type"] != "http" or scope["method"] != "POST":
+    if scope["method"] != "POST":
         return False
     media_type = Headers(scope=scope).get("content-type", "").partition(";")[0].strip().lower()
     return media_type == "application/json" or media_type.endswith("+json")
-
-
-def _response_sender(scope: Scope, send: Send, context: RequestContext, body_reader: _BodyReader) -> Send:
-    rejected = False
-
-    async def send_with_facts(message: Message) -> None:
-        nonlocal rejected
-        if body_reader.rejection is not None:
-            if not rejected:
-                rejected = True
-                content = error_body(body_reader.rejection, scope["path"])
-                await JSONResponse(content, status_code=400)(scope, body_reader.receive, send)
-            return
-        if message["type"] == "http.response.start" and context.facts:
-            MutableHeaders(scope=message)[FACTS_HEADER] = facts_header(context.facts)
-        await send(message)
-
-    return send_with_facts

@@ -8,13 +8,13 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from vllm_crop.benchmarking import kv, server
+from vllm_crop.benchmarking import kv
 from vllm_crop.benchmarking.kv import KVCapacity, KVSampler, KVUsage, metric_sum
 from vllm_crop.benchmarking.load import bench_arguments
 from vllm_crop.benchmarking.machine import Machine, git_revision, provenance
@@ -142,7 +142,7 @@ class TestLoad:
 
 
 class TestRun:
-    RESULT = {
+    RESULT: ClassVar = {
         "completed": 4,
         "failed": 0,
         "duration": 2.0,
@@ -326,7 +326,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     script = tmp_path / "python"
     script.write_text(STAND_IN.format(python=sys.executable))
     script.chmod(0o755)
-    monkeypatch.setattr(server.sys, "executable", str(script))
+    monkeypatch.setattr(sys, "executable", str(script))
     return tmp_path / "logs" / "server.log"
 
 
@@ -353,23 +353,28 @@ class TestServe:
         assert "--max-num-seqs 2 here" in log
 
     def test_death_at_start_shows_the_log(self, stand_in: Path) -> None:
-        with pytest.raises(ServerError, match=r"exit code 1(.|\n)*cannot serve \[this\]"):
-            with serve("m", "--fail", log_path=stand_in):
-                pytest.fail("not reached")
+        expected = pytest.raises(ServerError, match=r"exit code 1(.|\n)*cannot serve \[this\]")
+        with expected, serve("m", "--fail", log_path=stand_in):
+            pytest.fail("not reached")
 
     def test_timeout_stops_it(self, stand_in: Path) -> None:
-        with pytest.raises(ServerError, match=r"not ready after 1 s(.|\n)*arguments:"):
-            with serve("m", "--hang", log_path=stand_in, ready_timeout_s=1.0):
-                pytest.fail("not reached")
+        expected = pytest.raises(ServerError, match=r"not ready after 1 s(.|\n)*arguments:")
+        with expected, serve("m", "--hang", log_path=stand_in, ready_timeout_s=1.0):
+            pytest.fail("not reached")
 
     def test_sigterm_stops_it_too(self, stand_in: Path) -> None:
-        process_id = 0
-        with pytest.raises(SystemExit) as ended, serve("m", log_path=stand_in) as running:
-            process_id = running.process_id
-            os.kill(os.getpid(), signal.SIGTERM)
-            signal.pause()
+        seen: list[int] = []
+
+        def serve_until_told() -> None:
+            with serve("m", log_path=stand_in) as running:
+                seen.append(running.process_id)
+                os.kill(os.getpid(), signal.SIGTERM)
+                signal.pause()
+
+        with pytest.raises(SystemExit) as ended:
+            serve_until_told()
         assert ended.value.code == 128 + signal.SIGTERM
-        assert not is_running(process_id)
+        assert not is_running(seen[0])
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
     def test_log_tail(self, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from vllm_crop.errors import CropError
 
 HOST = "127.0.0.1"
 STOP_TIMEOUT_S = 20.0
+KILL_TIMEOUT_S = 5.0
 POLL_INTERVAL_S = 0.5
 LOG_TAIL_LINES = 25
 
@@ -138,8 +139,13 @@ def _stop(process: "subprocess.Popen[bytes]") -> None:
     except subprocess.TimeoutExpired:
         pass
     finally:  # a second Ctrl-C arrives here at once
-        with suppress(ProcessLookupError):
+        deadline = time.monotonic() + KILL_TIMEOUT_S
+        with suppress(ProcessLookupError):  # the group is gone, and its port and memory are free
             os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            while time.monotonic() < deadline:
+                os.killpg(process.pid, 0)
+                time.sleep(0.05)
         process.wait()
 
 

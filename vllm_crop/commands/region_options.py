@@ -109,7 +109,7 @@ def plan_image(geometry: VisionGeometry, width: int, height: int, request: Image
     grid = geometry.grid(width, height)
     region = request.region and geometry.view(width, height).project(request.region)
     if region is None:
-        return whole_image_plan(grid)
+        return whole_image_plan(grid, request.pruning_rate)
     return make_plan(grid, region, request.pruning_rate, request.compression)
 
 

@@ -27,30 +27,34 @@ class _Finder:
 
     def __init__(self) -> None:
         self.pending: dict[str, list[Callback]] = {}
+        self._looking_up: set[str] = set()
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        callbacks = self.pending.pop(name, None)
-        if callbacks is None:
+        if name not in self.pending or name in self._looking_up:
             return None
-        spec = importlib.util.find_spec(name)
+        self._looking_up.add(name)
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self._looking_up.discard(name)
         if spec is not None and spec.loader is not None:
-            spec.loader = _NotifyingLoader(spec.loader, callbacks)
+            spec.loader = _NotifyingLoader(spec.loader, self.pending)
         return spec
 
 
 class _NotifyingLoader(Loader):
-    def __init__(self, loader: Loader, callbacks: Sequence[Callback]) -> None:
+    def __init__(self, loader: Loader, pending: dict[str, list[Callback]]) -> None:
         self.loader = loader
-        self.callbacks = callbacks
+        self.pending = pending
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
         self.loader.exec_module(module)
-        for callback in self.callbacks:
+        for callback in self.pending.pop(module.__name__, []):
             callback(module)
 
 

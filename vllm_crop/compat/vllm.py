@@ -113,6 +113,8 @@ def find_problem(point: UpstreamPoint) -> str | None:
             found = getattr(found, part)
     except (ImportError, AttributeError):
         return f"{point.module}.{point.name} is gone"
+    except (OSError, RuntimeError) as error:  # a library beneath vLLM is broken
+        return f"{point.module} cannot be imported: {error}"
     parameters = tuple(inspect.signature(found).parameters)
     if parameters[: len(point.parameters)] != point.parameters:
         return f"{point.module}.{point.name} takes {parameters}, expected {point.parameters}"

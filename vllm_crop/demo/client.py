@@ -54,14 +54,14 @@ class Client:
         look_at_kv: bool = False,
     ) -> Answer:
         """Stream one answer about a picture; `crop` is the body field, None leaves it out."""
-        content = [
+        content: list[Any] = [
             {"type": "image_url", "image_url": {"url": data_url(picture)}},
             {"type": "text", "text": QUESTION},
         ]
         start = time.perf_counter()
         response = self.openai.chat.completions.with_raw_response.create(
             model=self.model,
-            messages=[{"role": "user", "content": content}],  # type: ignore[list-item, misc]
+            messages=[{"role": "user", "content": content}],
             max_tokens=max_tokens,
             temperature=0,
             stream=True,

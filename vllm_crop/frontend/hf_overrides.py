@@ -5,8 +5,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from vllm_crop.errors import UnsupportedModelError
-from vllm_crop.vision_geometry import FAMILIES
+from vllm_crop.vision_geometry import family_of, geometry_from_configs
 
 HfConfig = Any
 UserOverrides = Mapping[str, Any] | Callable[[HfConfig], HfConfig]
@@ -31,13 +30,9 @@ def apply_overrides(hf_config: HfConfig, crop: Mapping[str, Any], user_overrides
         _update(hf_config, user_overrides)
     if hf_config.model_type.startswith("dummy_"):  # vLLM asks whether overrides change the model type
         return hf_config
-    architectures = [name.removeprefix("Crop") for name in hf_config.architectures or []]
-    if not architectures or architectures[0] not in FAMILIES:
-        raise UnsupportedModelError(
-            f"--plugin crop does not support {architectures}; supported: {sorted(FAMILIES)}"
-        )
-    FAMILIES[architectures[0]].from_configs(hf_config.to_dict(), {})
-    hf_config.architectures = [f"Crop{architectures[0]}"]
+    configuration = hf_config.to_dict()
+    geometry_from_configs(configuration, {})
+    hf_config.architectures = [f"Crop{family_of(configuration)}"]
     hf_config.crop = dict(crop)
     if crop.get("position_ids") == "original":
         # At the top level only: the runner then asks the model for positions (three equal rows of them),

@@ -75,9 +75,9 @@ def apply_options(args: argparse.Namespace) -> None:
     additional = getattr(args, "additional_config", None) or {}
     settings = getattr(args, "crop_config", None)
     if getattr(args, "plugin", None) == "crop" or settings is not None:
-        additional = {**additional, CONFIG_KEY: {**additional.get(CONFIG_KEY, {}), **(settings or {})}}
+        additional = {**additional, CONFIG_KEY: {**(additional.get(CONFIG_KEY) or {}), **(settings or {})}}
         args.additional_config = additional
-    if CONFIG_KEY not in additional or not hasattr(args, "middleware"):
+    if additional.get(CONFIG_KEY) is None or not hasattr(args, "middleware"):
         return
     if MIDDLEWARE not in args.middleware:
         args.middleware = [*args.middleware, MIDDLEWARE]
