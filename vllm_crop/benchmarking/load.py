@@ -19,7 +19,7 @@ from vllm_crop.benchmarking.runs import RunError, RunSpec
 from vllm_crop.benchmarking.server import HOST, Server
 
 IMAGE_SIDE = 336
-QUESTION_TOKENS = 32
+QUESTION_TOKENS = 16
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")

@@ -37,7 +37,7 @@ def print_report(console: Console, options: Options, outcome: Outcome, origin: M
     notes = Table.grid(padding=(0, 1, 0, 0))
     for note in _notes(options, outcome):
         notes.add_row("-", Text(note))
-    console.print("", heading, table(summarize(outcome.runs)), notes)
+    console.print(heading, "", table(summarize(outcome.runs)), "", notes)
 
 
 def table(summaries: Sequence[Summary]) -> Table:

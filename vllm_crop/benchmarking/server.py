@@ -20,6 +20,7 @@ from vllm_crop.errors import CropError
 
 HOST = "127.0.0.1"
 STOP_TIMEOUT_S = 20.0
+ABORT_TIMEOUT_S = 4.0
 KILL_TIMEOUT_S = 5.0
 POLL_INTERVAL_S = 0.5
 LOG_TAIL_LINES = 25
@@ -84,13 +85,15 @@ def serve(
             env={**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})},
             start_new_session=True,
         )
+        grace_s = ABORT_TIMEOUT_S  # while it loads, vLLM hears no SIGINT
         try:
             base_url = f"http://{HOST}:{port}"
             console = console or Console(stderr=True)
             start_s = _wait_until_healthy(process, base_url, log_path, ready_timeout_s, console)
+            grace_s = STOP_TIMEOUT_S
             yield Server(model, base_url, process.pid, ("vllm", *command), log_path, start_s)
         finally:
-            _stop(process)
+            _stop(process, grace_s)
 
 
 def log_tail(log_path: Path, lines: int = LOG_TAIL_LINES) -> str:
@@ -131,11 +134,11 @@ def _wait_until_healthy(
     )
 
 
-def _stop(process: "subprocess.Popen[bytes]") -> None:
+def _stop(process: "subprocess.Popen[bytes]", grace_s: float) -> None:
     """SIGINT to the leader, which stops its engine; then SIGKILL to whatever is left of the group."""
     try:
         process.send_signal(signal.SIGINT)
-        process.wait(STOP_TIMEOUT_S)
+        process.wait(grace_s)
     except subprocess.TimeoutExpired:
         pass
     finally:  # a second Ctrl-C arrives here at once

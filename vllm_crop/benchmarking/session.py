@@ -19,6 +19,7 @@ from vllm_crop.benchmarking.server import Server, get_text, log_tail, serve
 from vllm_crop.dummy_llava import BENCH, make_checkpoint
 from vllm_crop.geometry import Region
 
+QUIET = ("--disable-access-log-for-endpoints", "/health,/metrics")
 MAX_MODEL_LEN = 2048
 CPU_KV_GIB = 2
 
@@ -72,6 +73,7 @@ def run_benchmark(options: Options, console: Console) -> Outcome:
             shape = None
             with suppress(Exception):  # a model transformers does not know by itself: only the ideal is lost
                 shape = client.call(read_shape, model)
+        args = (*QUIET, *args)
         log_path = options.folder / "server.log"
         with serve(model, "--plugin", "crop", *args, log_path=log_path, env=env, console=console) as server:
             capacity = KVCapacity.of_server(server.base_url)

@@ -94,6 +94,7 @@ def bench(
         outcome = run_benchmark(options, console)
     except CropError as error:
         console.print(f"The benchmark failed: {error}", style="red", markup=False)
+        console.print("Options for the server go into --serve-args; they win over the benchmark's own.")
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         console.print("Stopped, and the server with it.")
