@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """pytest plugin (`-p tests.v2_runner`): engines use vLLM's V2 model runner, the default on GPUs.
 
-A CPU build has no Triton back end, which V2 needs: its kernels run in Triton's interpreter instead. vLLM takes
+A CPU build has no Triton back end, which V2 needs: its kernels run in the interpreter instead. vLLM takes
 Triton for usable if there is a back end named "cpu", and Triton wants exactly one driver that is active.
 """
 
