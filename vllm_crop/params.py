@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """CropParams: what one request asks for, the body field `crop`."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -130,5 +129,5 @@ def image_requests(params: CropParams, config: CropConfig, num_images: int) -> l
                 f"per image, got {len(region.boxes)}",
                 "crop.regions",
             )
-    off = (params.method or config.method) == "off" or math.isclose(rate, 0.0)
+    off = (params.method or config.method) == "off" or rate == 0
     return [ImageRequest(None if off else region, rate, config.compression) for region in regions]

@@ -7,6 +7,7 @@ looked at when the route itself reads it, which is after authentication, and sta
 """
 
 import json
+from typing import NoReturn
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -54,7 +55,7 @@ class _Exchange:
         self.receive = receive
         self.send = send
         self.context = RequestContext()
-        self.rejection: InvalidCropError | None = None
+        self.rejection: tuple[int, InvalidCropError] | None = None
         self.rejected = False
         self.chunks: list[bytes] = []
         self.num_bytes = 0
@@ -78,7 +79,8 @@ class _Exchange:
             self.chunks.append(chunk)
             self.num_bytes += len(chunk)
             if self.num_bytes > MAX_BODY_BYTES:
-                raise HTTPException(413, f"request body larger than {MAX_BODY_BYTES} bytes")
+                limit = f"the request body is larger than {MAX_BODY_BYTES} bytes"
+                self._end_route(413, InvalidCropError(limit, "body"))
             self.complete = not message.get("more_body", False)
             if self.complete:
                 self._read_crop()
@@ -99,14 +101,18 @@ class _Exchange:
         try:
             self.context.params = read_crop(body)
         except InvalidCropError as error:
-            self.rejection = error
-            raise HTTPException(400, str(error)) from None  # ends the route
+            self._end_route(400, error)
+
+    def _end_route(self, status: int, error: InvalidCropError) -> NoReturn:
+        self.rejection = status, error
+        raise HTTPException(status, str(error)) from None
 
     async def _reject(self) -> None:
         if not self.rejected and self.rejection is not None:
             self.rejected = True
-            content = error_body(self.rejection, self.scope["path"])
-            await JSONResponse(content, status_code=400)(self.scope, self.receive, self.send)
+            status, error = self.rejection
+            content = error_body(error, status, self.scope["path"])
+            await JSONResponse(content, status_code=status)(self.scope, self.receive, self.send)
 
 
 def read_crop(body: bytes) -> CropParams | None:

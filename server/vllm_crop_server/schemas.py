@@ -6,10 +6,10 @@ from typing import Any
 from vllm_crop.params import InvalidCropError
 
 
-def error_body(error: InvalidCropError, path: str) -> dict[str, Any]:
-    """A 400 as the API of this path words it: Anthropic's for `/v1/messages`, OpenAI's elsewhere."""
+def error_body(error: InvalidCropError, status: int, path: str) -> dict[str, Any]:
+    """An error as the API of this path words it: Anthropic's for `/v1/messages`, OpenAI's elsewhere."""
     if "/messages" in path:
         return {"type": "error", "error": {"type": "invalid_request_error", "message": str(error)}}
     return {
-        "error": {"message": str(error), "type": "BadRequestError", "param": error.parameter, "code": 400}
+        "error": {"message": str(error), "type": "BadRequestError", "param": error.parameter, "code": status}
     }

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.requests import Request
@@ -219,7 +220,6 @@ def test_bodies_that_are_no_json_are_left_to_the_route(body: bytes) -> None:
     assert response.content == body
 
 
-@pytest.mark.xfail(reason="the field is searched for in bytes, the route decodes any UTF encoding")
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32"])
 def test_crop_is_found_in_every_encoding_the_route_reads(encoding: str) -> None:
     async def parse(request: Request) -> Response:
@@ -474,6 +474,20 @@ def test_a_route_that_hides_errors_of_the_body_cannot_hide_the_rejection() -> No
     assert "x-secret" not in response.headers
 
 
+def test_a_rejection_is_one_response_however_many_messages_the_route_sends() -> None:
+    async def stream_an_error(scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive)
+        with pytest.raises(HTTPException):
+            await request.body()
+        response = StreamingResponse(iter(["a", "b", "c"]), status_code=500)
+        await response(scope, receive, send)
+
+    done = asyncio.run(Exchange([b'{"crop":', b" 7}"]).run(CropMiddleware(stream_an_error)))
+    assert done.status == 400
+    assert json.loads(done.body)["error"]["param"] == "crop"
+    assert [message["type"] for message in done.sent] == ["http.response.start", "http.response.body"]
+
+
 def test_messages_are_refused_in_the_words_of_their_api() -> None:
     response = post('{"crop": {"method": "ilp"}}', path="/v1/messages")
     assert response.status_code == 400
@@ -630,15 +644,11 @@ def test_validated_routes_in_another_task_name_the_field() -> None:
     assert (response.status_code, response.json()["error"]["param"]) == (400, "crop")
 
 
-@pytest.mark.xfail(
-    reason="the task group turns the HTTPException into an ExceptionGroup, which nobody answers"
-)
 def test_plain_routes_in_another_task_name_the_field() -> None:
     response = post('{"crop": 7}', app_with(echo, TASK_OF_ITS_OWN))
     assert (response.status_code, response.json()["error"]["param"]) == (400, "crop")
 
 
-@pytest.mark.xfail(reason="an exception that no handler answers leaves the rejection unsent")
 def test_middleware_that_reads_the_body_before_the_route_does_not_hide_the_rejection() -> None:
     class ReadsAhead:
         def __init__(self, app: ASGIApp) -> None:
@@ -687,9 +697,17 @@ def test_a_request_with_the_key_is_read_and_parsed() -> None:
     assert params_of(served)["pruning_rate"] == 0.5
 
 
-def test_being_installed_twice_changes_nothing() -> None:
+def test_being_installed_twice_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[bytes] = []
+
+    def counting_read_crop(body: bytes) -> CropParams | None:
+        read.append(body)
+        return read_crop(body)
+
+    monkeypatch.setattr("vllm_crop_server.middleware.read_crop", counting_read_crop)
     body = '{"crop": {"pruning_rate": 0.5}}'
     assert params_of(post(body, app_with(times=2)))["pruning_rate"] == 0.5
+    assert read == [body.encode()]
     refused = [post('{"crop": 7}', app_with(times=times)) for times in (1, 2)]
     assert refused[0].status_code == refused[1].status_code == 400
     assert refused[0].json() == refused[1].json()
@@ -747,7 +765,6 @@ def test_concurrent_requests_do_not_see_each_other() -> None:
         assert (told["tokens_after_plc"], len(told["images"])) == (round(1000 * rate), 1)
 
 
-@pytest.mark.xfail(reason="a context left by an earlier request is taken for a second installation")
 @pytest.mark.parametrize("body", ['{"crop": {"pruning_rate": 0.5}}', "{}", '{"crop": 7}'])
 def test_a_request_started_in_the_context_of_another_is_served_as_its_own(body: str) -> None:
     # Servers start a pipelined request, and after flow control every later request of a connection, in a
@@ -761,7 +778,6 @@ def test_a_request_started_in_the_context_of_another_is_served_as_its_own(body: 
     assert (done.sent, earlier.facts) == (alone.sent, [FACTS])
 
 
-@pytest.mark.xfail(reason="requests that are not looked at keep the context of an earlier one")
 def test_a_request_that_is_not_looked_at_does_not_see_the_crop_of_another() -> None:
     context = contextvars.copy_context()
     context.run(current_request.set, RequestContext(params=CropParams(pruning_rate=0.1)))

@@ -382,3 +382,22 @@ class TestServe:
         assert log_tail(path) == "    (the log is empty)"
         path.write_text("\n".join(str(line) for line in range(100)))
         assert log_tail(path, 2) == "    98\n    99"
+
+    def test_log_tail_shows_the_cause_first(self, tmp_path: Path) -> None:
+        path = tmp_path / "log"
+        prefix = "(Worker pid=1) ERROR 11-21 08:56:39 [worker.py:953] "
+        log = [
+            f"{prefix}Traceback (most recent call last):",
+            f"{prefix}ValueError: too little memory",
+            f"{prefix}ValueError: too little memory",
+            "could cause `OSError: [Errno 24]`",
+            *map(str, range(50)),
+            "vllm.errors.EngineError: see above",
+        ]
+        path.write_text("\n".join(log))
+        assert log_tail(path, 2).split("\n    ") == [
+            "    ValueError: too little memory",
+            "...",
+            "49",
+            "vllm.errors.EngineError: see above",
+        ]

@@ -86,7 +86,6 @@ def test_crop_config_wins_over_additional_config_key_by_key() -> None:
     assert args.additional_config == {"crop": {"method": "off", "pruning_rate": 0.2}, "other": 1}
 
 
-@pytest.mark.xfail(reason="a crop of null counts as asked for on the command line, not in the engine")
 @pytest.mark.parametrize(
     ("command_line", "additional_config", "middleware"),
     [([], {"crop": None}, []), (["--plugin", "crop"], {"crop": {}}, [MIDDLEWARE])],

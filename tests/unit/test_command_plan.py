@@ -86,7 +86,8 @@ def test_the_centre_crop_is_followed(model: str) -> None:
 )
 def test_images_served_whole(model: str, options: tuple[str, ...], reason: str) -> None:
     options = ("--model", model, "--image-size", "640x480", *options)
-    assert plan_json(*options) == whole_image_plan(GRID).to_json(num_layers=40)
+    asked = 0.0 if "--pruning-rate" in options else CropConfig().pruning_rate
+    assert plan_json(*options) == whole_image_plan(GRID, asked).to_json(num_layers=40)
     assert f"Served whole: {reason}." in run(*options).stdout
 
 

@@ -99,7 +99,6 @@ def test_a_tower_whose_sizes_are_left_out_has_those_of_clip() -> None:
     assert geometry.grid(1, 1) == TokenGrid(7, 7)
 
 
-@pytest.mark.xfail(reason="transformers reads a missing vision_config as 336 pixels in patches of 14")
 def test_a_checkpoint_without_a_vision_config_has_transformers_default_tower() -> None:
     bare = {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava"}
     loaded = LlavaConfig.from_dict(bare)

@@ -127,6 +127,8 @@ def _notes(options: Options, outcome: Outcome) -> Iterator[str]:
         "Values are medians over repeats; ratios those of neighbouring runs, smallest to largest below. "
         f"The p99 of {options.num_prompts} requests is about the slowest one."
     )
+    if options.stock:
+        yield "The stock server ran after the other one: drift of the machine is part of off / stock."
     capacity = outcome.capacity
     yield (
         f"KV peak: blocks of {capacity.block_size} tokens that running requests held at once, of "

@@ -9,13 +9,8 @@ from typing import Any, Literal, Self
 from vllm_crop.benchmarking.kv import KVUsage
 from vllm_crop.errors import CropError
 
-Mode = Literal["off", "plc", "stock"]
-
-MODES: dict[Mode, str] = {
-    "off": "full image, `crop: {method: off}`",
-    "plc": "pruned before the language model",
-    "stock": "another server without the plugin",
-}
+Mode = Literal["off", "plc", "stock"]  # full, pruned, and full on a server without the plugin
+WARM_UP = -1
 
 
 class RunError(CropError):
@@ -30,6 +25,7 @@ class RunSpec:
         mode: what the requests ask for.
         concurrency: requests in flight at any time.
         repeat: 0, 1, ...; runs of the same repeat are neighbours in time and compared with each other.
+            WARM_UP is not counted.
         seed: of images and texts; no two runs share one, so no cache can answer.
     """
 
@@ -39,7 +35,8 @@ class RunSpec:
     seed: int
 
     def __str__(self) -> str:
-        return f"concurrency {self.concurrency}, {self.mode}, repeat {self.repeat + 1}"
+        part = "warm-up" if self.repeat == WARM_UP else f"repeat {self.repeat + 1}"
+        return f"concurrency {self.concurrency}, {self.mode}, {part}"
 
 
 def schedule(modes: Sequence[Mode], concurrencies: Sequence[int], repeats: int, seed: int) -> list[RunSpec]:

@@ -2,6 +2,7 @@
 """`vllm serve` in a process group of its own, as a context manager."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -23,7 +24,9 @@ STOP_TIMEOUT_S = 20.0
 ABORT_TIMEOUT_S = 4.0
 KILL_TIMEOUT_S = 5.0
 POLL_INTERVAL_S = 0.5
-LOG_TAIL_LINES = 25
+LOG_TAIL_LINES = 12
+# "ValueError: ..." at the start of a line or behind vLLM's own "(Worker pid=1) ERROR ... [file.py:1] ".
+_EXCEPTION = re.compile(r"(?:^|\] )((?:\w+\.)*\w*(?:Error|Exception): .+)$", re.MULTILINE)
 
 
 class ServerError(CropError):
@@ -97,9 +100,15 @@ def serve(
 
 
 def log_tail(log_path: Path, lines: int = LOG_TAIL_LINES) -> str:
-    """The last lines of a server's log, indented for an error message."""
+    """The last lines of a server's log, below the first exceptions in it, indented for an error message.
+
+    vLLM ends with the exception of the outermost process; the cause is a hundred lines further up.
+    """
     text = log_path.read_text(errors="replace") if log_path.exists() else ""
-    return "\n".join(f"    {line}" for line in text.splitlines()[-lines:]) or "    (the log is empty)"
+    tail = text.splitlines()[-lines:]
+    causes = [cause for cause in dict.fromkeys(_EXCEPTION.findall(text)) if cause not in tail][:3]
+    shown = [*causes, "...", *tail] if causes else tail
+    return "\n".join(f"    {line}" for line in shown) or "    (the log is empty)"
 
 
 def get_text(url: str, timeout_s: float = 5.0) -> str:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A whole benchmark: model, server, warm-up, runs, report."""
 
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,11 +15,12 @@ from vllm_crop.benchmarking.kv import KVCapacity, KVSampler, metric_sum
 from vllm_crop.benchmarking.load import Client, bench_arguments, run_bench
 from vllm_crop.benchmarking.machine import Machine, describe_machine
 from vllm_crop.benchmarking.prefill import ModelShape, read_shape
-from vllm_crop.benchmarking.runs import Mode, Run, RunError, RunSpec, schedule
+from vllm_crop.benchmarking.runs import WARM_UP, Mode, Run, RunError, RunSpec, schedule
 from vllm_crop.benchmarking.server import Server, get_text, log_tail, serve
 from vllm_crop.dummy_llava import BENCH, make_checkpoint
 from vllm_crop.geometry import Region
 
+# Both are polled several times a second.
 QUIET = ("--disable-access-log-for-endpoints", "/health,/metrics")
 MAX_MODEL_LEN = 2048
 CPU_KV_GIB = 2
@@ -103,7 +105,7 @@ def _what_to_serve(
         # Compiling takes a minute longer and gains 5 percent; blocks as small as the CPU allows show KV use
         # most exactly.
         args += ["--dtype", "float32", "--enforce-eager", "--block-size", "32"]
-        env["VLLM_CPU_KVCACHE_SPACE"] = str(CPU_KV_GIB)
+        env["VLLM_CPU_KVCACHE_SPACE"] = os.environ.get("VLLM_CPU_KVCACHE_SPACE", str(CPU_KV_GIB))
     return model, (*args, *options.serve_args), env
 
 
@@ -118,22 +120,22 @@ def _measure(
     specs = schedule(modes, options.concurrencies, options.repeats, options.seed)
     most = max(options.concurrencies)
     # The first requests in each mode pay for kernels, allocations and thread pools.
-    warmups = [RunSpec(mode, most, -1, options.seed + len(specs) + i) for i, mode in enumerate(modes)]
+    warm_ups = [RunSpec(mode, most, WARM_UP, options.seed + len(specs) + i) for i, mode in enumerate(modes)]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     runs = []
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("warming up", total=len(warmups) + len(specs))
-        for spec in (*warmups, *specs):
-            is_warmup = spec in warmups
-            progress.update(task, description=f"{spec.mode}: warming up" if is_warmup else str(spec))
-            run = _run(options, spec, most if is_warmup else options.num_prompts, server, capacity, client)
+        task = progress.add_task("", total=len(warm_ups) + len(specs))
+        for spec in warm_ups:
+            progress.update(task, description=str(spec))
+            _run(options, spec, most, server, capacity, client)
             progress.advance(task)
-            if not is_warmup:
-                runs.append(run)
-                progress.console.print(
-                    f"{spec} of {options.repeats}: {run.requests_per_s:.2f} req/s, "
-                    f"TTFT p50 {run.ttft_p50_ms:.0f} ms"
-                )
+        for spec in specs:
+            progress.update(task, description=str(spec))
+            run = _run(options, spec, options.num_prompts, server, capacity, client)
+            runs.append(run)
+            progress.advance(task)
+            numbers = f"{run.requests_per_s:.2f} req/s, TTFT p50 {run.ttft_p50_ms:.0f} ms"
+            progress.console.print(f"{spec} of {options.repeats}: {numbers}")
     return runs
 
 

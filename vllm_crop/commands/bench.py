@@ -22,7 +22,10 @@ DEFAULT_CONCURRENCY = [1, 4, 8]
 def bench(
     model: Annotated[
         str | None,
-        typer.Option(help="Folder or hub name of your own checkpoint; a dummy LLaVA is made without one."),
+        typer.Option(
+            help="Folder or hub name of your own checkpoint, served with vLLM's defaults and --serve-args. "
+            "Without it a dummy LLaVA is made."
+        ),
     ] = None,
     region: Annotated[
         list[str],

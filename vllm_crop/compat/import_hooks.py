@@ -12,9 +12,12 @@ Callback = Callable[[ModuleType], None]
 
 
 def when_imported(module_name: str, callback: Callback) -> None:
-    """Call `callback(module)` now if the module is loaded, else right after its first import."""
+    """Call `callback(module)` now if the module is loaded, else right after its first import.
+
+    Not to be called by the module itself, or by what it imports, while it is being imported.
+    """
     module = sys.modules.get(module_name)
-    if module is not None and not getattr(module.__spec__, "_initializing", False):
+    if module is not None:
         callback(module)
         return
     if _finder not in sys.meta_path:

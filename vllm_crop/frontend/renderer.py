@@ -72,6 +72,7 @@ class CropRenderer(HfRenderer):
 
 def _image_facts(decision: ImageDecision, num_placeholders: int, off: bool) -> ImageFacts:
     assert decision.plan is None or decision.plan.num_embeddings == num_placeholders
+    off = off or decision.request.pruning_rate == 0
     source: Source = "off" if off else "request"
     if not off and decision.region is None:
         source = "none" if decision.request.region is None else "out_of_view"
