@@ -15,10 +15,10 @@ from vllm_crop.benchmarking.server import Server, serve
 
 pytestmark = pytest.mark.e2e
 
-PAIRS = 30
-# One server's threads must not spin on the cores while the other answers.
-QUIET = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
-PAUSE_S = 0.1
+PAIRS = 24
+MEDIAN_RANKS = (6, 17)  # of 24 sorted values; the median lies between them with 95 % (order statistics)
+# An engine spins for a while after a request, on the core that the other server's engine is bound to.
+PAUSE_S = 1.0
 
 
 def ask(server: Server, seed: int) -> tuple[Any, float]:
@@ -47,10 +47,10 @@ def test_outputs_and_time_equal_stock_vllm(
     checkpoint: Path, logs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Two servers side by side, asked in turn: one that does not load the plugin, one that does."""
-    without_plugin = {**QUIET, "VLLM_PLUGINS": ""}
+    without_plugin = {"VLLM_PLUGINS": ""}
     with (
         serve(str(checkpoint), *OPTIONS, log_path=logs / "stock.log", env=without_plugin) as stock,
-        serve(str(checkpoint), *OPTIONS, log_path=logs / "installed.log", env=QUIET) as installed,
+        serve(str(checkpoint), *OPTIONS, log_path=logs / "installed.log") as installed,
     ):
         for server in (stock, installed):
             ask(server, 0)
@@ -64,12 +64,10 @@ def test_outputs_and_time_equal_stock_vllm(
             assert our_answer == stock_answer
             ratios.append(our_s / stock_s)
     ratios.sort()
-    middle = median(ratios)
-    quartiles = ratios[PAIRS // 4], ratios[-PAIRS // 4]
+    low, high = ratios[MEDIAN_RANKS[0]], ratios[MEDIAN_RANKS[1]]
     with capsys.disabled():
         print(
-            f"\ninstalled / stock vLLM, request time over {PAIRS} pairs: median {middle:.3f}, "
-            f"quartiles {quartiles[0]:.3f} to {quartiles[1]:.3f}"
+            f"\ninstalled / stock vLLM, request time over {PAIRS} pairs: median {median(ratios):.3f}, "
+            f"95 % interval of the median {low:.3f} to {high:.3f}"
         )
-    # A cost would show in the median; the bound leaves room for a noisy machine.
-    assert 0.8 < middle < 1.25
+    assert low <= 1.02
