@@ -195,6 +195,14 @@ def test_a_changed_signature_is_refused(checkpoint: Path, monkeypatch: pytest.Mo
         engine_config(checkpoint, {})
 
 
+def test_another_renderer_is_refused(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.renderers.registry import RENDERER_REGISTRY
+
+    monkeypatch.setitem(RENDERER_REGISTRY.renderers, "hf", ("other_plugin", "OtherRenderer"))
+    with pytest.raises(ValueError, match=r"replaced vLLM's renderer by other_plugin\.OtherRenderer"):
+        engine_config(checkpoint, {})
+
+
 def test_unasked_the_stock_classes_stay(checkpoint: Path) -> None:
     from vllm.engine.arg_utils import EngineArgs
 

@@ -136,7 +136,7 @@ class CropProcessorMixin(BaseMultiModalProcessor):
         if items is None or not items.decisions:
             return hashes
         keyed = [
-            _hash_with_request(image_hash, decision.request)
+            _hash_with_request(image_hash, decision.request, self.crop_config.position_ids)
             for image_hash, decision in zip(hashes["image"], items.decisions, strict=True)
         ]
         return {**hashes, "image": keyed}
@@ -195,11 +195,15 @@ def _split(kwargs: Mapping[str, object]) -> tuple[Any, dict[str, object]]:
     return plain.pop(CROP_KEY, None), plain
 
 
-def _hash_with_request(image_hash: str, request: ImageRequest) -> str:
-    """Images served whole keep the hash stock vLLM gives them; any region gets a key of its own."""
+def _hash_with_request(image_hash: str, request: ImageRequest, position_ids: str) -> str:
+    """Images served whole keep the hash stock vLLM gives them; any region gets a key of its own.
+
+    Position ids do not change an image's embeddings, but the KV entries that are found by this hash.
+    """
     if request.region is None:
         return image_hash
-    return hashlib.blake2b(repr((image_hash, request.cache_key())).encode(), digest_size=32).hexdigest()
+    key = repr((image_hash, request.cache_key(), position_ids))
+    return hashlib.blake2b(key.encode(), digest_size=32).hexdigest()
 
 
 def _assignment(plan: TokenPlan | None) -> torch.Tensor:

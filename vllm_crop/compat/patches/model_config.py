@@ -12,10 +12,12 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm_crop.config import CONFIG_KEY, CropConfig
+from vllm_crop.errors import UnsupportedFlagError
 from vllm_crop.frontend.hf_overrides import compose_hf_overrides
 from vllm_crop.frontend.refusals import refuse_flags, refuse_model
 
 REASON = "selects the Crop architectures through hf_overrides when additional_config.crop is set"
+STOCK_RENDERER = ("vllm.renderers.hf", "HfRenderer")
 RENDERER = ("vllm_crop.frontend.renderer", "CropRenderer")
 _MARK = "_vllm_crop_model_config_patched"
 
@@ -43,9 +45,21 @@ def patch(engine_args: Any, require_supported: Callable[[], None]) -> None:
         finally:
             self.hf_overrides = user_overrides
         refuse_model(model_config, config)
-        # The registry is public, its register() warns of overwriting, which is what we want here.
-        registry = importlib.import_module("vllm.renderers.registry").RENDERER_REGISTRY
-        registry.renderers["hf"] = RENDERER
+        select_renderer(importlib.import_module("vllm.renderers.registry").RENDERER_REGISTRY.renderers)
         return model_config
 
     engine_args.create_model_config = create_model_config_with_crop
+
+
+def select_renderer(renderers: dict[str, tuple[str, str]]) -> None:
+    """Put our renderer in the place of vLLM's default one (its register() would warn of that).
+
+    Raises:
+        UnsupportedFlagError: another plugin has done so before.
+    """
+    if renderers["hf"] not in (STOCK_RENDERER, RENDERER):
+        raise UnsupportedFlagError(
+            f"another plugin has replaced vLLM's renderer by {'.'.join(renderers['hf'])}: name only one of "
+            "the two in VLLM_PLUGINS"
+        )
+    renderers["hf"] = RENDERER
