@@ -88,6 +88,7 @@ def retained_count(num_tokens: int, pruning_rate: float) -> int:
     return max(1, round(num_tokens * (1 - pruning_rate)))
 
 
+@lru_cache(maxsize=256)
 def whole_image_plan(grid: TokenGrid, pruning_rate: float = 0.0) -> TokenPlan:
     """The plan that leaves an image as it is, whatever `pruning_rate` was asked for."""
     kept = tuple(PlannedEmbedding((token,), token) for token in range(grid.num_tokens))

@@ -37,6 +37,15 @@ def metric(server: Server, name: str, **labels: str) -> float:
     return total
 
 
+@pytest.fixture(scope="package", autouse=True)
+def _servers_own_environment() -> Iterator[None]:
+    """Servers must not inherit what the in-process engine tests set for themselves."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL"):
+            patch.delenv(name, raising=False)
+        yield
+
+
 @pytest.fixture(scope="session")
 def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("logs")

@@ -2,6 +2,7 @@
 """`vllm-crop bench`: throughput, time to first token and KV use, full against pruned."""
 
 import shlex
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -74,6 +75,11 @@ def bench(
       vllm-crop bench --model llava-hf/llava-1.5-7b-hf \\
         --serve-args "--load-format dummy" --concurrency 32 --num-prompts 128
     """
+    if find_spec("vllm") is None:
+        typer.echo(
+            "vllm-crop bench measures vLLM, which is not installed here: pip install vllm==0.32.0", err=True
+        )
+        raise typer.Exit(1)
     if num_prompts < max(concurrency):
         raise typer.BadParameter(
             f"{num_prompts} requests cannot keep {max(concurrency)} in flight", param_hint="--num-prompts"

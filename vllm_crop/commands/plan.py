@@ -18,11 +18,11 @@ from vllm_crop.commands.region_options import (
     RegionOption,
     geometry_of,
     parse_regions,
-    plan_image,
     request_for_image,
     why_whole,
 )
 from vllm_crop.geometry import Region
+from vllm_crop.image_plan import plan_image
 from vllm_crop.plan import TokenPlan
 from vllm_crop.plan_summary import PlanSummary
 
@@ -48,17 +48,16 @@ def plan(
     asked = parse_regions(region, cells)
     request = request_for_image(asked, pruning_rate, compression, method)
     geometry = geometry_of(model)
-    token_plan = plan_image(geometry, width, height, request)
+    planned = plan_image(geometry, width, height, request)
     if as_json:
-        typer.echo(json.dumps(token_plan.to_json(geometry.num_layers)))
+        typer.echo(json.dumps(planned.tokens.to_json(geometry.num_layers)))
         return
-    in_view = request.region and geometry.view(width, height).project(request.region)
     console = Console(highlight=False)
-    console.print(_summary(token_plan, in_view, pruning_rate, geometry.num_layers))
-    if in_view is None:
+    console.print(_summary(planned.tokens, planned.region, pruning_rate, geometry.num_layers))
+    if planned.region is None:
         console.print(f"Served whole: {why_whole(request, asked, method)}.")
     else:
-        console.print(_drawing(token_plan, in_view))
+        console.print(_drawing(planned.tokens, planned.region))
 
 
 def _parse_size(text: str) -> tuple[int, int]:

@@ -15,10 +15,10 @@ from vllm_crop.commands.region_options import (
     RegionOption,
     geometry_of,
     parse_regions,
-    plan_image,
     request_for_image,
     why_whole,
 )
+from vllm_crop.image_plan import plan_image
 from vllm_crop.plan_summary import PlanSummary
 from vllm_crop.preview import draw_preview
 from vllm_crop.vision_geometry import VisionGeometry, geometry_from_configs
@@ -49,20 +49,18 @@ def preview(
     request = request_for_image(asked, pruning_rate, compression)
     geometry = geometry_of(model) if model is not None else assumed_llava()
     picture = _open(image)
-    token_plan = plan_image(geometry, *picture.size, request)
-    view = geometry.view(*picture.size)
-    drawing = draw_preview(picture, view, token_plan, asked)
+    planned = plan_image(geometry, *picture.size, request)
+    drawing = draw_preview(picture, geometry.view(*picture.size), planned.tokens, asked)
     try:
         drawing.save(output, format="PNG")
     except OSError as error:
         raise typer.BadParameter(
             f"{output} cannot be written: {error.strerror or error}", param_hint="--output"
         ) from None
-    in_view = request.region and view.project(request.region)
     if model is None:
         typer.echo("No --model: LLaVA-1.5 assumed, a 24 x 24 grid on the 336-pixel centre crop.")
-    counts = PlanSummary.of(token_plan, in_view)
-    reason = "" if in_view else f": {why_whole(request, asked)}"
+    counts = PlanSummary.of(planned.tokens, planned.region)
+    reason = "" if planned.region else f": {why_whole(request, asked)}"
     typer.echo(
         f"{counts.tokens} -> {counts.embeddings} tokens ({counts.change})  {counts.describe()}{reason}"
     )

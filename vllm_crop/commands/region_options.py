@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The options `plan` and `preview` share, and the plan that follows from them.
 
-A server decides with the same functions: image_requests, ImageView.project and make_plan.
+A server decides with the same functions: image_requests, then plan_image.
 """
 
 import re
@@ -21,7 +21,7 @@ from vllm_crop.params import (
     image_requests,
     parse_region,
 )
-from vllm_crop.plan import Compression, TokenPlan, make_plan, whole_image_plan
+from vllm_crop.plan import Compression
 from vllm_crop.vision_geometry import VisionGeometry
 
 DEFAULTS = CropConfig()
@@ -102,15 +102,6 @@ def geometry_of(model: str) -> VisionGeometry:
         return load_geometry(model)
     except CropError as error:
         raise typer.BadParameter(str(error), param_hint="--model") from None
-
-
-def plan_image(geometry: VisionGeometry, width: int, height: int, request: ImageRequest) -> TokenPlan:
-    """The plan a server makes for an image of this size in pixels."""
-    grid = geometry.grid(width, height)
-    region = request.region and geometry.view(width, height).project(request.region)
-    if region is None:
-        return whole_image_plan(grid, request.pruning_rate)
-    return make_plan(grid, region, request.pruning_rate, request.compression)
 
 
 def why_whole(request: ImageRequest, region: Region | None, method: str = "plc") -> str:

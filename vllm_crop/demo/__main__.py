@@ -17,8 +17,12 @@ from rich.table import Table
 
 from vllm_crop import __version__
 from vllm_crop.benchmarking.server import Server, ServerError, serve
+from vllm_crop.commands.preview import assumed_llava
 from vllm_crop.demo.client import QUESTION, Answer, Client
 from vllm_crop.geometry import Box, Region
+from vllm_crop.image_plan import plan_image
+from vllm_crop.params import ImageRequest
+from vllm_crop.preview import draw_preview
 from vllm_crop.sample_picture import draw_sample_picture
 
 BUILD = Path("build/demo")
@@ -119,13 +123,17 @@ def row(field: dict[str, Any], answer: Answer, ttft_ms: list[float]) -> dict[str
 
 def report(rows: list[dict[str, Any]]) -> None:
     """Print the table, write summary.json and preview.png."""
-    from vllm_crop.commands.preview import assumed_llava
-    from vllm_crop.plan import make_plan
-    from vllm_crop.preview import draw_preview
-
     full = rows[0]
     table = Table(title=f"One picture, one question: {QUESTION!r}")
-    for heading in ("method", "pruning rate", "image tokens", "prompt tokens", "KV blocks", "first token"):
+    for heading in (
+        "method",
+        "pruning rate",
+        "image tokens",
+        "",
+        "prompt tokens",
+        "KV blocks",
+        "first token",
+    ):
         table.add_column(heading, justify="right")
     for line in rows:
         rate = line["pruning_rate"]
@@ -133,10 +141,11 @@ def report(rows: list[dict[str, Any]]) -> None:
         table.add_row(
             line["method"],
             "-" if rate is None else f"{rate:.3f}",
-            f"{line['image_tokens']} (1/{full['image_tokens'] / line['image_tokens']:.1f})",
+            str(line["image_tokens"]),
+            "" if line is full else f"{full['image_tokens'] / line['image_tokens']:.1f}x fewer",
             str(line["prompt_tokens"]),
             str(line["kv_blocks"]),
-            f"{line['ttft_ms_median']:.0f} ms ({low:.0f}-{high:.0f})",
+            f"{line['ttft_ms_median']:.0f} ms\n({low:.0f}-{high:.0f})",
         )
     console.print(table)
     console.print(
@@ -153,11 +162,10 @@ def report(rows: list[dict[str, Any]]) -> None:
     }
     (BUILD / "summary.json").write_text(json.dumps({"rows": rows, **provenance}, indent=2) + "\n")
     geometry = assumed_llava()
-    region = geometry.view(*PICTURE_SIZE).project(SIGN)
-    assert region is not None
-    plan = make_plan(geometry.grid(*PICTURE_SIZE), region, PRUNING_RATE, "pool")
+    planned = plan_image(geometry, *PICTURE_SIZE, ImageRequest(SIGN, PRUNING_RATE, "pool"))
     picture = draw_sample_picture(size=PICTURE_SIZE)
-    draw_preview(picture, geometry.view(*PICTURE_SIZE), plan, SIGN).save(BUILD / "preview.png")
+    drawing = draw_preview(picture, geometry.view(*PICTURE_SIZE), planned.tokens, SIGN)
+    drawing.save(BUILD / "preview.png")
     console.print(f"Wrote {BUILD / 'summary.json'} and {BUILD / 'preview.png'}")
 
 

@@ -21,8 +21,9 @@ from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from vllm_crop.config import CropConfig
 from vllm_crop.geometry import Region
+from vllm_crop.image_plan import plan_image
 from vllm_crop.params import CropParams, ImageRequest, InvalidCropError, image_requests
-from vllm_crop.plan import TokenPlan, make_plan
+from vllm_crop.plan import TokenPlan
 from vllm_crop.vision_geometry import VisionGeometry, geometry_from_configs
 
 CROP_KEY = "crop"
@@ -87,13 +88,9 @@ class CropProcessorMixin(BaseMultiModalProcessor):
         if images.get(index) is None:  # a uuid alone: its cached result is found by the request's key
             return ImageDecision(request, None, request.region, None)
         size = images.get_image_size(index)
-        grid = self.geometry.grid(size.width, size.height)
-        region = request.region and self.geometry.view(size.width, size.height).project(request.region)
-        if region is None:
-            return ImageDecision(request, None, None, grid.num_tokens)
-        plan = make_plan(grid, region, request.pruning_rate, request.compression)
-        pruned = plan.num_embeddings < grid.num_tokens
-        return ImageDecision(request, plan if pruned else None, region, grid.num_tokens)
+        planned = plan_image(self.geometry, size.width, size.height, request)
+        tokens = planned.tokens if planned.prunes else None
+        return ImageDecision(request, tokens, planned.region, planned.tokens.grid.num_tokens)
 
     def _check_positions(self, decisions: Sequence[ImageDecision]) -> None:
         if self.crop_config.position_ids != "original":
