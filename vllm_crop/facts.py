@@ -37,7 +37,8 @@ class ImageFacts:
 
     def to_json(self, with_region: bool = True) -> dict[str, Any]:
         """Plain values, without the boxes where they would take too much room."""
-        region = {"region": self.region and self.region.as_lists()} if with_region else {}
+        boxes = self.region and [[round(side, 4) for side in box] for box in self.region.as_lists()]
+        region = {"region": boxes} if with_region else {}
         return {
             "tokens": self.tokens,
             "tokens_after_plc": self.tokens_after_plc,

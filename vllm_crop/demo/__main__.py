@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 from PIL import Image
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -18,7 +19,7 @@ from rich.table import Table
 from vllm_crop import __version__
 from vllm_crop.benchmarking.server import Server, ServerError, serve
 from vllm_crop.commands.preview import assumed_llava
-from vllm_crop.demo.client import QUESTION, Answer, Client
+from vllm_crop.demo.client import QUESTION, Answer, Client, data_url
 from vllm_crop.geometry import Box, Region
 from vllm_crop.image_plan import plan_image
 from vllm_crop.params import ImageRequest
@@ -124,32 +125,23 @@ def row(field: dict[str, Any], answer: Answer, ttft_ms: list[float]) -> dict[str
 def report(rows: list[dict[str, Any]]) -> None:
     """Print the table, write summary.json and preview.png."""
     full = rows[0]
-    table = Table(title=f"One picture, one question: {QUESTION!r}")
-    for heading in (
-        "method",
-        "pruning rate",
-        "image tokens",
-        "",
-        "prompt tokens",
-        "KV blocks",
-        "first token",
-    ):
+    table = Table(title=f"One picture, one question: {QUESTION!r}", box=SIMPLE_HEAD)
+    for heading in ("method", "pruned", "image tokens", "prompt tokens", "KV blocks", "TTFT ms"):
         table.add_column(heading, justify="right")
     for line in rows:
-        rate = line["pruning_rate"]
         low, high = line["ttft_ms_range"]
+        fewer = full["image_tokens"] / line["image_tokens"]
         table.add_row(
             line["method"],
-            "-" if rate is None else f"{rate:.3f}",
-            str(line["image_tokens"]),
-            "" if line is full else f"{full['image_tokens'] / line['image_tokens']:.1f}x fewer",
+            "-" if line is full else f"{line['pruning_rate']:.1%}",
+            str(line["image_tokens"]) if line is full else f"{line['image_tokens']} ({fewer:.3g}x fewer)",
             str(line["prompt_tokens"]),
             str(line["kv_blocks"]),
-            f"{line['ttft_ms_median']:.0f} ms\n({low:.0f}-{high:.0f})",
+            f"{line['ttft_ms_median']:.0f} ({low:.0f}-{high:.0f})",
         )
     console.print(table)
     console.print(
-        f"First token: median (range) of {REPEATS} pictures each, asked in turn, on this machine. "
+        f"TTFT, time to first token: median (range) of {REPEATS} pictures each, asked in turn, on this machine. "
         "The weights are random, so the answers mean nothing; see summary.json."
     )
     provenance = {
@@ -171,19 +163,29 @@ def report(rows: list[dict[str, Any]]) -> None:
 
 def wait_for_interrupt(server: Server) -> None:
     """Tell how to ask, then wait for Ctrl-C."""
+    request = BUILD / "request.json"
+    request.write_text(json.dumps(example_request(server.model)))
+    url = f"{server.base_url}/v1/chat/completions"
     console.print(f"Serving at {server.base_url} (log: {server.log_path}). Ask it, for example:\n")
-    console.print(
-        f"  curl {server.base_url}/v1/chat/completions -H 'Content-Type: application/json' -d '"
-        + json.dumps({"model": server.model, "messages": [{"role": "user", "content": "Hello"}]})
-        + "'\n",
-        soft_wrap=True,
-    )
+    console.print(f"  curl -i {url} -H 'Content-Type: application/json' -d @{request}\n", soft_wrap=True)
     console.print("Ctrl-C stops it.")
     try:
         while True:
             time.sleep(3600)
     except KeyboardInterrupt:
         console.print("stopping")
+
+
+def example_request(model: str) -> dict[str, Any]:
+    """A chat completion about the demo's picture, with the region of the sign."""
+    picture = data_url(draw_sample_picture(size=PICTURE_SIZE))
+    content = [{"type": "image_url", "image_url": {"url": picture}}, {"type": "text", "text": QUESTION}]
+    return {
+        "model": model,
+        "messages": [{"role": "user", "content": content}],
+        "max_tokens": ANSWER_TOKENS,
+        "crop": {"regions": [SIGN.as_lists()]},
+    }
 
 
 if __name__ == "__main__":
