@@ -2,6 +2,7 @@
 """`vllm serve --plugin crop` through the `openai` and `anthropic` clients."""
 
 import json
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -301,6 +302,25 @@ def test_without_a_key_nothing_is_read(server: Server, crop: Any) -> None:
     stranger = openai.OpenAI(base_url=f"{server.base_url}/v1", api_key="wrong", max_retries=0)
     with pytest.raises(openai.AuthenticationError):
         chat(stranger, [SQUARE], crop)
+
+
+def test_a_client_that_goes_away_frees_the_engine(server: Server, client: openai.OpenAI, hf: HfLlava) -> None:
+    response = client.chat.completions.create(
+        model=MODEL,
+        messages=messages(SQUARE),
+        max_tokens=1500,
+        stream=True,
+        extra_body={**EVERY_TOKEN, "crop": {"regions": FIRST.as_lists()}},
+    )
+    next(iter(response))
+    assert metric(server, "vllm:num_requests_running") == 1
+    response.close()
+    deadline = time.monotonic() + 5
+    while metric(server, "vllm:num_requests_running"):
+        assert time.monotonic() < deadline, "the request still runs"
+        time.sleep(0.1)
+    completion = chat(client, [SQUARE], {"regions": SECOND.as_lists()}).parse()
+    assert completion.choices[0].message.content == expected(hf, [SQUARE], [SECOND])[0]
 
 
 def test_a_region_without_an_image_is_a_400(client: openai.OpenAI) -> None:

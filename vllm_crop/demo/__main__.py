@@ -141,8 +141,8 @@ def report(rows: list[dict[str, Any]]) -> None:
         )
     console.print(table)
     console.print(
-        f"TTFT, time to first token: median (range) of {REPEATS} pictures each, asked in turn, on this machine. "
-        "The weights are random, so the answers mean nothing; see summary.json."
+        f"TTFT, time to first token: median (range) of {REPEATS} pictures each, asked in turn, on this "
+        "machine. The weights are random, so the answers mean nothing; see summary.json."
     )
     provenance = {
         "vllm_crop": __version__,
