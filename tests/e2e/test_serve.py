@@ -3,6 +3,7 @@
 
 import json
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from tests.pictures import noise_image
 from tests.reference import HfLlava
 from vllm_crop.benchmarking.server import Server, get_text
 from vllm_crop.geometry import Region
-from vllm_crop.plan import make_plan
+from vllm_crop.plan import Compression, make_plan
 from vllm_crop.vision_geometry import LlavaGeometry
 
 pytestmark = pytest.mark.e2e
@@ -41,13 +42,19 @@ def hf(checkpoint: Path) -> HfLlava:
     return HfLlava(checkpoint)
 
 
-def expected(hf: HfLlava, images: list[Image.Image], regions: list[Region | None]) -> tuple[str, int]:
+def expected(
+    hf: HfLlava,
+    images: Sequence[Image.Image],
+    regions: Sequence[Region | None],
+    rate: float = RATE,
+    compression: Compression = "pool",
+) -> tuple[str, int]:
     """What transformers answers from the same compressed embeddings, and the prompt's length."""
     geometry = LlavaGeometry.from_configs(hf.model.config.to_dict(), hf.processor.image_processor.to_dict())
     plans = []
     for image, region in zip(images, regions, strict=True):
         seen = region and geometry.view(*image.size).project(region)
-        plans.append(seen and make_plan(geometry.grid(*image.size), seen, RATE, "pool"))
+        plans.append(seen and make_plan(geometry.grid(*image.size), seen, rate, compression))
     tokenizer = hf.processor.tokenizer
     prompt = "USER: " + "<image>\n" * len(images) + TEXT + "\nASSISTANT:"
     ids = tokenizer.encode(prompt, add_special_tokens=False)
