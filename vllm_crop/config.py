@@ -78,20 +78,31 @@ class CropConfig(BaseModel):
         try:
             return cls.model_validate(dict(settings))
         except ValidationError as error:
-            raise UnsupportedFlagError(describe_errors(error, "additional_config.crop")) from None
+            raise UnsupportedFlagError(describe_errors(error, "additional_config.crop", cls)) from None
 
 
-def describe_errors(error: ValidationError, prefix: str) -> str:
-    """One sentence per wrong field: where it is, what is allowed, what was given (shortened)."""
+def describe_errors(error: ValidationError, prefix: str, model: type[BaseModel]) -> str:
+    """One sentence per wrong field of `model`: where it is, what is allowed, what was given (shortened)."""
     sentences = []
     for detail in error.errors(include_url=False):
         place = "".join(
             f"[{part}]" if isinstance(part, int) else f".{part[:_LONGEST_KEY]}" for part in detail["loc"]
         )
         message = detail["msg"].removeprefix("Value error, ")
+        if detail["type"] == "extra_forbidden":
+            message = f"unknown key, allowed are {', '.join(_keys_at(model, detail['loc'][:-1]))}"
         given = "" if detail["type"] in ("missing", "value_error") else f", got {shorten(detail['input'])}"
         sentences.append(f"{prefix}{place}: {message}{given}")
     return "; ".join(sentences[:5])
+
+
+def _keys_at(model: type[BaseModel], place: tuple[int | str, ...]) -> list[str]:
+    for part in place:
+        nested = model.model_fields[str(part)].annotation
+        assert isinstance(nested, type)
+        assert issubclass(nested, BaseModel)
+        model = nested
+    return list(model.model_fields)
 
 
 def shorten(value: object, length: int = 60) -> str:

@@ -3,6 +3,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -29,23 +30,27 @@ def parse_region(value: Any) -> Region | None:
         return None
     if isinstance(value, Region):
         return value
-    if not isinstance(value, list) or not value:
+    if not isinstance(value, list | tuple) or not value:
         raise ValueError(f"must be null, a box [x0, y0, x1, y1] or a list of boxes, got {shorten(value)}")
-    boxes = value if isinstance(value[0], list) else [value]
+    boxes = value if isinstance(value[0], list | tuple) else [value]
     if len(boxes) > MAX_BOXES:
         raise ValueError(f"at most {MAX_BOXES} boxes, got {len(boxes)}")
     return Region(tuple(_parse_box(box) for box in boxes))
 
 
 def _parse_box(value: Any) -> Box:
-    if not isinstance(value, list) or len(value) != 4 or not all(_is_fraction(number) for number in value):
+    is_box = isinstance(value, list | tuple) and len(value) == 4
+    if not is_box or not all(_is_fraction(number) for number in value):
         raise ValueError(f"a box must be four fractions [x0, y0, x1, y1] in [0, 1], got {shorten(value)}")
     return Box(*(float(number) for number in value))
 
 
 def _is_fraction(number: Any) -> bool:
-    # bool is an int in Python; NaN fails the comparison.
-    return isinstance(number, int | float) and not isinstance(number, bool) and 0 <= number <= 1
+    # numpy's numbers are Real; bool is an int in Python; NaN fails the comparison.
+    if isinstance(number, bool) or not isinstance(number, Real):
+        return False
+    side: Any = number
+    return bool(0 <= side <= 1)
 
 
 class CropParams(BaseModel):
@@ -85,7 +90,7 @@ class CropParams(BaseModel):
         except ValidationError as error:
             first = error.errors(include_url=False)[0]["loc"]
             parameter = ".".join(["crop", *(str(part)[:40] for part in first[:1])])
-            raise InvalidCropError(describe_errors(error, "crop"), parameter) from None
+            raise InvalidCropError(describe_errors(error, "crop", cls), parameter) from None
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ def whole_image_plan(grid: TokenGrid, pruning_rate: float = 0.0) -> TokenPlan:
     return TokenPlan(grid, pruning_rate, kept)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=128)  # bridges the steps of one request; clients choose the keys
 def make_plan(grid: TokenGrid, region: Region, pruning_rate: float, compression: Compression) -> TokenPlan:
     """Spend the budget on the region first, the rest of it evenly on the context (CROP section 3.2, PLC).
 

@@ -10,10 +10,19 @@ from vllm_crop.params import CropParams
 
 @dataclass
 class RequestContext:
-    """One HTTP request: its `crop` field on the way in (None if absent), the facts on the way out."""
+    """One HTTP request.
+
+    Attributes:
+        params: its `crop` field, None if absent.
+        handed_over: whether a renderer took notice of `params`.
+        facts: what became of the request's images.
+        model_name: label to count the facts under once the request is accepted; None leaves them uncounted.
+    """
 
     params: CropParams | None = None
+    handed_over: bool = False
     facts: list[ImageFacts] = field(default_factory=list)
+    model_name: str | None = None
 
 
 current_request: ContextVar[RequestContext | None] = ContextVar("vllm_crop_request", default=None)

@@ -15,12 +15,14 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vllm_crop.facts import facts_header
+from vllm_crop.metrics import crop_metrics
 from vllm_crop.params import CropParams, InvalidCropError
 from vllm_crop.request_context import RequestContext, current_request
 from vllm_crop_server.schemas import error_body
 
 FIELD = "crop"
 FACTS_HEADER = "x-crop-facts"
+BATCH_ROUTE = "/chat/completions/batch"
 MAX_BODY_BYTES = 512 << 20
 _SEEN = "vllm_crop.seen"
 
@@ -91,17 +93,38 @@ class _Exchange:
         if self.rejection is not None:
             await self._reject()
             return
-        if message["type"] == "http.response.start" and self.context.facts:
-            MutableHeaders(scope=message)[FACTS_HEADER] = facts_header(self.context.facts)
+        if message["type"] == "http.response.start" and message["status"] < 400:
+            if self.context.params is not None and not self.context.handed_over:
+                self.rejection = 400, InvalidCropError(f"{FIELD} is not possible on {self.scope['path']}")
+                await self._reject()
+                return
+            self._report(message)
         await self.send(message)
+
+    def _report(self, response_start: Message) -> None:
+        context = self.context
+        if context.facts:
+            MutableHeaders(scope=response_start)[FACTS_HEADER] = facts_header(context.facts)
+            if context.model_name is not None:
+                crop_metrics().record(context.model_name, context.facts)
 
     def _read_crop(self) -> None:
         body = b"".join(self.chunks)
         self.chunks.clear()
         try:
             self.context.params = read_crop(body)
+            self._refuse_shared_regions()
         except InvalidCropError as error:
             self._end_route(400, error)
+
+    def _refuse_shared_regions(self) -> None:
+        params = self.context.params
+        if params is not None and params.regions is not None and self.scope["path"].endswith(BATCH_ROUTE):
+            raise InvalidCropError(
+                "crop.regions: this route answers several conversations, and regions belong to the images of "
+                "one: send them one by one",
+                "crop.regions",
+            )
 
     def _end_route(self, status: int, error: InvalidCropError) -> NoReturn:
         self.rejection = status, error

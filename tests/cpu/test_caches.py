@@ -179,3 +179,24 @@ def test_original_positions_refuse_to_run_past_the_model(original_engine: Engine
     images = tuple(noise_image(60 + index) for index in range(5))
     with pytest.raises(VLLMValidationError, match="keeps their position ids"):
         original_engine.ask(Question(images, {"regions": [FIRST] * 5}))
+
+
+def test_original_positions_count_images_known_by_uuid(original_engine: Engine) -> None:
+    """What a cached plan removed counts as much as what a new one removes."""
+    for index in range(5):
+        prompt = about(noise_image(70 + index), FIRST).prompt()
+        prompt["multi_modal_uuids"] = {"image": [f"picture-{70 + index}"]}
+        original_engine.llm.generate([prompt], use_tqdm=False)
+    known = Question((noise_image(70),) * 5, {"regions": [FIRST] * 5}).prompt()
+    known["multi_modal_data"] = {"image": [None] * 5}
+    known["multi_modal_uuids"] = {"image": [f"picture-{70 + index}" for index in range(5)]}
+    with pytest.raises(VLLMValidationError, match="keeps their position ids"):
+        original_engine.llm.generate([known], use_tqdm=False)
+
+
+def test_regions_beside_other_processor_settings_are_refused(pool_engine: Engine) -> None:
+    """They could move the image under the region."""
+    prompt = about(noise_image(45), FIRST).prompt()
+    prompt["mm_processor_kwargs"]["do_center_crop"] = False
+    with pytest.raises(VLLMValidationError, match="do_center_crop"):
+        pool_engine.llm.generate([prompt], use_tqdm=False)

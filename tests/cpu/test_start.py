@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """What decides at start: vLLM's own command line with our options, and the combinations that are refused."""
 
+import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from vllm_crop.compat.patches.cli_flags import apply_options
+from vllm_crop.errors import UnsupportedFlagError
 
 pytestmark = pytest.mark.vllm_runtime
 
@@ -92,6 +96,18 @@ def test_bad_settings_are_argparse_errors(
     with pytest.raises(SystemExit):
         parse("MODEL", "--plugin", "crop", "--crop-config", value)
     assert message in capsys.readouterr().err
+
+
+def test_run_batch_is_refused() -> None:
+    args = argparse.Namespace(plugin="crop", crop_config=None, input_file="a", output_file="b")
+    with pytest.raises(UnsupportedFlagError, match="run-batch"):
+        apply_options(args)
+
+
+@pytest.mark.parametrize("settings", [True, "plc", [], 7])
+def test_settings_of_another_type_are_refused(parse: Parse, settings: Any) -> None:
+    with pytest.raises(UnsupportedFlagError, match="must be an object"):
+        parse("MODEL", "--plugin", "crop", "--additional-config", json.dumps({"crop": settings}))
 
 
 def engine_config(checkpoint: Path, crop: Any, **options: Any) -> Any:

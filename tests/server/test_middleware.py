@@ -12,6 +12,7 @@ import pytest
 from fastapi import FastAPI
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prometheus_client import REGISTRY
 from pydantic import BaseModel
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -53,6 +54,18 @@ def as_json(params: CropParams | None) -> Any:
     return {"regions": regions, "pruning_rate": params.pruning_rate, "method": params.method}
 
 
+class TakesNotice:
+    """Stands where vLLM's renderer does: whatever lies inside may use the request's params."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if (context := current_request.get()) is not None:
+            context.handed_over = True
+        await self.app(scope, receive, send)
+
+
 async def echo(request: Request) -> Response:
     """Answers with the body as it arrived; the params go into a header."""
     body = await request.body()
@@ -65,7 +78,7 @@ def app_with(
     """One route behind the middleware; `inner` lies between the two, as vLLM's authentication does."""
     return Starlette(
         routes=[Route(path, endpoint, methods=["GET", "POST"])],
-        middleware=[*[Middleware(CropMiddleware)] * times, *inner],
+        middleware=[*[Middleware(CropMiddleware)] * times, *inner, Middleware(TakesNotice)],
     )
 
 
@@ -429,7 +442,7 @@ class ChatRequest(BaseModel):
 
 def fastapi_app(*inner: Middleware) -> FastAPI:
     """A route with a validated body, as vLLM's are."""
-    app = FastAPI(middleware=[Middleware(CropMiddleware), *inner])
+    app = FastAPI(middleware=[Middleware(CropMiddleware), *inner, Middleware(TakesNotice)])
 
     @app.post(PATH)
     async def chat(request: ChatRequest) -> dict[str, Any]:
@@ -784,3 +797,50 @@ def test_a_request_that_is_not_looked_at_does_not_see_the_crop_of_another() -> N
     plain_text = Exchange([b"{}"], headers={"content-type": "text/plain"})
     done = context.run(lambda: asyncio.run(plain_text.run(app_with())))
     assert (b"x-params", b"null") in done.sent[0]["headers"]
+
+
+def route_without_renderer(status: int = 200, facts: Sequence[ImageFacts] = ()) -> Starlette:
+    """A route of vLLM that reads its body and renders nothing, unless there are facts."""
+
+    async def answer(request: Request) -> Response:
+        await request.body()
+        context = current_request.get()
+        assert context is not None
+        context.handed_over = bool(facts)
+        context.facts.extend(facts)
+        context.model_name = "middleware-test"
+        return Response("{}", status_code=status, media_type="application/json")
+
+    routes = [Route(PATH, answer, methods=["POST"])]
+    return Starlette(routes=routes, middleware=[Middleware(CropMiddleware)])
+
+
+def test_a_route_that_takes_no_notice_of_crop_is_a_400() -> None:
+    refused = post('{"crop": {"pruning_rate": 0.5}}', route_without_renderer())
+    assert refused.status_code == 400
+    assert refused.json()["error"]["message"] == f"crop is not possible on {PATH}"
+    assert post("{}", route_without_renderer()).status_code == 200
+    assert post('{"crop": {}}', route_without_renderer(status=422)).status_code == 422  # its own error stays
+
+
+def served_images() -> float:
+    labels = {"model_name": "middleware-test", "source": "request"}
+    return REGISTRY.get_sample_value("crop:images_total", labels) or 0.0
+
+
+def test_only_answered_requests_are_counted_and_reported() -> None:
+    before = served_images()
+    refused = post("{}", route_without_renderer(status=400, facts=[FACTS]))
+    assert "x-crop-facts" not in refused.headers
+    assert served_images() == before
+    answered = post("{}", route_without_renderer(facts=[FACTS]))
+    assert json.loads(answered.headers["x-crop-facts"])["tokens_after_plc"] == 128
+    assert served_images() == before + 1
+
+
+def test_regions_for_a_batch_of_conversations_are_refused() -> None:
+    path = "/v1/chat/completions/batch"
+    refused = post('{"crop": {"regions": [[0, 0, 1, 1]]}}', path=path)
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "crop.regions"
+    assert post('{"crop": {"pruning_rate": 0.5}}', path=path).status_code == 200

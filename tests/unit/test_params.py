@@ -43,7 +43,7 @@ REFUSED: list[tuple[Any, str, str]] = [
     ("plc", "crop", "must be an object, got 'plc'"),
     ([], "crop", "must be an object, got []"),
     (DEEP, "crop", "deeply nested list"),
-    ({"region": [BOX]}, "crop.region", "not permitted"),
+    ({"region": [BOX]}, "crop.region", "unknown key"),
     ({"x": DEEP}, "crop.x", "deeply nested list"),
     ({"pruning_rate": 1}, "crop.pruning_rate", "less than 1, got 1"),
     ({"pruning_rate": -0.5}, "crop.pruning_rate", "greater than or equal to 0, got -0.5"),

@@ -71,6 +71,30 @@ UPSTREAM_POINTS = (
         "puts the planned number of placeholders into the prompt",
     ),
     UpstreamPoint(
+        "vllm.multimodal.processing.context",
+        "BaseProcessingInfo.parse_mm_data",
+        ("self", "mm_data"),
+        "reads the images of a request, for the facts",
+    ),
+    UpstreamPoint(
+        "vllm.multimodal.processing.context",
+        "InputProcessingContext.get_merged_mm_kwargs",
+        ("self", "kwargs"),
+        "gives the server's own processor settings, which decide what the model sees",
+    ),
+    UpstreamPoint(
+        "vllm.multimodal.parse",
+        "ImageProcessorItems.get_image_size",
+        ("self", "item_idx"),
+        "gives an image's size, for its plan",
+    ),
+    UpstreamPoint(
+        "vllm.model_executor.models.interfaces",
+        "SupportsMRoPE.get_mrope_input_positions",
+        ("self", "input_tokens", "mm_features"),
+        "numbers tokens as in the unpruned prompt",
+    ),
+    UpstreamPoint(
         "vllm.renderers.base",
         "BaseRenderer.process_for_engine",
         ("self", "prompt", "arrival_time"),

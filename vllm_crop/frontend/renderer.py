@@ -43,6 +43,7 @@ class CropRenderer(HfRenderer):
         context = current_request.get()
         if context is None or not isinstance(self.mm_processor, CropProcessorMixin):
             return
+        context.handed_over = True
         if prompt.get("multi_modal_data"):
             given = dict(prompt.get("mm_processor_kwargs") or {})
             if context.params is not None or CROP_KEY not in given:
@@ -64,20 +65,25 @@ class CropRenderer(HfRenderer):
             _image_facts(decision, placeholder.length, off)
             for decision, placeholder in zip(decisions, placeholders, strict=True)
         ]
+        model_name = None if skip_mm_cache else self.model_config.served_model_name  # tokenized, not served
         if (context := current_request.get()) is not None:
+            # vLLM may still refuse the request: the middleware counts what is answered.
             context.facts.extend(facts)
-        if not skip_mm_cache:  # tokenization renders without serving
-            crop_metrics().record(self.model_config.served_model_name, facts)
+            context.model_name = model_name
+        elif model_name is not None:
+            crop_metrics().record(model_name, facts)
 
 
 def _image_facts(decision: ImageDecision, num_placeholders: int, off: bool) -> ImageFacts:
     assert decision.plan is None or decision.plan.num_embeddings == num_placeholders
     off = off or decision.request.pruning_rate == 0
     source: Source = "off" if off else "request"
-    if not off and decision.region is None:
-        source = "none" if decision.request.region is None else "out_of_view"
+    if not off and decision.request.region is None:
+        source = "none"
+    elif not off and num_placeholders == decision.full_tokens:
+        source = "out_of_view"
     return ImageFacts(
-        tokens=decision.full_tokens or num_placeholders,
+        tokens=decision.full_tokens,
         tokens_after_plc=num_placeholders,
         tokens_avg=float(num_placeholders),
         region=decision.request.region,

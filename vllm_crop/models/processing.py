@@ -20,10 +20,9 @@ from vllm.multimodal.processing import BaseMultiModalProcessor, PromptReplacemen
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from vllm_crop.config import CropConfig
-from vllm_crop.geometry import Region
 from vllm_crop.image_plan import plan_image
 from vllm_crop.params import CropParams, ImageRequest, InvalidCropError, image_requests
-from vllm_crop.plan import TokenPlan
+from vllm_crop.plan import TokenPlan, retained_count
 from vllm_crop.vision_geometry import VisionGeometry, geometry_from_configs
 
 CROP_KEY = "crop"
@@ -36,14 +35,15 @@ class ImageDecision:
     """What is done with one image: `plan` None serves it whole.
 
     Attributes:
-        region: what is left of the request's region in the model's view.
-        full_tokens: visual tokens unpruned; None for an image known by its uuid only.
+        full_tokens: visual tokens unpruned; the most there can be for an image known by its uuid only.
+        tokens_removed: what the plan takes away; the most it can for an image known by its uuid only, whose
+            plan was made when it was sent.
     """
 
     request: ImageRequest
     plan: TokenPlan | None
-    region: Region | None
-    full_tokens: int | None
+    full_tokens: int
+    tokens_removed: int
 
 
 @dataclass(frozen=True)
@@ -84,22 +84,21 @@ class CropProcessorMixin(BaseMultiModalProcessor):
         if not isinstance(images, ImageProcessorItems):
             if request.region is not None:
                 raise InvalidCropError("crop.regions: not possible for image embeddings", "crop.regions")
-            return ImageDecision(request, None, None, images.get_feature_size(index))
+            return ImageDecision(request, None, images.get_feature_size(index), 0)
         if images.get(index) is None:  # a uuid alone: its cached result is found by the request's key
-            return ImageDecision(request, None, request.region, None)
+            most = self.info.get_max_image_tokens()
+            removed = most - retained_count(most, request.pruning_rate) if request.region else 0
+            return ImageDecision(request, None, most, removed)
         size = images.get_image_size(index)
         planned = plan_image(self.geometry, size.width, size.height, request)
+        full = planned.tokens.grid.num_tokens
         tokens = planned.tokens if planned.prunes else None
-        return ImageDecision(request, tokens, planned.region, planned.tokens.grid.num_tokens)
+        return ImageDecision(request, tokens, full, full - planned.tokens.num_embeddings)
 
     def _check_positions(self, decisions: Sequence[ImageDecision]) -> None:
         if self.crop_config.position_ids != "original":
             return
-        removed = sum(
-            decision.full_tokens - decision.plan.num_embeddings
-            for decision in decisions
-            if decision.plan is not None and decision.full_tokens is not None
-        )
+        removed = sum(decision.tokens_removed for decision in decisions)
         model_config = self.info.ctx.model_config
         positions = model_config.hf_text_config.max_position_embeddings
         if model_config.max_model_len + removed > positions:
@@ -118,6 +117,12 @@ class CropProcessorMixin(BaseMultiModalProcessor):
             params = CropParams.parse({} if given is None else given)
             decisions = self.decide(params, inputs.mm_data_items)
             self._check_positions(decisions)
+            if plain and any(decision.request.region for decision in decisions):
+                raise InvalidCropError(
+                    f"crop.regions: not possible beside other mm_processor_kwargs of the request, "
+                    f"{sorted(plain)}: they can move the image under the region",
+                    "crop.regions",
+                )
         # Profiling sends one dummy item many times, without `crop`: a key would let the feature cache
         # answer all but the first, and too little memory would be profiled.
         hashes: Sequence[str] = ()

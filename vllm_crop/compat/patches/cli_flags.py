@@ -12,7 +12,7 @@ import json
 from typing import Any
 
 from vllm_crop.config import CONFIG_KEY, CropConfig
-from vllm_crop.errors import CropError
+from vllm_crop.errors import CropError, UnsupportedFlagError
 
 REASON = "adds --plugin crop and --crop-config to the command line"
 MIDDLEWARE = "vllm_crop_server.middleware.CropMiddleware"
@@ -74,10 +74,16 @@ def apply_options(args: argparse.Namespace) -> None:
     """Turn parsed options into what vLLM carries itself: additional_config, middleware, usage details."""
     additional = getattr(args, "additional_config", None) or {}
     settings = getattr(args, "crop_config", None)
+    if additional.get(CONFIG_KEY) is not None:
+        CropConfig.from_mapping(additional[CONFIG_KEY])
     if getattr(args, "plugin", None) == "crop" or settings is not None:
         additional = {**additional, CONFIG_KEY: {**(additional.get(CONFIG_KEY) or {}), **(settings or {})}}
         args.additional_config = additional
-    if additional.get(CONFIG_KEY) is None or not hasattr(args, "middleware"):
+    if additional.get(CONFIG_KEY) is None:
+        return
+    if hasattr(args, "input_file") and hasattr(args, "output_file"):
+        raise UnsupportedFlagError("--plugin crop: `vllm run-batch` does not pass on the field `crop`")
+    if not hasattr(args, "middleware"):
         return
     if MIDDLEWARE not in args.middleware:
         args.middleware = [*args.middleware, MIDDLEWARE]

@@ -8,17 +8,21 @@ Remove when: a general plugin can see the engine's options before the model conf
 """
 
 import importlib
+import logging
 from collections.abc import Callable
 from typing import Any
 
+from pydantic import ValidationError
+
 from vllm_crop.config import CONFIG_KEY, CropConfig
-from vllm_crop.errors import UnsupportedFlagError
+from vllm_crop.errors import CropError, UnsupportedFlagError
 from vllm_crop.frontend.hf_overrides import compose_hf_overrides
 from vllm_crop.frontend.refusals import refuse_flags, refuse_model
 
 REASON = "selects the Crop architectures through hf_overrides when additional_config.crop is set"
 STOCK_RENDERER = ("vllm.renderers.hf", "HfRenderer")
 RENDERER = ("vllm_crop.frontend.renderer", "CropRenderer")
+logger = logging.getLogger("vllm.plugins.crop")  # below vLLM's own logger, to share its handlers
 _MARK = "_vllm_crop_model_config_patched"
 
 
@@ -42,13 +46,25 @@ def patch(engine_args: Any, require_supported: Callable[[], None]) -> None:
         self.hf_overrides = compose_hf_overrides(config.model_dump(), user_overrides)
         try:
             model_config = create_model_config(self, *args, **kwargs)
+        except ValidationError as error:
+            raise_our_own(error)
+            raise
         finally:
             self.hf_overrides = user_overrides
         refuse_model(model_config, config)
+        logger.info("Visual token pruning is on for %s: %s", model_config.architecture, config)
         select_renderer(importlib.import_module("vllm.renderers.registry").RENDERER_REGISTRY.renderers)
         return model_config
 
     engine_args.create_model_config = create_model_config_with_crop
+
+
+def raise_our_own(error: ValidationError) -> None:
+    """Raise the CropError that pydantic has wrapped, if there is one: its sentence says it all."""
+    for detail in error.errors():
+        cause = detail.get("ctx", {}).get("error")
+        if isinstance(cause, CropError):
+            raise cause from None
 
 
 def select_renderer(renderers: dict[str, tuple[str, str]]) -> None:
