@@ -9,7 +9,9 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from vllm_crop.plan import TokenPlan
+from vllm_crop.geometry import Region
+from vllm_crop.plan import Compression, TokenPlan, make_plan
+from vllm_crop.vision_geometry import LlavaGeometry
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,16 @@ class HfLlava:
         ).eval()
         self.processor = AutoProcessor.from_pretrained(checkpoint)
         self.image_token_id = self.model.config.image_token_index
+        self.geometry = LlavaGeometry.from_configs(
+            self.model.config.to_dict(), self.processor.image_processor.to_dict()
+        )
+
+    def plan(
+        self, image: Image.Image, region: Region | None, pruning_rate: float, compression: Compression
+    ) -> TokenPlan | None:
+        """What is to become of an image; None if the model sees nothing of the region."""
+        seen = region and self.geometry.view(*image.size).project(region)
+        return seen and make_plan(self.geometry.grid(*image.size), seen, pruning_rate, compression)
 
     @torch.inference_mode()
     def generate(

@@ -13,7 +13,7 @@ Method = Literal["plc", "off"]
 PositionIds = Literal["renumbered", "original"]
 
 CONFIG_KEY = "crop"
-_LONGEST_KEY = 40  # an unknown key comes from the client and may be a megabyte long
+LONGEST_KEY = 40  # an unknown key comes from the client and may be a megabyte long
 
 
 class CropLimits(BaseModel):
@@ -86,7 +86,7 @@ def describe_errors(error: ValidationError, prefix: str, model: type[BaseModel])
     sentences = []
     for detail in error.errors(include_url=False):
         place = "".join(
-            f"[{part}]" if isinstance(part, int) else f".{part[:_LONGEST_KEY]}" for part in detail["loc"]
+            f"[{part}]" if isinstance(part, int) else f".{part[:LONGEST_KEY]}" for part in detail["loc"]
         )
         message = detail["msg"].removeprefix("Value error, ")
         if detail["type"] == "extra_forbidden":

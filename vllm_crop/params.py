@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from vllm_crop.config import CropConfig, Method, describe_errors, shorten
+from vllm_crop.config import LONGEST_KEY, CropConfig, Method, describe_errors, shorten
 from vllm_crop.geometry import Box, Region
 from vllm_crop.plan import Compression
 
@@ -89,17 +89,23 @@ class CropParams(BaseModel):
             return cls.model_validate(dict(value))
         except ValidationError as error:
             first = error.errors(include_url=False)[0]["loc"]
-            parameter = ".".join(["crop", *(str(part)[:40] for part in first[:1])])
+            parameter = ".".join(["crop", *(str(part)[:LONGEST_KEY] for part in first[:1])])
             raise InvalidCropError(describe_errors(error, "crop", cls), parameter) from None
 
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """What is asked for one image, the server's configuration applied. Part of every cache key."""
+    """What is asked for one image, the server's configuration applied. Part of every cache key.
+
+    Attributes:
+        region: None to serve the image whole.
+        off: whether that is because pruning is switched off, and not for want of a region.
+    """
 
     region: Region | None
     pruning_rate: float
     compression: Compression
+    off: bool = False
 
     def cache_key(self) -> tuple[object, ...]:
         """Everything that changes the image's embeddings, as plain values."""
@@ -135,4 +141,4 @@ def image_requests(params: CropParams, config: CropConfig, num_images: int) -> l
                 "crop.regions",
             )
     off = (params.method or config.method) == "off" or rate == 0
-    return [ImageRequest(None if off else region, rate, config.compression) for region in regions]
+    return [ImageRequest(None if off else region, rate, config.compression, off) for region in regions]

@@ -18,8 +18,6 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 from tests.reference import HfLlava, Reference
 from vllm_crop.config import CropConfig
 from vllm_crop.params import CropParams, image_requests
-from vllm_crop.plan import TokenPlan, make_plan
-from vllm_crop.vision_geometry import LlavaGeometry
 
 TEXT = "USER: {images}What is the time, and where?\nASSISTANT:"
 STEPS = 8
@@ -140,19 +138,15 @@ ReferenceFor = Callable[..., Reference]
 @pytest.fixture(scope="session")
 def reference_for(hf: HfLlava) -> ReferenceFor:
     """The reference answer to a question, as an engine with this configuration must give it."""
-    geometry = LlavaGeometry.from_configs(hf.model.config.to_dict(), hf.processor.image_processor.to_dict())
-
-    def plan(image: Image.Image, request: Any) -> TokenPlan | None:
-        region = request.region and geometry.view(*image.size).project(request.region)
-        if region is None:
-            return None
-        return make_plan(geometry.grid(*image.size), region, request.pruning_rate, request.compression)
 
     def answer(question: Question, config: CropConfig, original_positions: bool | None = None) -> Reference:
         requests = image_requests(
             CropParams.parse(question.crop or {}), config, num_images=len(question.images)
         )
-        plans = [plan(image, request) for image, request in zip(question.images, requests, strict=True)]
+        plans = [
+            hf.plan(image, request.region, request.pruning_rate, request.compression)
+            for image, request in zip(question.images, requests, strict=True)
+        ]
         prompt_ids = hf.processor.tokenizer.encode(question.prompt()["prompt"], add_special_tokens=False)
         if original_positions is None:
             original_positions = config.position_ids == "original"

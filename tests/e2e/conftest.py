@@ -1,14 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Servers started with `vllm serve`, asked through the real clients."""
 
-import base64
-import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from vllm_crop.benchmarking.server import Server, get_text, serve
 
@@ -18,12 +15,6 @@ OPTIONS = (
     *("--served-model-name", MODEL, "--dtype", "float32", "--max-model-len", "2048", "--enforce-eager"),
     *("--block-size", "32", "--limit-mm-per-prompt", '{"image": 8}', "--max-num-batched-tokens", "2048"),
 )
-
-
-def data_url(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def metric(server: Server, name: str, **labels: str) -> float:

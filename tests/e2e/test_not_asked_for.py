@@ -9,9 +9,10 @@ from typing import Any
 import openai
 import pytest
 
-from tests.e2e.conftest import MODEL, OPTIONS, data_url
+from tests.e2e.conftest import MODEL, OPTIONS
 from tests.pictures import noise_image
 from vllm_crop.benchmarking.server import Server, serve
+from vllm_crop.demo.client import data_url
 
 pytestmark = pytest.mark.e2e
 

@@ -13,13 +13,13 @@ import openai
 import pytest
 from PIL import Image
 
-from tests.e2e.conftest import API_KEY, MODEL, data_url, metric
+from tests.e2e.conftest import API_KEY, MODEL, metric
 from tests.pictures import noise_image
 from tests.reference import HfLlava
 from vllm_crop.benchmarking.server import Server, get_text
+from vllm_crop.demo.client import data_url
 from vllm_crop.geometry import Region
-from vllm_crop.plan import Compression, make_plan
-from vllm_crop.vision_geometry import LlavaGeometry
+from vllm_crop.plan import Compression
 
 pytestmark = pytest.mark.e2e
 
@@ -50,11 +50,7 @@ def expected(
     compression: Compression = "pool",
 ) -> tuple[str, int]:
     """What transformers answers from the same compressed embeddings, and the prompt's length."""
-    geometry = LlavaGeometry.from_configs(hf.model.config.to_dict(), hf.processor.image_processor.to_dict())
-    plans = []
-    for image, region in zip(images, regions, strict=True):
-        seen = region and geometry.view(*image.size).project(region)
-        plans.append(seen and make_plan(geometry.grid(*image.size), seen, rate, compression))
+    plans = [hf.plan(image, region, rate, compression) for image, region in zip(images, regions, strict=True)]
     tokenizer = hf.processor.tokenizer
     prompt = "USER: " + "<image>\n" * len(images) + TEXT + "\nASSISTANT:"
     ids = tokenizer.encode(prompt, add_special_tokens=False)

@@ -34,6 +34,15 @@ class KVCapacity:
         return cls(int(labels["num_gpu_blocks"]) - 1, int(labels["block_size"]))
 
 
+def blocks_in_use(base_url: str, capacity: KVCapacity) -> int:
+    """Blocks that running requests hold now, by the gauge `vllm:kv_cache_usage_perc`.
+
+    Raises:
+        OSError: the server does not answer.
+    """
+    return round(metric_sum(get_text(f"{base_url}/metrics"), "vllm:kv_cache_usage_perc") * capacity.blocks)
+
+
 @dataclass(frozen=True)
 class KVUsage:
     """The most blocks running requests held in any of a run's samples."""
@@ -50,9 +59,9 @@ class KVSampler:
     """
 
     def __init__(self, base_url: str, capacity: KVCapacity) -> None:
-        self.url = f"{base_url}/metrics"
+        self.base_url = base_url
         self.capacity = capacity
-        self._values: list[float] = []
+        self._values: list[int] = []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
 
@@ -72,12 +81,12 @@ class KVSampler:
         The peak only: a mean over time would be wrong, because the gauge still shows the state before it
         during a long prefill.
         """
-        return KVUsage(round(max(self._values, default=0.0) * self.capacity.blocks), len(self._values))
+        return KVUsage(max(self._values, default=0), len(self._values))
 
     def _sample(self) -> None:
         while not self._stop.wait(SAMPLE_INTERVAL_S):
             with suppress(OSError):
-                self._values.append(metric_sum(get_text(self.url), "vllm:kv_cache_usage_perc"))
+                self._values.append(blocks_in_use(self.base_url, self.capacity))
 
 
 def metric_sum(text: str, name: str) -> float:

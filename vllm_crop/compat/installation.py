@@ -18,7 +18,7 @@ from vllm_crop.checkpoint_files import load_geometry
 from vllm_crop.compat import vllm as compat
 from vllm_crop.config import CropConfig
 from vllm_crop.errors import CropError
-from vllm_crop.frontend.refusals import REFUSED
+from vllm_crop.frontend.refusals import REFUSED, uses_rust_front_end
 from vllm_crop.vision_geometry import FAMILIES
 
 ENTRY_POINT_GROUP, ENTRY_POINT = "vllm.general_plugins", "crop"
@@ -129,7 +129,7 @@ def _environment_problems() -> list[str]:
         problems.append(
             f"VLLM_PLUGINS={selected!r} leaves out {ENTRY_POINT!r}: add it, or unset the variable"
         )
-    if os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
+    if uses_rust_front_end():
         problems.append(f"VLLM_USE_RUST_FRONTEND is set: {REFUSED['VLLM_USE_RUST_FRONTEND=1']}")
     return problems
 

@@ -36,7 +36,7 @@ UPSTREAM_POINTS = (
     UpstreamPoint("vllm.engine.arg_utils", "EngineArgs.create_model_config", ("self",), model_config.REASON),
     UpstreamPoint(
         _PROCESSOR,
-        "BaseMultiModalProcessor._cached_apply_hf_processor",
+        "BaseMultiModalProcessor.apply",
         ("self", "inputs", "timing_ctx"),
         "plans a request's images before anything is hashed or processed",
     ),
@@ -69,12 +69,6 @@ UPSTREAM_POINTS = (
         "BaseMultiModalProcessor._get_prompt_updates",
         ("self", "mm_items", "hf_processor_mm_kwargs", "out_mm_kwargs"),
         "puts the planned number of placeholders into the prompt",
-    ),
-    UpstreamPoint(
-        "vllm.multimodal.processing.context",
-        "BaseProcessingInfo.parse_mm_data",
-        ("self", "mm_data"),
-        "reads the images of a request, for the facts",
     ),
     UpstreamPoint(
         "vllm.multimodal.processing.context",

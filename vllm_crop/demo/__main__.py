@@ -2,8 +2,6 @@
 """Runs the demo; `--serve` leaves the server running instead."""
 
 import json
-import os
-import platform
 import time
 from pathlib import Path
 from statistics import median
@@ -16,10 +14,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from vllm_crop import __version__
+from vllm_crop.benchmarking.machine import provenance
 from vllm_crop.benchmarking.server import Server, ServerError, serve
 from vllm_crop.commands.preview import assumed_llava
-from vllm_crop.demo.client import QUESTION, Answer, Client, data_url
+from vllm_crop.demo.client import QUESTION, Answer, Client, question_about
 from vllm_crop.geometry import Box, Region
 from vllm_crop.image_plan import plan_image
 from vllm_crop.params import ImageRequest
@@ -144,15 +142,13 @@ def report(rows: list[dict[str, Any]]) -> None:
         f"TTFT, time to first token: median (range) of {REPEATS} pictures each, asked in turn, on this "
         "machine. The weights are random, so the answers mean nothing; see summary.json."
     )
-    provenance = {
-        "vllm_crop": __version__,
-        "machine": platform.machine(),
-        "cpus": os.cpu_count(),
-        "made_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    summary = {
+        "rows": rows,
         "server_options": list(SERVER_OPTIONS),
         "ttft_repeats": REPEATS,
+        "provenance": provenance(),
     }
-    (BUILD / "summary.json").write_text(json.dumps({"rows": rows, **provenance}, indent=2) + "\n")
+    (BUILD / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     geometry = assumed_llava()
     planned = plan_image(geometry, *PICTURE_SIZE, ImageRequest(SIGN, PRUNING_RATE, "pool"))
     picture = draw_sample_picture(size=PICTURE_SIZE)
@@ -178,11 +174,9 @@ def wait_for_interrupt(server: Server) -> None:
 
 def example_request(model: str) -> dict[str, Any]:
     """A chat completion about the demo's picture, with the region of the sign."""
-    picture = data_url(draw_sample_picture(size=PICTURE_SIZE))
-    content = [{"type": "image_url", "image_url": {"url": picture}}, {"type": "text", "text": QUESTION}]
     return {
         "model": model,
-        "messages": [{"role": "user", "content": content}],
+        "messages": question_about(draw_sample_picture(size=PICTURE_SIZE)),
         "max_tokens": ANSWER_TOKENS,
         "crop": {"regions": [SIGN.as_lists()]},
     }

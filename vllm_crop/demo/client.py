@@ -12,9 +12,8 @@ from typing import Any
 
 from openai import OpenAI
 from PIL import Image
-from prometheus_client.parser import text_string_to_metric_families
 
-from vllm_crop.benchmarking.server import get_text
+from vllm_crop.benchmarking.kv import KVCapacity, blocks_in_use
 
 QUESTION = "What does the sign say?"
 
@@ -44,6 +43,7 @@ class Client:
     def __init__(self, base_url: str, model: str) -> None:
         self.base_url = base_url
         self.model = model
+        self.capacity = KVCapacity.of_server(base_url)
         self.openai = OpenAI(base_url=f"{base_url}/v1", api_key="unused", max_retries=0)
 
     def ask(
@@ -54,14 +54,11 @@ class Client:
         look_at_kv: bool = False,
     ) -> Answer:
         """Stream one answer about a picture; `crop` is the body field, None leaves it out."""
-        content: list[Any] = [
-            {"type": "image_url", "image_url": {"url": data_url(picture)}},
-            {"type": "text", "text": QUESTION},
-        ]
+        messages = question_about(picture)
         start = time.perf_counter()
         response = self.openai.chat.completions.with_raw_response.create(
             model=self.model,
-            messages=[{"role": "user", "content": content}],
+            messages=messages,
             max_tokens=max_tokens,
             temperature=0,
             stream=True,
@@ -80,22 +77,20 @@ class Client:
                 if math.isnan(ttft_ms):
                     ttft_ms = 1000 * (time.perf_counter() - start)
                 elif look_at_kv:
-                    kv_blocks = max(kv_blocks, self.kv_blocks_in_use())
+                    kv_blocks = max(kv_blocks, blocks_in_use(self.base_url, self.capacity))
                 words.append(chunk.choices[0].delta.content)
             if chunk.usage is not None:
                 prompt_tokens = chunk.usage.prompt_tokens
         return Answer("".join(words), prompt_tokens, facts, ttft_ms, kv_blocks)
 
-    def kv_blocks_in_use(self) -> int:
-        """KV cache usage on /metrics, in blocks."""
-        usage, num_blocks = 0.0, 0
-        for family in text_string_to_metric_families(get_text(f"{self.base_url}/metrics")):
-            for sample in family.samples:
-                if sample.name == "vllm:kv_cache_usage_perc":
-                    usage = sample.value
-                elif sample.name == "vllm:cache_config_info":
-                    num_blocks = int(sample.labels["num_gpu_blocks"])
-        return round(usage * num_blocks)
+
+def question_about(picture: Image.Image) -> list[Any]:
+    """The messages of the demo's question."""
+    content = [
+        {"type": "image_url", "image_url": {"url": data_url(picture)}},
+        {"type": "text", "text": QUESTION},
+    ]
+    return [{"role": "user", "content": content}]
 
 
 def data_url(picture: Image.Image) -> str:

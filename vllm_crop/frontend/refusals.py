@@ -2,7 +2,7 @@
 """What cannot work together with pruning: refused at start, naming the flag."""
 
 import os
-from typing import Any
+from typing import Any, NoReturn
 
 from vllm_crop.config import CONFIG_KEY, CropConfig
 from vllm_crop.errors import UnsupportedFlagError
@@ -26,16 +26,16 @@ def refuse_flags(engine_args: Any) -> None:
     Raises:
         UnsupportedFlagError: naming the first offending flag.
     """
-    if os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
-        _refuse("VLLM_USE_RUST_FRONTEND=1")
+    if uses_rust_front_end():
+        refuse("VLLM_USE_RUST_FRONTEND=1")
     if engine_args.video_pruning_rate:
-        _refuse("--video-pruning-rate")
+        refuse("--video-pruning-rate")
     if engine_args.model_impl not in ("auto", "vllm"):
-        _refuse("--model-impl transformers|terratorch")
+        refuse("--model-impl transformers|terratorch")
     if engine_args.enable_tower_connector_lora:
-        _refuse("--enable-tower-connector-lora")
+        refuse("--enable-tower-connector-lora")
     if CONFIG_KEY in (engine_args.mm_processor_kwargs or {}):
-        _refuse("--mm-processor-kwargs '{\"crop\": ...}'")
+        refuse("--mm-processor-kwargs '{\"crop\": ...}'")
 
 
 def refuse_model(model_config: Any, config: CropConfig) -> None:
@@ -45,7 +45,7 @@ def refuse_model(model_config: Any, config: CropConfig) -> None:
         UnsupportedFlagError: naming the flag and what to set instead.
     """
     if model_config.tokenizer_mode not in ("auto", "hf", "slow"):
-        _refuse("--tokenizer-mode other than auto|hf|slow")
+        refuse("--tokenizer-mode other than auto|hf|slow")
     if config.position_ids == "original":
         image_tokens = geometry_from_configs(model_config.hf_config.to_dict(), {}).grid(1, 1).num_tokens
         room = model_config.hf_text_config.max_position_embeddings - image_tokens
@@ -56,5 +56,15 @@ def refuse_model(model_config: Any, config: CropConfig) -> None:
             )
 
 
-def _refuse(flag: str) -> None:
+def uses_rust_front_end() -> bool:
+    """Whether the environment asks for vLLM's Rust front end."""
+    return os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0")
+
+
+def refuse(flag: str) -> NoReturn:
+    """Refuse one of REFUSED.
+
+    Raises:
+        UnsupportedFlagError: naming it, with the reason.
+    """
     raise UnsupportedFlagError(f"{flag} cannot be used with --plugin crop: {REFUSED[flag]}")

@@ -5,8 +5,7 @@ Subclass of vllm/renderers/hf.py; everything that renders a prompt passes here: 
 messages, completions, batches, tokenization and offline `LLM`.
 """
 
-from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 from vllm.renderers.hf import HfRenderer
 
@@ -14,6 +13,7 @@ from vllm_crop.facts import ImageFacts, Source
 from vllm_crop.metrics import crop_metrics
 from vllm_crop.models.processing import (
     CROP_KEY,
+    DECISIONS,
     CropProcessorMixin,
     ImageDecision,
     as_validation_error,
@@ -29,14 +29,14 @@ class CropRenderer(HfRenderer):
         """As upstream, for the offline `LLM`."""
         self._hand_over_crop(prompt)
         engine_input = super().process_for_engine(prompt, arrival_time, **kwargs)
-        self._report(prompt, engine_input, **kwargs)
+        self._report(engine_input, **kwargs)
         return engine_input
 
     async def process_for_engine_async(self, prompt: Any, arrival_time: float, **kwargs: Any) -> Any:
         """As upstream, for the API server."""
         self._hand_over_crop(prompt)
         engine_input = await super().process_for_engine_async(prompt, arrival_time, **kwargs)
-        self._report(prompt, engine_input, **kwargs)
+        self._report(engine_input, **kwargs)
         return engine_input
 
     def _hand_over_crop(self, prompt: Any) -> None:
@@ -53,16 +53,13 @@ class CropRenderer(HfRenderer):
             with as_validation_error():
                 image_requests(context.params, self.mm_processor.crop_config, num_images=0)
 
-    def _report(self, prompt: Any, engine_input: Any, skip_mm_cache: bool = False, **_: Any) -> None:
-        placeholders = engine_input.get("mm_placeholders", {}).get("image")
-        if not placeholders or not isinstance(self.mm_processor, CropProcessorMixin):
+    def _report(self, engine_input: Any, skip_mm_cache: bool = False, **_: Any) -> None:
+        decisions = engine_input.pop(DECISIONS, ())
+        if not decisions:
             return
-        params = CropParams.parse((prompt.get("mm_processor_kwargs") or {}).get(CROP_KEY) or {})
-        mm_items = self.mm_processor.info.parse_mm_data(prompt["multi_modal_data"], validate=False)
-        decisions = self.mm_processor.decide(params, cast(Mapping[str, Any], mm_items))
-        off = (params.method or self.mm_processor.crop_config.method) == "off"
+        placeholders = engine_input["mm_placeholders"]["image"]
         facts = [
-            _image_facts(decision, placeholder.length, off)
+            _image_facts(decision, placeholder.length)
             for decision, placeholder in zip(decisions, placeholders, strict=True)
         ]
         model_name = None if skip_mm_cache else self.model_config.served_model_name  # tokenized, not served
@@ -74,13 +71,14 @@ class CropRenderer(HfRenderer):
             crop_metrics().record(model_name, facts)
 
 
-def _image_facts(decision: ImageDecision, num_placeholders: int, off: bool) -> ImageFacts:
+def _image_facts(decision: ImageDecision, num_placeholders: int) -> ImageFacts:
     assert decision.plan is None or decision.plan.num_embeddings == num_placeholders
-    off = off or decision.request.pruning_rate == 0
-    source: Source = "off" if off else "request"
-    if not off and decision.request.region is None:
+    source: Source = "request"
+    if decision.request.off:
+        source = "off"
+    elif decision.request.region is None:
         source = "none"
-    elif not off and num_placeholders == decision.full_tokens:
+    elif num_placeholders == decision.full_tokens:
         source = "out_of_view"
     return ImageFacts(
         tokens=decision.full_tokens,

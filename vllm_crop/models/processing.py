@@ -26,6 +26,7 @@ from vllm_crop.plan import TokenPlan, retained_count
 from vllm_crop.vision_geometry import VisionGeometry, geometry_from_configs
 
 CROP_KEY = "crop"
+DECISIONS = "crop_decisions"  # in the processed prompt, for the renderer, which takes it out
 ASSIGNMENT, POSITIONS, IMAGE_KEY = "crop_assignment", "crop_positions", "crop_image_key"
 CROP_FIELDS = (ASSIGNMENT, POSITIONS, IMAGE_KEY)
 
@@ -48,10 +49,17 @@ class ImageDecision:
 
 @dataclass(frozen=True)
 class CropItems:
-    """Decisions and image keys of the items a processor call is about, in item order."""
+    """What a processor call knows of its images.
+
+    Attributes:
+        decisions: per image, in item order.
+        image_hashes: per image, whatever the region; empty strings for images not to be remembered.
+        mm_hashes: cache keys of all items of the request by modality, regions included.
+    """
 
     decisions: tuple[ImageDecision, ...]
     image_hashes: tuple[str, ...]
+    mm_hashes: Mapping[str, Sequence[str]]
 
 
 class CropProcessorMixin(BaseMultiModalProcessor):
@@ -111,7 +119,8 @@ class CropProcessorMixin(BaseMultiModalProcessor):
     # Overrides of BaseMultiModalProcessor. `crop` is taken out before every call to super: the HF processor
     # is cached by its kwargs, and must never see ours.
 
-    def _cached_apply_hf_processor(self, inputs: ProcessorInputs, timing_ctx: Any) -> Any:
+    def apply(self, inputs: ProcessorInputs, timing_ctx: Any) -> Any:
+        """As upstream, with the images' decisions beside the result."""
         given, plain = _split(inputs.hf_processor_mm_kwargs)
         with as_validation_error():
             params = CropParams.parse({} if given is None else given)
@@ -123,25 +132,31 @@ class CropProcessorMixin(BaseMultiModalProcessor):
                     f"{sorted(plain)}: they can move the image under the region",
                     "crop.regions",
                 )
+        hashes = super()._get_mm_hashes(replace(inputs, hf_processor_mm_kwargs=plain))
+        images = tuple(hashes.get("image", ()))
+        if images:
+            hashes = {**hashes, "image": self._hashes_with_requests(images, decisions)}
         # Profiling sends one dummy item many times, without `crop`: a key would let the feature cache
         # answer all but the first, and too little memory would be profiled.
-        hashes: Sequence[str] = ()
-        if given is not None and decisions:
-            hashes = super()._get_mm_hashes(replace(inputs, hf_processor_mm_kwargs=plain))["image"]
-        items = CropItems(decisions, tuple(hashes) or ("",) * len(decisions))
-        inputs = replace(inputs, hf_processor_mm_kwargs={**plain, CROP_KEY: items})
-        return super()._cached_apply_hf_processor(inputs, timing_ctx)
+        items = CropItems(decisions, images if given is not None else ("",) * len(images), hashes)
+        processed = super().apply(
+            replace(inputs, hf_processor_mm_kwargs={**plain, CROP_KEY: items}), timing_ctx
+        )
+        processed[DECISIONS] = decisions
+        return processed
+
+    def _hashes_with_requests(
+        self, image_hashes: Sequence[str], decisions: Sequence[ImageDecision]
+    ) -> list[str]:
+        position_ids = self.crop_config.position_ids
+        return [
+            _hash_with_request(image_hash, decision.request, position_ids)
+            for image_hash, decision in zip(image_hashes, decisions, strict=True)
+        ]
 
     def _get_mm_hashes(self, inputs: ProcessorInputs) -> Any:
-        items, plain = _split(inputs.hf_processor_mm_kwargs)
-        hashes = super()._get_mm_hashes(replace(inputs, hf_processor_mm_kwargs=plain))
-        if items is None or not items.decisions:
-            return hashes
-        keyed = [
-            _hash_with_request(image_hash, decision.request, self.crop_config.position_ids)
-            for image_hash, decision in zip(hashes["image"], items.decisions, strict=True)
-        ]
-        return {**hashes, "image": keyed}
+        items, _ = _split(inputs.hf_processor_mm_kwargs)
+        return super()._get_mm_hashes(inputs) if items is None else items.mm_hashes
 
     def _get_cache_missing_processor_kwargs(self, inputs: ProcessorInputs, mm_is_cached: Any) -> Any:
         items, plain = _split(inputs.hf_processor_mm_kwargs)
@@ -151,9 +166,10 @@ class CropProcessorMixin(BaseMultiModalProcessor):
         if items is None:
             return kwargs
         missing = [index for index, cached in enumerate(mm_is_cached.get("image", ())) if not cached]
-        picked = CropItems(
-            tuple(items.decisions[index] for index in missing),
-            tuple(items.image_hashes[index] for index in missing),
+        picked = replace(
+            items,
+            decisions=tuple(items.decisions[index] for index in missing),
+            image_hashes=tuple(items.image_hashes[index] for index in missing),
         )
         return {**kwargs, CROP_KEY: picked}
 

@@ -12,7 +12,8 @@ import json
 from typing import Any
 
 from vllm_crop.config import CONFIG_KEY, CropConfig
-from vllm_crop.errors import CropError, UnsupportedFlagError
+from vllm_crop.errors import CropError
+from vllm_crop.frontend.refusals import refuse
 
 REASON = "adds --plugin crop and --crop-config to the command line"
 MIDDLEWARE = "vllm_crop_server.middleware.CropMiddleware"
@@ -82,7 +83,7 @@ def apply_options(args: argparse.Namespace) -> None:
     if additional.get(CONFIG_KEY) is None:
         return
     if hasattr(args, "input_file") and hasattr(args, "output_file"):
-        raise UnsupportedFlagError("--plugin crop: `vllm run-batch` does not pass on the field `crop`")
+        refuse("vllm run-batch")
     if not hasattr(args, "middleware"):
         return
     if MIDDLEWARE not in args.middleware:
