@@ -17,3 +17,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from vllm_crop.dummy_llava import make_checkpoint
 
     return make_checkpoint(tmp_path_factory.mktemp("llava"))
+
+
+@pytest.fixture(scope="session")
+def deep_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with eight decoder layers, of which the last matter as much as the first."""
+    from vllm_crop.dummy_llava import DEEP, make_checkpoint
+
+    return make_checkpoint(tmp_path_factory.mktemp("deep-llava"), DEEP)

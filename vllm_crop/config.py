@@ -2,17 +2,20 @@
 """CropConfig: what the operator of a server decides, `additional_config["crop"]`."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from itertools import pairwise
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
+from vllm_crop.budget import Method, method_evicts
 from vllm_crop.errors import UnsupportedFlagError
 from vllm_crop.plan import Compression
 
-Method = Literal["plc", "off"]
 PositionIds = Literal["renumbered", "original"]
 
 CONFIG_KEY = "crop"
+MAX_STAGES = 4  # each one is a KV cache group of its own
+DEFAULT_STAGES = (2,)
 LONGEST_KEY = 40  # an unknown key comes from the client and may be a megabyte long
 
 
@@ -37,7 +40,8 @@ class CropConfig(BaseModel):
     method: Method = Field(
         default="plc",
         description="What is done to requests that do not say: 'plc' compresses visual tokens before the "
-        "language model; 'off' serves them as they are.",
+        "language model; 'ilp' evicts them inside it, at eviction_layers; 'plc+ilp' does both; 'off' serves "
+        "them as they are.",
     )
     pruning_rate: float = Field(
         default=0.778,
@@ -46,9 +50,16 @@ class CropConfig(BaseModel):
         description="Fraction of an image's visual tokens to remove, averaged over layers, in [0, 1). "
         "0.667 / 0.778 / 0.889 leave 192 / 128 / 64 of LLaVA-1.5's 576.",
     )
+    eviction_layers: list[Annotated[int, Field(ge=1)]] | None = Field(
+        default=None,
+        max_length=MAX_STAGES,
+        description="Decoder layers, ascending, from which on fewer visual tokens are seen: what the server "
+        f"prepares for, so that requests can ask for 'ilp' and 'plc+ilp'. At most {MAX_STAGES}. Left out: "
+        f"{list(DEFAULT_STAGES)} if method is one of these two, else none.",
+    )
     compression: Compression = Field(
         default="pool",
-        description="What becomes of tokens outside the region: 'pool' averages patches of them, "
+        description="What 'plc' makes of tokens outside the region: 'pool' averages patches of them, "
         "'prune' keeps one token of each patch.",
     )
     position_ids: PositionIds = Field(
@@ -63,6 +74,25 @@ class CropConfig(BaseModel):
         "tower. MiB per worker; 0 switches it off.",
     )
     limits: CropLimits = Field(default=CropLimits(), description="What one request may ask for.")
+
+    @field_validator("eviction_layers")
+    @classmethod
+    def _check_eviction_layers(cls, layers: list[int] | None, info: ValidationInfo) -> list[int] | None:
+        if layers is None:
+            return None
+        if any(one >= other for one, other in pairwise(layers)):
+            raise ValueError(f"layers must be strictly ascending, got {layers}")
+        method = info.data.get("method", "off")  # absent if it is wrong itself
+        if not layers and method_evicts(method):
+            raise ValueError(f"method {method!r} needs at least one layer, such as [2], got []")
+        return layers
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """The eviction layers the server prepares for; empty if it serves no eviction."""
+        if self.eviction_layers is not None:
+            return tuple(self.eviction_layers)
+        return DEFAULT_STAGES if method_evicts(self.method) else ()
 
     @classmethod
     def from_mapping(cls, settings: Mapping[str, Any]) -> Self:

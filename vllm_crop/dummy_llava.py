@@ -12,6 +12,8 @@ from typing import Any
 
 IMAGE_TOKEN = "<image>"
 SPECIAL_TOKENS = ["<s>", "</s>", "<pad>", IMAGE_TOKEN]
+VOCAB_SIZE = 320  # a multiple of 64, which real vocabularies are padded to
+PADDED_IDS = 8  # the last ids, which stand for no token
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'].upper() }}: "
     "{% if message['content'] is string %}{{ message['content'] }}"
@@ -24,7 +26,13 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class LlavaSize:
-    """Width and depth of the two towers; the image is always 336 pixels, 24x24 tokens."""
+    """Width and depth of the two towers; the image is always 336 pixels, 24x24 tokens.
+
+    Attributes:
+        branch_gain: width of the weights in a decoder layer but for queries and keys. The deeper the model,
+            the more its layers amplify rounding errors.
+        logit_gain: width of the weights that give the logits.
+    """
 
     layers: int = 4
     hidden: int = 64
@@ -32,9 +40,12 @@ class LlavaSize:
     vision_layers: int = 2
     vision_hidden: int = 64
     max_positions: int = 4096
+    branch_gain: float = 1.0
+    logit_gain: float = 1.0
 
 
 TINY = LlavaSize()
+DEEP = LlavaSize(layers=8, branch_gain=0.7, logit_gain=1.6)  # for eviction: its last layers still matter
 DEMO = LlavaSize(layers=6, hidden=512, heads=8, vision_layers=3, vision_hidden=128)
 BENCH = LlavaSize(layers=12, hidden=768, heads=12, vision_layers=4, vision_hidden=128)
 
@@ -45,8 +56,8 @@ def make_tokenizer() -> Any:
     from transformers import PreTrainedTokenizerFast
 
     tokens = SPECIAL_TOKENS + sorted(pre_tokenizers.ByteLevel.alphabet())
-    # Filled up to a multiple of 64, as real vocabularies are, with words that are only ever generated.
-    tokens += [f" w{index}" for index in range(-len(tokens) % 64)]
+    # Filled up with words that are only ever generated.
+    tokens += [f" w{index}" for index in range(VOCAB_SIZE - PADDED_IDS - len(tokens))]
     tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     # Not the ByteLevel decoder: random bytes are rarely valid UTF-8.
@@ -63,7 +74,7 @@ def make_tokenizer() -> Any:
     )
 
 
-def make_config(size: LlavaSize, vocab_size: int, image_token_id: int) -> Any:
+def make_config(size: LlavaSize, image_token_id: int) -> Any:
     """The LlavaConfig of a checkpoint of this size."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
@@ -83,7 +94,7 @@ def make_config(size: LlavaSize, vocab_size: int, image_token_id: int) -> Any:
         num_hidden_layers=size.layers,
         num_attention_heads=size.heads,
         num_key_value_heads=size.heads,
-        vocab_size=vocab_size,
+        vocab_size=VOCAB_SIZE,
         max_position_embeddings=size.max_positions,
         bos_token_id=0,
         eos_token_id=1,
@@ -107,7 +118,7 @@ def make_checkpoint(folder: Path, size: LlavaSize = TINY, seed: int = 0, weights
 
     tokenizer = make_tokenizer()
     image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    config = make_config(size, len(tokenizer), image_token_id)
+    config = make_config(size, image_token_id)
     folder.mkdir(parents=True, exist_ok=True)
     processor = LlavaProcessor(
         image_processor=CLIPImageProcessor(
@@ -123,11 +134,11 @@ def make_checkpoint(folder: Path, size: LlavaSize = TINY, seed: int = 0, weights
     processor.save_pretrained(folder)
     config.save_pretrained(folder)
     if weights:
-        _save_weights(folder, config, seed)
+        _save_weights(folder, config, size, seed)
     return folder
 
 
-def _save_weights(folder: Path, config: Any, seed: int) -> None:
+def _save_weights(folder: Path, config: Any, size: LlavaSize, seed: int) -> None:
     import torch
     from safetensors.torch import save_file
     from transformers import LlavaForConditionalGeneration
@@ -138,18 +149,21 @@ def _save_weights(folder: Path, config: Any, seed: int) -> None:
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:  # biases and norms stay as initialised
                 fan_in = parameter[0].numel()
-                parameter.normal_(0, _standard_deviation(name, fan_in))
+                parameter.normal_(0, _standard_deviation(name, fan_in, size))
+        model.lm_head.weight[-PADDED_IDS:] = 0  # what stands for no token is never the best answer
     tensors = {name: tensor.contiguous() for name, tensor in _published_names(model.state_dict())}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def _standard_deviation(name: str, fan_in: int) -> float:
+def _standard_deviation(name: str, fan_in: int, size: LlavaSize) -> float:
     """Wide enough that logits differ and depend on every token: sharp attention, embeddings of unit size."""
     if "embed" in name:
         return 1.0
     gain = 1.0
-    if "language_model" in name and ("q_proj" in name or "k_proj" in name):
-        gain = 1.5
+    if "language_model" in name:
+        gain = 1.5 if "q_proj" in name or "k_proj" in name else size.branch_gain
+    elif "lm_head" in name:
+        gain = size.logit_gain
     elif "multi_modal_projector" in name:
         gain = 2.0
     return float(gain / fan_in**0.5)

@@ -3,8 +3,9 @@
 
 from dataclasses import dataclass
 
+from vllm_crop.budget import BudgetError
 from vllm_crop.geometry import Region
-from vllm_crop.params import ImageRequest
+from vllm_crop.params import ImageRequest, InvalidCropError
 from vllm_crop.plan import TokenPlan, make_plan, whole_image_plan
 from vllm_crop.vision_geometry import VisionGeometry
 
@@ -18,14 +19,30 @@ class ImagePlan:
 
     @property
     def prunes(self) -> bool:
-        """Whether fewer embeddings are left than the image has tokens."""
-        return self.tokens.num_embeddings < self.tokens.grid.num_tokens
+        """Whether some decoder layer runs with fewer embeddings than the image has tokens."""
+        return self.tokens.compresses or self.tokens.evicts
 
 
 def plan_image(geometry: VisionGeometry, width: int, height: int, request: ImageRequest) -> ImagePlan:
-    """Plan an image of this size in pixels; without a region in view it is left whole."""
+    """Plan an image of this size in pixels; without a region in view it is left whole.
+
+    Raises:
+        InvalidCropError: the pruning rate cannot be met with the request's eviction layers.
+    """
     grid = geometry.grid(width, height)
     region = request.region and geometry.view(width, height).project(request.region)
     if region is None:
         return ImagePlan(None, whole_image_plan(grid, request.pruning_rate))
-    return ImagePlan(region, make_plan(grid, region, request.pruning_rate, request.compression))
+    try:
+        tokens = make_plan(
+            grid,
+            region,
+            request.pruning_rate,
+            request.compression,
+            request.method,
+            geometry.num_layers,
+            request.eviction_layers,
+        )
+    except BudgetError as error:
+        raise InvalidCropError(f"crop.pruning_rate: {error}", "crop.pruning_rate") from None
+    return ImagePlan(region, tokens)

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from vllm_crop.config import LONGEST_KEY, CropConfig, Method, describe_errors, shorten
+from vllm_crop.budget import Method, method_evicts
+from vllm_crop.config import LONGEST_KEY, CropConfig, describe_errors, shorten
 from vllm_crop.geometry import Box, Region
 from vllm_crop.plan import Compression
 
@@ -70,9 +71,13 @@ class CropParams(BaseModel):
         ge=0,
         lt=1,
         allow_inf_nan=False,
-        description="Fraction of each image's visual tokens to remove, in [0, 1).",
+        description="Fraction of each image's visual tokens to remove, averaged over layers, in [0, 1).",
     )
-    method: Method | None = Field(default=None, description="'plc', or 'off' for the image as it is.")
+    method: Method | None = Field(
+        default=None,
+        description="'plc' compresses visual tokens before the language model, 'ilp' evicts them inside it, "
+        "'plc+ilp' does both, 'off' leaves the images as they are.",
+    )
 
     @classmethod
     def parse(cls, value: Any) -> "CropParams":
@@ -95,29 +100,41 @@ class CropParams(BaseModel):
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """What is asked for one image, the server's configuration applied. Part of every cache key.
+    """What is asked for one image, the server's configuration applied.
 
     Attributes:
         region: None to serve the image whole.
-        off: whether that is because pruning is switched off, and not for want of a region.
+        pruning_rate: in [0, 1), averaged over layers.
+        compression: what "plc" makes of the tokens outside the region.
+        method: the request's, else the server's.
+        eviction_layers: strictly ascending; empty if the method does not evict.
+        off: whether the image is served whole because pruning is switched off, and not for want of a region.
     """
 
     region: Region | None
     pruning_rate: float
     compression: Compression
+    method: Method = "plc"
+    eviction_layers: tuple[int, ...] = ()
     off: bool = False
 
-    def cache_key(self) -> tuple[object, ...]:
-        """Everything that changes the image's embeddings, as plain values."""
-        boxes = self.region.as_lists() if self.region else None
-        return ("plc-1", repr(boxes), repr(self.pruning_rate), self.compression)
+    def cache_key(self) -> tuple[object, ...] | None:
+        """Everything that changes the image's embeddings, as plain values; None if nothing does.
+
+        Eviction changes no embeddings, but with "plc+ilp" how many are left to it.
+        """
+        if self.region is None or self.method == "ilp":
+            return None
+        boxes = repr(self.region.as_lists())
+        return ("plc-1", self.method, boxes, repr(self.pruning_rate), self.compression, self.eviction_layers)
 
 
 def image_requests(params: CropParams, config: CropConfig, num_images: int) -> list[ImageRequest]:
     """Apply a request's settings to its images; region None means "serve it whole".
 
     Raises:
-        InvalidCropError: wrong number of regions, or beyond the server's limits.
+        InvalidCropError: wrong number of regions, beyond the server's limits, or a method the server is not
+            prepared for.
     """
     regions = params.regions if params.regions is not None else [None] * num_images
     if len(regions) != num_images:
@@ -140,5 +157,17 @@ def image_requests(params: CropParams, config: CropConfig, num_images: int) -> l
                 f"per image, got {len(region.boxes)}",
                 "crop.regions",
             )
-    off = (params.method or config.method) == "off" or rate == 0
-    return [ImageRequest(None if off else region, rate, config.compression, off) for region in regions]
+    method = params.method or config.method
+    evicts = method_evicts(method)
+    if evicts and not config.stages:
+        raise InvalidCropError(
+            f"crop.method: {method!r} needs a server that is prepared to evict, started with "
+            """--crop-config '{"eviction_layers": [2]}'""",
+            "crop.method",
+        )
+    off = method == "off" or rate == 0
+    stages = config.stages if evicts else ()
+    return [
+        ImageRequest(None if off else region, rate, config.compression, method, stages, off)
+        for region in regions
+    ]

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which visual tokens of one image are kept, pooled or left out: the TokenPlan, and the budget behind it.
+"""Which visual tokens of one image are kept, pooled, left out or evicted, and at which layer: the TokenPlan.
 
 Follows the contract of vllm/multimodal/video_prune: the count is known before any KV block is allocated
-(`retained_count`), and the plan delivers exactly that count.
+(`vllm_crop.budget`), and the plan delivers exactly that count.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
+from vllm_crop.budget import Method, retained_per_stage
 from vllm_crop.geometry import Region, TokenGrid
 
 Compression = Literal["pool", "prune"]
@@ -45,6 +47,16 @@ class TokenPlan:
         """Placeholders the image takes in the prompt."""
         return len(self.embeddings)
 
+    @property
+    def compresses(self) -> bool:
+        """Whether the image takes fewer placeholders than it has tokens."""
+        return self.num_embeddings < self.grid.num_tokens
+
+    @property
+    def evicts(self) -> bool:
+        """Whether some decoder layers run without some of the embeddings."""
+        return any(embedding.evicted_from_layer is not None for embedding in self.embeddings)
+
     def assignment(self) -> list[int]:
         """For each grid token the index of the embedding it becomes part of, -1 if none."""
         assigned = [-1] * self.grid.num_tokens
@@ -55,10 +67,12 @@ class TokenPlan:
 
     def tokens_per_layer(self, num_layers: int) -> list[int]:
         """How many of the image's embeddings each decoder layer runs with, `[num_layers]`."""
-        evictions = [e.evicted_from_layer for e in self.embeddings]
-        return [
-            sum(evicted is None or layer < evicted for evicted in evictions) for layer in range(num_layers)
-        ]
+        leaving = Counter(embedding.evicted_from_layer for embedding in self.embeddings)
+        counts, left = [], self.num_embeddings
+        for layer in range(num_layers):
+            left -= leaving[layer]
+            counts.append(left)
+        return counts
 
     def pruning_rate_got(self, num_layers: int) -> float:
         """The fraction of (token, layer) pairs removed."""
@@ -83,11 +97,6 @@ class TokenPlan:
         }
 
 
-def retained_count(num_tokens: int, pruning_rate: float) -> int:
-    """Embeddings left of `num_tokens` when the fraction `pruning_rate` in [0, 1) is removed; at least one."""
-    return max(1, round(num_tokens * (1 - pruning_rate)))
-
-
 @lru_cache(maxsize=256)
 def whole_image_plan(grid: TokenGrid, pruning_rate: float = 0.0) -> TokenPlan:
     """The plan that leaves an image as it is, whatever `pruning_rate` was asked for."""
@@ -96,44 +105,83 @@ def whole_image_plan(grid: TokenGrid, pruning_rate: float = 0.0) -> TokenPlan:
 
 
 @lru_cache(maxsize=128)  # bridges the steps of one request; clients choose the keys
-def make_plan(grid: TokenGrid, region: Region, pruning_rate: float, compression: Compression) -> TokenPlan:
-    """Spend the budget on the region first, the rest of it evenly on the context (CROP section 3.2, PLC).
+def make_plan(
+    grid: TokenGrid,
+    region: Region,
+    pruning_rate: float,
+    compression: Compression,
+    method: Method = "plc",
+    num_layers: int = 1,
+    eviction_layers: tuple[int, ...] = (),
+) -> TokenPlan:
+    """Spend the budget on the region first, the rest of it evenly on the context (CROP section 3.2).
 
-    A region larger than the budget is sampled evenly and nothing else is kept. A smaller one is kept whole;
-    the remaining embeddings go to the context, each the mean of a compact patch (`pool`) or the token
-    nearest to the middle of that patch (`prune`).
+    A region larger than the budget is sampled evenly and nothing else is kept. A smaller one is kept whole.
+    When compressing, the remaining embeddings go to the context, each the mean of a compact patch (`pool`)
+    or the token nearest to the middle of that patch (`prune`). When evicting, every stage keeps a subset of
+    the embeddings of the stage before it, chosen by the same rule.
 
     Args:
         grid: the image's visual tokens.
         region: in fractions of what the model sees (after `ImageView.project`).
-        pruning_rate: fraction of the image's tokens to remove, in [0, 1).
-        compression: what becomes of the tokens outside the region.
+        pruning_rate: fraction of the image's (token, layer) pairs to remove, in [0, 1).
+        compression: what becomes of the tokens outside the region before the language model.
+        method: "ilp" passes all tokens to the language model.
+        num_layers: decoder layers; the average over them is what the rate is about.
+        eviction_layers: strictly ascending, in 1..num_layers-1; without meaning for "plc".
+
+    Raises:
+        BudgetError: the pruning rate cannot be met with these eviction layers.
     """
-    budget = retained_count(grid.num_tokens, pruning_rate)
-    inside = grid.tokens_in(region)
-    if len(inside) >= budget:
-        return TokenPlan(grid, pruning_rate, _in_prompt_order(_sampled(grid, inside, budget)))
+    first, *later = retained_per_stage(grid.num_tokens, pruning_rate, method, num_layers, eviction_layers)
+    inside = frozenset(grid.tokens_in(region))
+    embeddings = _compressed(grid, inside, first, compression)
+    if later:
+        positions = [embedding.position for embedding in embeddings]
+        evicted = _evictions(grid, inside, positions, dict(zip(eviction_layers, later, strict=True)))
+        embeddings = [replace(e, evicted_from_layer=evicted.get(e.position)) for e in embeddings]
+    return TokenPlan(grid, pruning_rate, tuple(embeddings))
 
-    members = set(inside)
-    context = [token for token in range(grid.num_tokens) if token not in members]
+
+def _compressed(
+    grid: TokenGrid, inside: Collection[int], count: int, compression: Compression
+) -> list[PlannedEmbedding]:
+    """The `count` embeddings the language model receives, in prompt order."""
+    tokens = range(grid.num_tokens)
+    if compression == "prune" or len(inside) >= count:
+        return [PlannedEmbedding((token,), token) for token in _region_first(grid, inside, tokens, count)]
     kept = [PlannedEmbedding((token,), token) for token in inside]
-    share = budget - len(inside)
-    rest = _pooled(grid, context, share) if compression == "pool" else _sampled(grid, context, share)
-    return TokenPlan(grid, pruning_rate, _in_prompt_order(kept + rest))
+    context = [token for token in tokens if token not in inside]
+    pooled = [
+        PlannedEmbedding(tuple(sorted(patch)), _middle(grid, patch))
+        for patch in _even_patches(grid, context, count - len(kept))
+    ]
+    return sorted(kept + pooled, key=lambda embedding: embedding.position)
 
 
-def _in_prompt_order(embeddings: list[PlannedEmbedding]) -> tuple[PlannedEmbedding, ...]:
-    return tuple(sorted(embeddings, key=lambda embedding: embedding.position))
+def _evictions(
+    grid: TokenGrid, inside: Collection[int], positions: Sequence[int], counts: dict[int, int]
+) -> dict[int, int]:
+    """The layer at which each position leaves that does; `counts` are the survivors by eviction layer."""
+    evicted = {}
+    for layer, count in counts.items():
+        kept = _region_first(grid, inside, positions, count)
+        evicted.update(dict.fromkeys(set(positions).difference(kept), layer))
+        positions = kept
+    return evicted
 
 
-def _pooled(grid: TokenGrid, tokens: Sequence[int], count: int) -> list[PlannedEmbedding]:
-    patches = _even_patches(grid, tokens, count)
-    return [PlannedEmbedding(tuple(sorted(patch)), _middle(grid, patch)) for patch in patches]
+def _region_first(grid: TokenGrid, inside: Collection[int], tokens: Sequence[int], count: int) -> list[int]:
+    """`count` of the tokens, ascending: those inside the region before others, spread evenly."""
+    region = [token for token in tokens if token in inside]
+    if len(region) >= count:
+        return _spread(grid, region, count)
+    context = [token for token in tokens if token not in inside]
+    return sorted(region + _spread(grid, context, count - len(region)))
 
 
-def _sampled(grid: TokenGrid, tokens: Sequence[int], count: int) -> list[PlannedEmbedding]:
-    middles = [_middle(grid, patch) for patch in _even_patches(grid, tokens, count)]
-    return [PlannedEmbedding((middle,), middle) for middle in middles]
+def _spread(grid: TokenGrid, tokens: Sequence[int], count: int) -> list[int]:
+    return sorted(_middle(grid, patch) for patch in _even_patches(grid, tokens, count))
 
 
 def _even_patches(grid: TokenGrid, tokens: Sequence[int], count: int) -> list[list[int]]:
@@ -143,6 +191,8 @@ def _even_patches(grid: TokenGrid, tokens: Sequence[int], count: int) -> list[li
     """
     if count <= 1:
         return [list(tokens)] if count else []
+    if count == len(tokens):
+        return [[token] for token in tokens]
     rows = [token // grid.cols for token in tokens]
     cols = [token % grid.cols for token in tokens]
     lines = rows if max(rows) - min(rows) >= max(cols) - min(cols) else cols

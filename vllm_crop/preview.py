@@ -9,7 +9,8 @@ from PIL import Image, ImageDraw, ImageOps
 from vllm_crop.geometry import Box, ImageView, Region
 from vllm_crop.plan import TokenPlan
 from vllm_crop.plan_summary import PlanSummary
-from vllm_crop.preview_caption import REGION_COLOUR, Swatch, add_caption, unseen
+from vllm_crop.preview_caption import add_caption
+from vllm_crop.preview_legend import REGION_COLOUR, legend_of, unseen
 from vllm_crop.preview_tokens import PixelBox, draw_tokens
 
 LONG_SIDE = 1000  # of the drawing, in pixels
@@ -23,7 +24,9 @@ _WHITES: dict[str, tuple[float, ...]] = {
 }  # usual values of white, by mode
 
 
-def draw_preview(image: Image.Image, view: ImageView, plan: TokenPlan, region: Region | None) -> Image.Image:
+def draw_preview(
+    image: Image.Image, view: ImageView, plan: TokenPlan, region: Region | None, num_layers: int = 1
+) -> Image.Image:
     """The picture with its plan drawn in, above a caption with the counts and a legend.
 
     Args:
@@ -31,6 +34,10 @@ def draw_preview(image: Image.Image, view: ImageView, plan: TokenPlan, region: R
         view: the part of the upright image that the model sees.
         plan: what becomes of its tokens.
         region: in fractions of the image as sent; None if there is none.
+        num_layers: decoder layers of the model; any number will do for a plan that evicts nothing.
+
+    Raises:
+        ValueError: the plan evicts at a layer beyond `num_layers`.
     """
     picture = as_rgb(image)
     layout = _Layout.of(picture, view)
@@ -44,15 +51,9 @@ def draw_preview(image: Image.Image, view: ImageView, plan: TokenPlan, region: R
         for colour, width, grow in ((_WHITE, 7, 5), (REGION_COLOUR, 5, 4)):
             for box in boxes:
                 _outline(drawing, box, colour, width, grow)
-    summary = PlanSummary.of(plan, view.project(region) if region else None)
-    occurring = {
-        Swatch.REGION: region is not None,
-        Swatch.KEPT: summary.region_kept + summary.others_kept > 0,
-        Swatch.POOLED: summary.pooled > 0,
-        Swatch.LEFT_OUT: summary.left_out > 0,
-        Swatch.UNSEEN: seen.size != scene.size,
-    }
-    return add_caption(drawing, summary, plan, [swatch for swatch, occurs in occurring.items() if occurs])
+    summary = PlanSummary.of(plan, view.project(region) if region else None, num_layers)
+    legend = legend_of(summary, outlined=region is not None, cut_away=seen.size != scene.size)
+    return add_caption(drawing, summary, plan, legend)
 
 
 def as_rgb(image: Image.Image) -> Image.Image:

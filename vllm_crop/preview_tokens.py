@@ -16,10 +16,15 @@ KEPT_LINE = ((255, 255, 255, 100), 1)
 PATCH_LINE = ((20, 24, 32, 190), 2)
 _LINES = (LEFT_OUT_LINE, KEPT_LINE, PATCH_LINE)
 _PATCH_OPACITY = 0.86  # a trace of the picture shows what was averaged
+# Colour and opacity of the shade, of what is evicted first and of what is evicted last.
+_EVICTED_FIRST = (44, 30, 138), 0.8
+_EVICTED_LAST = (158, 122, 246), 0.6
 
 
 def draw_tokens(seen: Image.Image, plan: TokenPlan) -> Image.Image:
-    """What the model sees: kept tokens sharp, pooled ones in their mean colour, the others faded.
+    """What the model sees: kept tokens sharp, pooled ones in their mean colour, left out ones faded.
+
+    Evicted ones lie in a violet shade, the darker the fewer layers see them.
 
     Args:
         seen: the model's view of the picture, RGB, of any size.
@@ -28,6 +33,7 @@ def draw_tokens(seen: Image.Image, plan: TokenPlan) -> Image.Image:
     grid = plan.grid
     means = seen.resize((grid.cols, grid.rows), Image.Resampling.BOX)
     drawing = faded(seen)
+    stages = sorted({e.evicted_from_layer for e in plan.embeddings if e.evicted_from_layer is not None})
     for embedding in plan.embeddings:
         colour = _mean_colour(means, embedding.tokens)
         for token in embedding.tokens:
@@ -35,6 +41,8 @@ def draw_tokens(seen: Image.Image, plan: TokenPlan) -> Image.Image:
             cell = seen.crop(box)
             if len(embedding.tokens) > 1:
                 cell = Image.blend(cell, Image.new("RGB", cell.size, colour), _PATCH_OPACITY)
+            if embedding.evicted_from_layer is not None:
+                cell = shaded(cell, stages.index(embedding.evicted_from_layer), len(stages))
             drawing.paste(cell, box[:2])
     return _with_lines(drawing, plan)
 
@@ -43,6 +51,14 @@ def faded(picture: Image.Image) -> Image.Image:
     """The look of tokens that are left out: grey and pale."""
     grey = ImageOps.grayscale(picture).convert("RGB")
     return Image.blend(grey, Image.new("RGB", picture.size, (216, 219, 224)), 0.72)
+
+
+def shaded(picture: Image.Image, stage: int, num_stages: int) -> Image.Image:
+    """The look of tokens that are evicted at `stage` in `0..num_stages-1`."""
+    lateness = stage / max(1, num_stages - 1)
+    (first, first_opacity), (last, last_opacity) = _EVICTED_FIRST, _EVICTED_LAST
+    shade = Image.blend(Image.new("RGB", picture.size, first), Image.new("RGB", picture.size, last), lateness)
+    return Image.blend(picture, shade, first_opacity + (last_opacity - first_opacity) * lateness)
 
 
 def _cell(seen: Image.Image, grid: TokenGrid, token: int) -> PixelBox:

@@ -30,10 +30,12 @@ class Question:
     images: tuple[Image.Image, ...] = ()
     crop: Mapping[str, Any] | None = None
     text: str = TEXT
+    after_image: str = "\n"
 
     def prompt(self) -> dict[str, Any]:
         """As `LLM.generate` takes it."""
-        prompt: dict[str, Any] = {"prompt": self.text.format(images="<image>\n" * len(self.images))}
+        images = f"<image>{self.after_image}" * len(self.images)
+        prompt: dict[str, Any] = {"prompt": self.text.format(images=images)}
         if self.images:
             prompt["multi_modal_data"] = {"image": list(self.images)}
         if self.crop is not None:
@@ -58,25 +60,24 @@ class Engine:
         from vllm import LLM
 
         self.config = CropConfig.from_mapping(crop or {})
-        self.llm = LLM(
-            model=str(checkpoint),
-            dtype="float32",
-            max_model_len=2048,
-            enforce_eager=True,
-            max_logprobs=-1,
-            block_size=32,
-            limit_mm_per_prompt={"image": 16},
-            kv_cache_memory_bytes=64 << 20,
-            seed=0,
-            additional_config={} if crop is None else {"crop": dict(crop)},
-            **options,
-        )
+        defaults: dict[str, Any] = {
+            "dtype": "float32",
+            "max_model_len": 2048,
+            "enforce_eager": True,
+            "max_logprobs": -1,
+            "block_size": 32,
+            "limit_mm_per_prompt": {"image": 16},
+            "kv_cache_memory_bytes": 64 << 20,
+            "seed": 0,
+            "additional_config": {} if crop is None else {"crop": dict(crop)},
+        }
+        self.llm = LLM(model=str(checkpoint), **(defaults | options))
 
-    def ask(self, *questions: Question) -> list[Answer]:
+    def ask(self, *questions: Question, steps: int = STEPS) -> list[Answer]:
         """Answer all at once, greedily."""
         from vllm import SamplingParams
 
-        sampling = SamplingParams(temperature=0, max_tokens=STEPS, logprobs=-1, ignore_eos=True)
+        sampling = SamplingParams(temperature=0, max_tokens=steps, logprobs=-1, ignore_eos=True)
         outputs = self.llm.generate([question.prompt() for question in questions], sampling, use_tqdm=False)
         return [_answer(output) for output in outputs]
 
@@ -89,6 +90,11 @@ class Engine:
     def processor(self) -> Any:
         """The multimodal processor of the front end."""
         return self.llm.llm_engine.renderer.mm_processor
+
+    @property
+    def scheduler(self) -> Any:
+        """The scheduler, which runs in this process too."""
+        return self.llm.llm_engine.engine_core.engine_core.scheduler
 
 
 def _answer(output: Any) -> Answer:
@@ -126,6 +132,25 @@ def stock_engine(checkpoint: Path) -> Engine:
     return Engine(checkpoint, None, max_num_batched_tokens=256)
 
 
+EVICTION_LAYERS = [2]
+EVICT: dict[str, Any] = {"method": "ilp", "eviction_layers": EVICTION_LAYERS, "pruning_rate": 2 / 3}
+# Prompts are prefilled in chunks that begin and end anywhere, within evicted tokens too.
+CHUNKED: dict[str, Any] = {"max_num_batched_tokens": 256}
+
+
+@pytest.fixture(scope="session")
+def evicting_engine(deep_checkpoint: Path) -> Engine:
+    """Evicts at layer 2 of 8: four KV cache groups of two layers each. 256 tokens a step."""
+    return Engine(deep_checkpoint, EVICT, **CHUNKED)
+
+
+@pytest.fixture(scope="session")
+def staged_engine(deep_checkpoint: Path) -> Engine:
+    """Evicts at layers 2 and 5, also after compression: five KV cache groups, two of them padded."""
+    crop = {**EVICT, "method": "plc+ilp", "eviction_layers": [2, 5], "compression": "prune"}
+    return Engine(deep_checkpoint, {**crop, "position_ids": "original"}, max_num_batched_tokens=2048)
+
+
 @pytest.fixture(scope="session")
 def hf(checkpoint: Path) -> HfLlava:
     """The exact reference."""
@@ -138,18 +163,46 @@ ReferenceFor = Callable[..., Reference]
 @pytest.fixture(scope="session")
 def reference_for(hf: HfLlava) -> ReferenceFor:
     """The reference answer to a question, as an engine with this configuration must give it."""
+    return reference_by(hf)
 
-    def answer(question: Question, config: CropConfig, original_positions: bool | None = None) -> Reference:
+
+@pytest.fixture(scope="session")
+def deep_reference_for(deep_checkpoint: Path) -> ReferenceFor:
+    """The same for engines that evict."""
+    return reference_by(HfLlava(deep_checkpoint))
+
+
+def reference_by(hf: HfLlava) -> ReferenceFor:
+    """Answers questions with transformers; every answer is computed once."""
+    known: dict[Any, Reference] = {}
+
+    def answer(
+        question: Question,
+        config: CropConfig,
+        original_positions: bool | None = None,
+        steps: int = STEPS,
+    ) -> Reference:
         requests = image_requests(
             CropParams.parse(question.crop or {}), config, num_images=len(question.images)
         )
-        plans = [
-            hf.plan(image, request.region, request.pruning_rate, request.compression)
-            for image, request in zip(question.images, requests, strict=True)
-        ]
-        prompt_ids = hf.processor.tokenizer.encode(question.prompt()["prompt"], add_special_tokens=False)
         if original_positions is None:
             original_positions = config.position_ids == "original"
-        return hf.generate(prompt_ids, question.images, plans, STEPS, original_positions)
+        pictures = tuple(image.tobytes() for image in question.images)
+        key = (question.prompt()["prompt"], pictures, tuple(requests), original_positions, steps)
+        if key not in known:
+            plans = [
+                hf.plan(
+                    image,
+                    request.region,
+                    request.pruning_rate,
+                    request.compression,
+                    request.method,
+                    request.eviction_layers,
+                )
+                for image, request in zip(question.images, requests, strict=True)
+            ]
+            prompt_ids = hf.processor.tokenizer.encode(question.prompt()["prompt"], add_special_tokens=False)
+            known[key] = hf.generate(prompt_ids, question.images, plans, steps, original_positions)
+        return known[key]
 
     return answer

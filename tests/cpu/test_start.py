@@ -87,7 +87,7 @@ def test_own_middleware_is_kept_and_nothing_is_added_unasked(parse: Parse) -> No
         ("[]", "must be a JSON object"),
         ('{"pruning_rate": 9}', "additional_config.crop.pruning_rate"),
         ('{"prunning_rate": 0.5}', "additional_config.crop.prunning_rate"),
-        ('{"method": "ilp"}', "'plc' or 'off'"),
+        ('{"method": "fast"}', "'plc', 'ilp', 'plc+ilp' or 'off'"),
     ],
 )
 def test_bad_settings_are_argparse_errors(

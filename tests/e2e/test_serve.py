@@ -259,7 +259,7 @@ MALFORMED: dict[str, tuple[Any, str]] = {
     "rate beyond the server's limit": ({"pruning_rate": 0.995}, "crop.pruning_rate"),
     "rate a list": ({"pruning_rate": [0.5]}, "crop.pruning_rate"),
     "method unknown": ({"method": "fast"}, "crop.method"),
-    "method of a later version": ({"method": "ilp"}, "crop.method"),
+    "method the server is not prepared for": ({"method": "ilp"}, "crop.method"),
     "method a number": ({"method": 1}, "crop.method"),
     "server settings": ({"compression": "prune"}, "crop.compression"),
 }

@@ -31,6 +31,16 @@ def regions(max_boxes: int = 3) -> st.SearchStrategy[Region]:
     return st.lists(boxes(), min_size=1, max_size=max_boxes).map(lambda found: Region(tuple(found)))
 
 
+@st.composite
+def eviction_settings(
+    draw: st.DrawFn, max_layers: int = 40, max_stages: int = 4
+) -> tuple[int, tuple[int, ...]]:
+    """A number of decoder layers and eviction layers such a model can have."""
+    num_layers = draw(st.integers(2, max_layers))
+    layers = st.sets(st.integers(1, num_layers - 1), min_size=1, max_size=max_stages)
+    return num_layers, tuple(sorted(draw(layers)))
+
+
 def exact(coordinate: float) -> Fraction:
     """The hundredth that a coordinate of these strategies stands for."""
     return Fraction(round(coordinate * STEPS), STEPS)

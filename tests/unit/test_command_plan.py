@@ -10,10 +10,11 @@ import typer
 from checkpoint_json import write_json, write_llava
 from typer.testing import CliRunner
 
+from vllm_crop.budget import retained_count
 from vllm_crop.commands.plan import plan
 from vllm_crop.config import CropConfig
 from vllm_crop.geometry import Box, Region, TokenGrid
-from vllm_crop.plan import make_plan, retained_count, whole_image_plan
+from vllm_crop.plan import make_plan, whole_image_plan
 
 GRID = TokenGrid(24, 24)
 SQUARE = "672x672"  # seen whole: fractions of the image are fractions of the view
@@ -103,6 +104,36 @@ def test_summary_counts_and_draws(model: str) -> None:
     assert sum(len(line) == 48 and not set(line) - set("#+-=~:") for line in lines) == 24
 
 
+def test_eviction_is_the_plan_of_the_library(model: str) -> None:
+    options = ("--model", model, "--image-size", SQUARE, "--region", "0.25,0.25,0.5,0.5")
+    region = Region((Box(0.25, 0.25, 0.5, 0.5),))
+    printed = plan_json(*options, "--method", "plc+ilp", "--eviction-layers", "2, 16")
+    assert printed == make_plan(GRID, region, 0.778, "pool", "plc+ilp", 40, (2, 16)).to_json(num_layers=40)
+    printed = plan_json(*options, "--method", "ilp")
+    assert printed == make_plan(GRID, region, 0.778, "pool", "ilp", 40, (2,)).to_json(num_layers=40)
+    printed = plan_json(*options, "--eviction-layers", "2")
+    assert printed == make_plan(GRID, region, 0.778, "pool").to_json(num_layers=40)
+
+
+def test_summary_counts_and_draws_what_is_evicted(model: str) -> None:
+    output = run(
+        *("--model", model, "--image-size", SQUARE, "--cells", "3,3,4,4", "--pruning-rate", "0.8333"),
+        *("--method", "ilp", "--eviction-layers", "2,20"),
+    ).stdout
+    plan = make_plan(GRID, Region.from_grid_cells(3, 3, 4, 4), 0.8333, "pool", "ilp", 40, (2, 20))
+    counts = [plan.tokens_per_layer(40)[layer] for layer in (2, 20)]
+    lines = output.splitlines()
+    assert any("576 -> 95.8 tokens per layer  (-83.4 %)" in line for line in lines)
+    evicted = f"{576 - counts[0]} from layer 2 on, {counts[0] - counts[1]} from layer 20 on"
+    assert any(evicted in line for line in lines)
+    runs = f"layers 0-1: 576, layers 2-19: {counts[0]}, layers 20-39: {counts[1]}"
+    assert any(runs in line for line in lines)
+    drawn = "".join(line for line in lines if len(line) == 48 and not set(line) - set("12#o"))
+    assert (drawn.count("1") // 2, drawn.count("2") // 2) == (576 - counts[0], counts[0] - counts[1])
+    assert "11 evicted from layer 2" in output
+    assert "22 evicted from layer 20" in output
+
+
 def test_pruned_tokens_are_drawn_as_left_out(model: str) -> None:
     output = run(
         *("--model", model, "--image-size", SQUARE, "--region", "0,0,0.1,0.1", "--compression", "prune")
@@ -116,7 +147,22 @@ def test_pruned_tokens_are_drawn_as_left_out(model: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--method", "ilp"), "--method: this version has the methods plc, off, not 'ilp'"),
+        (("--method", "fast"), "'fast' is not one of 'plc', 'ilp', 'plc+ilp', 'off'"),
+        (("--eviction-layers", "a"), "--eviction-layers: layer numbers such as 2 or 2,16 needed, got 'a'"),
+        (("--eviction-layers", ""), "--eviction-layers: layer numbers such as 2 or 2,16 needed, got ''"),
+        (("--eviction-layers", "2,"), "--eviction-layers: layer numbers"),
+        (("--eviction-layers", "-1"), "--eviction-layers: layer numbers"),
+        (("--eviction-layers", "16,2"), "--eviction-layers: layers must be strictly ascending, got [16, 2]"),
+        (("--eviction-layers", "0"), "--eviction-layers: Input should be greater than or equal to 1, got 0"),
+        (("--eviction-layers", "1,2,3,4,5"), "--eviction-layers: List should have at most 4 items"),
+        (
+            ("--region", "0,0,1,1", "--method", "ilp", "--eviction-layers", "2,40"),
+            "--eviction-layers: eviction_layers must be ascending layers from 1 to 39",
+        ),
+        (
+            ("--region", "0,0,1,1", "--method", "ilp", "--eviction-layers", "20"),
+            "--pruning-rate: 0.778 leaves 127.9 of 576 tokens per layer",
+        ),
         (("--region", "0,0,1"), "--region: a box must be four fractions"),
         (("--region", "a,b,c,d"), "--region: four fractions x0,y0,x1,y1 needed, got 'a,b,c,d'"),
         (("--region", "0,0,2,2"), "--region: a box must be four fractions"),

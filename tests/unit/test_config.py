@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The server's settings: defaults, refusals that say what is wrong, and short error messages."""
 
+import json
 import math
 from typing import Any
 
@@ -13,8 +14,9 @@ from vllm_crop.config import CropConfig, CropLimits, shorten
 from vllm_crop.errors import UnsupportedFlagError
 
 ALLOWED: dict[str, list[Any]] = {
-    "method": ["plc", "off"],
+    "method": ["plc", "ilp", "plc+ilp", "off"],
     "pruning_rate": [0, 0.0, 0.5, 0.999],
+    "eviction_layers": [None, [], [1], [2, 16], [1, 2, 3, 1000]],
     "compression": ["pool", "prune"],
     "position_ids": ["renumbered", "original"],
     "vit_cache_mib": [0, 1, 4096],
@@ -36,8 +38,21 @@ REFUSED: list[tuple[dict[Any, Any], list[str]]] = [
     ({"pruning_rate": True}, [".pruning_rate:", "number", "got True"]),
     ({"pruning_rate": None}, [".pruning_rate:", "number", "got None"]),
     ({"pruning_rate": 10**400}, [".pruning_rate:", "got 1000", "..."]),
-    ({"method": "ilp"}, [".method:", "'plc' or 'off'", "got 'ilp'"]),
-    ({"method": ["plc"]}, [".method:", "'plc' or 'off'", "got ['plc']"]),
+    ({"method": "ilp+plc"}, [".method:", "'plc', 'ilp', 'plc+ilp' or 'off'", "got 'ilp+plc'"]),
+    ({"method": ["plc"]}, [".method:", "'plc', 'ilp', 'plc+ilp' or 'off'", "got ['plc']"]),
+    ({"method": "x", "eviction_layers": []}, [".method:", "got 'x'"]),
+    ({"eviction_layers": 2}, [".eviction_layers:", "list", "got 2"]),
+    ({"eviction_layers": "2"}, [".eviction_layers:", "list", "got '2'"]),
+    ({"eviction_layers": True}, [".eviction_layers:", "list", "got True"]),
+    ({"eviction_layers": [True]}, [".eviction_layers[0]:", "integer", "got True"]),
+    ({"eviction_layers": [2.0]}, [".eviction_layers[0]:", "integer", "got 2.0"]),
+    ({"eviction_layers": [2, "16"]}, [".eviction_layers[1]:", "integer", "got '16'"]),
+    ({"eviction_layers": [0, 2]}, [".eviction_layers[0]:", "greater than or equal to 1", "got 0"]),
+    ({"eviction_layers": [2, 2]}, [".eviction_layers:", "strictly ascending", "got [2, 2]"]),
+    ({"eviction_layers": [16, 2]}, [".eviction_layers:", "strictly ascending", "got [16, 2]"]),
+    ({"eviction_layers": [1, 2, 3, 4, 5]}, [".eviction_layers:", "at most 4", "got [1, 2, 3, 4, 5]"]),
+    ({"method": "ilp", "eviction_layers": []}, [".eviction_layers:", "'ilp' needs at least one", "got []"]),
+    ({"method": "plc+ilp", "eviction_layers": []}, [".eviction_layers:", "'plc+ilp' needs at least one"]),
     ({"compression": "resampler"}, [".compression:", "'pool' or 'prune'", "got 'resampler'"]),
     ({"position_ids": "mrope"}, [".position_ids:", "'renumbered' or 'original'", "got 'mrope'"]),
     ({"vit_cache_mib": -1}, [".vit_cache_mib:", "greater than or equal to 0", "got -1"]),
@@ -61,6 +76,7 @@ def test_defaults_are_plc_at_128_llava_tokens() -> None:
     assert config.model_dump() == {
         "method": "plc",
         "pruning_rate": 0.778,
+        "eviction_layers": None,
         "compression": "pool",
         "position_ids": "renumbered",
         "vit_cache_mib": 256,
@@ -106,8 +122,27 @@ def test_settings_that_are_no_object_are_refused_like_other_wrong_settings(value
         CropConfig.from_mapping(value)
 
 
+@pytest.mark.parametrize(
+    ("given_settings", "stages"),
+    [
+        ({}, ()),
+        ({"method": "off"}, ()),
+        ({"method": "ilp"}, (2,)),
+        ({"method": "plc+ilp"}, (2,)),
+        ({"method": "plc+ilp", "eviction_layers": None}, (2,)),
+        ({"method": "ilp", "eviction_layers": [3, 7]}, (3, 7)),
+        ({"method": "plc", "eviction_layers": [2]}, (2,)),
+        ({"method": "off", "eviction_layers": [2, 16]}, (2, 16)),
+        ({"method": "plc", "eviction_layers": []}, ()),
+    ],
+)
+def test_stages_a_server_prepares_for(given_settings: dict[str, Any], stages: tuple[int, ...]) -> None:
+    assert CropConfig.from_mapping(json.loads(json.dumps(given_settings))).stages == stages
+
+
 def test_settings_survive_the_way_through_the_model_config() -> None:
-    config = CropConfig(pruning_rate=0.5, limits=CropLimits(max_boxes_per_image=2), vit_cache_mib=0)
+    limits = CropLimits(max_boxes_per_image=2)
+    config = CropConfig(pruning_rate=0.5, eviction_layers=[2, 16], limits=limits, vit_cache_mib=0)
     assert CropConfig.from_mapping(config.model_dump()) == config
 
 

@@ -14,7 +14,8 @@ import pytest
 import vllm_crop
 
 LIBRARY = Path(vllm_crop.__file__).parent
-MAY_IMPORT_VLLM = ("models", "frontend", "compat", "benchmarking")  # the last for vLLM's own load generator
+# The last for vLLM's own load generator.
+MAY_IMPORT_VLLM = ("models", "eviction", "frontend", "compat", "benchmarking")
 HEAVY = ("torch", "vllm")
 
 # What is run, and the packages or modules that must not be loaded by it.

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from strategies import regions
 
+from vllm_crop.budget import Method
 from vllm_crop.config import CropConfig, CropLimits
-from vllm_crop.geometry import Box, Region
+from vllm_crop.geometry import Box, Region, TokenGrid
+from vllm_crop.image_plan import plan_image
 from vllm_crop.params import (
     MAX_BOXES,
     MAX_IMAGES,
@@ -23,6 +25,8 @@ from vllm_crop.params import (
     parse_region,
 )
 from vllm_crop.plan import Compression
+from vllm_crop.preprocessing import ClipPreprocessing
+from vllm_crop.vision_geometry import LlavaGeometry
 
 BOX = [0.1, 0.2, 0.3, 0.4]
 REGION = Region((Box(0.1, 0.2, 0.3, 0.4),))
@@ -53,7 +57,8 @@ REFUSED: list[tuple[Any, str, str]] = [
     ({"pruning_rate": False}, "crop.pruning_rate", "valid number, got False"),
     ({"pruning_rate": 10**400}, "crop.pruning_rate", "got 1000"),
     ({"pruning_rate": DEEP}, "crop.pruning_rate", "deeply nested list"),
-    ({"method": "ilp"}, "crop.method", "'plc' or 'off', got 'ilp'"),
+    ({"method": "fast"}, "crop.method", "'plc', 'ilp', 'plc+ilp' or 'off', got 'fast'"),
+    ({"eviction_layers": [2]}, "crop.eviction_layers", "unknown key"),
     ({"method": 1}, "crop.method", "got 1"),
     ({"method": "\ud800"}, "crop.method", r"got '\ud800'"),
     ({"regions": {}}, "crop.regions", "valid list, got {}"),
@@ -224,13 +229,55 @@ def test_the_servers_limit_of_boxes_counts_per_image() -> None:
     assert refused.value.parameter == "crop.regions"
 
 
+@pytest.mark.parametrize(
+    ("crop", "config", "method", "eviction_layers"),
+    [
+        ({}, {}, "plc", ()),
+        ({}, {"method": "ilp"}, "ilp", (2,)),
+        ({}, {"method": "plc+ilp", "eviction_layers": [3, 9]}, "plc+ilp", (3, 9)),
+        ({"method": "ilp"}, {"eviction_layers": [2]}, "ilp", (2,)),
+        ({"method": "plc+ilp"}, {"method": "ilp"}, "plc+ilp", (2,)),
+        ({"method": "plc"}, {"method": "ilp"}, "plc", ()),
+    ],
+)
+def test_the_requests_method_comes_before_the_servers(
+    crop: dict[str, Any], config: dict[str, Any], method: Method, eviction_layers: tuple[int, ...]
+) -> None:
+    asked = requests({"regions": [BOX], **crop}, **config)
+    assert asked == [ImageRequest(REGION, 0.778, "pool", method, eviction_layers)]
+
+
+def test_off_is_told_from_a_missing_region() -> None:
+    assert requests({}, method="ilp") == [ImageRequest(None, 0.778, "pool", "ilp", (2,))]
+    off = requests({"regions": [BOX], "method": "off"}, method="ilp")
+    assert off == [ImageRequest(None, 0.778, "pool", "off", (), off=True)]
+
+
+@pytest.mark.parametrize("method", ["ilp", "plc+ilp"])
+@pytest.mark.parametrize("config", [{}, {"method": "off"}, {"eviction_layers": []}])
+def test_a_server_that_is_not_prepared_to_evict_says_what_it_needs(
+    method: str, config: dict[str, Any]
+) -> None:
+    with pytest.raises(InvalidCropError) as refused:
+        requests({"regions": [BOX], "method": method}, **config)
+    assert refused.value.parameter == "crop.method"
+    message = str(refused.value)
+    assert message.startswith(f"crop.method: '{method}' needs a server")
+    assert """--crop-config '{"eviction_layers": [2]}'""" in message
+
+
 def test_cache_keys_differ_where_the_embeddings_could() -> None:
     compressions: tuple[Compression, ...] = ("pool", "prune")
+    methods: list[tuple[Method, tuple[int, ...]]] = [
+        ("plc", ()),
+        ("plc+ilp", (2,)),
+        ("plc+ilp", (3,)),
+        ("plc+ilp", (2, 3)),
+    ]
     asked = [
-        ImageRequest(region, pruning_rate, compression)
-        for region, pruning_rate, compression in itertools.product(
+        ImageRequest(region, pruning_rate, compression, method, layers)
+        for region, pruning_rate, compression, (method, layers) in itertools.product(
             [
-                None,
                 REGION,
                 Region.whole(),
                 Region((*REGION.boxes, *REGION.boxes)),
@@ -238,9 +285,51 @@ def test_cache_keys_differ_where_the_embeddings_could() -> None:
             ],
             [0.5, math.nextafter(0.5, 1)],
             compressions,
+            methods,
         )
     ]
-    assert len({request.cache_key() for request in asked}) == len(asked)
+    keys = {request.cache_key() for request in asked}
+    assert None not in keys
+    assert len(keys) == len(asked)
+
+
+def test_whole_embeddings_need_no_cache_key() -> None:
+    for crop, config in (
+        ({}, {}),
+        ({}, {"method": "plc+ilp"}),
+        ({"regions": [BOX], "method": "off"}, {}),
+        ({"regions": [BOX], "pruning_rate": 0}, {"method": "plc+ilp"}),
+        ({"regions": [BOX]}, {"method": "ilp"}),
+    ):
+        assert requests(crop, **config)[0].cache_key() is None
+
+
+GEOMETRY = LlavaGeometry(TokenGrid(24, 24), ClipPreprocessing.from_settings({}), num_layers=32)
+
+
+def test_an_image_is_planned_by_its_requests_method() -> None:
+    planned = {}
+    for method in ("plc", "ilp", "plc+ilp", "off"):
+        asked = requests({"regions": [BOX], "method": method}, eviction_layers=[2])[0]
+        planned[method] = plan_image(GEOMETRY, 672, 672, asked)
+    facts = {
+        method: (plan.prunes, plan.tokens.compresses, plan.tokens.evicts) for method, plan in planned.items()
+    }
+    assert facts == {
+        "plc": (True, True, False),
+        "ilp": (True, False, True),
+        "plc+ilp": (True, True, True),
+        "off": (False, False, False),
+    }
+    assert planned["ilp"].tokens.tokens_per_layer(32) == [576] * 2 + [98] * 30
+
+
+def test_a_budget_that_cannot_be_met_is_the_requests_fault() -> None:
+    asked = requests({"regions": [BOX], "pruning_rate": 0.95}, method="ilp", eviction_layers=[8])[0]
+    with pytest.raises(InvalidCropError) as refused:
+        plan_image(GEOMETRY, 672, 672, asked)
+    assert refused.value.parameter == "crop.pruning_rate"
+    assert str(refused.value).startswith("crop.pruning_rate: 0.95 leaves 28.8 of 576 tokens per layer")
 
 
 def test_cache_keys_of_equal_requests_are_equal() -> None:

@@ -5,25 +5,27 @@ import itertools
 import json
 import math
 from collections import Counter
+from dataclasses import dataclass
 
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from strategies import grids, regions
+from strategies import eviction_settings, grids, regions
 
+from vllm_crop.budget import BudgetError, Method, retained_count, retained_per_stage
 from vllm_crop.geometry import Region, TokenGrid
 from vllm_crop.plan import (
     Compression,
     PlannedEmbedding,
     TokenPlan,
     make_plan,
-    retained_count,
     whole_image_plan,
 )
 
 LLAVA = TokenGrid(24, 24)
 rates = st.one_of(st.floats(0, 0.999), st.integers(0, 99).map(lambda hundredths: hundredths / 100))
 compressions: st.SearchStrategy[Compression] = st.sampled_from(["pool", "prune"])
+evicting: st.SearchStrategy[Method] = st.sampled_from(["ilp", "plc+ilp"])
 
 
 @settings(deadline=None, max_examples=300)
@@ -191,6 +193,123 @@ def test_llava_budgets_are_those_the_field_reports(pruning_rate: float, tokens: 
         plan = make_plan(LLAVA, region, pruning_rate, "pool")
         assert plan.num_embeddings == tokens
         assert plan.pruning_rate_got(32) == pytest.approx(pruning_rate, abs=0.5 / 576)
+
+
+@dataclass(frozen=True)
+class Evicting:
+    """A plan that may evict, and what it was made from."""
+
+    plan: TokenPlan
+    region: Region
+    compression: Compression
+    method: Method
+    num_layers: int
+    layers: tuple[int, ...]
+    counts: tuple[int, ...]
+
+    def stage(self, index: int) -> set[int]:
+        """Positions of what is left after `index` evictions."""
+        left = (None, *self.layers[index:])
+        return {e.position for e in self.plan.embeddings if e.evicted_from_layer in left}
+
+
+@st.composite
+def evicting_plans(draw: st.DrawFn) -> Evicting:
+    grid, region, rate, compression = draw(grids()), draw(regions()), draw(rates), draw(compressions)
+    method, (num_layers, layers) = draw(evicting), draw(eviction_settings())
+    try:
+        counts = retained_per_stage(grid.num_tokens, rate, method, num_layers, layers)
+    except BudgetError:
+        assume(False)
+    plan = make_plan(grid, region, rate, compression, method, num_layers, layers)
+    return Evicting(plan, region, compression, method, num_layers, layers, counts)
+
+
+@settings(deadline=None, max_examples=300)
+@given(evicting_plans())
+def test_evicting_plans_are_well_formed_and_deliver_the_counts_of_the_budget(made: Evicting) -> None:
+    plan = made.plan
+    positions = [embedding.position for embedding in plan.embeddings]
+    assert positions == sorted(set(positions))
+    assert {e.evicted_from_layer for e in plan.embeddings} <= {None, *made.layers}
+    assert tuple(len(made.stage(index)) for index in range(len(made.counts))) == made.counts
+    bounds = [0, *made.layers, made.num_layers]
+    assert plan.tokens_per_layer(made.num_layers) == [
+        count
+        for count, (start, end) in zip(made.counts, itertools.pairwise(bounds), strict=True)
+        for _ in range(start, end)
+    ]
+    assert plan.evicts == (made.counts[-1] < made.counts[0])
+    assert plan.compresses == (made.counts[0] < plan.grid.num_tokens)
+
+
+@settings(deadline=None, max_examples=300)
+@given(evicting_plans())
+def test_no_stage_keeps_context_while_it_evicts_from_the_region(made: Evicting) -> None:
+    inside = set(made.plan.grid.tokens_in(made.region))
+    for before, after in itertools.pairwise(made.stage(index) for index in range(len(made.counts))):
+        assert after <= before
+        assert before & inside <= after or after <= inside
+
+
+@settings(deadline=None)
+@given(evicting_plans())
+def test_eviction_alone_passes_every_token_to_the_language_model(made: Evicting) -> None:
+    assume(made.method == "ilp")
+    tokens = range(made.plan.grid.num_tokens)
+    assert [(e.tokens, e.position) for e in made.plan.embeddings] == [((t,), t) for t in tokens]
+
+
+@settings(deadline=None)
+@given(evicting_plans())
+def test_what_is_compressed_before_eviction_is_compressed_as_without_it(made: Evicting) -> None:
+    assume(made.method == "plc+ilp")
+    grid, count = made.plan.grid, made.counts[0]
+    alone = make_plan(grid, made.region, 1 - count / grid.num_tokens, made.compression)
+    assert [(e.tokens, e.position) for e in made.plan.embeddings] == [
+        (e.tokens, e.position) for e in alone.embeddings
+    ]
+
+
+def test_what_each_stage_keeps_of_the_context_lies_in_all_of_it() -> None:
+    region = Region.from_grid_cells(3, 3, 4, 4)  # 36 tokens
+    plan = make_plan(LLAVA, region, 0.778, "pool", "ilp", 32, (2,))
+    kept = [divmod(e.position, 24) for e in plan.embeddings if e.evicted_from_layer is None]
+    assert len(kept) == 98
+    for row, col in itertools.product(range(24), range(24)):
+        assert min(max(abs(row - r), abs(col - c)) for r, c in kept) <= 4
+    shares = Counter((row >= 12, col >= 12) for row, col in kept)
+    assert all(abs(shares[quadrant] - 98 / 4) < 3 for quadrant in shares)
+
+
+def test_a_region_beyond_the_budget_of_a_stage_is_sampled_alike_in_every_quadrant() -> None:
+    plan = make_plan(LLAVA, Region.whole(), 8 / 9, "pool", "ilp", 32, (2, 16))
+    for layers in ((None, 16), (None,)):
+        kept = [divmod(e.position, 24) for e in plan.embeddings if e.evicted_from_layer in layers]
+        shares = Counter((row >= 12, col >= 12) for row, col in kept)
+        assert len(shares) == 4
+        assert all(abs(share - len(kept) / 4) < 2 for share in shares.values())
+
+
+@pytest.mark.parametrize("method", ["ilp", "plc+ilp"])
+def test_nothing_is_evicted_at_pruning_rate_zero(method: Method) -> None:
+    plan = make_plan(LLAVA, Region.from_grid_cells(0, 0, 1, 1), 0.0, "pool", method, 32, (2, 16))
+    assert plan == whole_image_plan(LLAVA)
+    assert not plan.evicts
+    assert not plan.compresses
+
+
+def test_compression_alone_pays_no_attention_to_layers() -> None:
+    region = Region.from_grid_cells(0, 0, 1, 1)
+    plan = make_plan(LLAVA, region, 0.778, "pool", "plc", 32, ())
+    assert plan == make_plan(LLAVA, region, 0.778, "pool")
+    assert plan.compresses
+    assert not plan.evicts
+
+
+def test_a_budget_that_cannot_be_met_makes_no_plan() -> None:
+    with pytest.raises(BudgetError, match="begin at layer 1 or earlier"):
+        make_plan(LLAVA, Region.whole(), 0.95, "pool", "ilp", 32, (8,))
 
 
 @st.composite

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The preview's picture, the command that writes it, and the sample picture."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,14 @@ from checkpoint_json import write_llava
 from PIL import Image
 from typer.testing import CliRunner
 
+from vllm_crop.budget import Method
 from vllm_crop.commands.preview import assumed_llava, preview
 from vllm_crop.geometry import Box, ImageView, Region, TokenGrid
 from vllm_crop.plan import Compression, TokenPlan, make_plan, whole_image_plan
 from vllm_crop.plan_summary import PlanSummary
 from vllm_crop.preview import LONG_SIDE, as_rgb, draw_preview
-from vllm_crop.preview_tokens import draw_tokens
+from vllm_crop.preview_legend import Swatch, legend_of
+from vllm_crop.preview_tokens import draw_tokens, shaded
 from vllm_crop.sample_picture import draw_sample_picture, sample_boxes
 
 GRID = TokenGrid(24, 24)
@@ -76,6 +79,61 @@ def test_left_out_tokens_fade() -> None:
     red, green, blue = drawing.getpixel((left_out % 24 * 20 + 10, left_out // 24 * 20 + 10))
     assert max(red, green, blue) - min(red, green, blue) < 10
     assert drawing.getpixel((kept % 24 * 20 + 10, kept // 24 * 20 + 10)) == (255, 0, 0)
+
+
+def test_evicted_tokens_lie_in_a_shade_that_lightens_stage_by_stage() -> None:
+    picture = Image.new("RGB", (480, 480), (150, 150, 150))
+    plan = make_plan(GRID, CORNER, 0.8, "pool", "ilp", 32, (2, 8, 16, 24))
+    drawing = draw_tokens(picture, plan)
+    colours: dict[int | None, set[Any]] = {}
+    for embedding in plan.embeddings:
+        row, col = divmod(embedding.position, 24)
+        colour = drawing.getpixel((col * 20 + 10, row * 20 + 10))
+        colours.setdefault(embedding.evicted_from_layer, set()).add(colour)
+    assert colours.pop(None) == {(150, 150, 150)}
+    assert set(colours) == {2, 8, 16, 24}
+    shades = [colours[layer].pop() for layer in (2, 8, 16, 24)]
+    assert not any(colours.values())
+    for (red, green, blue), (next_red, next_green, next_blue) in itertools.pairwise(shades):
+        assert next_red + next_green + next_blue >= red + green + blue + 60
+    assert all(blue > red and blue > green for red, green, blue in shades)
+
+
+def test_an_evicted_patch_is_shaded_in_its_colour() -> None:
+    picture = Image.new("RGB", (480, 480), (255, 255, 255))
+    plan = make_plan(GRID, CORNER, 0.9, "pool", "plc+ilp", 32, (2,))
+    patch = next(e for e in plan.embeddings if len(e.tokens) > 1 and e.evicted_from_layer == 2)
+    row, col = divmod(patch.position, 24)
+    pixel = draw_tokens(picture, plan).getpixel((col * 20 + 10, row * 20 + 10))
+    assert pixel == shaded(Image.new("RGB", (1, 1), "white"), 0, 1).getpixel((0, 0))
+
+
+def test_the_legend_has_an_entry_per_stage_and_for_what_occurs_only() -> None:
+    both = make_plan(GRID, CORNER, 0.6, "prune", "plc+ilp", 32, (2, 16))
+    legend = legend_of(PlanSummary.of(both, CORNER, 32), outlined=True, cut_away=False)
+    assert [entry.label for entry in legend] == [
+        "region",
+        "kept: one token per cell",
+        "evicted: seen below layer 2",
+        "evicted: seen below layer 16",
+        "left out",
+    ]
+    assert [(e.stage, e.num_stages) for e in legend if e.swatch is Swatch.EVICTED] == [(0, 2), (1, 2)]
+    whole = legend_of(PlanSummary.of(whole_image_plan(GRID), None, 32), outlined=False, cut_away=True)
+    assert [entry.swatch for entry in whole] == [Swatch.KEPT, Swatch.UNSEEN]
+
+
+def test_a_drawing_of_four_stages_has_room_for_its_caption() -> None:
+    plan = make_plan(GRID, CORNER, 0.778, "pool", "plc+ilp", 32, (2, 8, 16, 24))
+    drawing = draw_preview(draw_sample_picture(), assumed_llava().view(640, 480), plan, CORNER, 32)
+    last_lines = drawing.crop((0, drawing.height - 10, drawing.width, drawing.height))
+    assert len(last_lines.getcolors() or []) == 1  # nothing runs out at the bottom
+
+
+def test_a_plan_of_a_deeper_model_is_not_summarized() -> None:
+    plan = make_plan(GRID, CORNER, 0.778, "pool", "ilp", 32, (2, 16))
+    with pytest.raises(ValueError, match="evicts from layer 16, beyond 16 layers"):
+        draw_preview(draw_sample_picture(), WHOLE, plan, CORNER, 16)
 
 
 @pytest.mark.parametrize(
@@ -151,10 +209,41 @@ def test_a_region_out_of_view_is_outlined_all_the_same() -> None:
     ],
 )
 def test_summary_of_a_plan(region: Box, rate: float, compression: Compression, sentence: str) -> None:
-    summary = PlanSummary.of(plan_of(compression, Region((region,)), rate), Region((region,)))
+    summary = PlanSummary.of(plan_of(compression, Region((region,)), rate), Region((region,)), 32)
     counted = summary.region_kept + summary.others_kept + summary.pooled
     assert counted == summary.embeddings
     assert summary.describe() == sentence
+    assert summary.after == f"{summary.embeddings} tokens"
+    assert summary.describe_layers() == f"layers 0-31: {summary.embeddings}"
+
+
+@pytest.mark.parametrize(
+    ("method", "layers", "sentence", "runs"),
+    [
+        (
+            "ilp",
+            (2,),
+            "region 36 kept, 62 others kept, 478 evicted from layer 2",
+            "layers 0-1: 576, layers 2-31: 98",
+        ),
+        (
+            "ilp",
+            (1, 31),
+            "region 36 kept, 21 others kept, 394 evicted from layer 1, 125 evicted from layer 31",
+            "layer 0: 576, layers 1-30: 182, layer 31: 57",
+        ),
+    ],
+)
+def test_summary_of_an_eviction(method: Method, layers: tuple[int, ...], sentence: str, runs: str) -> None:
+    rate = 7 / 9 if layers == (2,) else 0.67
+    plan = make_plan(GRID, CORNER, rate, "pool", method, 32, layers)
+    summary = PlanSummary.of(plan, CORNER, 32)
+    assert summary.describe() == sentence
+    assert summary.describe_layers() == runs
+    average = sum(plan.tokens_per_layer(32)) / 32
+    assert summary.average == pytest.approx(average)
+    assert summary.after == f"{round(average, 1):g} tokens per layer"
+    assert summary.change == f"-{100 * plan.pruning_rate_got(32):.1f} %"
 
 
 def test_command_writes_a_png_and_the_counts(street: Path, tmp_path: Path) -> None:
@@ -165,6 +254,19 @@ def test_command_writes_a_png_and_the_counts(street: Path, tmp_path: Path) -> No
     assert "576 -> 96 tokens (-83.3 %)" in result.stdout
     with Image.open(out) as drawn:
         assert drawn.format == "PNG"
+
+
+def test_command_draws_an_eviction(street: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.png"
+    options = ("--cells", "3,3,4,4", "--method", "ilp", "--pruning-rate", "0.7778", "-o", str(out))
+    result = run(str(street), *options)
+    assert result.exit_code == 0, result.output
+    assert "576 -> 127.9 tokens per layer (-77.8 %)" in result.stdout
+    assert "layers 0-1: 576, layers 2-31: 98" in result.stdout
+    assert out.exists()
+    result = run(str(street), *options, "--eviction-layers", "16")
+    assert result.exit_code == 2
+    assert "begin at layer 7 or earlier" in " ".join(result.output.replace("│", " ").split())
 
 
 def test_command_uses_the_checkpoint(street: Path, tmp_path: Path) -> None:

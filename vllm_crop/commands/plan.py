@@ -14,15 +14,17 @@ from vllm_crop.commands.region_options import (
     DEFAULTS,
     CellsOption,
     CompressionOption,
+    EvictionLayersOption,
+    MethodOption,
     PruningRateOption,
     RegionOption,
     geometry_of,
     parse_regions,
+    plan_for_image,
     request_for_image,
     why_whole,
 )
 from vllm_crop.geometry import Region
-from vllm_crop.image_plan import plan_image
 from vllm_crop.plan import TokenPlan
 from vllm_crop.plan_summary import PlanSummary
 
@@ -30,6 +32,7 @@ Cell = tuple[str, str]
 
 # Character and colour of a cell; the character is what is left where the terminal shows no colours.
 _REGION_CELL, _KEPT_CELL, _LEFT_OUT_CELL = ("#", "magenta"), ("o", "bright_white"), (".", "bright_black")
+_EVICTED_CELLS = ("1", "blue_violet"), ("2", "slate_blue1"), ("3", "medium_purple1"), ("4", "plum1")
 _PATCH_CELLS = (("+", "blue"), ("-", "cyan"), ("=", "green"), ("~", "yellow"), (":", "red"))
 
 
@@ -40,22 +43,23 @@ def plan(
     cells: CellsOption = None,
     pruning_rate: PruningRateOption = DEFAULTS.pruning_rate,
     compression: CompressionOption = DEFAULTS.compression,
-    method: Annotated[str, typer.Option(metavar="plc|off", help="What is done to the image.")] = "plc",
+    method: MethodOption = DEFAULTS.method,
+    eviction_layers: EvictionLayersOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
-    """Show which visual tokens of an image are kept, pooled or left out: what the server would do."""
+    """Show which visual tokens of an image are kept, pooled, evicted or left out by a server."""
     width, height = _parse_size(image_size)
     asked = parse_regions(region, cells)
-    request = request_for_image(asked, pruning_rate, compression, method)
+    request = request_for_image(asked, pruning_rate, compression, method, eviction_layers)
     geometry = geometry_of(model)
-    planned = plan_image(geometry, width, height, request)
+    planned = plan_for_image(geometry, width, height, request)
     if as_json:
         typer.echo(json.dumps(planned.tokens.to_json(geometry.num_layers)))
         return
     console = Console(highlight=False)
     console.print(_summary(planned.tokens, planned.region, pruning_rate, geometry.num_layers))
     if planned.region is None:
-        console.print(f"Served whole: {why_whole(request, asked, method)}.")
+        console.print(f"Served whole: {why_whole(request, asked)}.")
     else:
         console.print(_drawing(planned.tokens, planned.region))
 
@@ -70,10 +74,10 @@ def _parse_size(text: str) -> tuple[int, int]:
 
 
 def _summary(token_plan: TokenPlan, region: Region | None, asked: float, num_layers: int) -> Table:
-    counts = PlanSummary.of(token_plan, region)
+    counts = PlanSummary.of(token_plan, region, num_layers)
     grid = token_plan.grid
     table = Table.grid(padding=(0, 2))
-    table.add_row("visual tokens", f"{counts.tokens} -> {counts.embeddings}  ({counts.change})")
+    table.add_row("visual tokens", f"{counts.tokens} -> {counts.after}  ({counts.change})")
     table.add_row("grid", f"{grid.rows} x {grid.cols}, {num_layers} decoder layers")
     if counts.region_tokens is not None:
         table.add_row("region", f"{counts.region_kept} of {counts.region_tokens} tokens kept")
@@ -82,6 +86,10 @@ def _summary(token_plan: TokenPlan, region: Region | None, asked: float, num_lay
             f"{counts.pooled} embeddings pooled from {counts.pooled_tokens} tokens, "
             f"{counts.others_kept} tokens kept, {counts.left_out} left out",
         )
+        if counts.evicted:
+            stages = [f"{count} from layer {layer} on" for layer, count in counts.evicted]
+            table.add_row("evicted", ", ".join(stages))
+            table.add_row("embeddings", counts.describe_layers())
     table.add_row("pruning rate", f"{asked:g} asked, {token_plan.pruning_rate_got(num_layers):.4f} got")
     return table
 
@@ -90,24 +98,34 @@ def _drawing(token_plan: TokenPlan, region: Region) -> Text:
     """The grid, two characters a token, and what they mean."""
     grid = token_plan.grid
     inside = set(grid.tokens_in(region))
+    stages = sorted({e.evicted_from_layer for e in token_plan.embeddings if e.evicted_from_layer is not None})
     patches = _patch_cells(token_plan)
     drawing, shown = Text(), set()
-    for token, embedding in enumerate(token_plan.assignment()):
-        kept_cell = _REGION_CELL if token in inside else _KEPT_CELL
-        cell = patches.get(embedding, kept_cell) if embedding >= 0 else _LEFT_OUT_CELL
+    for token, index in enumerate(token_plan.assignment()):
+        layer = token_plan.embeddings[index].evicted_from_layer if index >= 0 else None
+        if index < 0:
+            cell = _LEFT_OUT_CELL
+        elif layer is not None:
+            cell = _EVICTED_CELLS[stages.index(layer)]
+        else:
+            cell = patches.get(index, _REGION_CELL if token in inside else _KEPT_CELL)
         shown.add(cell)
         _append(drawing, cell)
         if (token + 1) % grid.cols == 0:
             drawing.append("\n")
     meanings = {_REGION_CELL: "region, kept", _KEPT_CELL: "kept", _LEFT_OUT_CELL: "left out"}
+    evicted = [f"evicted from layer {layer}" for layer in stages]
+    meanings |= dict(zip(_EVICTED_CELLS, evicted, strict=False))
     for cell, meaning in meanings.items():
         if cell in shown:
             _append(drawing, cell)
             drawing.append(f" {meaning}  ")
-    for cell in _PATCH_CELLS:
-        if cell in shown:
-            _append(drawing, cell)
-    return drawing.append(" pooled, one embedding per patch" if patches else "")
+    if not shown.isdisjoint(_PATCH_CELLS):
+        for cell in _PATCH_CELLS:
+            if cell in shown:
+                _append(drawing, cell)
+        drawing.append(" pooled, one embedding per patch")
+    return drawing
 
 
 def _append(drawing: Text, cell: Cell) -> None:

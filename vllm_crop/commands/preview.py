@@ -11,14 +11,16 @@ from vllm_crop.commands.region_options import (
     DEFAULTS,
     CellsOption,
     CompressionOption,
+    EvictionLayersOption,
+    MethodOption,
     PruningRateOption,
     RegionOption,
     geometry_of,
     parse_regions,
+    plan_for_image,
     request_for_image,
     why_whole,
 )
-from vllm_crop.image_plan import plan_image
 from vllm_crop.plan_summary import PlanSummary
 from vllm_crop.preview import draw_preview
 from vllm_crop.vision_geometry import VisionGeometry, geometry_from_configs
@@ -40,17 +42,20 @@ def preview(
     cells: CellsOption = None,
     pruning_rate: PruningRateOption = DEFAULTS.pruning_rate,
     compression: CompressionOption = DEFAULTS.compression,
+    method: MethodOption = DEFAULTS.method,
+    eviction_layers: EvictionLayersOption = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="Where to write the PNG.")] = Path(
         "preview.png"
     ),
 ) -> None:
-    """Draw which parts of an image the model keeps, pools and never sees, and print the counts."""
+    """Draw which parts of an image the model keeps, pools, evicts and never sees, and print the counts."""
     asked = parse_regions(region, cells)
-    request = request_for_image(asked, pruning_rate, compression)
+    request = request_for_image(asked, pruning_rate, compression, method, eviction_layers)
     geometry = geometry_of(model) if model is not None else assumed_llava()
     picture = _open(image)
-    planned = plan_image(geometry, *picture.size, request)
-    drawing = draw_preview(picture, geometry.view(*picture.size), planned.tokens, asked)
+    planned = plan_for_image(geometry, *picture.size, request)
+    view, num_layers = geometry.view(*picture.size), geometry.num_layers
+    drawing = draw_preview(picture, view, planned.tokens, asked, num_layers)
     try:
         drawing.save(output, format="PNG")
     except OSError as error:
@@ -59,11 +64,11 @@ def preview(
         ) from None
     if model is None:
         typer.echo("No --model: LLaVA-1.5 assumed, a 24 x 24 grid on the 336-pixel centre crop.")
-    counts = PlanSummary.of(planned.tokens, planned.region)
+    counts = PlanSummary.of(planned.tokens, planned.region, num_layers)
     reason = "" if planned.region else f": {why_whole(request, asked)}"
-    typer.echo(
-        f"{counts.tokens} -> {counts.embeddings} tokens ({counts.change})  {counts.describe()}{reason}"
-    )
+    typer.echo(f"{counts.tokens} -> {counts.after} ({counts.change})  {counts.describe()}{reason}")
+    if counts.evicted:
+        typer.echo(counts.describe_layers())
     typer.echo(f"Written to {output}")
 
 

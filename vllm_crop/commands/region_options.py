@@ -5,14 +5,16 @@ A server decides with the same functions: image_requests, then plan_image.
 """
 
 import re
-from typing import Annotated, get_args
+from typing import Annotated
 
 import typer
 
+from vllm_crop.budget import BudgetError, Method, check_eviction_layers
 from vllm_crop.checkpoint_files import load_geometry
-from vllm_crop.config import CropConfig, Method
+from vllm_crop.config import DEFAULT_STAGES, CropConfig
 from vllm_crop.errors import CropError
 from vllm_crop.geometry import Region
+from vllm_crop.image_plan import ImagePlan, plan_image
 from vllm_crop.params import (
     MAX_BOXES,
     CropParams,
@@ -43,11 +45,26 @@ CellsOption = Annotated[
     ),
 ]
 PruningRateOption = Annotated[
-    float, typer.Option(metavar="RATE", help="Fraction of the visual tokens to remove, in [0, 1).")
+    float,
+    typer.Option(
+        metavar="RATE", help="Fraction of the visual tokens to remove, averaged over layers, in [0, 1)."
+    ),
 ]
 CompressionOption = Annotated[
     Compression,
     typer.Option(help="Tokens outside the region: averaged in patches, or one of each patch kept."),
+]
+MethodOption = Annotated[
+    Method,
+    typer.Option(help="Compress before the language model (plc), evict inside it (ilp), both, or neither."),
+]
+EvictionLayersOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="K1,K2,...",
+        help="Decoder layers from which on ilp sees fewer tokens, ascending. "
+        f"{','.join(map(str, DEFAULT_STAGES))} where left out.",
+    ),
 ]
 
 
@@ -63,33 +80,51 @@ def parse_regions(regions: list[str] | None, cells: list[str] | None) -> Region 
 
 
 def request_for_image(
-    region: Region | None, pruning_rate: float, compression: Compression, method: str = "plc"
+    region: Region | None,
+    pruning_rate: float,
+    compression: Compression,
+    method: Method,
+    eviction_layers: str | None,
 ) -> ImageRequest:
     """What a server makes of these settings for one image.
 
     Raises:
         typer.BadParameter: a setting is out of range.
     """
-    if method not in get_args(Method):
-        raise typer.BadParameter(
-            f"this version has the methods {', '.join(get_args(Method))}, not {method!r}",
-            param_hint="--method",
-        )
     settings = {
         "method": method,
         "pruning_rate": pruning_rate,
         "compression": compression,
+        "eviction_layers": _parse_layers(eviction_layers) if eviction_layers is not None else None,
         "limits": {"max_boxes_per_image": MAX_BOXES},  # no operator has set one here
     }
     try:
         config = CropConfig.from_mapping(settings)
     except CropError as error:
-        reason = str(error).removeprefix("additional_config.crop.pruning_rate: ")
-        raise typer.BadParameter(reason, param_hint="--pruning-rate") from None
+        place, _, reason = str(error).partition(": ")
+        field = place.removeprefix("additional_config.crop.").partition("[")[0]
+        raise typer.BadParameter(reason, param_hint=f"--{field.replace('_', '-')}") from None
     try:
         return image_requests(CropParams(regions=[region]), config, num_images=1)[0]
     except InvalidCropError as error:
         raise typer.BadParameter(str(error), param_hint="--region") from None
+
+
+def plan_for_image(geometry: VisionGeometry, width: int, height: int, request: ImageRequest) -> ImagePlan:
+    """The plan a server makes for an image of this size in pixels.
+
+    Raises:
+        typer.BadParameter: the model cannot evict at these layers, or they leave too little of the budget.
+    """
+    try:
+        if request.eviction_layers:
+            check_eviction_layers(request.eviction_layers, geometry.num_layers)
+        return plan_image(geometry, width, height, request)
+    except BudgetError as error:
+        raise typer.BadParameter(str(error), param_hint="--eviction-layers") from None
+    except InvalidCropError as error:
+        reason = str(error).removeprefix(f"{error.parameter}: ")
+        raise typer.BadParameter(reason, param_hint="--pruning-rate") from None
 
 
 def geometry_of(model: str) -> VisionGeometry:
@@ -104,9 +139,9 @@ def geometry_of(model: str) -> VisionGeometry:
         raise typer.BadParameter(str(error), param_hint="--model") from None
 
 
-def why_whole(request: ImageRequest, region: Region | None, method: str = "plc") -> str:
+def why_whole(request: ImageRequest, region: Region | None) -> str:
     """Why an image is served whole."""
-    if method == "off":
+    if request.method == "off":
         return "the method is off"
     if region is None:
         return "no region is given"
@@ -128,6 +163,14 @@ def _parse_fractions(text: str) -> Region:
         raise typer.BadParameter(str(error), param_hint="--region") from None
     assert region is not None  # only None gives None
     return region
+
+
+def _parse_layers(text: str) -> list[int]:
+    if not re.fullmatch(r"\s*\d{1,6}\s*(,\s*\d{1,6}\s*)*", text):
+        raise typer.BadParameter(
+            f"layer numbers such as 2 or 2,16 needed, got {text!r}", param_hint="--eviction-layers"
+        )
+    return [int(number) for number in text.split(",")]
 
 
 def _parse_cells(text: str) -> Region:

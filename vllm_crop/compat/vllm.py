@@ -13,6 +13,7 @@ from packaging.specifiers import SpecifierSet
 from vllm_crop.compat.import_hooks import when_imported
 from vllm_crop.compat.patches import cli_flags, model_config
 from vllm_crop.errors import UnsupportedVersionError
+from vllm_crop.eviction.config_hook import config_hook
 from vllm_crop.vision_geometry import FAMILIES
 
 SUPPORTED_VERSIONS = SpecifierSet(">=0.32.0,<0.33")
@@ -144,6 +145,7 @@ def install() -> None:
     hooks: dict[str, Callable[[ModuleType], None]] = {
         "vllm.engine.arg_utils": _patch_engine_args,
         "vllm.model_executor.models.registry": _register_models,
+        "vllm.model_executor.models.config": _register_config_hooks,
     }
     for module_name, hook in hooks.items():
         when_imported(module_name, hook)
@@ -159,3 +161,9 @@ def _register_models(registry: ModuleType) -> None:
         registry.ModelRegistry.register_model(
             f"Crop{architecture}", f"{MODEL_MODULES[architecture]}:{architecture}"
         )
+
+
+def _register_config_hooks(config: ModuleType) -> None:
+    hooks: dict[str, Any] = config.MODELS_CONFIG_MAP
+    for architecture in FAMILIES:
+        hooks.setdefault(f"Crop{architecture}", config_hook(hooks.get(architecture)))

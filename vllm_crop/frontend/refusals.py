@@ -4,6 +4,7 @@
 import os
 from typing import Any, NoReturn
 
+from vllm_crop.budget import BudgetError, check_eviction_layers, retained_per_stage
 from vllm_crop.config import CONFIG_KEY, CropConfig
 from vllm_crop.errors import UnsupportedFlagError
 from vllm_crop.vision_geometry import geometry_from_configs
@@ -46,6 +47,8 @@ def refuse_model(model_config: Any, config: CropConfig) -> None:
     """
     if model_config.tokenizer_mode not in ("auto", "hf", "slow"):
         refuse("--tokenizer-mode other than auto|hf|slow")
+    if config.stages:
+        refuse_budget(model_config, config)
     if config.position_ids == "original":
         image_tokens = geometry_from_configs(model_config.hf_config.to_dict(), {}).grid(1, 1).num_tokens
         room = model_config.hf_text_config.max_position_embeddings - image_tokens
@@ -54,6 +57,26 @@ def refuse_model(model_config: Any, config: CropConfig) -> None:
                 "--crop-config position_ids='original' lets positions run past the prompt's length: "
                 f"--max-model-len must be at most {room} for this model, got {model_config.max_model_len}"
             )
+
+
+def refuse_budget(model_config: Any, config: CropConfig) -> None:
+    """Refuse eviction layers the model does not have, or that cannot meet the server's pruning rate.
+
+    Raises:
+        UnsupportedFlagError: naming layers or a rate that would do.
+    """
+    geometry = geometry_from_configs(model_config.hf_config.to_dict(), {})
+    try:
+        check_eviction_layers(config.stages, geometry.num_layers)
+        retained_per_stage(
+            geometry.grid(1, 1).num_tokens,
+            config.pruning_rate,
+            config.method,
+            geometry.num_layers,
+            config.stages,
+        )
+    except BudgetError as error:
+        raise UnsupportedFlagError(f"--crop-config pruning_rate: {error}") from None
 
 
 def uses_rust_front_end() -> bool:

@@ -5,6 +5,7 @@ Subclass of vllm/renderers/hf.py; everything that renders a prompt passes here: 
 messages, completions, batches, tokenization and offline `LLM`.
 """
 
+from statistics import fmean
 from typing import Any
 
 from vllm.renderers.hf import HfRenderer
@@ -59,7 +60,7 @@ class CropRenderer(HfRenderer):
             return
         placeholders = engine_input["mm_placeholders"]["image"]
         facts = [
-            _image_facts(decision, placeholder.length)
+            _image_facts(decision, placeholder.length, self.mm_processor.geometry.num_layers)
             for decision, placeholder in zip(decisions, placeholders, strict=True)
         ]
         model_name = None if skip_mm_cache else self.model_config.served_model_name  # tokenized, not served
@@ -71,19 +72,20 @@ class CropRenderer(HfRenderer):
             crop_metrics().record(model_name, facts)
 
 
-def _image_facts(decision: ImageDecision, num_placeholders: int) -> ImageFacts:
-    assert decision.plan is None or decision.plan.num_embeddings == num_placeholders
+def _image_facts(decision: ImageDecision, num_placeholders: int, num_layers: int) -> ImageFacts:
+    plan = decision.plan
+    assert plan is None or plan.num_embeddings == num_placeholders
     source: Source = "request"
     if decision.request.off:
         source = "off"
     elif decision.request.region is None:
         source = "none"
-    elif num_placeholders == decision.full_tokens:
+    elif plan is None and num_placeholders == decision.full_tokens:
         source = "out_of_view"
     return ImageFacts(
         tokens=decision.full_tokens,
         tokens_after_plc=num_placeholders,
-        tokens_avg=float(num_placeholders),
+        tokens_avg=fmean(plan.tokens_per_layer(num_layers)) if plan else float(num_placeholders),
         region=decision.request.region,
         source=source,
     )

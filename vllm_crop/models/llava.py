@@ -10,6 +10,8 @@ from vllm.model_executor.models import llava as stock
 from vllm.model_executor.models.interfaces import SupportsMRoPE
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
+from vllm_crop.eviction.decoder import DroppingStep
+from vllm_crop.eviction.model import start_eviction
 from vllm_crop.models.compressing import CompressingEncoder
 from vllm_crop.models.positions import original_positions
 from vllm_crop.models.processing import CropProcessorMixin
@@ -36,6 +38,7 @@ class LlavaForConditionalGeneration(stock.LlavaForConditionalGeneration, Support
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.crop_encoder = CompressingEncoder(vllm_config, self.encode_images)
+        self.eviction = start_eviction(self, vllm_config)
 
     def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Vision tower and projector: `[images, 3, height, width]` -> `[images, num_tokens, hidden]`."""
@@ -52,10 +55,19 @@ class LlavaForConditionalGeneration(stock.LlavaForConditionalGeneration, Support
         return original_positions(len(input_tokens), mm_features, self.crop_encoder.num_tokens)
 
     def forward(
-        self, input_ids: torch.Tensor | None, positions: torch.Tensor, *args: Any, **kwargs: Any
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        *args: Any,
+        dropping: DroppingStep | None = None,
+        **kwargs: Any,
     ) -> Any:
-        """As upstream, with one row of M-RoPE positions where there are three."""
-        return super().forward(input_ids, positions if positions.ndim == 1 else positions[0], *args, **kwargs)
+        """As upstream, with one row of M-RoPE positions where there are three, unless rows are dropped."""
+        positions = positions if positions.ndim == 1 else positions[0]
+        if dropping is None:
+            return super().forward(input_ids, positions, *args, **kwargs)
+        assert self.eviction is not None
+        return self.eviction.run(dropping, kwargs["inputs_embeds"], positions)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """As upstream; cached features belong to the old weights."""

@@ -18,24 +18,30 @@ from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import ImageProcessorItems
 from vllm.multimodal.processing import BaseMultiModalProcessor, PromptReplacement, PromptUpdate
 from vllm.multimodal.processing.inputs import ProcessorInputs
+from vllm.utils.cache import LRUCache
 
+from vllm_crop.budget import retained_count
 from vllm_crop.config import CropConfig
+from vllm_crop.eviction.labels import write_labels
+from vllm_crop.eviction.settings import EvictionSettings, embed_indices
 from vllm_crop.image_plan import plan_image
 from vllm_crop.params import CropParams, ImageRequest, InvalidCropError, image_requests
-from vllm_crop.plan import TokenPlan, retained_count
+from vllm_crop.plan import TokenPlan
 from vllm_crop.vision_geometry import VisionGeometry, geometry_from_configs
 
 CROP_KEY = "crop"
 DECISIONS = "crop_decisions"  # in the processed prompt, for the renderer, which takes it out
 ASSIGNMENT, POSITIONS, IMAGE_KEY = "crop_assignment", "crop_positions", "crop_image_key"
 CROP_FIELDS = (ASSIGNMENT, POSITIONS, IMAGE_KEY)
+_REMEMBERED_SIZES = 65536  # images; a uuid alone does not say how large its image is
 
 
 @dataclass(frozen=True)
 class ImageDecision:
-    """What is done with one image: `plan` None serves it whole.
+    """What is done with one image.
 
     Attributes:
+        plan: None serves it whole.
         full_tokens: visual tokens unpruned; the most there can be for an image known by its uuid only.
         tokens_removed: what the plan takes away; the most it can for an image known by its uuid only, whose
             plan was made when it was sent.
@@ -45,6 +51,11 @@ class ImageDecision:
     plan: TokenPlan | None
     full_tokens: int
     tokens_removed: int
+
+    @property
+    def compression(self) -> TokenPlan | None:
+        """The plan if embeddings are compressed before the language model."""
+        return self.plan if self.plan is not None and self.plan.compresses else None
 
 
 @dataclass(frozen=True)
@@ -78,7 +89,18 @@ class CropProcessorMixin(BaseMultiModalProcessor):
         settings = {**image_processor.to_dict(), **overrides, **overrides.get("images_kwargs", {})}
         return geometry_from_configs(self.info.get_hf_config().to_dict(), settings)
 
-    def decide(self, params: CropParams, mm_items: Mapping[str, Any]) -> tuple[ImageDecision, ...]:
+    @cached_property
+    def eviction_settings(self) -> EvictionSettings:
+        """Layers and label ids, which travel in the HF config too."""
+        return EvictionSettings.from_hf_config(self.info.get_hf_config())
+
+    @cached_property
+    def _image_sizes(self) -> LRUCache[str, Any]:
+        return LRUCache(_REMEMBERED_SIZES)
+
+    def decide(
+        self, params: CropParams, mm_items: Mapping[str, Any], image_hashes: Sequence[str]
+    ) -> tuple[ImageDecision, ...]:
         """Plan every image of a request.
 
         Raises:
@@ -86,22 +108,36 @@ class CropProcessorMixin(BaseMultiModalProcessor):
         """
         images = mm_items.get("image") or ()
         requests = image_requests(params, self.crop_config, len(images))
-        return tuple(self._decide_image(images, index, request) for index, request in enumerate(requests))
+        return tuple(
+            self._decide_image(images, index, request, image_hashes[index])
+            for index, request in enumerate(requests)
+        )
 
-    def _decide_image(self, images: Any, index: int, request: ImageRequest) -> ImageDecision:
+    def _decide_image(self, images: Any, index: int, request: ImageRequest, image_hash: str) -> ImageDecision:
         if not isinstance(images, ImageProcessorItems):
             if request.region is not None:
                 raise InvalidCropError("crop.regions: not possible for image embeddings", "crop.regions")
             return ImageDecision(request, None, images.get_feature_size(index), 0)
-        if images.get(index) is None:  # a uuid alone: its cached result is found by the request's key
-            most = self.info.get_max_image_tokens()
-            removed = most - retained_count(most, request.pruning_rate) if request.region else 0
-            return ImageDecision(request, None, most, removed)
-        size = images.get_image_size(index)
+        if images.get(index) is not None:
+            self._image_sizes[image_hash] = images.get_image_size(index)
+        size = self._image_sizes.get(image_hash)
+        if size is None:  # a uuid alone, long not seen: vLLM's own cache may still know it
+            return self._decide_unseen(request)
         planned = plan_image(self.geometry, size.width, size.height, request)
         full = planned.tokens.grid.num_tokens
         tokens = planned.tokens if planned.prunes else None
         return ImageDecision(request, tokens, full, full - planned.tokens.num_embeddings)
+
+    def _decide_unseen(self, request: ImageRequest) -> ImageDecision:
+        if request.region is not None and request.eviction_layers:
+            raise InvalidCropError(
+                f"crop.regions: method {request.method!r} needs the image's size, and that of this uuid is "
+                "forgotten: send the image once more",
+                "crop.regions",
+            )
+        most = self.info.get_max_image_tokens()
+        left = retained_count(most, request.pruning_rate) if request.region else most
+        return ImageDecision(request, None, most, most - left)
 
     def _check_positions(self, decisions: Sequence[ImageDecision]) -> None:
         if self.crop_config.position_ids != "original":
@@ -122,9 +158,11 @@ class CropProcessorMixin(BaseMultiModalProcessor):
     def apply(self, inputs: ProcessorInputs, timing_ctx: Any) -> Any:
         """As upstream, with the images' decisions beside the result."""
         given, plain = _split(inputs.hf_processor_mm_kwargs)
+        hashes = super()._get_mm_hashes(replace(inputs, hf_processor_mm_kwargs=plain))
+        images = tuple(hashes.get("image", ()))
         with as_validation_error():
             params = CropParams.parse({} if given is None else given)
-            decisions = self.decide(params, inputs.mm_data_items)
+            decisions = self.decide(params, inputs.mm_data_items, images)
             self._check_positions(decisions)
             if plain and any(decision.request.region for decision in decisions):
                 raise InvalidCropError(
@@ -132,8 +170,6 @@ class CropProcessorMixin(BaseMultiModalProcessor):
                     f"{sorted(plain)}: they can move the image under the region",
                     "crop.regions",
                 )
-        hashes = super()._get_mm_hashes(replace(inputs, hf_processor_mm_kwargs=plain))
-        images = tuple(hashes.get("image", ()))
         if images:
             hashes = {**hashes, "image": self._hashes_with_requests(images, decisions)}
         # Profiling sends one dummy item many times, without `crop`: a key would let the feature cache
@@ -142,8 +178,20 @@ class CropProcessorMixin(BaseMultiModalProcessor):
         processed = super().apply(
             replace(inputs, hf_processor_mm_kwargs={**plain, CROP_KEY: items}), timing_ctx
         )
+        self._label_evicted(processed, decisions)
         processed[DECISIONS] = decisions
         return processed
+
+    def _label_evicted(self, processed: Any, decisions: Sequence[ImageDecision]) -> None:
+        settings = self.eviction_settings
+        placeholders = processed["mm_placeholders"].get("image", ())
+        for decision, placeholder in zip(decisions, placeholders, strict=True):
+            if decision.plan is None or not decision.plan.evicts:
+                continue
+            leaves_at = [settings.stage_leaving_at(e.evicted_from_layer) for e in decision.plan.embeddings]
+            write_labels(
+                processed["prompt_token_ids"], embed_indices(placeholder), leaves_at, settings.label_ids
+            )
 
     def _hashes_with_requests(
         self, image_hashes: Sequence[str], decisions: Sequence[ImageDecision]
@@ -177,7 +225,7 @@ class CropProcessorMixin(BaseMultiModalProcessor):
         items, plain = _split(hf_kwargs)
         data = super()._apply_hf_processor_main(mm_items, plain)
         if items is not None and items.decisions:
-            plans = [decision.plan for decision in items.decisions]
+            plans = [decision.compression for decision in items.decisions]
             data[ASSIGNMENT] = [_assignment(plan) for plan in plans]
             data[POSITIONS] = [_positions(plan) for plan in plans]
             data[IMAGE_KEY] = [_image_key(image_hash) for image_hash in items.image_hashes]
@@ -214,13 +262,14 @@ def _split(kwargs: Mapping[str, object]) -> tuple[Any, dict[str, object]]:
 
 
 def _hash_with_request(image_hash: str, request: ImageRequest, position_ids: str) -> str:
-    """Images served whole keep the hash stock vLLM gives them; any region gets a key of its own.
+    """Images not compressed keep the hash stock vLLM gives them; any region gets a key of its own.
 
     Position ids do not change an image's embeddings, but the KV entries that are found by this hash.
     """
-    if request.region is None:
+    request_key = request.cache_key()
+    if request_key is None:
         return image_hash
-    key = repr((image_hash, request.cache_key(), position_ids))
+    key = repr((image_hash, request_key, position_ids))
     return hashlib.blake2b(key.encode(), digest_size=32).hexdigest()
 
 

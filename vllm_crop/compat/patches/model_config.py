@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from vllm_crop.config import CONFIG_KEY, CropConfig
 from vllm_crop.errors import CropError, UnsupportedFlagError
+from vllm_crop.eviction.start import attach_eviction
 from vllm_crop.frontend.hf_overrides import compose_hf_overrides
 from vllm_crop.frontend.refusals import refuse_flags, refuse_model
 
@@ -52,6 +53,8 @@ def patch(engine_args: Any, require_supported: Callable[[], None]) -> None:
         finally:
             self.hf_overrides = user_overrides
         refuse_model(model_config, config)
+        if config.stages:
+            attach_eviction(model_config, config.stages)
         logger.info("Visual token pruning is on for %s: %s", model_config.architecture, config)
         select_renderer(importlib.import_module("vllm.renderers.registry").RENDERER_REGISTRY.renderers)
         return model_config

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What eviction cannot work together with: refused at start, naming the flag."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from vllm_crop.errors import UnsupportedFlagError
+
+Check = Callable[[Any], bool]
+
+# (flag, reason, whether the VllmConfig has it on). What stands in the way is said in the reason.
+REFUSED: tuple[tuple[str, str, Check], ...] = (
+    (
+        "--pipeline-parallel-size",
+        "rows that a stage has dropped would have to cross to the next worker",
+        lambda config: config.parallel_config.pipeline_parallel_size > 1,
+    ),
+    (
+        "--decode-context-parallel-size",
+        "KV is divided among workers by token position, which late layers do not have",
+        lambda config: config.parallel_config.decode_context_parallel_size > 1,
+    ),
+    (
+        "--prefill-context-parallel-size",
+        "KV is divided among workers by token position, which late layers do not have",
+        lambda config: config.parallel_config.prefill_context_parallel_size > 1,
+    ),
+    (
+        "--enable-expert-parallel",
+        "workers exchange token counts once per step, not per layer",
+        lambda config: config.parallel_config.enable_expert_parallel,
+    ),
+    (
+        "--enable-eplb",
+        "workers exchange token counts once per step, not per layer",
+        lambda config: config.parallel_config.enable_eplb,
+    ),
+    (
+        "--data-parallel-size with a mixture of experts",
+        "workers exchange token counts once per step, not per layer",
+        lambda config: config.parallel_config.data_parallel_size > 1 and config.model_config.is_moe,
+    ),
+    (
+        "--enable-dbo or --ubatch-size",
+        "a step cut in two has no common row order",
+        lambda config: config.parallel_config.use_ubatching,
+    ),
+    (
+        "--enable-lora",
+        "adapters are applied by row number, which dropping rows changes",
+        lambda config: config.lora_config is not None,
+    ),
+    (
+        "--speculative-config",
+        "drafters read all rows and keep KV of their own",
+        lambda config: config.speculative_config is not None,
+    ),
+    (
+        "--kv-transfer-config",
+        "KV connectors take block i for tokens i x block_size on",
+        lambda config: config.kv_transfer_config is not None,
+    ),
+    (
+        "--kv-offloading-size",
+        "KV offloading takes block i for tokens i x block_size on",
+        lambda config: bool(config.cache_config.kv_offloading_size),
+    ),
+    (
+        "--kv-events-config",
+        "events describe blocks by token position",
+        lambda config: config.kv_events_config is not None and config.kv_events_config.enable_kv_cache_events,
+    ),
+    (
+        "--disable-hybrid-kv-cache-manager",
+        "late layers need KV cache groups of their own",
+        lambda config: config.scheduler_config.disable_hybrid_kv_cache_manager is True,
+    ),
+    (
+        "--kv-sharing-fast-prefill",
+        "it leaves out rows of later layers by itself",
+        lambda config: config.cache_config.kv_sharing_fast_prefill,
+    ),
+    (
+        "--enable-prompt-embeds",
+        "the eviction travels in the prompt's token ids",
+        lambda config: config.model_config.enable_prompt_embeds,
+    ),
+    (
+        "--skip-tokenizer-init",
+        "label ids are chosen among those the tokenizer does not know",
+        lambda config: config.model_config.skip_tokenizer_init,
+    ),
+    (
+        "--runner pooling",
+        "evicted tokens have no final hidden state to pool",
+        lambda config: config.model_config.runner_type == "pooling",
+    ),
+    (
+        "--scheduler-cls",
+        "eviction brings a scheduler of its own",
+        lambda config: config.scheduler_config.scheduler_cls is not None,
+    ),
+    (
+        "--compilation-config cudagraph_mode=FULL",
+        "a graph of a mixed step replays with all rows; FULL_AND_PIECEWISE is fine",
+        lambda config: captures_mixed_steps(config),
+    ),
+    (
+        "VLLM_USE_BREAKABLE_CUDAGRAPH=1",
+        "it captures steps that drop rows",
+        lambda config: os.environ.get("VLLM_USE_BREAKABLE_CUDAGRAPH", "0") not in ("", "0"),
+    ),
+)
+
+
+def refuse_flags(vllm_config: Any) -> None:
+    """Refuse what the engine's configuration has on.
+
+    Raises:
+        UnsupportedFlagError: naming the first offending flag.
+    """
+    for flag, reason, is_on in REFUSED:
+        if is_on(vllm_config):
+            raise UnsupportedFlagError(
+                f"{flag} cannot be used with eviction (--crop-config method 'ilp' or 'plc+ilp', or "
+                f"eviction_layers): {reason}"
+            )
+
+
+def captures_mixed_steps(vllm_config: Any) -> bool:
+    """Whether steps with prefill replay a captured graph; asked again once vLLM has settled the mode."""
+    mode = vllm_config.compilation_config.cudagraph_mode
+    return mode is not None and mode.mixed_mode().name == "FULL"

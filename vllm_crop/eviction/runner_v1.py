@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The V1 model runner's part, for CPUs without Triton only: everywhere else vLLM runs V2.
+
+Follows vllm/v1/worker/cpu_model_runner.py and gpu_model_runner.py.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from vllm_crop.eviction.decoder import DroppingStep
+from vllm_crop.eviction.late_view import LateView, RunningEvictions
+from vllm_crop.eviction.prompt_eviction import PromptEviction, read_labels
+from vllm_crop.eviction.settings import EvictionSettings, image_placeholders
+from vllm_crop.eviction.step import (
+    StageBatch,
+    StageGroups,
+    build_metadata,
+    dropping_step,
+    early_groups,
+    groups_by_stage,
+)
+
+CPU = torch.device("cpu")
+
+
+class EvictionCPUModelRunner(CPUModelRunner):
+    """Rewrites what the late layers' attention reads."""
+
+    attn_groups: Any
+
+    def start_eviction(self) -> None:
+        """Second half of `__init__`: the worker makes the stock runner and turns it into this one."""
+        self.eviction_settings = EvictionSettings.from_hf_config(self.model_config.hf_config)
+        self.running = RunningEvictions(self.max_num_reqs, len(self.eviction_settings.stages))
+        self._row_owners: list[str] = []
+        self._dropping: DroppingStep | None = None
+
+    def _update_states(self, scheduler_output: Any) -> Any:
+        if scheduler_output.finished_req_ids or scheduler_output.scheduled_new_reqs:
+            self._row_owners = []  # an id may come back as another request
+        return super()._update_states(scheduler_output)
+
+    def _build_attention_metadata(self, **kwargs: Any) -> Any:
+        self._dropping = None
+        num_reqs = self.input_batch.num_reqs
+        if kwargs["num_scheduled_tokens"] is None or not self._evicts(num_reqs):
+            return super()._build_attention_metadata(**kwargs)
+        attn_groups = self.attn_groups
+        stages = groups_by_stage(self.kv_cache_config, len(self.eviction_settings.stages))
+        self.attn_groups = early_groups(attn_groups, stages)
+        try:
+            metadata, drafting = super()._build_attention_metadata(**kwargs)
+        finally:
+            self.attn_groups = attn_groups
+        scheduled = np.diff(self.query_start_loc.np[: num_reqs + 1]).astype(np.int64)
+        computed = self.input_batch.num_computed_tokens_cpu[:num_reqs].astype(np.int64)
+        views = self.running.views(np.arange(num_reqs), computed, scheduled)
+        batches = [
+            self._stage_batch(view, stage, kwargs["slot_mappings"])
+            for view, stage in zip(views, stages, strict=True)
+        ]
+        for stage, batch in zip(stages, batches, strict=True):
+            metadata.update(build_metadata(batch, stage.only(attn_groups), self.kv_cache_config))
+        self._dropping = dropping_step(kwargs["num_tokens"], views, stages, batches, CPU)
+        return metadata, drafting
+
+    def _evicts(self, num_reqs: int) -> bool:
+        owners = self.input_batch.req_ids[:num_reqs]
+        if owners != self._row_owners:  # rows move when requests come and go
+            for row, req_id in enumerate(owners):
+                self.running.set(row, self._eviction(req_id))
+            self._row_owners = list(owners)
+        return self.running.any_in(np.arange(num_reqs))
+
+    def _eviction(self, req_id: str) -> PromptEviction | None:
+        state: Any = self.requests[req_id]
+        if not hasattr(state, "crop_eviction"):
+            placeholders = image_placeholders(state.mm_features)
+            label_ids = self.eviction_settings.label_ids
+            state.crop_eviction = read_labels(state.prompt_token_ids or (), placeholders, label_ids)
+        eviction: PromptEviction | None = state.crop_eviction
+        return eviction
+
+    def _stage_batch(
+        self, view: LateView, stage: StageGroups, stock_slots: dict[int, torch.Tensor]
+    ) -> StageBatch:
+        num_reqs, num_rows = len(view.seq_lens), len(view.kv_indices)
+        req_rows = np.arange(num_reqs) if view.req_rows is None else view.req_rows
+        row_of_token = np.repeat(req_rows, np.diff(view.query_start_loc))
+        tables, slots = {}, {}
+        for group in stage.layers:
+            table = self.input_batch.block_table[group]
+            blocks = table.get_numpy_array()
+            tables[group] = torch.from_numpy(blocks[req_rows])
+            block_ids = blocks[row_of_token, view.kv_indices // table.block_size].astype(np.int64)
+            slots[group] = torch.from_numpy(block_ids * table.block_size + view.kv_indices % table.block_size)
+            if not view.drops_rows:  # upstream's forward reads the slots from these buffers
+                stock_slots[group][:num_rows] = slots[group]
+        seq_lens = torch.from_numpy(view.seq_lens)
+        query_start_loc = torch.from_numpy(view.query_start_loc)
+        return StageBatch(
+            num_reqs=num_reqs,
+            num_tokens=num_rows,
+            query_start_loc=query_start_loc,
+            query_start_loc_cpu=query_start_loc,
+            max_query_len=int(np.diff(view.query_start_loc).max(initial=0)),
+            seq_lens=seq_lens,
+            seq_lens_cpu=seq_lens,
+            max_seq_len=int(view.seq_lens.max(initial=0)),
+            kv_indices=torch.from_numpy(view.kv_indices),
+            is_prefilling=torch.ones(num_reqs, dtype=torch.bool),
+            block_tables=tables,
+            slot_mappings=slots,
+        )
+
+    def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
+        dropping, self._dropping = self._dropping, None
+        if dropping is not None:
+            kwargs["dropping"] = dropping
+        return super()._model_forward(*args, **kwargs)
+
+
+class EvictionCPUWorker(CPUWorker):
+    """The value of `worker_cls` on a CPU with the V1 runner."""
+
+    def init_device(self) -> None:
+        """As upstream, with our runner."""
+        super().init_device()
+        runner: Any = self.model_runner
+        runner.__class__ = EvictionCPUModelRunner
+        runner.start_eviction()
