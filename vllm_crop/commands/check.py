@@ -39,6 +39,7 @@ def _print_report(console: Console, report: Mapping[str, Any]) -> None:
     for architecture in report["architectures"]:
         console.print(f"  {architecture}")
     _print_rows(console, "Refused with --plugin crop", report["refused"].items())
+    _print_rows(console, "Refused with eviction too", report["refused_with_eviction"].items())
     settings = [
         (setting["key"], json.dumps(setting["default"]), setting["description"])
         for setting in report["config"]

@@ -16,8 +16,10 @@ from pydantic import BaseModel
 from vllm_crop import __version__
 from vllm_crop.checkpoint_files import load_geometry
 from vllm_crop.compat import vllm as compat
+from vllm_crop.compat.eviction_points import CPU_RUNNER_POINTS, EVICTION_POINTS
 from vllm_crop.config import CropConfig
 from vllm_crop.errors import CropError
+from vllm_crop.eviction.refusals import refused_with_eviction
 from vllm_crop.frontend.refusals import REFUSED, uses_rust_front_end
 from vllm_crop.vision_geometry import FAMILIES
 
@@ -54,6 +56,7 @@ def describe_installation(model: str | None = None) -> dict[str, Any]:
         "upstream_points": upstream_points,
         "architectures": sorted(FAMILIES),
         "refused": dict(REFUSED),
+        "refused_with_eviction": refused_with_eviction(),
         "config": describe_config(CropConfig),
         "model": checkpoint,
     }
@@ -109,7 +112,7 @@ def _installed_vllm() -> tuple[str, list[str]]:
 
 def _upstream_points() -> list[dict[str, Any]]:
     described = []
-    for point in compat.UPSTREAM_POINTS:
+    for point in (*compat.UPSTREAM_POINTS, *EVICTION_POINTS, *CPU_RUNNER_POINTS):
         try:
             with _quiet():
                 problem = compat.find_problem(point)

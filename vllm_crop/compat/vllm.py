@@ -4,30 +4,21 @@
 import importlib
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 from packaging.specifiers import SpecifierSet
 
+from vllm_crop.compat.eviction_points import EVICTION_POINTS
 from vllm_crop.compat.import_hooks import when_imported
-from vllm_crop.compat.patches import cli_flags, model_config
+from vllm_crop.compat.patches import cli_flags, input_processor, model_config
+from vllm_crop.compat.points import UpstreamPoint
 from vllm_crop.errors import UnsupportedVersionError
 from vllm_crop.eviction.config_hook import config_hook
 from vllm_crop.vision_geometry import FAMILIES
 
 SUPPORTED_VERSIONS = SpecifierSet(">=0.32.0,<0.33")
 MODEL_MODULES = {"LlavaForConditionalGeneration": "vllm_crop.models.llava"}
-
-
-@dataclass(frozen=True)
-class UpstreamPoint:
-    """A function of vLLM we override, wrap or call, with the leading parameters it must have."""
-
-    module: str
-    name: str
-    parameters: tuple[str, ...]
-    reason: str
 
 
 _PROCESSOR = "vllm.multimodal.processing.processor"
@@ -110,13 +101,17 @@ UPSTREAM_POINTS = (
 )
 
 
-def require_supported() -> None:
+def require_supported(evicts: bool = False) -> None:
     """Check version and shape of the installed vLLM; called when pruning is asked for.
+
+    Args:
+        evicts: whether eviction is prepared for too.
 
     Raises:
         UnsupportedVersionError: naming what is installed and what is supported.
     """
-    problems = [problem for point in UPSTREAM_POINTS if (problem := find_problem(point))]
+    points = [*UPSTREAM_POINTS, *(EVICTION_POINTS if evicts else ())]
+    problems = [problem for point in points if (problem := find_problem(point))]
     installed = importlib.import_module("vllm").__version__
     if SUPPORTED_VERSIONS.contains(installed, prereleases=True) and not problems:
         return
@@ -146,6 +141,7 @@ def install() -> None:
         "vllm.engine.arg_utils": _patch_engine_args,
         "vllm.model_executor.models.registry": _register_models,
         "vllm.model_executor.models.config": _register_config_hooks,
+        "vllm.v1.engine.input_processor": _patch_input_processor,
     }
     for module_name, hook in hooks.items():
         when_imported(module_name, hook)
@@ -154,6 +150,10 @@ def install() -> None:
 def _patch_engine_args(arg_utils: ModuleType) -> None:
     cli_flags.patch(arg_utils.EngineArgs)
     model_config.patch(arg_utils.EngineArgs, require_supported)
+
+
+def _patch_input_processor(module: ModuleType) -> None:
+    input_processor.patch(module.InputProcessor)
 
 
 def _register_models(registry: ModuleType) -> None:

@@ -1,23 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """The language model's layers, split at the eviction layers.
 
-The layers are upstream's own (vllm/model_executor/models/llama.py); a step that evicts nothing runs through
-upstream's forward, compiled or captured as it may be.
+The layers are upstream's own (vllm/model_executor/models/llama.py).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import nn
-from vllm.config import VllmConfig
+from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from vllm_crop.errors import UnsupportedModelError
 from vllm_crop.eviction.kv_cache import PrunedAttentionSpec
+from vllm_crop.eviction.segment import make_segment
 from vllm_crop.eviction.settings import EvictionSettings
 from vllm_crop.eviction.start_report import expected_grouping
 
@@ -45,11 +47,11 @@ class StagedAttention(Attention):
 
 @dataclass(frozen=True)
 class LateRows:
-    """A stage's rows in a step that drops some.
+    """A stage's rows in a step.
 
     Attributes:
         gather: `[num_rows]`, which rows of the stage before stay; None if all do.
-        slot_mapping: per layer `[num_rows]`, where their KV goes.
+        slot_mapping: per layer `[num_rows]`, where their KV goes; empty where no row has been dropped yet.
     """
 
     gather: torch.Tensor | None
@@ -61,12 +63,10 @@ class DroppingStep:
     """A step in which some stage runs with fewer rows than there are tokens.
 
     Attributes:
-        num_tokens: rows without padding.
         rows: per stage from 1 on.
         final_rows: `[num_rows]`, the rows left after the last stage.
     """
 
-    num_tokens: int
     rows: tuple[LateRows, ...]
     final_rows: torch.Tensor
 
@@ -85,61 +85,76 @@ class EvictingDecoder:
                 f"eviction in {type(decoder).__name__} is not supported, only in {', '.join(DECODERS)}: use "
                 "method 'plc'"
             )
-        self.decoder = decoder
-        layers = list(self.decoder.layers)
+        layers = list(decoder.layers)
         bounds = [0, *settings.stages, len(layers)]
-        self.segments = [layers[start:stop] for start, stop in pairwise(bounds)]
-        for stage, segment in enumerate(self.segments):
-            for layer in segment:
+        for stage, (start, stop) in enumerate(pairwise(bounds)):
+            for layer in layers[start:stop]:
                 attention = _attention_of(layer)
                 attention.__class__ = StagedAttention
                 attention.crop_stage = stage
                 attention.crop_num_layers, attention.crop_stages = len(layers), settings.stages
+        self.segments = [
+            make_segment(layers[start:stop], start, decoder.norm if stop == len(layers) else None)
+            for start, stop in pairwise(bounds)
+        ]
 
-    def run(self, step: DroppingStep, inputs_embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Run a step that drops rows.
+    @property
+    def runs_all_steps(self) -> bool:
+        """Whether steps that drop nothing run in stages too.
+
+        With torch.compile they do: the layers are compiled once, each stage by itself. Without, they run
+        through upstream's forward.
+        """
+        return not self.segments[0].do_not_compile
+
+    def run(
+        self, dropping: DroppingStep | None, inputs_embeds: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
+        """Run a step in stages.
 
         Args:
+            dropping: None if all rows run through all layers.
             inputs_embeds: `[num_tokens with padding, hidden]`.
             positions: `[num_tokens with padding]`.
 
         Returns:
             `[num_tokens with padding, hidden]`: rows keep their places, those dropped are zero.
         """
-        hidden, positions = inputs_embeds[: step.num_tokens], positions[: step.num_tokens]
-        residual: torch.Tensor | None = None
+        hidden, residual = self.segments[0](positions, inputs_embeds, None)
+        if dropping is None:
+            for segment in self.segments[1:]:
+                hidden, residual = segment(positions, hidden, residual)
+            return hidden
         output = torch.zeros_like(inputs_embeds)
-        hidden, residual = _run_layers(self.segments[0], positions, hidden, residual)
-        for segment, rows in zip(self.segments[1:], step.rows, strict=True):
-            if rows.gather is not None:
-                hidden, residual, positions = (
-                    hidden[rows.gather],
-                    residual[rows.gather],
-                    positions[rows.gather],
-                )
-            if not len(hidden):
-                return output
-            _set_slot_mapping(rows.slot_mapping)
-            hidden, residual = _run_layers(segment, positions, hidden, residual)
-        hidden, _ = self.decoder.norm(hidden, residual)
-        output[step.final_rows] = hidden
+        with _own_context() as context:
+            for segment, rows in zip(self.segments[1:], dropping.rows, strict=True):
+                if rows.gather is not None:
+                    hidden, residual, positions = (
+                        rowwise[rows.gather] for rowwise in (hidden, residual, positions)
+                    )
+                    # The rows of this step have a number of their own: no captured graph fits them.
+                    context.cudagraph_runtime_mode = CUDAGraphMode.NONE
+                if not len(hidden):
+                    return output
+                context.slot_mapping.update(rows.slot_mapping)
+                hidden, residual = segment(positions, hidden, residual)
+        output[dropping.final_rows] = hidden
         return output
 
 
-def _run_layers(
-    layers: Any, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    for layer in layers:
-        hidden, residual = layer(positions, hidden, residual)
-    assert residual is not None
-    return hidden, residual
+@contextmanager
+def _own_context() -> Iterator[Any]:
+    """The forward context, whose graph mode is put back afterwards.
 
-
-def _set_slot_mapping(slot_mapping: dict[str, torch.Tensor]) -> None:
-    # The kernels that write KV take the number of rows from it (vllm/model_executor/layers/attention).
-    in_context = get_forward_context().slot_mapping
-    assert isinstance(in_context, dict)
-    in_context.update(slot_mapping)
+    The kernels that write KV take the number of rows from its slot mapping (vllm/model_executor/layers/
+    attention), which is made anew for each step.
+    """
+    context: Any = get_forward_context()
+    mode = context.cudagraph_runtime_mode
+    try:
+        yield context
+    finally:
+        context.cudagraph_runtime_mode = mode
 
 
 def _attention_of(layer: nn.Module) -> Any:

@@ -21,6 +21,7 @@ from vllm.v1.worker.gpu.states import RequestState
 from vllm_crop.eviction.decoder import DroppingStep
 from vllm_crop.eviction.late_view import LateView, RunningEvictions
 from vllm_crop.eviction.prompt_eviction import read_labels
+from vllm_crop.eviction.refusals import refuse_graphs
 from vllm_crop.eviction.settings import EvictionSettings, image_placeholders
 from vllm_crop.eviction.step import (
     AttentionGroups,
@@ -59,6 +60,7 @@ class EvictionModelState(DefaultModelState):
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> None:
         """Find the stages' KV cache groups; make the buffers that graphs may capture."""
+        refuse_graphs(self.vllm_config)
         super().initialize_kv_cache(kv_cache_config, block_tables)
         self.block_tables = block_tables
         self.stages = groups_by_stage(kv_cache_config, len(self.settings.stages))

@@ -2,7 +2,7 @@
 """What eviction cannot work together with: refused at start, naming the flag."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from vllm_crop.errors import UnsupportedFlagError
@@ -101,6 +101,10 @@ REFUSED: tuple[tuple[str, str, Check], ...] = (
         "eviction brings a scheduler of its own",
         lambda config: config.scheduler_config.scheduler_cls is not None,
     ),
+)
+
+# vLLM settles these after the others, so a worker asks again.
+REFUSED_GRAPHS: tuple[tuple[str, str, Check], ...] = (
     (
         "--compilation-config cudagraph_mode=FULL",
         "a graph of a mixed step replays with all rows; FULL_AND_PIECEWISE is fine",
@@ -108,10 +112,15 @@ REFUSED: tuple[tuple[str, str, Check], ...] = (
     ),
     (
         "VLLM_USE_BREAKABLE_CUDAGRAPH=1",
-        "it captures steps that drop rows",
+        "it captures steps that drop rows; vLLM may have switched it on by itself: set it to 0",
         lambda config: os.environ.get("VLLM_USE_BREAKABLE_CUDAGRAPH", "0") not in ("", "0"),
     ),
 )
+
+
+def refused_with_eviction() -> dict[str, str]:
+    """Every refused flag with its reason."""
+    return {flag: reason for flag, reason, _ in (*REFUSED, *REFUSED_GRAPHS)}
 
 
 def refuse_flags(vllm_config: Any) -> None:
@@ -120,15 +129,28 @@ def refuse_flags(vllm_config: Any) -> None:
     Raises:
         UnsupportedFlagError: naming the first offending flag.
     """
-    for flag, reason, is_on in REFUSED:
+    _refuse((*REFUSED, *REFUSED_GRAPHS), vllm_config)
+
+
+def refuse_graphs(vllm_config: Any) -> None:
+    """Refuse CUDA graphs that would replay steps with prefill, once vLLM has settled them.
+
+    Raises:
+        UnsupportedFlagError: naming the setting.
+    """
+    _refuse(REFUSED_GRAPHS, vllm_config)
+
+
+def captures_mixed_steps(vllm_config: Any) -> bool:
+    """Whether steps with prefill replay a captured graph."""
+    mode = vllm_config.compilation_config.cudagraph_mode
+    return mode is not None and mode.mixed_mode().name == "FULL"
+
+
+def _refuse(entries: Sequence[tuple[str, str, Check]], vllm_config: Any) -> None:
+    for flag, reason, is_on in entries:
         if is_on(vllm_config):
             raise UnsupportedFlagError(
                 f"{flag} cannot be used with eviction (--crop-config method 'ilp' or 'plc+ilp', or "
                 f"eviction_layers): {reason}"
             )
-
-
-def captures_mixed_steps(vllm_config: Any) -> bool:
-    """Whether steps with prefill replay a captured graph; asked again once vLLM has settled the mode."""
-    mode = vllm_config.compilation_config.cudagraph_mode
-    return mode is not None and mode.mixed_mode().name == "FULL"

@@ -115,10 +115,11 @@ def dropping_step(
             layer: batch.slot_mappings[group][: len(left)]
             for group, layers in stage.layers.items()
             for layer in layers
+            if view.drops_rows
         }
         late.append(LateRows(gather, slot_mapping))
         rows = left
-    return DroppingStep(num_tokens, tuple(late), to_device(rows, device))
+    return DroppingStep(tuple(late), to_device(rows, device))
 
 
 def to_device(array: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:

@@ -62,11 +62,10 @@ class LlavaForConditionalGeneration(stock.LlavaForConditionalGeneration, Support
         dropping: DroppingStep | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As upstream, with one row of M-RoPE positions where there are three, unless rows are dropped."""
+        """As upstream, with one row of M-RoPE positions where there are three; in stages if rows go."""
         positions = positions if positions.ndim == 1 else positions[0]
-        if dropping is None:
+        if self.eviction is None or (dropping is None and not self.eviction.runs_all_steps):
             return super().forward(input_ids, positions, *args, **kwargs)
-        assert self.eviction is not None
         return self.eviction.run(dropping, kwargs["inputs_embeds"], positions)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:

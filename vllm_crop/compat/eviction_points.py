@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The private points of vLLM that eviction builds on, checked when a server is prepared to evict."""
+
+from vllm_crop.compat.patches import input_processor
+from vllm_crop.compat.points import UpstreamPoint
+
+_MANAGER = "vllm.v1.core.single_type_kv_cache_manager"
+_MODEL_STATE = "vllm.v1.worker.gpu.model_states.default"
+_V1_RUNNER = "vllm.v1.worker.gpu_model_runner"
+
+
+def _manager(method: str, parameters: str, reason: str) -> UpstreamPoint:
+    return UpstreamPoint(_MANAGER, f"SingleTypeKVCacheManager.{method}", tuple(parameters.split()), reason)
+
+
+def _model_state(method: str, parameters: str, reason: str) -> UpstreamPoint:
+    return UpstreamPoint(_MODEL_STATE, f"DefaultModelState.{method}", tuple(parameters.split()), reason)
+
+
+def _v1_runner(method: str, parameters: str, reason: str) -> UpstreamPoint:
+    return UpstreamPoint(_V1_RUNNER, f"GPUModelRunner.{method}", tuple(parameters.split()), reason)
+
+
+EVICTION_POINTS = (
+    _manager(
+        "get_num_blocks_to_allocate",
+        "self request_id num_tokens new_computed_blocks total_computed_tokens num_local_computed_tokens "
+        "num_tokens_main_model",
+        "counts blocks of kept tokens",
+    ),
+    _manager(
+        "add_local_computed_blocks",
+        "self request_id new_computed_blocks num_local_computed_tokens num_external_computed_tokens",
+        "adopts cached blocks of kept tokens",
+    ),
+    _manager(
+        "allocate_new_blocks",
+        "self request_id num_tokens num_tokens_main_model",
+        "allocates blocks of kept tokens",
+    ),
+    _manager("allocate_external_computed_blocks", "self request_id", "refuses KV connectors"),
+    _manager("cache_blocks", "self request num_tokens", "publishes blocks under keys of their own"),
+    _manager("new_step_starts", "self", "publishes partly filled blocks a step later"),
+    _manager("pop_blocks_for_free", "self request_id", "forgets partly filled blocks"),
+    _manager(
+        "find_longest_cache_hit",
+        "block_hashes max_length kv_cache_group_ids block_pool kv_cache_spec drop_eagle_block "
+        "alignment_tokens",
+        "looks blocks up by keys of their own",
+    ),
+    UpstreamPoint(
+        "vllm.v1.core.block_pool",
+        "BlockPool._insert_block_hash",
+        ("self", "block_hash_with_group_id", "block", "num_tokens"),
+        "inserts a block under a key of its own",
+    ),
+    UpstreamPoint(
+        "vllm.v1.core.block_pool",
+        "BlockPool.get_cached_block",
+        ("self", "block_hash", "kv_cache_group_ids"),
+        "finds the blocks under a key",
+    ),
+    UpstreamPoint(
+        "vllm.v1.kv_cache_spec_registry",
+        "KVCacheSpecRegistry._ensure_registered",
+        ("vllm_config",),
+        "registers the built-in KV cache specs before ours",
+    ),
+    UpstreamPoint(
+        "vllm.v1.kv_cache_interface",
+        "replace_as",
+        ("spec", "target_cls", "drop"),
+        "turns a layer's KV cache spec into that of its stage",
+    ),
+    UpstreamPoint(
+        "vllm.v1.core.sched.scheduler",
+        "Scheduler.add_request",
+        ("self", "request"),
+        "reads a request's eviction when it arrives",
+    ),
+    UpstreamPoint(
+        "vllm.v1.engine.input_processor",
+        "InputProcessor.process_inputs",
+        ("self", "request_id", "prompt", "params"),
+        input_processor.REASON,
+    ),
+    UpstreamPoint(
+        "vllm.model_executor.layers.attention",
+        "Attention.get_kv_cache_spec",
+        ("self", "vllm_config"),
+        "gives late layers a KV cache spec of their own",
+    ),
+    UpstreamPoint(
+        "vllm.model_executor.models.llama",
+        "LlamaDecoderLayer.forward",
+        ("self", "positions", "hidden_states", "residual"),
+        "runs layers in stages",
+    ),
+    UpstreamPoint(
+        "vllm.compilation.decorators",
+        "support_torch_compile",
+        ("cls", "dynamic_arg_dims"),
+        "compiles the layers of each stage",
+    ),
+    UpstreamPoint(
+        "vllm.compilation.backends", "set_model_tag", ("tag",), "keeps the stages' compiled code apart"
+    ),
+    UpstreamPoint(
+        "vllm.v1.worker.gpu.attn_utils",
+        "build_attn_metadata",
+        (
+            *("attn_groups", "num_reqs", "num_tokens", "query_start_loc_gpu", "query_start_loc_cpu"),
+            *("max_query_len", "seq_lens", "max_seq_len", "block_tables", "slot_mappings", "kv_cache_config"),
+        ),
+        "builds attention metadata of late layers",
+    ),
+    _model_state("add_request", "self req_index new_req_data", "reads a request's eviction in the worker"),
+    _model_state("remove_request", "self req_id", "forgets it"),
+    _model_state("initialize_kv_cache", "self kv_cache_config block_tables", "finds late KV cache groups"),
+    _model_state(
+        "prepare_attn",
+        "self input_batch cudagraph_mode block_tables slot_mappings attn_groups kv_cache_config for_capture",
+        "leaves late layers out of the stock attention metadata",
+    ),
+    _model_state("prepare_inputs", "self input_batch req_states", "hands the rows to drop to the model"),
+    UpstreamPoint(
+        "vllm.v1.worker.gpu.block_table",
+        "BlockTables.compute_slot_mappings",
+        ("self", "idx_mapping", "query_start_loc", "positions", "num_tokens_padded", "out"),
+        "computes late KV slots",
+    ),
+)
+
+# For CPUs without Triton, where the V1 model runner serves.
+CPU_RUNNER_POINTS = (
+    UpstreamPoint(
+        "vllm.v1.worker.cpu_worker", "CPUWorker.init_device", ("self",), "makes the model runner ours"
+    ),
+    _v1_runner("_update_states", "self scheduler_output", "notices requests that come and go"),
+    _v1_runner(
+        "_build_attention_metadata",
+        "self num_tokens num_reqs max_query_len",
+        "builds attention metadata of late layers",
+    ),
+    _v1_runner(
+        "_model_forward",
+        "self input_ids positions intermediate_tensors inputs_embeds",
+        "hands the rows to drop to the model",
+    ),
+)
