@@ -3,7 +3,7 @@
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from PIL import Image
 # In one process, so that tests can look into the model; the end-to-end tests cover separate processes.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ["VLLM_CROP_DEBUG"] = "1"
 
 from tests.reference import HfLlava, Reference
 from vllm_crop.config import CropConfig
@@ -51,6 +52,7 @@ class Answer:
     logprobs: torch.Tensor
     num_prompt_tokens: int
     num_cached_tokens: int
+    prompt_token_ids: list[int] = field(default_factory=list)
 
 
 class Engine:
@@ -81,6 +83,27 @@ class Engine:
         outputs = self.llm.generate([question.prompt() for question in questions], sampling, use_tqdm=False)
         return [_answer(output) for output in outputs]
 
+    def add(self, request_id: str, question: Question, steps: int = STEPS, **options: Any) -> str:
+        """Queue a question without running a step; the id that the scheduler knows it by."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        defaults: dict[str, Any] = {"temperature": 0, "max_tokens": steps, "logprobs": -1, "ignore_eos": True}
+        sampling = SamplingParams(output_kind=RequestOutputKind.FINAL_ONLY, **(defaults | options))
+        prompt = self.llm._preprocess_cmpl_one(question.prompt())
+        return self.llm.llm_engine.add_request(request_id, prompt, sampling)
+
+    def step(self) -> dict[str, Answer]:
+        """Run one step; the answers it has finished, by the id they were added with."""
+        return {output.request_id: _answer(output) for output in self.llm.llm_engine.step()}
+
+    def finish(self) -> dict[str, Answer]:
+        """Run until nothing is left to do, in the worker either."""
+        answers: dict[str, Answer] = {}
+        while self.llm.llm_engine.has_unfinished_requests() or self.scheduler.has_requests():
+            answers |= self.step()
+        return answers
+
     @property
     def model(self) -> Any:
         """The model in the (only) worker."""
@@ -96,6 +119,11 @@ class Engine:
         """The scheduler, which runs in this process too."""
         return self.llm.llm_engine.engine_core.engine_core.scheduler
 
+    @property
+    def block_pool(self) -> Any:
+        """The pool that all KV cache groups take their blocks from."""
+        return self.scheduler.kv_cache_manager.block_pool
+
 
 def _answer(output: Any) -> Answer:
     completion = output.outputs[0]
@@ -110,6 +138,7 @@ def _answer(output: Any) -> Answer:
         torch.stack(rows),
         len(output.prompt_token_ids),
         output.num_cached_tokens or 0,
+        list(output.prompt_token_ids),
     )
 
 
@@ -167,9 +196,15 @@ def reference_for(hf: HfLlava) -> ReferenceFor:
 
 
 @pytest.fixture(scope="session")
-def deep_reference_for(deep_checkpoint: Path) -> ReferenceFor:
+def deep_hf(deep_checkpoint: Path) -> HfLlava:
+    """The exact reference for engines that evict."""
+    return HfLlava(deep_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def deep_reference_for(deep_hf: HfLlava) -> ReferenceFor:
     """The same for engines that evict."""
-    return reference_by(HfLlava(deep_checkpoint))
+    return reference_by(deep_hf)
 
 
 def reference_by(hf: HfLlava) -> ReferenceFor:

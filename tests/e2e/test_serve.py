@@ -17,6 +17,7 @@ from tests.e2e.conftest import API_KEY, MODEL, metric
 from tests.pictures import noise_image
 from tests.reference import HfLlava
 from vllm_crop.benchmarking.server import Server, get_text
+from vllm_crop.budget import Method
 from vllm_crop.demo.client import data_url
 from vllm_crop.geometry import Region
 from vllm_crop.plan import Compression
@@ -48,9 +49,14 @@ def expected(
     regions: Sequence[Region | None],
     rate: float = RATE,
     compression: Compression = "pool",
+    method: Method = "plc",
+    eviction_layers: tuple[int, ...] = (),
 ) -> tuple[str, int]:
-    """What transformers answers from the same compressed embeddings, and the prompt's length."""
-    plans = [hf.plan(image, region, rate, compression) for image, region in zip(images, regions, strict=True)]
+    """What transformers answers from the same embeddings, layer by layer, and the prompt's length."""
+    plans = [
+        hf.plan(image, region, rate, compression, method, eviction_layers)
+        for image, region in zip(images, regions, strict=True)
+    ]
     tokenizer = hf.processor.tokenizer
     prompt = "USER: " + "<image>\n" * len(images) + TEXT + "\nASSISTANT:"
     ids = tokenizer.encode(prompt, add_special_tokens=False)

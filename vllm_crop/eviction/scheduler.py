@@ -9,6 +9,8 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
+from vllm_crop import envs
+from vllm_crop.eviction.invariants import check_step
 from vllm_crop.eviction.kv_cache import PrunedKVCacheManager
 from vllm_crop.eviction.prefix_cache import PlannedBlockHashes
 from vllm_crop.eviction.prompt_eviction import PromptEviction, read_labels
@@ -29,12 +31,20 @@ class EvictionSchedulerMixin(Scheduler):
             self.eviction_settings.stages,
             vllm_config.cache_config.block_size,
         )
+        self._debug = envs.debug()
         # Lives as long as the request's own block hashes do, whatever way the request ends.
         evictions: WeakValueDictionary[str, PromptEviction] = WeakValueDictionary()
         self.evictions = evictions
         for manager in self.kv_cache_manager.coordinator.single_type_managers:
             if isinstance(manager, PrunedKVCacheManager):
                 manager.evictions = evictions
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        """As upstream."""
+        output = super().schedule(*args, **kwargs)
+        if self._debug:
+            check_step(self.running, self.kv_cache_manager.coordinator.single_type_managers)
+        return output
 
     def add_request(self, request: Request) -> None:
         """As upstream."""

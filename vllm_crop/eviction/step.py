@@ -117,6 +117,7 @@ def dropping_step(
             for layer in layers
             if view.drops_rows
         }
+        assert all(len(slots) == len(left) for slots in slot_mapping.values())
         late.append(LateRows(gather, slot_mapping))
         rows = left
     return DroppingStep(tuple(late), to_device(rows, device))

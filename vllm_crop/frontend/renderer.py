@@ -12,13 +12,8 @@ from vllm.renderers.hf import HfRenderer
 
 from vllm_crop.facts import ImageFacts, Source
 from vllm_crop.metrics import crop_metrics
-from vllm_crop.models.processing import (
-    CROP_KEY,
-    DECISIONS,
-    CropProcessorMixin,
-    ImageDecision,
-    as_validation_error,
-)
+from vllm_crop.models.deciding import ImageDecision
+from vllm_crop.models.processing import CROP_KEY, DECISIONS, CropProcessorMixin, as_validation_error
 from vllm_crop.params import CropParams, image_requests
 from vllm_crop.request_context import current_request
 

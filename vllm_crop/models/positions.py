@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from vllm_crop.models.processing import POSITIONS
+from vllm_crop.models.plan_fields import POSITIONS
 
 
 def original_positions(

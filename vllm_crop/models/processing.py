@@ -1,61 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every family's multimodal processor does with a request's `crop`: plan, count, cache keys.
+"""What every family's multimodal processor does with a request's `crop`: plan, count, label, cache keys.
 
 Mixed in front of a vLLM multimodal processor (vllm/multimodal/processing/processor.py). The plan is made
 here, once; the worker receives it as tensors beside the pixels, so count and rows cannot disagree.
 """
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-import torch
 from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.inputs import MultiModalFieldConfig
-from vllm.multimodal.parse import ImageProcessorItems
 from vllm.multimodal.processing import BaseMultiModalProcessor, PromptReplacement, PromptUpdate
 from vllm.multimodal.processing.inputs import ProcessorInputs
-from vllm.utils.cache import LRUCache
 
-from vllm_crop.budget import retained_count
 from vllm_crop.config import CropConfig
 from vllm_crop.eviction.labels import write_labels
 from vllm_crop.eviction.settings import EvictionSettings, embed_indices
-from vllm_crop.image_plan import plan_image
-from vllm_crop.params import CropParams, ImageRequest, InvalidCropError, image_requests
-from vllm_crop.plan import TokenPlan
+from vllm_crop.models import plan_fields
+from vllm_crop.models.deciding import ImageDecider, ImageDecision
+from vllm_crop.params import CropParams, InvalidCropError
 from vllm_crop.vision_geometry import VisionGeometry, geometry_from_configs
 
 CROP_KEY = "crop"
 DECISIONS = "crop_decisions"  # in the processed prompt, for the renderer, which takes it out
-ASSIGNMENT, POSITIONS, IMAGE_KEY = "crop_assignment", "crop_positions", "crop_image_key"
-CROP_FIELDS = (ASSIGNMENT, POSITIONS, IMAGE_KEY)
-_REMEMBERED_SIZES = 65536  # images; a uuid alone does not say how large its image is
-
-
-@dataclass(frozen=True)
-class ImageDecision:
-    """What is done with one image.
-
-    Attributes:
-        plan: None serves it whole.
-        full_tokens: visual tokens unpruned; the most there can be for an image known by its uuid only.
-        tokens_removed: what the plan takes away; the most it can for an image known by its uuid only, whose
-            plan was made when it was sent.
-    """
-
-    request: ImageRequest
-    plan: TokenPlan | None
-    full_tokens: int
-    tokens_removed: int
-
-    @property
-    def compression(self) -> TokenPlan | None:
-        """The plan if embeddings are compressed before the language model."""
-        return self.plan if self.plan is not None and self.plan.compresses else None
 
 
 @dataclass(frozen=True)
@@ -95,62 +65,14 @@ class CropProcessorMixin(BaseMultiModalProcessor):
         return EvictionSettings.from_hf_config(self.info.get_hf_config())
 
     @cached_property
-    def _image_sizes(self) -> LRUCache[str, Any]:
-        return LRUCache(_REMEMBERED_SIZES)
+    def _decider(self) -> ImageDecider:
+        return ImageDecider(self.info, self.crop_config, self.geometry)
 
     def decide(
         self, params: CropParams, mm_items: Mapping[str, Any], image_hashes: Sequence[str]
     ) -> tuple[ImageDecision, ...]:
-        """Plan every image of a request.
-
-        Raises:
-            InvalidCropError: the request asks for what cannot be done with its images.
-        """
-        images = mm_items.get("image") or ()
-        requests = image_requests(params, self.crop_config, len(images))
-        return tuple(
-            self._decide_image(images, index, request, image_hashes[index])
-            for index, request in enumerate(requests)
-        )
-
-    def _decide_image(self, images: Any, index: int, request: ImageRequest, image_hash: str) -> ImageDecision:
-        if not isinstance(images, ImageProcessorItems):
-            if request.region is not None:
-                raise InvalidCropError("crop.regions: not possible for image embeddings", "crop.regions")
-            return ImageDecision(request, None, images.get_feature_size(index), 0)
-        if images.get(index) is not None:
-            self._image_sizes[image_hash] = images.get_image_size(index)
-        size = self._image_sizes.get(image_hash)
-        if size is None:  # a uuid alone, long not seen: vLLM's own cache may still know it
-            return self._decide_unseen(request)
-        planned = plan_image(self.geometry, size.width, size.height, request)
-        full = planned.tokens.grid.num_tokens
-        tokens = planned.tokens if planned.prunes else None
-        return ImageDecision(request, tokens, full, full - planned.tokens.num_embeddings)
-
-    def _decide_unseen(self, request: ImageRequest) -> ImageDecision:
-        if request.region is not None and request.eviction_layers:
-            raise InvalidCropError(
-                f"crop.regions: method {request.method!r} needs the image's size, and that of this uuid is "
-                "forgotten: send the image once more",
-                "crop.regions",
-            )
-        most = self.info.get_max_image_tokens()
-        left = retained_count(most, request.pruning_rate) if request.region else most
-        return ImageDecision(request, None, most, most - left)
-
-    def _check_positions(self, decisions: Sequence[ImageDecision]) -> None:
-        if self.crop_config.position_ids != "original":
-            return
-        removed = sum(decision.tokens_removed for decision in decisions)
-        model_config = self.info.ctx.model_config
-        positions = model_config.hf_text_config.max_position_embeddings
-        if model_config.max_model_len + removed > positions:
-            raise InvalidCropError(
-                f"crop.regions: {removed} tokens removed, but this server keeps their position ids and has "
-                f"room for {positions - model_config.max_model_len}: prune fewer images or less of them",
-                "crop.regions",
-            )
+        """Plan every image of a request; see ImageDecider."""
+        return self._decider.decide(params, mm_items, image_hashes)
 
     # Overrides of BaseMultiModalProcessor. `crop` is taken out before every call to super: the HF processor
     # is cached by its kwargs, and must never see ours.
@@ -163,7 +85,6 @@ class CropProcessorMixin(BaseMultiModalProcessor):
         with as_validation_error():
             params = CropParams.parse({} if given is None else given)
             decisions = self.decide(params, inputs.mm_data_items, images)
-            self._check_positions(decisions)
             if plain and any(decision.request.region for decision in decisions):
                 raise InvalidCropError(
                     f"crop.regions: not possible beside other mm_processor_kwargs of the request, "
@@ -198,7 +119,7 @@ class CropProcessorMixin(BaseMultiModalProcessor):
     ) -> list[str]:
         position_ids = self.crop_config.position_ids
         return [
-            _hash_with_request(image_hash, decision.request, position_ids)
+            plan_fields.hash_with_request(image_hash, decision.request, position_ids)
             for image_hash, decision in zip(image_hashes, decisions, strict=True)
         ]
 
@@ -226,15 +147,19 @@ class CropProcessorMixin(BaseMultiModalProcessor):
         data = super()._apply_hf_processor_main(mm_items, plain)
         if items is not None and items.decisions:
             plans = [decision.compression for decision in items.decisions]
-            data[ASSIGNMENT] = [_assignment(plan) for plan in plans]
-            data[POSITIONS] = [_positions(plan) for plan in plans]
-            data[IMAGE_KEY] = [_image_key(image_hash) for image_hash in items.image_hashes]
+            data[plan_fields.ASSIGNMENT] = [plan_fields.assignment(plan) for plan in plans]
+            data[plan_fields.POSITIONS] = [plan_fields.positions(plan) for plan in plans]
+            data[plan_fields.IMAGE_KEY] = [
+                plan_fields.image_key(image_hash) for image_hash in items.image_hashes
+            ]
         return data
 
     def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]) -> Any:
         _, plain = _split(hf_processor_mm_kwargs)
         fields = super()._get_mm_fields_config(hf_inputs, plain)
-        ours = {name: MultiModalFieldConfig.batched("image", keep_on_cpu=True) for name in CROP_FIELDS}
+        ours = {
+            name: MultiModalFieldConfig.batched("image", keep_on_cpu=True) for name in plan_fields.CROP_FIELDS
+        }
         return {**fields, **ours}
 
     def _get_prompt_updates(
@@ -261,35 +186,6 @@ def _split(kwargs: Mapping[str, object]) -> tuple[Any, dict[str, object]]:
     return plain.pop(CROP_KEY, None), plain
 
 
-def _hash_with_request(image_hash: str, request: ImageRequest, position_ids: str) -> str:
-    """Images not compressed keep the hash stock vLLM gives them; any region gets a key of its own.
-
-    Position ids do not change an image's embeddings, but the KV entries that are found by this hash.
-    """
-    request_key = request.cache_key()
-    if request_key is None:
-        return image_hash
-    key = repr((image_hash, request_key, position_ids))
-    return hashlib.blake2b(key.encode(), digest_size=32).hexdigest()
-
-
-def _assignment(plan: TokenPlan | None) -> torch.Tensor:
-    return torch.tensor([] if plan is None else plan.assignment(), dtype=torch.int32)
-
-
-def _positions(plan: TokenPlan | None) -> torch.Tensor:
-    positions = [] if plan is None else [embedding.position for embedding in plan.embeddings]
-    return torch.tensor(positions, dtype=torch.int32)
-
-
-def _image_key(image_hash: str) -> torch.Tensor:
-    if not image_hash:
-        return torch.empty(0, dtype=torch.int64)
-    digest = hashlib.blake2b(image_hash.encode(), digest_size=16).digest()
-    words = [int.from_bytes(digest[start : start + 8], "big", signed=True) for start in (0, 8)]
-    return torch.tensor(words, dtype=torch.int64)
-
-
 def _with_planned_count(update: PromptUpdate, out_mm_kwargs: Any) -> PromptUpdate:
     if update.modality != "image" or not isinstance(update, PromptReplacement):
         return update
@@ -297,7 +193,7 @@ def _with_planned_count(update: PromptUpdate, out_mm_kwargs: Any) -> PromptUpdat
 
     def planned_replacement(item_idx: int) -> Any:
         full = full_replacement(item_idx) if callable(full_replacement) else full_replacement
-        planned = len(out_mm_kwargs["image"][item_idx][POSITIONS].data)
+        planned = len(out_mm_kwargs["image"][item_idx][plan_fields.POSITIONS].data)
         return full[:planned] if planned else full
 
     return replace(update, replacement=planned_replacement)

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A server prepared to evict: two tensor-parallel workers, the shared-memory image cache, prefix caching."""
+
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from tests.e2e.conftest import MODEL, OPTIONS, metric
+from tests.e2e.test_serve import EVERY_TOKEN, FIRST, SECOND, SQUARE, STEPS, WIDE, chat, expected, messages
+from tests.reference import HfLlava
+from vllm_crop.benchmarking.server import Server, serve
+from vllm_crop.budget import Method, retained_per_stage
+
+pytestmark = pytest.mark.e2e
+
+RATE = 0.667
+CROP = {"method": "ilp", "eviction_layers": [2], "pruning_rate": RATE}
+METHODS: tuple[Method, ...] = ("off", "plc", "ilp", "plc+ilp")
+
+
+@pytest.fixture(scope="module")
+def server(deep_checkpoint: Path, logs: Path) -> Iterator[Server]:
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    one_core_each = {"VLLM_CPU_OMP_THREADS_BIND": "|".join(str(core) for core in cores)}
+    options = (
+        *("--crop-config", json.dumps(CROP), "--tensor-parallel-size", "2"),
+        *("--mm-processor-cache-type", "shm", "--max-num-batched-tokens", "512"),
+    )
+    options_without_budget = OPTIONS[: OPTIONS.index("--max-num-batched-tokens")]
+    log_path = logs / "evicting.log"
+    with serve(
+        str(deep_checkpoint), *options, *options_without_budget, log_path=log_path, env=one_core_each
+    ) as running:
+        yield running
+    assert "Traceback" not in log_path.read_text()
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.base_url}/v1", api_key="unused", max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def hf(deep_checkpoint: Path) -> HfLlava:
+    return HfLlava(deep_checkpoint)
+
+
+def answer_of(hf: HfLlava, image: Any, region: Any, method: Method) -> str:
+    """What must be served."""
+    pruned = None if method == "off" else region
+    stages = (2,) if "ilp" in method else ()
+    return expected(hf, [image], [pruned], RATE, method=method, eviction_layers=stages)[0]
+
+
+def test_the_server_says_what_eviction_saves(server: Server) -> None:
+    log = server.log_path.read_text()
+    assert "KV cache groups: 4 (layers 0-1: 1 x 2; layers 2-7: 3 x 2)." in log
+    assert "of plain vLLM's KV memory" in log
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_on_one_server(client: openai.OpenAI, hf: HfLlava, method: Method) -> None:
+    """Twice: the second time everything but the last block comes from the prefix cache."""
+    for _ in range(2):
+        response = chat(client, [SQUARE], {"regions": FIRST.as_lists(), "method": method})
+        assert response.parse().choices[0].message.content == answer_of(hf, SQUARE, FIRST, method)
+    counts = retained_per_stage(576, RATE, method, 8, (2,) if "ilp" in method else ())
+    facts = json.loads(response.headers["x-crop-facts"])["images"][0]
+    assert facts["tokens_after_plc"] == counts[0]
+    assert facts["tokens_avg"] == pytest.approx((2 * counts[0] + 6 * counts[-1]) / 8, abs=0.01)
+
+
+def test_all_at_once(client: openai.OpenAI, hf: HfLlava) -> None:
+    asked = [
+        (image, region, method)
+        for image in (SQUARE, WIDE)
+        for region in (FIRST, SECOND)
+        for method in METHODS
+    ]
+
+    def ask(question: tuple[Any, Any, Method]) -> str:
+        image, region, method = question
+        response = chat(client, [image], {"regions": region.as_lists(), "method": method})
+        return str(response.parse().choices[0].message.content)
+
+    with ThreadPoolExecutor(len(asked)) as pool:
+        answers = list(pool.map(ask, asked))
+    assert answers == [answer_of(hf, *question) for question in asked]
+
+
+def test_clients_that_hang_up_leave_nothing_behind(
+    client: openai.OpenAI, hf: HfLlava, server: Server
+) -> None:
+    for region in (FIRST, SECOND, FIRST):
+        stream = chat(client, [WIDE], {"regions": region.as_lists()}, stream=True).parse()
+        next(iter(stream))
+        stream.close()
+    response = chat(client, [WIDE], {"regions": SECOND.as_lists()})
+    assert response.parse().choices[0].message.content == answer_of(hf, WIDE, SECOND, "ilp")
+    assert metric(server, "vllm:num_requests_running") == 0
+    assert metric(server, "vllm:kv_cache_usage_perc") == 0
+
+
+def test_several_answers_to_one_prompt(client: openai.OpenAI, hf: HfLlava) -> None:
+    completion = client.chat.completions.create(
+        model=MODEL,
+        messages=messages(SQUARE),
+        max_tokens=STEPS,
+        n=3,
+        temperature=1,
+        extra_body={**EVERY_TOKEN, "crop": {"regions": SECOND.as_lists()}, "top_k": 1},
+    )
+    answer = answer_of(hf, SQUARE, SECOND, "ilp")
+    assert [choice.message.content for choice in completion.choices] == [answer] * 3
+
+
+def test_structured_output(client: openai.OpenAI) -> None:
+    completion = client.chat.completions.create(
+        model=MODEL,
+        messages=messages(SQUARE),
+        max_tokens=8,
+        temperature=0,
+        extra_body={"crop": {"regions": FIRST.as_lists()}, "structured_outputs": {"choice": ["yes", "no"]}},
+    )
+    assert completion.choices[0].message.content in ("yes", "no")
+
+
+def test_prompt_logprobs_are_refused_where_they_would_be_made_up(client: openai.OpenAI, hf: HfLlava) -> None:
+    crop = {"regions": FIRST.as_lists()}
+    with pytest.raises(openai.BadRequestError, match="prompt_logprobs: not possible") as caught:
+        client.chat.completions.create(
+            model=MODEL,
+            messages=messages(SQUARE),
+            max_tokens=1,
+            extra_body={"crop": crop, "prompt_logprobs": 1},
+        )
+    assert caught.value.status_code == 400
+    unpruned = client.chat.completions.create(
+        model=MODEL,
+        messages=messages(SQUARE),
+        max_tokens=1,
+        extra_body={"crop": {"method": "off"}, "prompt_logprobs": 1},
+    )
+    assert len(unpruned.prompt_logprobs or ()) > 576  # type: ignore[attr-defined]
+
+
+def test_a_rate_these_layers_cannot_meet_is_refused(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="eviction from layer 2 of 8") as caught:
+        chat(client, [SQUARE], {"regions": FIRST.as_lists(), "pruning_rate": 0.9})
+    assert caught.value.param == "crop.pruning_rate"

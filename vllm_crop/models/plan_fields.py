@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a plan travels to the worker: tensors beside an image's pixels, and the key of what comes of them."""
+
+import hashlib
+
+import torch
+
+from vllm_crop.params import ImageRequest
+from vllm_crop.plan import TokenPlan
+
+ASSIGNMENT, POSITIONS, IMAGE_KEY = "crop_assignment", "crop_positions", "crop_image_key"
+CROP_FIELDS = (ASSIGNMENT, POSITIONS, IMAGE_KEY)
+
+
+def hash_with_request(image_hash: str, request: ImageRequest, position_ids: str) -> str:
+    """Images not compressed keep the hash stock vLLM gives them; any region gets a key of its own.
+
+    Position ids do not change an image's embeddings, but the KV entries that are found by this hash.
+    """
+    request_key = request.cache_key()
+    if request_key is None:
+        return image_hash
+    key = repr((image_hash, request_key, position_ids))
+    return hashlib.blake2b(key.encode(), digest_size=32).hexdigest()
+
+
+def assignment(plan: TokenPlan | None) -> torch.Tensor:
+    """`[num_tokens]`, or empty for an image that is not compressed."""
+    return torch.tensor([] if plan is None else plan.assignment(), dtype=torch.int32)
+
+
+def positions(plan: TokenPlan | None) -> torch.Tensor:
+    """`[num_embeddings]`, or empty for an image that is not compressed."""
+    indices = [] if plan is None else [embedding.position for embedding in plan.embeddings]
+    return torch.tensor(indices, dtype=torch.int32)
+
+
+def image_key(image_hash: str) -> torch.Tensor:
+    """Two 64-bit words that name the image's pixels, or empty for an image not to be remembered."""
+    if not image_hash:
+        return torch.empty(0, dtype=torch.int64)
+    digest = hashlib.blake2b(image_hash.encode(), digest_size=16).digest()
+    words = [int.from_bytes(digest[start : start + 8], "big", signed=True) for start in (0, 8)]
+    return torch.tensor(words, dtype=torch.int64)
