@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random requests for the soak: what is asked, for how long, and what becomes of it; all from one seed."""
 
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Any, Literal
 
@@ -50,17 +51,26 @@ class SoakRequest:
     fate: Fate
 
 
-def make_catalogue(rng: Random, size: int, num_images: int = 12) -> list[Question]:
-    """`size` questions about few images, so that caches are hit with the same and with other masks."""
-    images = [noise_image(900 + index, *rng.choice(SIZES)) for index in range(num_images)]
-    texts_only = [Question(text=text) for text in TEXTS_ONLY]
-    return [*texts_only, *(_question(rng, images) for _ in range(size - len(texts_only)))]
+class Load:
+    """Requests drawn from a catalogue of questions about few images."""
 
+    def __init__(self, rng: Random, num_questions: int, num_images: int = 12) -> None:
+        self.rng = rng
+        images = [noise_image(900 + index, *rng.choice(SIZES)) for index in range(num_images)]
+        self.catalogue = [Question(text=text) for text in TEXTS_ONLY]
+        while len(self.catalogue) < num_questions:
+            question = _question(rng, images)
+            # The other question shares its prefix, mask and all.
+            self.catalogue += [question, replace(question, text=rng.choice(TEXTS), after_image="\n")]
+        self.recent: deque[Question] = deque(maxlen=6)
 
-def make_request(rng: Random, catalogue: Sequence[Question]) -> SoakRequest:
-    """Any question of the catalogue; short answers are as likely as long ones."""
-    (fate,) = rng.choices(list(FATES), weights=list(FATES.values()))
-    return SoakRequest(rng.choice(catalogue), rng.randint(1, LONGEST_ANSWER), fate)
+    def next(self) -> SoakRequest:
+        """Half of the time a question asked a moment ago, so that its blocks may still be cached."""
+        again = self.recent and self.rng.random() < 0.5
+        question = self.rng.choice(self.recent if again else self.catalogue)
+        self.recent.append(question)
+        (fate,) = self.rng.choices(list(FATES), weights=list(FATES.values()))
+        return SoakRequest(question, self.rng.randint(1, LONGEST_ANSWER), fate)
 
 
 def _question(rng: Random, images: Sequence[Image.Image]) -> Question:

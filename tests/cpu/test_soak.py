@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 
 from tests.cpu.conftest import Engine, ReferenceFor, _answer
-from tests.cpu.test_parity import difference
-from tests.soak_requests import LONGEST_ANSWER, Fate, SoakRequest, make_catalogue, make_request
+from tests.soak_requests import LONGEST_ANSWER, Fate, Load, SoakRequest
 
 pytestmark = pytest.mark.vllm_runtime
 
@@ -139,7 +138,7 @@ class Soak:
         self.engine, self.watch, self.reference_for, self.rng = engine, watch, reference_for, rng
         self.core = engine.llm.llm_engine
         self.scheduler = engine.scheduler
-        self.catalogue = make_catalogue(rng, NUM_QUESTIONS)
+        self.load = Load(rng, NUM_QUESTIONS)
         self.live: dict[str, SoakRequest] = {}
         self.counts = watch.counts
         self.worst = 0.0
@@ -160,10 +159,10 @@ class Soak:
 
     def add_some(self) -> None:
         """Mostly none or one, now and then as many as may live at once."""
-        wanted = self.rng.choices((0, 1, 2, MOST_LIVE), weights=(60, 25, 10, 5))[0]
+        wanted = self.rng.choices((0, 1, 2, MOST_LIVE), weights=(40, 35, 15, 10))[0]
         for _ in range(min(wanted, MOST_LIVE - len(self.live))):
             req_id = self.rng.choice([req_id for req_id in IDS if req_id not in self.live])
-            asked = make_request(self.rng, self.catalogue)
+            asked = self.load.next()
             self.add(req_id, asked)
             self.counts["requests"] += 1
             if self.counts["requests"] % 50 == 0:
@@ -243,12 +242,34 @@ def keep_request_id(request: Any) -> None:
     request.external_req_id = request.request_id
 
 
+def keep_pixels(mm_features: Any, *_: Any, **__: Any) -> Any:
+    """Instead of vLLM's `strip_covered_mm_data`, which takes from a request the images it finds cached.
+
+    V1 never gets them back: resumed after a preemption, with the cache gone, such a request ends the engine
+    ("Encoder cache miss"; without eviction too). V2 is sent resumed requests anew.
+    """
+    return mm_features
+
+
+@pytest.fixture(scope="module")
+def engines() -> list[Engine]:
+    """Keeps them: when one is deleted, vLLM may end the process group that all of them share."""
+    return []
+
+
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_soak(
-    name: str, deep_checkpoint: Path, deep_reference_for: ReferenceFor, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    deep_checkpoint: Path,
+    deep_reference_for: ReferenceFor,
+    engines: list[Engine],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     crop, options = CONFIGURATIONS[name]
     engine = Engine(deep_checkpoint, crop, max_model_len=1280, **options)
+    engines.append(engine)
+    if not ON_V2:
+        monkeypatch.setattr("vllm.v1.core.sched.output.strip_covered_mm_data", keep_pixels)
     monkeypatch.setattr(engine.llm.llm_engine.input_processor, "assign_request_id", keep_request_id)
     watch = KVWatch(engine.scheduler, monkeypatch)
     soak = Soak(engine, watch, deep_reference_for, Random(f"{SEED} {name}"))

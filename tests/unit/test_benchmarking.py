@@ -15,17 +15,26 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from vllm_crop.benchmarking import kv
+from vllm_crop.benchmarking.decode import DecodeOutcome, StepTimes
+from vllm_crop.benchmarking.decode_report import decode_json, print_decode, summarize_steps
 from vllm_crop.benchmarking.kv import KVCapacity, KVSampler, KVUsage, metric_sum
 from vllm_crop.benchmarking.load import bench_arguments
 from vllm_crop.benchmarking.machine import Machine, git_revision, provenance
-from vllm_crop.benchmarking.prefill import ModelShape, prefill_flops
-from vllm_crop.benchmarking.report import ideal_ratio, print_report, table, write_report
+from vllm_crop.benchmarking.options import Options
+from vllm_crop.benchmarking.prefill import ModelShape, ideals, prefill_flops
+from vllm_crop.benchmarking.report import print_report, write_report
 from vllm_crop.benchmarking.runs import Mode, Run, RunError, RunSpec, schedule
 from vllm_crop.benchmarking.server import Server, ServerError, get_text, log_tail, serve
-from vllm_crop.benchmarking.session import Options, Outcome
+from vllm_crop.benchmarking.session import Outcome
 from vllm_crop.benchmarking.summary import Ratio, mean_prompt_tokens, summarize
+from vllm_crop.benchmarking.tables import ideal_table, table
+from vllm_crop.benchmarking.view_times import ViewTimes, time_views
 from vllm_crop.cli import app
+from vllm_crop.errors import CropError
+from vllm_crop.eviction.grouping import predict_grouping
+from vllm_crop.eviction.late_view import LateView, RunningEvictions
 from vllm_crop.geometry import Box, Region
+from vllm_crop.vision_geometry import VisionGeometry, geometry_from_configs
 
 METRICS = """\
 # HELP vllm:kv_cache_usage_perc KV-cache usage. 1 means 100 percent usage.
@@ -73,8 +82,8 @@ def make_run(mode: Mode, concurrency: int = 1, repeat: int = 0, **numbers: Any) 
         tpot_p50_ms=40.0,
         prompt_tokens=600.0,
         output_tokens=8.0,
-        kv_tokens=608.0,
         kv_peak_blocks=20,
+        kv_peak_tokens=640.0,
         kv_samples=50,
         prefix_hit_tokens=0.0,
         image_hits=0.0,
@@ -88,21 +97,38 @@ def make_options(tmp_path: Path, **settings: Any) -> Options:
         model=None,
         region=Region((Box(0.25, 0.25, 0.5, 0.5),)),
         pruning_rate=0.75,
+        methods=("plc", "ilp"),
+        eviction_layers=(2,),
         concurrencies=(1, 4),
         num_prompts=16,
         repeats=3,
         output_len=8,
         seed=0,
-        stock=False,
+        stock=True,
         serve_args=(),
         folder=tmp_path,
     )
     return Options(**{**values, **settings})
 
 
+def llava_of(layers: int) -> VisionGeometry:
+    config = {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "vision_config": {"image_size": 336, "patch_size": 14},
+        "text_config": {"num_hidden_layers": layers},
+    }
+    return geometry_from_configs(
+        config, {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}
+    )
+
+
 def make_outcome(*runs: Run) -> Outcome:
-    machine = Machine("a CPU", True, 2, 0.5)
-    return Outcome(machine, ModelShape(2, 4, 8), KVCapacity(100, 32), (("vllm", "serve"),), runs)
+    machine, shape = Machine("a CPU", True, 2, 0.5), ModelShape(4, 4, 8)
+    crop, stock = KVCapacity(200, 32, 16.0), KVCapacity(100, 32, 32.0)
+    capacities: dict[Mode, KVCapacity] = {"stock": stock, "off": crop, "plc": crop, "ilp": crop}
+    tokens: dict[Mode, list[int]] = {"stock": [576] * 4, "off": [576] * 4, "plc": [144] * 4}
+    paper = ideals(shape, {**tokens, "ilp": [576, 576, 10, 10]}, text_tokens=24)
+    return Outcome(machine, shape, capacities, paper, (("vllm", "serve"),), runs)
 
 
 class TestSchedule:
@@ -129,7 +155,7 @@ class TestLoad:
         arguments = bench_arguments(spec, self.SERVER, 16, 8, body)
         pairs = dict(zip(arguments[:-2:2], arguments[1:-2:2], strict=True))
         assert json.loads(pairs["--extra-body"]) == {
-            "crop": {"regions": [[[0.25, 0.25, 0.5, 0.5]]], "pruning_rate": 0.75}
+            "crop": {"method": "plc", "regions": [[[0.25, 0.25, 0.5, 0.5]]], "pruning_rate": 0.75}
         }
         assert (pairs["--seed"], pairs["--max-concurrency"], pairs["--num-prompts"]) == ("7", "4", "16")
         # Both would put the first request into the caches before it is measured.
@@ -139,6 +165,34 @@ class TestLoad:
         options = make_options(tmp_path)
         assert options.extra_body("off") == {"crop": {"method": "off"}}
         assert options.extra_body("stock") == {}
+        assert options.extra_body("ilp")["crop"]["method"] == "ilp"
+
+
+class TestOptions:
+    def test_modes_and_what_the_server_prepares_for(self, tmp_path: Path) -> None:
+        options = make_options(tmp_path)
+        assert options.modes == ("stock", "off", "plc", "ilp")
+        assert json.loads(options.crop_arguments[-1]) == {"eviction_layers": [2]}
+        alone = make_options(tmp_path, methods=("plc",), stock=False)
+        assert alone.modes == ("off", "plc")
+        assert json.loads(alone.crop_arguments[-1]) == {"eviction_layers": []}
+
+    def test_plans_meet_one_budget_by_different_layers(self, tmp_path: Path) -> None:
+        options, geometry = make_options(tmp_path, methods=("plc", "ilp", "plc+ilp")), llava_of(12)
+        per_layer = {mode: options.plan(mode, geometry).tokens_per_layer(12) for mode in options.modes}
+        assert per_layer["stock"] == per_layer["off"] == [576] * 12
+        assert per_layer["plc"] == [144] * 12
+        assert per_layer["ilp"][:3] == [576, 576, 58]
+        assert 144 < per_layer["plc+ilp"][0] < 576
+        for mode in options.methods:
+            assert sum(per_layer[mode]) / 12 == pytest.approx(144, abs=0.5)
+
+    def test_layers_that_cannot_meet_the_budget(self, tmp_path: Path) -> None:
+        options = make_options(tmp_path, eviction_layers=(11,))
+        with pytest.raises(CropError, match=r"0\.75"):
+            options.plan("ilp", llava_of(12))
+        with pytest.raises(CropError, match="6 decoder layers"):
+            options.plan("ilp", llava_of(6))
 
 
 class TestRun:
@@ -158,17 +212,17 @@ class TestRun:
     }
 
     def test_reads_what_vllm_saves(self) -> None:
-        run = Run.from_result(RunSpec("off", 1, 0, 0), self.RESULT, KVUsage(20, 9), 32.0, 1.0)
-        assert (run.requests, run.prompt_tokens, run.output_tokens, run.kv_tokens) == (4, 626.0, 8.0, 634.0)
+        run = Run.from_result(RunSpec("off", 1, 0, 0), self.RESULT, KVUsage(20, 640.0, 9), 32.0, 1.0)
+        assert (run.requests, run.prompt_tokens, run.output_tokens) == (4, 626.0, 8.0)
         assert (run.requests_per_s, run.ttft_p50_ms, run.ttft_p99_ms) == (2.0, 250.0, 300.0)
-        assert (run.kv_peak_blocks, run.kv_samples) == (20, 9)
+        assert (run.kv_peak_blocks, run.kv_peak_tokens, run.kv_samples) == (20, 640.0, 9)
         assert (run.prefix_hit_tokens, run.image_hits) == (32.0, 1.0)
         assert run.ttfts_ms == (250.0, 300.0, 200.0, 240.0)
 
     def test_failed_requests_are_an_error_with_the_first_reason(self) -> None:
         result = {**self.RESULT, "failed": 1, "errors": ["", "Bad Request: crop.regions"]}
         with pytest.raises(RunError, match=r"concurrency 4, plc, repeat 1: 1 requests failed.*crop\.regions"):
-            Run.from_result(RunSpec("plc", 4, 0, 0), result, KVUsage(0, 0))
+            Run.from_result(RunSpec("plc", 4, 0, 0), result, KVUsage(0, 0.0, 0))
 
 
 class TestKV:
@@ -180,10 +234,14 @@ class TestKV:
 
     def test_capacity_leaves_out_the_null_block(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(kv, "get_text", lambda url: METRICS)
-        assert KVCapacity.of_server("http://x") == KVCapacity(blocks=100, block_size=32)
+        assert KVCapacity.of_server("http://x") == KVCapacity(100, 32, 32)
         monkeypatch.setattr(kv, "get_text", lambda url: "")
         with pytest.raises(ServerError, match="cache_config_info"):
             KVCapacity.of_server("http://x")
+
+    def test_blocks_of_some_layers_hold_fewer_tokens(self) -> None:
+        grouping = predict_grouping(12, (2,), 32)  # six groups of two layers
+        assert KVCapacity(100, 32, 32).of_grouping(grouping) == KVCapacity(100, 32, 32 / 6)
 
     def test_sampler_keeps_the_peak_and_survives_a_missed_answer(
         self, monkeypatch: pytest.MonkeyPatch
@@ -202,20 +260,33 @@ class TestKV:
 
         monkeypatch.setattr(kv, "get_text", fake_get)
         monkeypatch.setattr(kv, "SAMPLE_INTERVAL_S", 0.001)
-        with KVSampler("http://x", KVCapacity(40, 32)) as sampler:
+        with KVSampler("http://x", KVCapacity(40, 32, 8.0)) as sampler:
             assert enough.wait(10)
-        assert sampler.usage().peak_blocks == 20
+        assert (sampler.usage().peak_blocks, sampler.usage().peak_tokens) == (20, 160.0)
         assert sampler.usage().samples >= 4
 
 
 class TestPrefill:
     def test_formula(self) -> None:
         # 2 layers, n=3, d=4, m=8: 4*3*16 + 2*9*4 + 3*3*4*8 = 192 + 72 + 288.
-        assert prefill_flops(ModelShape(2, 4, 8), 3) == 2 * 552
+        assert prefill_flops(ModelShape(2, 4, 8), [3, 3]) == 2 * 552
 
     def test_attention_makes_it_grow_faster_than_the_prompt(self) -> None:
         shape = ModelShape(32, 4096, 11008)
-        assert 5.0 < prefill_flops(shape, 640) / prefill_flops(shape, 128) < 5.3
+        assert 5.0 < prefill_flops(shape, [640] * 32) / prefill_flops(shape, [128] * 32) < 5.3
+
+    def test_layers_count_one_by_one(self) -> None:
+        shape = ModelShape(2, 4, 8)
+        each = prefill_flops(shape, [7]) + prefill_flops(shape, [3])
+        assert prefill_flops(shape, [7, 3]) == each != prefill_flops(shape, [5, 5])
+
+    def test_ideals_are_shares_of_the_unpruned_prompt(self) -> None:
+        found = ideals(ModelShape(2, 4, 8), {"off": [90, 90], "ilp": [90, 0]}, text_tokens=10)
+        assert (found["off"].prefill_flops, found["off"].kv_tokens) == (1.0, 1.0)
+        assert found["ilp"].kv_tokens == pytest.approx(0.55)
+        shape = ModelShape(2, 4, 8)
+        share = prefill_flops(shape, [100, 10]) / prefill_flops(shape, [100, 100])
+        assert found["ilp"].prefill_flops == pytest.approx(share)
 
 
 class TestSummary:
@@ -226,17 +297,20 @@ class TestSummary:
         assert list(summary.medians) == ["off", "plc"]
         assert summary.medians["off"]["requests_per_s"] == 2.0
         # Pair by pair: 4/1, 6/2, 8/3.
-        assert summary.ratios["plc/off"]["requests_per_s"] == Ratio(3.0, 8 / 3, 4.0)
+        assert summary.reference == "off"
+        assert summary.ratios["plc"]["requests_per_s"] == Ratio(3.0, 8 / 3, 4.0)
 
     def test_nothing_to_divide_by(self) -> None:
-        (summary,) = summarize([make_run("off", kv_peak_blocks=0), make_run("plc")])
-        assert summary.ratios["plc/off"]["kv_peak_blocks"] is None
-        assert summary.ratios["plc/off"]["kv_tokens"] == Ratio(1.0, 1.0, 1.0)
+        (summary,) = summarize([make_run("off", kv_peak_tokens=0.0), make_run("plc")])
+        assert summary.ratios["plc"]["kv_peak_tokens"] is None
+        assert summary.ratios["plc"]["requests_per_s"] == Ratio(1.0, 1.0, 1.0)
 
-    def test_stock_is_the_reference_of_off(self) -> None:
-        (summary,) = summarize([make_run("off"), make_run("plc"), make_run("stock")])
-        assert list(summary.medians) == ["stock", "off", "plc"]
-        assert list(summary.ratios) == ["plc/off", "off/stock"]
+    def test_stock_is_the_reference_of_all_where_it_was_measured(self) -> None:
+        modes: tuple[Mode, ...] = ("plc+ilp", "off", "plc", "stock", "ilp")
+        (summary,) = summarize([make_run(mode) for mode in modes])
+        assert summary.reference == "stock"
+        assert list(summary.medians) == ["stock", "off", "plc", "ilp", "plc+ilp"]
+        assert list(summary.ratios) == ["off", "plc", "ilp", "plc+ilp"]
 
     def test_mean_prompt_tokens_weighs_by_requests(self) -> None:
         runs = [
@@ -248,27 +322,48 @@ class TestSummary:
 
 class TestReport:
     RUNS = (
-        make_run("off", 1, 0),
-        make_run("plc", 1, 0, requests_per_s=2.345, prompt_tokens=120.0),
-        make_run("off", 1, 1),
-        make_run("plc", 1, 1, requests_per_s=3.0, prompt_tokens=120.0),
+        make_run("stock", 8, 0),
+        make_run("off", 8, 0),
+        make_run("plc", 8, 0, requests_per_s=2.345, prompt_tokens=168.0),
+        make_run("ilp", 8, 0, requests_per_s=2.5, ttft_p50_ms=300.0),
+        make_run("stock", 8, 1),
+        make_run("off", 8, 1, requests_per_s=0.9),
+        make_run("plc", 8, 1, requests_per_s=3.0, prompt_tokens=168.0),
+        make_run("ilp", 8, 1, requests_per_s=2.5, ttft_p50_ms=270.0),
     )
 
-    def test_table_fits_a_terminal_of_80_columns(self, tmp_path: Path) -> None:
+    def test_tables_fit_a_terminal_of_80_columns(self, tmp_path: Path) -> None:
         console = Console(width=80, record=True, file=(tmp_path / "out").open("w"))
-        console.print(table(summarize(self.RUNS)))
+        (summary,) = summarize(self.RUNS)
+        both = make_run("plc+ilp", 8, 0), make_run("plc+ilp", 8, 1, ttft_p50_ms=1.0)
+        console.print(table(summarize([*self.RUNS, *both]), prepared=True))
+        console.print(ideal_table(summary, make_outcome().ideals, prepared=True))
         text = console.export_text()
-        assert "plc / off" in text
-        assert "2.67x" in text
-        assert "2.35-3.00" in text
+        for part in ("plc / stock", "plc+ilp / stock", "off, prepared", "2.67x", "2.35-3.00"):
+            assert part in text
         assert "…" not in text
+
+    def test_paper_stands_beside_what_was_measured(self, tmp_path: Path) -> None:
+        console = Console(width=80, record=True, file=(tmp_path / "out").open("w"))
+        (summary,) = summarize(self.RUNS)
+        console.print(ideal_table(summary, make_outcome().ideals, prepared=True))
+        (line,) = [line for line in console.export_text().splitlines() if line.startswith("ilp")]
+        # TTFT 300 and 270 of 900 ms; 600, 600, 34 and 34 of 600 tokens by layer.
+        for part in ("2 x 576, 2 x 10", "0.32x", "0.53x"):
+            assert part in line
+
+    def test_unprepared_servers_are_not_called_prepared(self, tmp_path: Path) -> None:
+        console = Console(width=80, record=True, file=(tmp_path / "out").open("w"))
+        console.print(table(summarize(self.RUNS), prepared=False))
+        assert "prepared" not in console.export_text()
 
     def test_printed_report_names_the_setting(self, tmp_path: Path) -> None:
         console = Console(width=200, record=True, file=(tmp_path / "out").open("w"))
         print_report(console, make_options(tmp_path), make_outcome(*self.RUNS), provenance())
-        text = console.export_text()
-        for part in ("2 layers of 4", "a CPU, 2 CPU cores", "600 prompt tokens full, 120 pruned", "of 100,"):
+        text = " ".join(console.export_text().split())
+        for part in ("4 layers of 4", "a CPU, 2 CPU cores", "600 off, 168 plc", "eviction layers [2]"):
             assert part in text
+        assert "100 blocks of 32 such tokens and 200 blocks of 16 such tokens" in text
         assert "Caches answered" not in text
 
     def test_cache_hits_are_told(self, tmp_path: Path) -> None:
@@ -282,11 +377,13 @@ class TestReport:
         outcome = make_outcome(*self.RUNS)
         write_report(path, make_options(tmp_path), outcome, provenance())
         report = json.loads(path.read_text())
-        assert len(report["runs"]) == 4
-        assert report["runs"][1]["spec"] == {"mode": "plc", "concurrency": 1, "repeat": 0, "seed": 0}
+        assert len(report["runs"]) == 8
+        assert report["runs"][2]["spec"] == {"mode": "plc", "concurrency": 8, "repeat": 0, "seed": 0}
         assert report["runs"][0]["ttfts_ms"] == [900.0, 1000.0]
-        assert report["summary"][0]["ratios"]["plc/off"]["requests_per_s"]["high"] == 3.0
-        assert report["ideal_prefill_flops_ratio"] == ideal_ratio(outcome)
+        assert report["summary"][0]["reference"] == "stock"
+        assert report["summary"][0]["ratios"]["plc"]["requests_per_s"]["high"] == 3.0
+        assert report["ideals"]["ilp"]["kv_tokens"] == outcome.ideals["ilp"].kv_tokens
+        assert report["kv"]["off"]["tokens_per_block"] == 16.0
         assert report["provenance"]["versions"]["python"]
         assert report["machine"]["device"] == "a CPU"
         assert [name.name for name in path.parent.iterdir()] == ["result.json"]
@@ -309,7 +406,64 @@ class TestReport:
         assert git_revision(nested) is None
 
 
+class TestDecode:
+    STEPS = tuple(
+        StepTimes(case, running, repeat, 60, milliseconds + repeat, 9.0)
+        for repeat in (0, 1)
+        for running in (1, 64)
+        for case, milliseconds in (("stock", 4.0), ("prepared", 5.0), ("evicting", 6.0))
+    )
+
+    def test_each_repeat_is_compared_with_stock_of_its_own(self) -> None:
+        summaries = summarize_steps(self.STEPS)
+        assert [(one.running, one.case) for one in summaries[:4]] == [
+            (1, "stock"),
+            (1, "prepared"),
+            (1, "evicting"),
+            (64, "stock"),
+        ]
+        # 6/4 and 7/5.
+        assert summaries[2].ratio == Ratio(pytest.approx(1.45), 1.4, 1.5)
+        assert summaries[2].added_ms == 2.0
+
+    def test_report_names_the_setting(self, tmp_path: Path) -> None:
+        console = Console(width=80, record=True, file=(tmp_path / "out").open("w"))
+        views = (ViewTimes(64, 15.2, 14.0, 20.0),)
+        outcome = DecodeOutcome(Machine("a CPU", True, 2, 0.5), 4, (130, 130, 40), 100, self.STEPS, views)
+        print_decode(console, outcome)
+        text = " ".join(console.export_text().split())
+        for part in ("2 x 130, 1 x 40", "4 KV cache groups", "100 text tokens", "64 running: 15 us (14-20)"):
+            assert part in text
+        assert "1.45x" in text
+        report = decode_json(outcome, provenance())
+        assert len(report["steps"]) == 12
+        assert json.loads(json.dumps(report))["summary"][2]["added_ms"] == 2.0
+
+    def test_views_are_timed_past_the_evicted_tokens(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        seen: list[tuple[int, list[LateView]]] = []
+        real = RunningEvictions.views
+
+        def views(self: RunningEvictions, slots: Any, computed: Any, scheduled: Any) -> list[LateView]:
+            found = real(self, slots, computed, scheduled)
+            seen.append((int(computed[0]), found))
+            return found
+
+        monkeypatch.setattr(RunningEvictions, "views", views)
+        (times,) = time_views([3], num_stages=2)
+        assert times.running == 3
+        assert 0 < times.p10_us <= times.median_us <= times.p90_us
+        computed, (first, second) = seen[0]
+        assert list(first.seq_lens) == [computed + 1 - 250] * 3
+        assert list(second.seq_lens) == [computed + 1 - 500] * 3
+        assert not first.drops_rows
+
+
 class TestCommand:
+    def test_unknown_method(self) -> None:
+        result = CliRunner().invoke(app, ["bench", "--method", "fast"])
+        assert result.exit_code == 2
+        assert "fast: not of" in result.output
+
     def test_fewer_requests_than_in_flight(self) -> None:
         result = CliRunner().invoke(app, ["bench", "--num-prompts", "4"])
         assert result.exit_code == 2
@@ -358,8 +512,8 @@ class TestServe:
             pytest.fail("not reached")
 
     def test_timeout_stops_it(self, stand_in: Path) -> None:
-        expected = pytest.raises(ServerError, match=r"not ready after 1 s(.|\n)*arguments:")
-        with expected, serve("m", "--hang", log_path=stand_in, ready_timeout_s=1.0):
+        expected = pytest.raises(ServerError, match=r"not ready after 3 s(.|\n)*arguments:")
+        with expected, serve("m", "--hang", log_path=stand_in, ready_timeout_s=3.0):
             pytest.fail("not reached")
 
     def test_sigterm_stops_it_too(self, stand_in: Path) -> None:

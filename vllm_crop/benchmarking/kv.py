@@ -4,25 +4,34 @@
 import re
 import threading
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
 
 from vllm_crop.benchmarking.server import ServerError, get_text
+from vllm_crop.eviction.grouping import KVGrouping
 
 SAMPLE_INTERVAL_S = 0.2
 
 
 @dataclass(frozen=True)
 class KVCapacity:
-    """The KV cache of one engine. One block is vLLM's null block and never used."""
+    """The KV cache of one engine.
+
+    Attributes:
+        blocks: without vLLM's null block, which is never used.
+        block_size: tokens in a block of plain vLLM.
+        tokens_per_block: tokens whose KV of all layers takes the memory of a block: `block_size` in plain
+            vLLM, fewer where a block serves a group of the layers.
+    """
 
     blocks: int
     block_size: int
+    tokens_per_block: float
 
     @classmethod
     def of_server(cls, base_url: str) -> Self:
-        """Read `vllm:cache_config_info`.
+        """Read `vllm:cache_config_info`, taking the server for plain vLLM.
 
         Raises:
             ServerError: the server publishes no such metric.
@@ -31,7 +40,12 @@ class KVCapacity:
         labels = dict(re.findall(r'(\w+)="([^"]*)"', found[1])) if found else {}
         if not {"num_gpu_blocks", "block_size"} <= labels.keys():
             raise ServerError(f"{base_url}/metrics has no vllm:cache_config_info with num_gpu_blocks")
-        return cls(int(labels["num_gpu_blocks"]) - 1, int(labels["block_size"]))
+        block_size = int(labels["block_size"])
+        return cls(int(labels["num_gpu_blocks"]) - 1, block_size, block_size)
+
+    def of_grouping(self, grouping: KVGrouping) -> Self:
+        """The same with a server's KV cache groups."""
+        return replace(self, tokens_per_block=grouping.block_layer_tokens / grouping.num_layers)
 
 
 def blocks_in_use(base_url: str, capacity: KVCapacity) -> int:
@@ -45,9 +59,13 @@ def blocks_in_use(base_url: str, capacity: KVCapacity) -> int:
 
 @dataclass(frozen=True)
 class KVUsage:
-    """The most blocks running requests held in any of a run's samples."""
+    """The most that running requests held in any of a run's samples.
+
+    `peak_tokens`: tokens whose KV of all layers takes the same memory.
+    """
 
     peak_blocks: int
+    peak_tokens: float
     samples: int
 
 
@@ -81,7 +99,8 @@ class KVSampler:
         The peak only: a mean over time would be wrong, because the gauge still shows the state before it
         during a long prefill.
         """
-        return KVUsage(max(self._values, default=0), len(self._values))
+        peak = max(self._values, default=0)
+        return KVUsage(peak, peak * self.capacity.tokens_per_block, len(self._values))
 
     def _sample(self) -> None:
         while not self._stop.wait(SAMPLE_INTERVAL_S):

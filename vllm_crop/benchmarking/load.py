@@ -15,10 +15,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, ParamSpec, Self, TypeVar
 
+from vllm_crop.benchmarking.options import IMAGE_SIDE
 from vllm_crop.benchmarking.runs import RunError, RunSpec
 from vllm_crop.benchmarking.server import HOST, Server
 
-IMAGE_SIDE = 336
 QUESTION_TOKENS = 16
 
 _P = ParamSpec("_P")
@@ -28,12 +28,15 @@ _T = TypeVar("_T")
 class Client:
     """A process that has vLLM loaded and calls functions, one after the other."""
 
-    def __init__(self, log_path: Path) -> None:
+    def __init__(self, log_path: Path, env: Mapping[str, str] | None = None) -> None:
         log_path.parent.mkdir(parents=True, exist_ok=True)
         log_path.write_bytes(b"")
         self.log_path = log_path
         self._pool = ProcessPoolExecutor(
-            max_workers=1, mp_context=get_context("spawn"), initializer=_prepare, initargs=(str(log_path),)
+            max_workers=1,
+            mp_context=get_context("spawn"),
+            initializer=_prepare,
+            initargs=(str(log_path), env or {}),
         )
 
     def __enter__(self) -> Self:
@@ -101,7 +104,8 @@ def run_bench(arguments: list[str]) -> dict[str, Any]:
     return result
 
 
-def _prepare(log_path: str) -> None:
+def _prepare(log_path: str, env: Mapping[str, str]) -> None:
+    os.environ.update(env)
     log = os.open(log_path, os.O_WRONLY | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)

@@ -3,30 +3,20 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from vllm_crop.benchmarking.kv import SAMPLE_INTERVAL_S
-from vllm_crop.benchmarking.prefill import prefill_flops
-from vllm_crop.benchmarking.session import Options, Outcome
-from vllm_crop.benchmarking.summary import Ratio, Summary, mean_prompt_tokens, summarize
-
-# Field of Run -> column title and decimals.
-COLUMNS = {
-    "requests_per_s": ("req/s", 2),
-    "output_tokens_per_s": ("output\ntok/s", 1),
-    "ttft_p50_ms": ("TTFT p50\nms", 0),
-    "ttft_p99_ms": ("TTFT p99\nms", 0),
-    "kv_peak_blocks": ("KV peak\nblocks", 0),
-    "kv_tokens": ("KV tokens\na request", 0),
-}
+from vllm_crop.benchmarking.options import Options
+from vllm_crop.benchmarking.session import Outcome
+from vllm_crop.benchmarking.summary import mean_prompt_tokens, summarize
+from vllm_crop.benchmarking.tables import ideal_table, table
 
 
 def print_report(console: Console, options: Options, outcome: Outcome, origin: Mapping[str, Any]) -> None:
@@ -37,26 +27,10 @@ def print_report(console: Console, options: Options, outcome: Outcome, origin: M
     notes = Table.grid(padding=(0, 1, 0, 0))
     for note in _notes(options, outcome):
         notes.add_row("-", Text(note))
-    console.print(heading, "", table(summarize(outcome.runs)), "", notes)
-
-
-def table(summaries: Sequence[Summary]) -> Table:
-    """A row per concurrency and mode, and one per comparison with its spread below."""
-    shown = Table(box=SIMPLE_HEAD, show_edge=False, padding=0)
-    shown.add_column("in\nflight", justify="right", no_wrap=True)
-    shown.add_column("mode", no_wrap=True)
-    for title, _ in COLUMNS.values():
-        shown.add_column(title, justify="right", no_wrap=True)
-    for summary in summaries:
-        for mode, values in summary.medians.items():
-            numbers = [f"{values[field]:.{digits}f}" for field, (_, digits) in COLUMNS.items()]
-            shown.add_row(str(summary.concurrency), mode, *numbers)
-        for pair, ratios in summary.ratios.items():
-            shown.add_row(
-                "", pair.replace("/", " / "), *(_ratio_text(ratios[f]) for f in COLUMNS), style="bold"
-            )
-        shown.add_section()
-    return shown
+    summaries = summarize(outcome.runs)
+    prepared = bool(options.stages)
+    console.print(heading, "", table(summaries, prepared), "")
+    console.print(ideal_table(summaries[0], outcome.ideals, prepared), "", notes)
 
 
 def write_report(path: Path, options: Options, outcome: Outcome, origin: Mapping[str, Any]) -> None:
@@ -64,9 +38,15 @@ def write_report(path: Path, options: Options, outcome: Outcome, origin: Mapping
     report = {
         "provenance": origin,
         **_setting(options, outcome),
+        "ideals": {mode: asdict(ideal) for mode, ideal in outcome.ideals.items()},
         "summary": [asdict(summary) for summary in summarize(outcome.runs)],
         "runs": [asdict(run) for run in outcome.runs],
     }
+    write_json(path, report)
+
+
+def write_json(path: Path, report: Mapping[str, Any]) -> None:
+    """Write all of it or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(json.dumps(report, indent=2) + "\n")
@@ -78,13 +58,14 @@ def _setting(options: Options, outcome: Outcome) -> dict[str, Any]:
     return {
         "machine": asdict(outcome.machine),
         "model": _model_name(options),
-        "shape": outcome.shape and asdict(outcome.shape),
-        "kv": asdict(outcome.capacity),
-        "ideal_prefill_flops_ratio": ideal_ratio(outcome),
+        "shape": asdict(outcome.shape),
+        "kv": {mode: asdict(capacity) for mode, capacity in outcome.capacities.items()},
         "server_commands": [list(command) for command in outcome.server_commands],
         "requests": {
             "region": options.region.as_lists(),
             "pruning_rate": options.pruning_rate,
+            "methods": options.methods,
+            "eviction_layers": options.stages,
             "num_prompts": options.num_prompts,
             "repeats": options.repeats,
             "output_len": options.output_len,
@@ -93,33 +74,17 @@ def _setting(options: Options, outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _ratio_text(ratio: Ratio | None) -> str:
-    if ratio is None:
-        return "-"
-    spread = f"\n{ratio.low:.2f}-{ratio.high:.2f}" if ratio.low < ratio.high else ""
-    return f"{ratio.median:.2f}x{spread}"
-
-
-def ideal_ratio(outcome: Outcome) -> float | None:
-    """Prefill FLOPs of the language model, pruned over full; None for an unknown model."""
-    if outcome.shape is None:
-        return None
-    tokens = mean_prompt_tokens(outcome.runs)
-    return prefill_flops(outcome.shape, tokens["plc"]) / prefill_flops(outcome.shape, tokens["off"])
-
-
 def _heading(options: Options, outcome: Outcome, origin: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     machine, tokens, versions = outcome.machine, mean_prompt_tokens(outcome.runs), origin["versions"]
-    yield "model", _model_name(options) + (f", {outcome.shape}" if outcome.shape else "")
+    yield "model", f"{_model_name(options)}, {outcome.shape}"
     busy = f"load average {machine.load_before:.1f} before the start"
     yield "machine", f"{machine.device}, {machine.cores} CPU cores, {busy}"
     yield "software", f"vLLM {versions.get('vllm', '?')}, vllm-crop {versions.get('vllm-crop', '?')}"
-    yield (
-        "requests",
-        f"{tokens['off']:.0f} prompt tokens full, {tokens['plc']:.0f} pruned "
-        f"(pruning rate {options.pruning_rate:.3f}), {options.output_len} output tokens; "
-        f"{options.num_prompts} a run, {options.repeats} repeats",
-    )
+    prompts = ", ".join(f"{tokens[mode]:.0f} {mode}" for mode in options.modes)
+    yield "requests", f"prompt tokens: {prompts}; {options.output_len} output tokens"
+    evicting = f", eviction layers {list(options.stages)}" if options.stages else ""
+    yield "pruning", f"rate {options.pruning_rate:.3f}{evicting}"
+    yield "runs", f"{options.num_prompts} requests each, {options.repeats} repeats, modes in turn"
 
 
 def _notes(options: Options, outcome: Outcome) -> Iterator[str]:
@@ -128,20 +93,30 @@ def _notes(options: Options, outcome: Outcome) -> Iterator[str]:
         f"The p99 of {options.num_prompts} requests is about the slowest one."
     )
     if options.stock:
-        yield "The stock server ran after the other one: drift of the machine is part of off / stock."
-    capacity = outcome.capacity
-    yield (
-        f"KV peak: blocks of {capacity.block_size} tokens that running requests held at once, of "
-        f"{capacity.blocks}, sampled every {SAMPLE_INTERVAL_S} s from vllm:kv_cache_usage_perc. "
-        "KV tokens: prompt and output."
-    )
-    if (ideal := ideal_ratio(outcome)) is not None:
+        yield "stock: vLLM without the plugin, a server of its own. It was up all the time, as was the other."
+    if options.stages:
         yield (
-            f"On paper, prefill in the language model takes {ideal:.2f}x the FLOPs. Vision tower, decoding "
-            "and HTTP take what they took."
+            "off, prepared: unpruned requests on the server that is prepared for eviction. Pruned ones are "
+            "served by it too."
         )
+    yield (
+        "KV peak: memory that running requests held at once, in tokens with the KV of all layers, sampled "
+        f"every {SAMPLE_INTERVAL_S} s from vllm:kv_cache_usage_perc. {_blocks_note(outcome)}"
+    )
+    yield (
+        "On paper: the language model's prefill, and KV of the prompt without rounding up to blocks. Vision "
+        "tower, decoding and HTTP take what they took."
+    )
     if any(run.prefix_hit_tokens or run.image_hits for run in outcome.runs):
         yield "Caches answered parts of some requests: prefix_hit_tokens and image_hits in the JSON."
+
+
+def _blocks_note(outcome: Outcome) -> str:
+    served = {c.tokens_per_block: c for c in outcome.capacities.values()}
+    sizes = " and ".join(
+        f"{c.blocks} blocks of {c.tokens_per_block:.3g} such tokens" for c in served.values()
+    )
+    return f"The servers have {sizes}." if len(served) > 1 else f"There are {sizes}."
 
 
 def _model_name(options: Options) -> str:

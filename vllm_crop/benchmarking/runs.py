@@ -9,7 +9,8 @@ from typing import Any, Literal, Self
 from vllm_crop.benchmarking.kv import KVUsage
 from vllm_crop.errors import CropError
 
-Mode = Literal["off", "plc", "stock"]  # full, pruned, and full on a server without the plugin
+# Unpruned on a server without the plugin, unpruned on the plugin's, and its methods.
+Mode = Literal["stock", "off", "plc", "ilp", "plc+ilp"]
 WARM_UP = -1
 
 
@@ -40,14 +41,14 @@ class RunSpec:
 
 
 def schedule(modes: Sequence[Mode], concurrencies: Sequence[int], repeats: int, seed: int) -> list[RunSpec]:
-    """All runs in order: modes side by side, their order turned around in every other pair.
+    """All runs in order: modes side by side, their order turned around in every other set.
 
     A machine that slows down or speeds up meanwhile then touches all modes alike.
     """
     specs: list[RunSpec] = []
-    for pair, (repeat, concurrency) in enumerate(itertools.product(range(repeats), concurrencies)):
+    for number, (repeat, concurrency) in enumerate(itertools.product(range(repeats), concurrencies)):
         # One flip more per repeat, or with two concurrencies each would always see the same order.
-        flipped = (pair + repeat * (len(concurrencies) + 1)) % 2 == 1
+        flipped = (number + repeat * (len(concurrencies) + 1)) % 2 == 1
         for mode in reversed(modes) if flipped else modes:
             specs.append(RunSpec(mode, concurrency, repeat, seed + len(specs)))
     return specs
@@ -57,8 +58,9 @@ def schedule(modes: Sequence[Mode], concurrencies: Sequence[int], repeats: int, 
 class Run:
     """The numbers of one run.
 
-    Tokens are means per request; `kv_tokens` is what a request holds in the KV cache at its end, prompt and
-    output together. `prefix_hit_tokens` and `image_hits` count what caches answered: both should be 0.
+    Tokens are means per request; `kv_peak_tokens` is the memory all requests in flight held at once, in
+    tokens with the KV of all layers. `prefix_hit_tokens` and `image_hits` count what caches answered: both
+    should be 0.
     """
 
     spec: RunSpec
@@ -71,8 +73,8 @@ class Run:
     tpot_p50_ms: float
     prompt_tokens: float
     output_tokens: float
-    kv_tokens: float
     kv_peak_blocks: int
+    kv_peak_tokens: float
     kv_samples: int
     prefix_hit_tokens: float
     image_hits: float
@@ -109,8 +111,8 @@ class Run:
             tpot_p50_ms=result["median_tpot_ms"],
             prompt_tokens=result["total_input_tokens"] / requests,
             output_tokens=result["total_output_tokens"] / requests,
-            kv_tokens=(result["total_input_tokens"] + result["total_output_tokens"]) / requests,
             kv_peak_blocks=kv.peak_blocks,
+            kv_peak_tokens=kv.peak_tokens,
             kv_samples=kv.samples,
             prefix_hit_tokens=prefix_hit_tokens,
             image_hits=image_hits,

@@ -1,12 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A whole benchmark: model, server, warm-up, runs, report."""
+"""A whole benchmark: model, servers, warm-up, runs."""
 
-import os
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -14,41 +10,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from vllm_crop.benchmarking.kv import KVCapacity, KVSampler, metric_sum
 from vllm_crop.benchmarking.load import Client, bench_arguments, run_bench
 from vllm_crop.benchmarking.machine import Machine, describe_machine
-from vllm_crop.benchmarking.prefill import ModelShape, read_shape
+from vllm_crop.benchmarking.options import Options
+from vllm_crop.benchmarking.prefill import Ideal, ModelShape, ideals, read_shape
 from vllm_crop.benchmarking.runs import WARM_UP, Mode, Run, RunError, RunSpec, schedule
-from vllm_crop.benchmarking.server import Server, get_text, log_tail, serve
-from vllm_crop.dummy_llava import BENCH, make_checkpoint
-from vllm_crop.geometry import Region
-
-# Both are polled several times a second.
-QUIET = ("--disable-access-log-for-endpoints", "/health,/metrics")
-MAX_MODEL_LEN = 2048
-CPU_KV_GIB = 2
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the command line decides; `model` None is the dummy model."""
-
-    model: str | None
-    region: Region
-    pruning_rate: float
-    concurrencies: tuple[int, ...]
-    num_prompts: int
-    repeats: int
-    output_len: int
-    seed: int
-    stock: bool
-    serve_args: tuple[str, ...]
-    folder: Path
-
-    def extra_body(self, mode: Mode) -> dict[str, Any]:
-        """What a request of this mode carries besides prompt and image."""
-        if mode == "stock":
-            return {}
-        if mode == "off":
-            return {"crop": {"method": "off"}}
-        return {"crop": {"regions": [self.region.as_lists()], "pruning_rate": self.pruning_rate}}
+from vllm_crop.benchmarking.server import get_text, log_tail
+from vllm_crop.benchmarking.summary import mean_prompt_tokens
+from vllm_crop.benchmarking.targets import Target, started, what_to_serve
+from vllm_crop.checkpoint_files import load_geometry
 
 
 @dataclass(frozen=True)
@@ -56,82 +24,63 @@ class Outcome:
     """Everything that was measured."""
 
     machine: Machine
-    shape: ModelShape | None
-    capacity: KVCapacity
+    shape: ModelShape
+    capacities: dict[Mode, KVCapacity]
+    ideals: dict[Mode, Ideal]
     server_commands: tuple[tuple[str, ...], ...]
     runs: tuple[Run, ...]
+
+
+def progress_bar(console: Console) -> Progress:
+    """What is running, how much of it is done, for how long; gone when all is done."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, transient=True)
 
 
 def run_benchmark(options: Options, console: Console) -> Outcome:
     """Serve, warm up, measure, stop.
 
     Raises:
-        CropError: server or load generator failed; the message says how and where the log is.
+        CropError: the model cannot be pruned like this, or server or load generator failed; the message says
+            how and where the log is.
     """
     with Client(options.folder / "client.log") as client:
         with console.status("loading vLLM"):
             machine = client.call(describe_machine)
-            model, args, env = _what_to_serve(options, machine, client)
-            shape = None
-            with suppress(Exception):  # a model transformers does not know by itself: only the ideal is lost
-                shape = client.call(read_shape, model)
-        args = (*QUIET, *args)
-        log_path = options.folder / "server.log"
-        with serve(model, "--plugin", "crop", *args, log_path=log_path, env=env, console=console) as server:
-            capacity = KVCapacity.of_server(server.base_url)
-            runs = _measure(options, ("off", "plc"), server, capacity, client, console)
-            commands = [server.command]
-        if options.stock:
-            log_path = options.folder / "stock_server.log"
-            with serve(model, *args, log_path=log_path, env=env, console=console) as server:
-                capacity_stock = KVCapacity.of_server(server.base_url)
-                runs += _measure(options, ("stock",), server, capacity_stock, client, console)
-                commands.append(server.command)
-    return Outcome(machine, shape, capacity, tuple(commands), tuple(runs))
+            to_serve = what_to_serve(options, machine, client)
+        geometry = load_geometry(to_serve.model)
+        plans = {mode: options.plan(mode, geometry) for mode in options.modes}
+        shape = client.call(read_shape, to_serve.model)
+        with started(options, to_serve, shape.layers, client, console) as targets:
+            runs = _measure(options, targets, client, console)
+    per_layer = {mode: plan.tokens_per_layer(shape.layers) for mode, plan in plans.items()}
+    text_tokens = mean_prompt_tokens(runs)["off"] - per_layer["off"][0]
+    return Outcome(
+        machine,
+        shape,
+        {mode: target.capacity for mode, target in targets.items()},
+        ideals(shape, per_layer, text_tokens),
+        tuple(dict.fromkeys(target.server.command for target in targets.values())),
+        tuple(runs),
+    )
 
 
-def _what_to_serve(
-    options: Options, machine: Machine, client: Client
-) -> tuple[str, tuple[str, ...], dict[str, str]]:
-    if options.model is not None:
-        return options.model, options.serve_args, {}
-    model = str(client.call(make_checkpoint, options.folder / "model", BENCH, weights=False))
-    args = ["--load-format", "dummy", "--max-model-len", str(MAX_MODEL_LEN)]
-    # The dummy's vocabulary is so small that random questions begin alike now and then. The prefix cache
-    # would answer those beginnings, a larger share of the pruned prompts.
-    args.append("--no-enable-prefix-caching")
-    env = {}
-    if machine.is_cpu:
-        # Compiling takes a minute longer and gains 5 percent; blocks as small as the CPU allows show KV use
-        # most exactly.
-        args += ["--dtype", "float32", "--enforce-eager", "--block-size", "32"]
-        env["VLLM_CPU_KVCACHE_SPACE"] = os.environ.get("VLLM_CPU_KVCACHE_SPACE", str(CPU_KV_GIB))
-    return model, (*args, *options.serve_args), env
-
-
-def _measure(
-    options: Options,
-    modes: Sequence[Mode],
-    server: Server,
-    capacity: KVCapacity,
-    client: Client,
-    console: Console,
-) -> list[Run]:
-    specs = schedule(modes, options.concurrencies, options.repeats, options.seed)
+def _measure(options: Options, targets: Mapping[Mode, Target], client: Client, console: Console) -> list[Run]:
+    specs = schedule(options.modes, options.concurrencies, options.repeats, options.seed)
     most = max(options.concurrencies)
     # The first requests in each mode pay for kernels, allocations and thread pools.
-    warm_ups = [RunSpec(mode, most, WARM_UP, options.seed + len(specs) + i) for i, mode in enumerate(modes)]
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    first_seed = options.seed + len(specs)
+    warm_ups = [RunSpec(mode, most, WARM_UP, first_seed + i) for i, mode in enumerate(options.modes)]
     runs = []
-    with Progress(*columns, console=console, transient=True) as progress:
+    with progress_bar(console) as progress:
         task = progress.add_task("", total=len(warm_ups) + len(specs))
         for spec in warm_ups:
             progress.update(task, description=str(spec))
-            _run(options, spec, most, server, capacity, client)
+            _run(options, spec, most, targets[spec.mode], client)
             progress.advance(task)
         for spec in specs:
             progress.update(task, description=str(spec))
-            run = _run(options, spec, options.num_prompts, server, capacity, client)
+            run = _run(options, spec, options.num_prompts, targets[spec.mode], client)
             runs.append(run)
             progress.advance(task)
             numbers = f"{run.requests_per_s:.2f} req/s, TTFT p50 {run.ttft_p50_ms:.0f} ms"
@@ -139,13 +88,12 @@ def _measure(
     return runs
 
 
-def _run(
-    options: Options, spec: RunSpec, num_prompts: int, server: Server, capacity: KVCapacity, client: Client
-) -> Run:
+def _run(options: Options, spec: RunSpec, num_prompts: int, target: Target, client: Client) -> Run:
+    server = target.server
     arguments = bench_arguments(spec, server, num_prompts, options.output_len, options.extra_body(spec.mode))
     try:
         before = get_text(f"{server.base_url}/metrics")
-        with KVSampler(server.base_url, capacity) as sampler:
+        with KVSampler(server.base_url, target.capacity) as sampler:
             result = client.call(run_bench, arguments)
         after = get_text(f"{server.base_url}/metrics")
         hits = [

@@ -4,6 +4,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import get_args
 
 from vllm_crop.benchmarking.runs import Mode, Run
 
@@ -12,10 +13,9 @@ FIELDS = (
     "output_tokens_per_s",
     "ttft_p50_ms",
     "ttft_p99_ms",
-    "kv_peak_blocks",
-    "kv_tokens",
+    "tpot_p50_ms",
+    "kv_peak_tokens",
 )
-COMPARISONS: tuple[tuple[Mode, Mode], ...] = (("plc", "off"), ("off", "stock"))
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,15 @@ class Summary:
     """All runs at one concurrency.
 
     Attributes:
+        reference: the mode compared with: stock vLLM where that was measured.
         medians: per mode, per field of Run.
-        ratios: per "mode/mode", per field of Run; None where nothing was measured to divide by.
+        ratios: per other mode, per field of Run; None where nothing was measured to divide by.
     """
 
     concurrency: int
+    reference: Mode
     medians: dict[Mode, dict[str, float]]
-    ratios: dict[str, dict[str, Ratio | None]]
+    ratios: dict[Mode, dict[str, Ratio | None]]
 
 
 def summarize(runs: Sequence[Run]) -> list[Summary]:
@@ -63,17 +65,15 @@ def _summarize(runs: Sequence[Run]) -> Summary:
     by_mode: dict[Mode, dict[int, Run]] = {}
     for run in runs:
         by_mode.setdefault(run.spec.mode, {})[run.spec.repeat] = run
-    order = [mode for mode in ("stock", "off", "plc") if mode in by_mode]
+    reference, *others = [mode for mode in get_args(Mode) if mode in by_mode]
     medians = {
         mode: {field: median(getattr(run, field) for run in by_mode[mode].values()) for field in FIELDS}
-        for mode in order
+        for mode in (reference, *others)
     }
     ratios = {
-        f"{upper}/{lower}": {field: _ratio(field, by_mode[upper], by_mode[lower]) for field in FIELDS}
-        for upper, lower in COMPARISONS
-        if upper in by_mode and lower in by_mode
+        mode: {field: _ratio(field, by_mode[mode], by_mode[reference]) for field in FIELDS} for mode in others
     }
-    return Summary(runs[0].spec.concurrency, medians, ratios)
+    return Summary(runs[0].spec.concurrency, reference, medians, ratios)
 
 
 def _ratio(field: str, upper: Mapping[int, Run], lower: Mapping[int, Run]) -> Ratio | None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vllm-crop bench`: throughput, time to first token and KV use, full against pruned."""
+"""`vllm-crop bench`: throughput, time to first token and KV memory, pruned against stock vLLM."""
 
 import shlex
 from importlib.util import find_spec
@@ -9,14 +9,25 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from vllm_crop.benchmarking.decode import measure_decode
+from vllm_crop.benchmarking.decode_report import decode_json, print_decode
 from vllm_crop.benchmarking.machine import provenance
-from vllm_crop.benchmarking.report import print_report, write_report
-from vllm_crop.benchmarking.session import Options, run_benchmark
-from vllm_crop.commands.region_options import parse_regions
+from vllm_crop.benchmarking.options import Options
+from vllm_crop.benchmarking.report import print_report, write_json, write_report
+from vllm_crop.benchmarking.session import run_benchmark
+from vllm_crop.budget import Method
+from vllm_crop.commands.region_options import (
+    DEFAULTS,
+    EvictionLayersOption,
+    parse_regions,
+    request_for_image,
+)
 from vllm_crop.errors import CropError
 from vllm_crop.geometry import Region
 
 DEFAULT_REGION = ["0.375,0.375,0.625,0.625"]  # the four cells in the middle of the 8x8 grid
+METHODS: tuple[Method, ...] = ("plc", "ilp", "plc+ilp")
+DEFAULT_METHODS: list[str] = list(METHODS)
 DEFAULT_CONCURRENCY = [1, 4, 8]
 
 
@@ -38,40 +49,54 @@ def bench(
     pruning_rate: Annotated[
         float,
         typer.Option(min=0, max=0.99, help="Fraction of the visual tokens that pruned requests remove."),
-    ] = 5 / 6,
+    ] = DEFAULTS.pruning_rate,
+    method: Annotated[
+        list[str],
+        typer.Option(metavar="|".join(METHODS), help="A way of pruning to measure; repeat it for several."),
+    ] = DEFAULT_METHODS,
+    eviction_layers: EvictionLayersOption = None,
     concurrency: Annotated[
         list[int], typer.Option(min=1, help="Requests in flight; repeat it for several.")
     ] = DEFAULT_CONCURRENCY,
     num_prompts: Annotated[
         int, typer.Option(min=1, help="Requests per run: mode, concurrency, repeat.")
     ] = 16,
-    repeats: Annotated[int, typer.Option(min=1, help="Pairs of runs per concurrency.")] = 3,
+    repeats: Annotated[
+        int, typer.Option(min=1, help="Runs of each mode per concurrency, all modes in turn.")
+    ] = 3,
     output_len: Annotated[int, typer.Option(min=2, help="Tokens each request generates.")] = 8,
     seed: Annotated[int, typer.Option(help="First seed of the random images and questions.")] = 0,
     stock: Annotated[
         bool,
-        typer.Option("--stock", help="Measure a server without the plugin too, after the others."),
+        typer.Option(help="Compare with a server without the plugin, beside the other one."),
+    ] = True,
+    decode: Annotated[
+        bool,
+        typer.Option("--decode", help="Measure what eviction costs a decode step instead, in a minute."),
     ] = False,
     serve_args: Annotated[
         str, typer.Option(metavar="ARGS", help="More options for `vllm serve`, as one quoted string.")
     ] = "",
     result_file: Annotated[
-        Path, typer.Option(help="Where the JSON goes; logs are written beside it.")
-    ] = Path("build/bench/result.json"),
+        Path | None,
+        typer.Option(
+            help="Where the JSON goes; logs are written beside it. build/bench/result.json where left out, "
+            "decode.json with --decode."
+        ),
+    ] = None,
 ) -> None:
-    """Measure what pruning saves: requests/s, time to first token and KV blocks, full against pruned.
+    """Measure what pruning saves: requests/s, time to first token and KV memory, against stock vLLM.
 
-    Starts one `vllm serve --plugin crop` on this machine and loads it with vLLM's own `vllm bench serve`: a
-    random image per request, never the same one twice. Full ("off") and pruned ("plc") runs take turns on
-    that server, so a machine that is busy with other things slows both alike. Takes five to eight minutes on
-    two CPU cores.
+    Starts two `vllm serve` on this machine, with `--plugin crop` and without, and loads them with vLLM's own
+    `vllm bench serve`: a random image per request, never the same one twice. Runs of all modes take turns, so
+    a machine that is busy with other things slows them alike. Takes about ten minutes on two CPU cores.
 
     \b
-    A quick look, in two minutes:
+    A quick look, in three minutes:
       vllm-crop bench --concurrency 1 --repeats 1
-    Is "off" as fast as vLLM without the plugin?
-      vllm-crop bench --stock
-    Your own model; its speed needs no weights:
+    What does eviction cost while answers are generated?
+      vllm-crop bench --decode
+    Your own model; its speed needs no weights, but both servers must fit:
       vllm-crop bench --model llava-hf/llava-1.5-7b-hf \\
         --serve-args "--load-format dummy" --concurrency 32 --num-prompts 128
     """
@@ -84,11 +109,16 @@ def bench(
         raise typer.BadParameter(
             f"{num_prompts} requests cannot keep {max(concurrency)} in flight", param_hint="--num-prompts"
         )
-    console = Console(highlight=False)
+    if wrong := set(method).difference(METHODS):
+        raise typer.BadParameter(f"{', '.join(sorted(wrong))}: not of {METHODS}", param_hint="--method")
+    request = request_for_image(None, pruning_rate, DEFAULTS.compression, "ilp", eviction_layers)
+    result_file = result_file or Path("build/bench") / ("decode.json" if decode else "result.json")
     options = Options(
         model=model,
         region=parse_regions(region, None) or Region.whole(),
         pruning_rate=pruning_rate,
+        methods=tuple(one for one in METHODS if one in method),
+        eviction_layers=request.eviction_layers,
         concurrencies=tuple(dict.fromkeys(concurrency)),
         num_prompts=num_prompts,
         repeats=repeats,
@@ -98,9 +128,9 @@ def bench(
         serve_args=tuple(shlex.split(serve_args)),
         folder=result_file.parent,
     )
-    origin = provenance()
+    console = Console(highlight=False)
     try:
-        outcome = run_benchmark(options, console)
+        (_run_decode if decode else _run_load)(options, result_file, console)
     except CropError as error:
         console.print(f"The benchmark failed: {error}", style="red", markup=False)
         console.print("Options for the server go into --serve-args; they win over the benchmark's own.")
@@ -108,6 +138,18 @@ def bench(
     except KeyboardInterrupt:
         console.print("Stopped, and the server with it.")
         raise typer.Exit(130) from None
+    console.print(f"Every single run: {result_file}", markup=False)
+
+
+def _run_load(options: Options, result_file: Path, console: Console) -> None:
+    origin = provenance()
+    outcome = run_benchmark(options, console)
     write_report(result_file, options, outcome, origin)
     print_report(console, options, outcome, origin)
-    console.print(f"Every single run: {result_file}", markup=False)
+
+
+def _run_decode(options: Options, result_file: Path, console: Console) -> None:
+    origin = provenance()
+    outcome = measure_decode(options, console)
+    write_json(result_file, decode_json(outcome, origin))
+    print_decode(console, outcome)

@@ -27,7 +27,8 @@ class Answer:
         prompt_tokens: from the usage.
         facts: the `x-crop-facts` header.
         ttft_ms: from sending the request to the first streamed token.
-        kv_blocks: KV blocks in use while the answer was generated, from /metrics; 0 if not looked at.
+        kv_blocks: the most KV blocks in use while the answer was generated, from /metrics; 0 if not looked
+            at. Blocks of one server are all the same size.
     """
 
     text: str

@@ -128,6 +128,9 @@ class PrunedKVCacheManager(SingleTypeKVCacheManager):
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         """Publish blocks that `num_tokens` tokens have filled; partly filled ones follow a step later."""
         request_id = request.request_id
+        published = self._num_published.get(request_id, 0)
+        if num_tokens <= published:  # most steps of decoding
+            return
         blocks = self.req_to_blocks[request_id]
         hash_size = self.block_pool.hash_block_size
         hashes = prefix_cache.StageHashes(request.block_hashes, hash_size, self.stage, self.block_size)
@@ -135,13 +138,12 @@ class PrunedKVCacheManager(SingleTypeKVCacheManager):
         for index in range(num_cached, num_full):
             self._publish(hashes.full_block_hash(index), blocks[index])
         self.num_cached_block[request_id] = max(num_cached, num_full)
-        published = self._num_published.get(request_id, 0)
         step = self.cache_hit_alignment_tokens
         for prefix in range(published - published % step + step, num_tokens + 1, step):
             if (tail := hashes.tail_hash(prefix)) is not None:
                 index = hashes.num_kept(prefix) // self.block_size
                 self._new_tails.append(prefix_cache.Tail(tail, request_id, index, blocks[index]))
-        self._num_published[request_id] = max(published, num_tokens)
+        self._num_published[request_id] = num_tokens
 
     def new_step_starts(self) -> None:
         """Publish the last step's tails: a copy of one made in its own step would come before its content."""

@@ -34,6 +34,8 @@ class PromptEviction:
 
     def num_evicted(self, stage: int, num_tokens: int) -> int:
         """How many of the first `num_tokens` tokens the stage runs without."""
+        if num_tokens >= self.end:  # all of decoding, which asks many times a step
+            return len(self.evicted[stage])
         return int(np.searchsorted(self.evicted[stage], num_tokens))
 
     def num_kept(self, stage: int, num_tokens: int) -> int:

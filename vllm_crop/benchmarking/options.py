@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the command line of `vllm-crop bench` decides, and what follows from it for server and requests."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_crop.benchmarking.runs import Mode
+from vllm_crop.budget import BudgetError, Method, check_eviction_layers, method_evicts
+from vllm_crop.geometry import Region
+from vllm_crop.image_plan import plan_image
+from vllm_crop.params import ImageRequest, InvalidCropError
+from vllm_crop.plan import TokenPlan
+from vllm_crop.vision_geometry import VisionGeometry
+
+IMAGE_SIDE = 336
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line decides; `model` None is the dummy model."""
+
+    model: str | None
+    region: Region
+    pruning_rate: float
+    methods: tuple[Method, ...]
+    eviction_layers: tuple[int, ...]
+    concurrencies: tuple[int, ...]
+    num_prompts: int
+    repeats: int
+    output_len: int
+    seed: int
+    stock: bool
+    serve_args: tuple[str, ...]
+    folder: Path
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """The eviction layers the server prepares for; none if no method evicts."""
+        return self.eviction_layers if any(map(method_evicts, self.methods)) else ()
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        """What is compared, the references first."""
+        stock: tuple[Mode, ...] = ("stock",) if self.stock else ()
+        return (*stock, "off", *self.methods)
+
+    @property
+    def crop_arguments(self) -> tuple[str, ...]:
+        """What asks for the plugin on the command line of `vllm serve`."""
+        return ("--plugin", "crop", "--crop-config", json.dumps({"eviction_layers": self.stages}))
+
+    def extra_body(self, mode: Mode) -> dict[str, Any]:
+        """What a request of this mode carries besides prompt and image."""
+        if mode == "stock":
+            return {}
+        if mode == "off":
+            return {"crop": {"method": "off"}}
+        regions = [self.region.as_lists()]
+        return {"crop": {"method": mode, "regions": regions, "pruning_rate": self.pruning_rate}}
+
+    def plan(self, mode: Mode, geometry: VisionGeometry) -> TokenPlan:
+        """What becomes of the image of such a request.
+
+        Raises:
+            BudgetError: the model cannot evict at these layers, or they leave too little of the budget.
+        """
+        method: Method = "off" if mode == "stock" else mode
+        region = None if method == "off" else self.region
+        stages = self.stages if method_evicts(method) else ()
+        if stages:
+            check_eviction_layers(stages, geometry.num_layers)
+        request = ImageRequest(region, self.pruning_rate, "pool", method, stages)
+        try:
+            return plan_image(geometry, IMAGE_SIDE, IMAGE_SIDE, request).tokens
+        except InvalidCropError as error:
+            raise BudgetError(str(error).removeprefix(f"{error.parameter}: ")) from None

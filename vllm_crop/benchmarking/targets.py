@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The servers a benchmark loads: one with the plugin and, beside it, stock vLLM."""
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from vllm_crop.benchmarking.kv import KVCapacity
+from vllm_crop.benchmarking.load import Client
+from vllm_crop.benchmarking.machine import Machine
+from vllm_crop.benchmarking.options import Options
+from vllm_crop.benchmarking.runs import Mode
+from vllm_crop.benchmarking.server import Server, serve
+from vllm_crop.dummy_llava import BENCH, make_checkpoint
+from vllm_crop.eviction.grouping import KVGrouping
+
+# Both are polled several times a second.
+QUIET = ("--disable-access-log-for-endpoints", "/health,/metrics")
+MAX_MODEL_LEN = 2048
+CPU_KV_GIB = 2
+SHARE_OF_TWO = "0.45"  # of the device's memory
+
+
+@dataclass(frozen=True)
+class ToServe:
+    """What both servers have in common."""
+
+    model: str
+    args: tuple[str, ...]
+    env: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A running server and its KV cache."""
+
+    server: Server
+    capacity: KVCapacity
+
+
+def what_to_serve(options: Options, machine: Machine, client: Client) -> ToServe:
+    """The user's model as it is, or the dummy model with settings that show its prefill."""
+    # Both servers are up at once, so that their runs can take turns; an idle one takes memory only.
+    share = ("--gpu-memory-utilization", SHARE_OF_TWO) if options.stock else ()
+    if options.model is not None:
+        return ToServe(options.model, (*QUIET, *share, *options.serve_args), {})
+    model = str(client.call(make_checkpoint, options.folder / "model", BENCH, weights=False))
+    args = [*QUIET, "--load-format", "dummy", "--max-model-len", str(MAX_MODEL_LEN)]
+    # The dummy's vocabulary is so small that random questions begin alike now and then. The prefix cache
+    # would answer those beginnings, a larger share of the pruned prompts.
+    args.append("--no-enable-prefix-caching")
+    if not machine.is_cpu:
+        return ToServe(model, (*args, *share, *options.serve_args), {})
+    # Compiling takes a minute longer and gains 5 percent; blocks as small as the CPU allows show KV use
+    # most exactly.
+    args += ["--dtype", "float32", "--enforce-eager", "--block-size", "32"]
+    env = {"VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", str(CPU_KV_GIB))}
+    return ToServe(model, (*args, *options.serve_args), env)
+
+
+@contextmanager
+def started(
+    options: Options, to_serve: ToServe, num_layers: int, client: Client, console: Console
+) -> Iterator[dict[Mode, Target]]:
+    """Serve until the block ends; per mode the server that its requests go to."""
+
+    def serve_with(plugin: tuple[str, ...], log_path: Path) -> Server:
+        args = (*plugin, *to_serve.args)
+        return stack.enter_context(
+            serve(to_serve.model, *args, log_path=log_path, env=to_serve.env, console=console)
+        )
+
+    with ExitStack() as stack:
+        server = serve_with(options.crop_arguments, options.folder / "server.log")
+        capacity = KVCapacity.of_server(server.base_url)
+        if options.stages:
+            grouping = client.call(_grouping, num_layers, options.stages, capacity.block_size)
+            capacity = capacity.of_grouping(grouping)
+        targets = dict.fromkeys(options.modes, Target(server, capacity))
+        if options.stock:
+            server = serve_with((), options.folder / "stock_server.log")
+            targets["stock"] = Target(server, KVCapacity.of_server(server.base_url))
+        yield targets
+
+
+def _grouping(num_layers: int, stages: tuple[int, ...], block_size: int) -> KVGrouping:
+    """How the server has grouped the layers; it would not start otherwise. Called where vLLM is loaded."""
+    from vllm_crop.eviction.start_report import expected_grouping
+
+    return expected_grouping(num_layers, stages, block_size)
