@@ -159,7 +159,7 @@ def test_a_cached_tail_is_never_overwritten(
 
 
 @pytest.mark.xfail(
-    reason="PrunedKVCacheManager publishes tails in the step after theirs: too late for the only step there is"
+    reason="PrunedKVCacheManager publishes tails a step later: too late for the only step there is"
 )
 def test_an_answer_of_one_token_leaves_as_much_in_the_cache(
     engine: Engine, deep_reference_for: ReferenceFor, fresh: Image.Image

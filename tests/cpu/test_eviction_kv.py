@@ -44,7 +44,8 @@ class Setup:
         """The pruning rate that keeps so many."""
         stages = layers_per_stage(self.layers, self.eviction_layers)
         pairs = sum(
-            count * kept for count, kept in zip(stages, (NUM_IMAGE, *self.kept[: len(stages) - 1]), strict=True)
+            count * kept
+            for count, kept in zip(stages, (NUM_IMAGE, *self.kept[: len(stages) - 1]), strict=True)
         )
         return 1 - pairs / (NUM_IMAGE * self.layers)
 
@@ -134,7 +135,7 @@ def layer_tokens_per_block(engine: Engine) -> float:
 
 
 def blocks_after_prefill(engine: Engine, question: Question) -> list[int]:
-    """How many blocks a request holds in each KV cache group when its prompt is computed. It is aborted then."""
+    """What a request holds in each KV cache group when its prompt is computed. It is aborted then."""
     num_free = engine.block_pool.get_num_free_blocks()
     engine_id = engine.add("measured", question, steps=4)
     request = engine.scheduler.requests[engine_id]
@@ -150,9 +151,7 @@ def blocks_after_prefill(engine: Engine, question: Question) -> list[int]:
     return [len(group) for group in blocks]
 
 
-def serve_plan(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch, leaves_at: Sequence[int | None]
-) -> TokenPlan:
+def serve_plan(engine: Engine, monkeypatch: pytest.MonkeyPatch, leaves_at: Sequence[int | None]) -> TokenPlan:
     """Let the processor evict its images' tokens at these layers, whatever the budget says; the plan."""
     whole = whole_image_plan(engine.processor.geometry.grid(336, 336))
     embeddings = tuple(
@@ -233,9 +232,7 @@ def peak_of_running(engine: Engine, questions: list[Question], reference_for: Re
     return peak
 
 
-def test_more_requests_at_once_in_the_same_memory(
-    engines: Engines, deep_reference_for: ReferenceFor
-) -> None:
+def test_more_requests_at_once_in_the_same_memory(engines: Engines, deep_reference_for: ReferenceFor) -> None:
     """Memory for three unpruned requests of 19 blocks in 8 layers. With K=2 a pruned one takes 28 of 2."""
     num_blocks = 3 * 19 + 1  # one is vLLM's own
     # Two pictures are enough for many requests, as long as they share nothing.
@@ -245,7 +242,9 @@ def test_more_requests_at_once_in_the_same_memory(
     for engine in (plain, evicting):
         assert layer_tokens_per_block(engine) * engine.block_pool.num_gpu_blocks == 8 * BLOCK * num_blocks
     unpruned = [about(220 + index % 2, method="off") for index in range(9)]
-    pruned = [replace(question, crop=about(0, method="ilp", pruning_rate=2 / 3).crop) for question in unpruned]
+    pruned = [
+        replace(question, crop=about(0, method="ilp", pruning_rate=2 / 3).crop) for question in unpruned
+    ]
     peaks = {
         "plain vLLM": peak_of_running(plain, [replace(q, crop=None) for q in unpruned], deep_reference_for),
         "eviction, unpruned": peak_of_running(evicting, unpruned, deep_reference_for),

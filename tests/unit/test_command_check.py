@@ -17,6 +17,7 @@ from vllm_crop.compat import installation
 from vllm_crop.compat import vllm as compat
 from vllm_crop.compat.vllm import UpstreamPoint
 from vllm_crop.config import CropConfig
+from vllm_crop.eviction.refusals import refused_with_eviction
 from vllm_crop.frontend.refusals import REFUSED
 
 app = typer.Typer()
@@ -40,6 +41,8 @@ def fine_installation(monkeypatch: pytest.MonkeyPatch) -> None:
     vllm.__version__ = "0.32.0+cpu"  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "vllm", vllm)
     monkeypatch.setattr(compat, "UPSTREAM_POINTS", (UpstreamPoint("json", "dumps", ("obj",), "writes"),))
+    monkeypatch.setattr(installation, "EVICTION_POINTS", ())
+    monkeypatch.setattr(installation, "CPU_RUNNER_POINTS", ())
     monkeypatch.setattr(installation, "_found_entry_points", lambda: {"crop": "vllm_crop:register"})
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
     monkeypatch.delenv("VLLM_USE_RUST_FRONTEND", raising=False)
@@ -53,6 +56,7 @@ def test_a_fine_installation() -> None:
     assert found["upstream_points"] == [{"name": "json.dumps", "reason": "writes", "problem": None}]
     assert found["entry_points"] == {"crop": "vllm_crop:register"}
     assert found["refused"] == REFUSED
+    assert found["refused_with_eviction"] == refused_with_eviction()
     assert found["model"] is None
 
 
@@ -70,8 +74,14 @@ def test_the_report_for_people_says_the_same() -> None:
     assert result.exit_code == 0
     for text in ("Pruning can start", "json.dumps", "LlavaForConditionalGeneration", "pruning_rate", "0.778"):
         assert text in result.stdout
-    for flag in REFUSED:
+    for flag in (*REFUSED, *refused_with_eviction()):
         assert flag in result.stdout
+
+
+@pytest.mark.parametrize("points", ["EVICTION_POINTS", "CPU_RUNNER_POINTS"])
+def test_points_of_eviction_are_checked_too(points: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(installation, points, (UpstreamPoint("json", "vanished", (), ""),))
+    assert "json.vanished is gone" in report(1)["problems"]
 
 
 @pytest.mark.parametrize(
@@ -128,6 +138,8 @@ def test_vllm_plugins_must_name_crop(monkeypatch: pytest.MonkeyPatch, selected: 
 
 
 def test_a_missing_entry_point_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(installation, "EVICTION_POINTS", ())
+    monkeypatch.setattr(installation, "CPU_RUNNER_POINTS", ())
     monkeypatch.setattr(installation, "_found_entry_points", dict)
     assert "no entry point 'crop'" in report(1)["problems"][0]
 

@@ -3,7 +3,7 @@
 
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
 
@@ -13,6 +13,7 @@ from vllm_crop.compat.eviction_points import EVICTION_POINTS
 from vllm_crop.compat.import_hooks import when_imported
 from vllm_crop.compat.patches import cli_flags, input_processor, model_config
 from vllm_crop.compat.points import UpstreamPoint
+from vllm_crop.config import CropConfig
 from vllm_crop.errors import UnsupportedVersionError
 from vllm_crop.eviction.config_hook import config_hook
 from vllm_crop.vision_geometry import FAMILIES
@@ -101,16 +102,12 @@ UPSTREAM_POINTS = (
 )
 
 
-def require_supported(evicts: bool = False) -> None:
+def require_supported(points: Iterable[UpstreamPoint] = UPSTREAM_POINTS) -> None:
     """Check version and shape of the installed vLLM; called when pruning is asked for.
-
-    Args:
-        evicts: whether eviction is prepared for too.
 
     Raises:
         UnsupportedVersionError: naming what is installed and what is supported.
     """
-    points = [*UPSTREAM_POINTS, *(EVICTION_POINTS if evicts else ())]
     problems = [problem for point in points if (problem := find_problem(point))]
     installed = importlib.import_module("vllm").__version__
     if SUPPORTED_VERSIONS.contains(installed, prereleases=True) and not problems:
@@ -149,7 +146,11 @@ def install() -> None:
 
 def _patch_engine_args(arg_utils: ModuleType) -> None:
     cli_flags.patch(arg_utils.EngineArgs)
-    model_config.patch(arg_utils.EngineArgs, require_supported)
+    model_config.patch(arg_utils.EngineArgs, _require_supported_for)
+
+
+def _require_supported_for(config: CropConfig) -> None:
+    require_supported([*UPSTREAM_POINTS, *(EVICTION_POINTS if config.stages else ())])
 
 
 def _patch_input_processor(module: ModuleType) -> None:

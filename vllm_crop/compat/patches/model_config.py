@@ -27,7 +27,7 @@ logger = logging.getLogger("vllm.plugins.crop")  # below vLLM's own logger, to s
 _MARK = "_vllm_crop_model_config_patched"
 
 
-def patch(engine_args: Any, require_supported: Callable[[bool], None]) -> None:
+def patch(engine_args: Any, require_supported: Callable[[CropConfig], None]) -> None:
     """Wrap the method of the class EngineArgs, once."""
     if hasattr(engine_args, _MARK):
         return
@@ -41,7 +41,7 @@ def patch(engine_args: Any, require_supported: Callable[[bool], None]) -> None:
         if settings is None:
             return create_model_config(self, *args, **kwargs)
         config = CropConfig.from_mapping(settings)
-        require_supported(bool(config.stages))
+        require_supported(config)
         refuse_flags(self)
         user_overrides = self.hf_overrides
         self.hf_overrides = compose_hf_overrides(config.model_dump(), user_overrides)
