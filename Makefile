@@ -15,7 +15,7 @@ help:  ## list the targets
 setup:  ## make or repair .venv
 	@PYTHON=$(PYTHON) docker/cpu/install.sh $(VENV)
 
-demo: setup  ## serve a small model, ask with and without a region, show what was saved
+demo: setup  ## serve a small model, ask with every method, show what each saves
 	@$(BIN)/python -m vllm_crop.demo
 
 serve: setup  ## the same server, left running until Ctrl-C

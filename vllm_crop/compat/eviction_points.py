@@ -79,6 +79,12 @@ EVICTION_POINTS = (
         "reads a request's eviction when it arrives",
     ),
     UpstreamPoint(
+        "vllm.v1.core.sched.scheduler",
+        "Scheduler.update_from_output",
+        ("self", "scheduler_output"),
+        "publishes partly filled blocks before finished requests are freed",
+    ),
+    UpstreamPoint(
         "vllm.v1.engine.input_processor",
         "InputProcessor.process_inputs",
         ("self", "request_id", "prompt", "params"),

@@ -9,7 +9,7 @@ from vllm.utils.math_utils import cdiv
 from vllm_crop.eviction.kv_cache import PrunedKVCacheManager
 
 
-def check_step(running: Iterable[Any], managers: Iterable[Any]) -> None:
+def check_step(running: Iterable[Any], managers: Iterable[PrunedKVCacheManager]) -> None:
     """Check the late KV blocks of running requests (vllm/v1/request.py), tokens of this step included.
 
     Raises:
@@ -17,8 +17,7 @@ def check_step(running: Iterable[Any], managers: Iterable[Any]) -> None:
     """
     requests = list(running)
     for manager in managers:
-        if isinstance(manager, PrunedKVCacheManager):
-            _check_group(requests, manager)
+        _check_group(requests, manager)
 
 
 def _check_group(requests: list[Any], manager: PrunedKVCacheManager) -> None:

@@ -146,8 +146,12 @@ class PrunedKVCacheManager(SingleTypeKVCacheManager):
         self._num_published[request_id] = num_tokens
 
     def new_step_starts(self) -> None:
-        """Publish the last step's tails: a copy of one made in its own step would come before its content."""
+        """As upstream, and publish what the last step has left partly filled."""
         super().new_step_starts()
+        self.publish_tails()
+
+    def publish_tails(self) -> None:
+        """Publish tails of steps scheduled before: a copy made in its own step would precede the content."""
         for tail in self._new_tails:
             blocks = self.req_to_blocks.get(tail.request_id, ())
             if tail.index < len(blocks) and blocks[tail.index] is tail.block:

@@ -35,16 +35,23 @@ class EvictionSchedulerMixin(Scheduler):
         # Lives as long as the request's own block hashes do, whatever way the request ends.
         evictions: WeakValueDictionary[str, PromptEviction] = WeakValueDictionary()
         self.evictions = evictions
-        for manager in self.kv_cache_manager.coordinator.single_type_managers:
-            if isinstance(manager, PrunedKVCacheManager):
-                manager.evictions = evictions
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        self._late = [manager for manager in managers if isinstance(manager, PrunedKVCacheManager)]
+        for manager in self._late:
+            manager.evictions = evictions
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """As upstream."""
         output = super().schedule(*args, **kwargs)
         if self._debug:
-            check_step(self.running, self.kv_cache_manager.coordinator.single_type_managers)
+            check_step(self.running, self._late)
         return output
+
+    def update_from_output(self, *args: Any, **kwargs: Any) -> Any:
+        """As upstream; what a request leaves behind in its only step is published before it is freed."""
+        for manager in self._late:
+            manager.publish_tails()
+        return super().update_from_output(*args, **kwargs)
 
     def add_request(self, request: Request) -> None:
         """As upstream."""
