@@ -18,11 +18,11 @@ OUT_OF_VIEW = [0.0, 0.4, 0.05, 0.6]  # of a wide image, whose sides are cropped 
 # When a request is aborted; "never" runs to its end, "finished" is aborted all the same, to no effect.
 Fate = Literal["never", "unstarted", "prefilling", "decoding", "preempted", "finished"]
 FATES: dict[Fate, int] = {
-    "never": 60,
+    "never": 56,
     "unstarted": 6,
     "prefilling": 10,
     "decoding": 12,
-    "preempted": 6,
+    "preempted": 10,
     "finished": 6,
 }
 

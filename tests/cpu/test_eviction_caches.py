@@ -158,9 +158,6 @@ def test_a_cached_tail_is_never_overwritten(
         assert answer.num_cached_tokens == 576
 
 
-@pytest.mark.xfail(
-    reason="PrunedKVCacheManager publishes tails a step later: too late for the only step there is"
-)
 def test_an_answer_of_one_token_leaves_as_much_in_the_cache(
     engine: Engine, deep_reference_for: ReferenceFor, fresh: Image.Image
 ) -> None:
@@ -213,6 +210,35 @@ def ask_by_ids(engine: Engine, prompt: dict[str, Any], steps: int) -> Answer:
     sampling = SamplingParams(temperature=0, max_tokens=steps, logprobs=-1, ignore_eos=True)
     (output,) = engine.llm.generate([prompt], sampling, use_tqdm=False)
     return _answer(output)
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_blocks_that_have_been_evicted(
+    engine: Engine, deep_reference_for: ReferenceFor, fresh: Image.Image, stage: int
+) -> None:
+    """The pool takes back single blocks: what comes before them is given away, and nothing else."""
+    asked = about(fresh, ELSEWHERE)
+    managers = engine.scheduler.kv_cache_manager.coordinator.single_type_managers
+    group = next(m.kv_cache_group_id for m in managers if getattr(m, "stage", 0) == stage)
+    for place in (0, 0.5, 1):
+        assert engine.llm.reset_prefix_cache()
+        request_id = engine.add("sent", asked)
+        eviction = engine.scheduler.evictions[request_id]
+        blocks = blocks_when_prefilled(engine, request_id)[group]
+        engine.finish()
+        index = int(place * ((eviction.num_kept(stage, 576) - 1) // BLOCK))
+        engine.block_pool.evict_blocks({blocks[index].block_id})
+        (answer,) = right(engine, deep_reference_for, asked)
+        first_gone = eviction.token_index(stage, index * BLOCK)
+        assert answer.num_cached_tokens == whole_blocks(first_gone)
+
+
+def blocks_when_prefilled(engine: Engine, request_id: str) -> list[list[Any]]:
+    """The blocks of a request in each KV cache group, its prompt just computed."""
+    request = engine.scheduler.requests[request_id]
+    while request.num_computed_tokens < request.num_prompt_tokens:
+        engine.step()
+    return [list(group) for group in engine.scheduler.kv_cache_manager.coordinator.get_blocks(request_id)]
 
 
 def test_reset_leaves_the_pool_full(

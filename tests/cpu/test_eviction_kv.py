@@ -221,14 +221,14 @@ def peak_of_running(engine: Engine, questions: list[Question], reference_for: Re
     """Ask all at once; the most requests that hold KV at the same time. All answers are checked."""
     num_free = engine.block_pool.get_num_free_blocks()
     for index, question in enumerate(questions):
-        engine.add(str(index), question, steps=2)
+        engine.add(str(index), question, steps=4)
     answers, peak = {}, 0
     while engine.scheduler.has_requests():
         answers |= engine.step()
         peak = max(peak, len(engine.scheduler.running))
     assert engine.block_pool.get_num_free_blocks() == num_free
     for index, question in enumerate(questions):
-        assert difference(answers[str(index)], reference_for(question, engine.config, steps=2)) <= TOLERANCE
+        assert difference(answers[str(index)], reference_for(question, engine.config, steps=4)) <= TOLERANCE
     return peak
 
 

@@ -290,7 +290,7 @@ chunk_sizes = st.lists(st.sampled_from([1, 3, 4, 7, 16, 90]), min_size=1, max_si
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@settings(deadline=None, max_examples=120)
+@settings(deadline=None, max_examples=80)
 @given(prompts=prompt_sets(), steps=steps, num_blocks=st.sampled_from([40, 70, MANY]), fine=st.booleans())
 def test_every_request_finds_its_own_kv(
     layout: Layout,
@@ -338,7 +338,7 @@ ONE_IMAGE = (Piece((1, 1, 1)), Piece(image="large", leaves_at=(1,) * 18 + (0, 2,
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@settings(deadline=None, max_examples=120)
+@settings(deadline=None, max_examples=80)
 @given(
     prompts=prompt_sets(),
     chunks=chunk_sizes,
@@ -362,7 +362,7 @@ def test_a_request_gets_all_that_it_shares(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@settings(deadline=None, max_examples=120)
+@settings(deadline=None, max_examples=80)
 @given(prompts=prompt_sets(), chunks=chunk_sizes, data=st.data())
 def test_the_lookup_of_a_stage(
     layout: Layout, prompts: list[Prompt], chunks: list[int], data: st.DataObject
@@ -402,7 +402,7 @@ def test_the_lookup_of_a_stage(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=80)
 @given(prompts=prompt_sets())
 def test_no_two_blocks_share_a_key(layout: Layout, prompts: list[Prompt]) -> None:
     """Full blocks and tails of all prompts, at every length: one content per key."""

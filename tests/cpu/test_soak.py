@@ -25,22 +25,22 @@ SEED = int(os.environ.get("SOAK_SEED", "0"))
 TOLERANCE = 2e-5  # nats, over the full vocabulary; up to 24 tokens, a few more than elsewhere
 NUM_QUESTIONS = 40  # per configuration; every one is answered once by the reference
 IDS = [f"request-{index}" for index in range(20)]  # few, so that ids soon come back
-MOST_LIVE = 14
+MOST_LIVE = 18
 
 STAGED = {"method": "plc+ilp", "eviction_layers": [2, 5], "compression": "prune", "position_ids": "original"}
 # Pools hold the largest request, two unpruned images, and little more.
 CONFIGURATIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "one stage": (
         {"method": "ilp", "eviction_layers": [2], "pruning_rate": 2 / 3},
-        {"max_num_batched_tokens": 256, "num_gpu_blocks_override": 170},
+        {"max_num_batched_tokens": 256, "num_gpu_blocks_override": 162},
     ),
     "two stages": (
         {**STAGED, "pruning_rate": 2 / 3},
-        {"max_num_batched_tokens": 512, "num_gpu_blocks_override": 210, "enable_prefix_caching": True},
+        {"max_num_batched_tokens": 512, "num_gpu_blocks_override": 202, "enable_prefix_caching": True},
     ),
     "no prefix caching": (
         {"method": "ilp", "eviction_layers": [2], "pruning_rate": 0.5},
-        {"max_num_batched_tokens": 256, "num_gpu_blocks_override": 170, "enable_prefix_caching": False},
+        {"max_num_batched_tokens": 256, "num_gpu_blocks_override": 162, "enable_prefix_caching": False},
     ),
 }
 
@@ -88,7 +88,7 @@ class KVWatch:
         holders: Counter[int] = Counter()
         for manager in self.managers:
             holding = {req_id for req_id, blocks in manager.req_to_blocks.items() if blocks}
-            assert holding == running
+            assert holding <= running  # without a block: only evicted tokens have been computed
             held = Counter(block.block_id for blocks in manager.req_to_blocks.values() for block in blocks)
             assert not held.keys() & holders.keys(), "two KV cache groups share a block"
             holders |= held

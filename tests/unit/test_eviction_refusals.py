@@ -54,6 +54,9 @@ def engine_config() -> Any:
             use_ubatching=False,
             worker_cls="auto",
         ),
+        offload_config=SimpleNamespace(
+            offload_backend="auto", prefetch=SimpleNamespace(offload_group_size=0)
+        ),
         model_config=SimpleNamespace(
             is_moe=False,
             enable_prompt_embeds=False,
@@ -110,6 +113,7 @@ SWITCHES: dict[str, Callable[[Any], None]] = {
     "--kv-events-config": put("kv_events_config", SimpleNamespace(enable_kv_cache_events=True)),
     "--disable-hybrid-kv-cache-manager": put("scheduler_config.disable_hybrid_kv_cache_manager", True),
     "--kv-sharing-fast-prefill": put("cache_config.kv_sharing_fast_prefill", True),
+    "--offload-group-size": put("offload_config.prefetch.offload_group_size", 2),
     "--enable-prompt-embeds": put("model_config.enable_prompt_embeds", True),
     "--skip-tokenizer-init": put("model_config.skip_tokenizer_init", True),
     "--runner pooling": put("model_config.runner_type", "pooling"),

@@ -51,11 +51,26 @@ def test_a_vocabulary_in_use_to_the_last_id_is_refused_with_a_way_out() -> None:
         choose_label_ids(2, 8, range(8), spare_ids=[3, 8, 9])
 
 
-def model_config(vocabulary: Mapping[str, int], vocab_size: int, skip_tokenizer_init: bool = False) -> Any:
+class HfConfig:
+    """What is read of a checkpoint's configuration."""
+
+    def __init__(self, **ids: Any) -> None:
+        self.ids = ids
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"model_type": "llava", "image_token_index": None, **self.ids}
+
+    def get_text_config(self) -> "HfConfig":
+        return HfConfig()
+
+
+def model_config(
+    vocabulary: Mapping[str, int], vocab_size: int, skip_tokenizer_init: bool = False, **ids: Any
+) -> Any:
     return SimpleNamespace(
         skip_tokenizer_init=skip_tokenizer_init,
         get_vocab_size=lambda: vocab_size,
-        hf_config=SimpleNamespace(),
+        hf_config=HfConfig(**ids),
         vocabulary=vocabulary,
     )
 
@@ -81,6 +96,9 @@ def _tokenizer_in_the_model_config(monkeypatch: pytest.MonkeyPatch) -> None:
         ("<|placeholder_token_3|>", 1),
         ("<extra_id_0>", 1),
         ("<|image_pad|>", None),
+        ("\u0120reserved", None),
+        ("unused", None),
+        ("<unreserved>", None),
         ("hello", None),
     ],
 )
@@ -100,6 +118,15 @@ def test_reserved_tokens_are_taken_in_order_after_padded_rows() -> None:
     config = model_config(vocabulary, vocab_size=4)
     attach_eviction(config, (2, 4, 8))
     assert EvictionSettings.from_hf_config(config.hf_config).label_ids == (3, 1, 2)
+
+
+@pytest.mark.usefixtures("_tokenizer_in_the_model_config")
+def test_what_the_model_uses_itself_is_never_a_label() -> None:
+    vocabulary = {"the": 0, "<|reserved_special_token_0|>": 1, "<unused5>": 2, "<unused6>": 3}
+    ids = {"image_token_index": 1, "eos_token_id": [2, 0], "bos_token_id": 5}
+    config = model_config(vocabulary, vocab_size=6, **ids)
+    attach_eviction(config, (2, 4))
+    assert EvictionSettings.from_hf_config(config.hf_config).label_ids == (4, 3)
 
 
 def test_without_a_tokenizer_there_are_no_labels() -> None:

@@ -85,6 +85,7 @@ class EvictingDecoder:
                 f"eviction in {type(decoder).__name__} is not supported, only in {', '.join(DECODERS)}: use "
                 "method 'plc'"
             )
+        self._between: torch.Tensor | None = None
         layers = list(decoder.layers)
         bounds = [0, *settings.stages, len(layers)]
         for stage, (start, stop) in enumerate(pairwise(bounds)):
@@ -97,6 +98,14 @@ class EvictingDecoder:
             make_segment(layers[start:stop], start, decoder.norm if stop == len(layers) else None)
             for start, stop in pairwise(bounds)
         ]
+
+    def prepare_for_graphs(self, max_num_tokens: int, hidden_size: int, dtype: torch.dtype) -> None:
+        """Allocate what segments give to each other when each replays captured graphs of its own.
+
+        Their outputs lie in the memory pool that graphs share, and the next one may overwrite them
+        (vllm/model_executor/models/gemma3n.py, fast_prefill_forward).
+        """
+        self._between = torch.empty(len(self.segments) - 1, 2, max_num_tokens, hidden_size, dtype=dtype)
 
     @property
     def runs_all_steps(self) -> bool:
@@ -120,14 +129,15 @@ class EvictingDecoder:
         Returns:
             `[num_tokens with padding, hidden]`: rows keep their places, those dropped are zero.
         """
-        hidden, residual = self.segments[0](positions, inputs_embeds, None)
-        if dropping is None:
-            for segment in self.segments[1:]:
-                hidden, residual = segment(positions, hidden, residual)
-            return hidden
-        output = torch.zeros_like(inputs_embeds)
-        with _own_context() as context:
-            for segment, rows in zip(self.segments[1:], dropping.rows, strict=True):
+        with _graph_mode_restored() as context:
+            hidden, residual = self.segments[0](positions, inputs_embeds, None)
+            if dropping is None:
+                for boundary, segment in enumerate(self.segments[1:]):
+                    hidden, residual = self._across(boundary, hidden, residual, context)
+                    hidden, residual = segment(positions, hidden, residual)
+                return hidden
+            output = torch.zeros_like(inputs_embeds)
+            for boundary, (segment, rows) in enumerate(zip(self.segments[1:], dropping.rows, strict=True)):
                 if rows.gather is not None:
                     hidden, residual, positions = (
                         rowwise[rows.gather] for rowwise in (hidden, residual, positions)
@@ -136,18 +146,30 @@ class EvictingDecoder:
                     context.cudagraph_runtime_mode = CUDAGraphMode.NONE
                 if not len(hidden):
                     return output
+                hidden, residual = self._across(boundary, hidden, residual, context)
                 context.slot_mapping.update(rows.slot_mapping)
                 hidden, residual = segment(positions, hidden, residual)
         output[dropping.final_rows] = hidden
         return output
 
+    def _across(
+        self, boundary: int, hidden: torch.Tensor, residual: torch.Tensor, context: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if context.cudagraph_runtime_mode != CUDAGraphMode.PIECEWISE:
+            return hidden, residual
+        assert self._between is not None
+        copies = self._between[boundary, :, : len(hidden)]
+        copies[0].copy_(hidden)
+        copies[1].copy_(residual)
+        return copies[0], copies[1]
+
 
 @contextmanager
-def _own_context() -> Iterator[Any]:
+def _graph_mode_restored() -> Iterator[Any]:
     """The forward context, whose graph mode is put back afterwards.
 
-    The kernels that write KV take the number of rows from its slot mapping (vllm/model_executor/layers/
-    attention), which is made anew for each step.
+    Its slot mapping is made anew for each step; the kernels that write KV take the number of rows from it
+    (vllm/model_executor/layers/attention).
     """
     context: Any = get_forward_context()
     mode = context.cudagraph_runtime_mode

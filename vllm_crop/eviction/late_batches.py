@@ -30,25 +30,20 @@ class LateBatches:
         block_tables: tuple[torch.Tensor, ...],
         slot_mappings: torch.Tensor,
         in_graph: bool,
+        is_real: bool,
     ) -> StageBatch:
-        """The step's own batch, with late lengths and slots written into the buffers it is read from."""
+        """The step's own batch, with late lengths and slots written into the buffers it is read from.
+
+        The slots of a batch without requests stay as vLLM has set them: it writes no KV.
+        """
         num_reqs = input_batch.num_reqs_after_padding if in_graph else input_batch.num_reqs
         num_tokens = input_batch.num_tokens_after_padding if in_graph else input_batch.num_tokens
         seq_lens = self._seq_lens[index]
         seq_lens[: len(view.seq_lens)] = to_device(view.seq_lens, self.device)
         seq_lens[len(view.seq_lens) :] = 0
         kv_indices = to_device(view.kv_indices, self.device)
-        late = self.block_tables.compute_slot_mappings(
-            input_batch.idx_mapping,
-            input_batch.query_start_loc,
-            kv_indices.clamp(min=0),
-            slot_mappings.shape[1],
-            out=self._slots[index],
-        )
-        if (view.kv_indices < 0).any():
-            late[:, : len(kv_indices)].masked_fill_(kv_indices < 0, -1)
-        for group in self.stages[index].layers:
-            slot_mappings[group].copy_(late[group])
+        if is_real:
+            self._write_slots(index, view, kv_indices, input_batch, slot_mappings)
         seq_lens_cpu = np.zeros(num_reqs, dtype=np.int32)
         seq_lens_cpu[: len(view.seq_lens)] = view.seq_lens
         return StageBatch(
@@ -65,6 +60,26 @@ class LateBatches:
             block_tables=block_tables,
             slot_mappings=slot_mappings,
         )
+
+    def _write_slots(
+        self,
+        index: int,
+        view: LateView,
+        kv_indices: torch.Tensor,
+        input_batch: InputBatch,
+        slot_mappings: torch.Tensor,
+    ) -> None:
+        late = self.block_tables.compute_slot_mappings(
+            input_batch.idx_mapping,
+            input_batch.query_start_loc,
+            kv_indices.clamp(min=0),
+            slot_mappings.shape[1],
+            out=self._slots[index],
+        )
+        if (view.kv_indices < 0).any():
+            late[:, : len(kv_indices)].masked_fill_(kv_indices < 0, -1)
+        for group in self.stages[index].layers:
+            slot_mappings[group].copy_(late[group])
 
     def fewer_rows(
         self, index: int, view: LateView, input_batch: InputBatch, block_tables: tuple[torch.Tensor, ...]

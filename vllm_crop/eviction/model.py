@@ -20,7 +20,15 @@ def start_eviction(model: Any, vllm_config: VllmConfig) -> EvictingDecoder | Non
         return None
     # vLLM asks a model for its ModelState if it has this method, and decides itself if not.
     model.get_model_state_cls = _model_state_cls
-    return EvictingDecoder(model.language_model.model, settings)
+    decoder = EvictingDecoder(model.language_model.model, settings)
+    mode = vllm_config.compilation_config.cudagraph_mode
+    if mode is not None and mode.has_piecewise_cudagraphs():
+        decoder.prepare_for_graphs(
+            vllm_config.scheduler_config.max_num_batched_tokens,
+            vllm_config.model_config.get_hidden_size(),
+            vllm_config.model_config.dtype,
+        )
+    return decoder
 
 
 def _model_state_cls() -> type[Any]:

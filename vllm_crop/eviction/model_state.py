@@ -108,7 +108,7 @@ class EvictionModelState(DefaultModelState):
                 batch = self.batches.fewer_rows(index, view, input_batch, block_tables)
             else:
                 batch = self.batches.same_rows(
-                    index, view, input_batch, block_tables, slot_mappings, in_graph
+                    index, view, input_batch, block_tables, slot_mappings, in_graph, is_real
                 )
                 if for_capture:  # valid for whatever is replayed
                     batch.seq_lens[: batch.num_reqs] = input_batch.seq_lens[: batch.num_reqs]

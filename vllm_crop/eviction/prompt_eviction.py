@@ -82,8 +82,9 @@ def read_labels(
         label_ids: one per stage.
     """
     leaving = []
+    last = len(prompt_token_ids) - 1  # never evicted: its row gives the first answer token
     for offset, length in placeholders:
-        ids = np.asarray(prompt_token_ids[offset : offset + length])
+        ids = np.asarray(prompt_token_ids[offset : min(offset + length, last)])
         for stage, label in enumerate(label_ids, start=1):
             (found,) = np.nonzero(ids == label)
             if len(found):

@@ -82,6 +82,14 @@ REFUSED: tuple[tuple[str, str, Check], ...] = (
         lambda config: config.cache_config.kv_sharing_fast_prefill,
     ),
     (
+        "--offload-group-size",
+        "each layer fetches the next one's weights, and a step can end before the last layer",
+        lambda config: (
+            config.offload_config.prefetch.offload_group_size > 0
+            or config.offload_config.offload_backend == "prefetch"
+        ),
+    ),
+    (
         "--enable-prompt-embeds",
         "the eviction travels in the prompt's token ids",
         lambda config: config.model_config.enable_prompt_embeds,

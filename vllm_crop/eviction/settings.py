@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What scheduler and workers need to know of eviction; it travels in the HF config, as `hf_config.crop`."""
+"""What scheduler and workers need to know of eviction; it travels in the HF config."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

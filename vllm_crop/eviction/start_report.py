@@ -41,12 +41,16 @@ def report_start(
         UnsupportedFlagError: vLLM has grouped the layers otherwise than expected.
     """
     geometry = geometry_from_configs(hf_config.to_dict(), {})
-    expected = expected_grouping(geometry.num_layers, stages, block_size)
+    if packed_layout():
+        sizes = built_block_sizes(kv_cache_config)
+        expected = predict_packed_grouping(geometry.num_layers, stages, min(sizes), sizes)
+    else:
+        expected = predict_grouping(geometry.num_layers, stages, block_size)
     found = built_groups(kv_cache_config)
     if found != sorted((group.stage, group.num_layers) for group in expected.groups):
         raise UnsupportedFlagError(
             f"vLLM made KV cache groups (stage, layers) {found} for eviction layers {list(stages)}, expected "
-            f"{expected.groups}: unset VLLM_KV_CACHE_LAYOUT, or report this"
+            f"{expected.groups}: leave out VLLM_KV_CACHE_LAYOUT and --kv-cache-dtype-skip-layers, or tell us"
         )
     config = CropConfig.from_mapping(hf_config.crop)
     image_tokens = geometry.grid(1, 1).num_tokens
@@ -65,3 +69,12 @@ def built_groups(kv_cache_config: KVCacheConfig) -> list[tuple[int, int]]:
         stages = {getattr(spec, "stage", 0) for spec in iter_layer_specs(group.kv_cache_spec)}
         groups.append((max(stages), len(group.layer_names)))
     return sorted(groups)
+
+
+def built_block_sizes(kv_cache_config: KVCacheConfig) -> tuple[int, ...]:
+    """Tokens per block of stages 0, 1, ..."""
+    sizes = {}
+    for group in kv_cache_config.kv_cache_groups:
+        for spec in iter_layer_specs(group.kv_cache_spec):
+            sizes[getattr(spec, "stage", 0)] = spec.block_size
+    return tuple(sizes[stage] for stage in sorted(sizes))

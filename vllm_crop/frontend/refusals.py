@@ -16,6 +16,7 @@ REFUSED = {
     "--enable-tower-connector-lora": "adapters of the vision tower are not part of our feature cache's key",
     "--mm-processor-kwargs '{\"crop\": ...}'": "the server's settings go into --crop-config",
     "--tokenizer-mode other than auto|hf|slow": "another renderer would ignore the request's `crop`",
+    "--enable-scale-out, --tokens-only": "prompts and image features come in past our processor",
     "vllm run-batch": "it has no HTTP layer to take the field `crop` off a request",
     "position_ids=original without room in the model's positions": "set a smaller --max-model-len",
 }

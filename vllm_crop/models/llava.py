@@ -64,9 +64,12 @@ class LlavaForConditionalGeneration(stock.LlavaForConditionalGeneration, Support
     ) -> Any:
         """As upstream, with one row of M-RoPE positions where there are three; in stages if rows go."""
         positions = positions if positions.ndim == 1 else positions[0]
-        if self.eviction is None or (dropping is None and not self.eviction.runs_all_steps):
+        embeds = kwargs.get("inputs_embeds")
+        in_stages = self.eviction is not None and (dropping is not None or self.eviction.runs_all_steps)
+        if not in_stages or embeds is None:  # no embeddings where the server takes no images
             return super().forward(input_ids, positions, *args, **kwargs)
-        return self.eviction.run(dropping, kwargs["inputs_embeds"], positions)
+        assert self.eviction is not None
+        return self.eviction.run(dropping, embeds, positions)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """As upstream; cached features belong to the old weights."""

@@ -84,6 +84,8 @@ def apply_options(args: argparse.Namespace) -> None:
         return
     if hasattr(args, "input_file") and hasattr(args, "output_file"):
         refuse("vllm run-batch")
+    if getattr(args, "enable_scale_out", False) or getattr(args, "tokens_only", False):
+        refuse("--enable-scale-out, --tokens-only")
     if not hasattr(args, "middleware"):
         return
     if MIDDLEWARE not in args.middleware:

@@ -41,9 +41,8 @@ def check_request(request: Any, settings: EvictionSettings) -> None:
     Raises:
         VLLMValidationError: answered with HTTP 400.
     """
-    sampling = request.sampling_params
-    asks_for_prompt = sampling is not None and sampling.prompt_logprobs is not None
-    if not (asks_for_prompt or request.resumable):
+    parameter = _parameter_in_the_way(request)
+    if parameter is None:
         return
     from vllm.exceptions import VLLMValidationError
 
@@ -52,9 +51,15 @@ def check_request(request: Any, settings: EvictionSettings) -> None:
     placeholders = image_placeholders(request.mm_features or ())
     if read_labels(request.prompt_token_ids or (), placeholders, settings.label_ids) is None:
         return
-    parameter = "prompt_logprobs" if asks_for_prompt else "resumable"
     raise VLLMValidationError(
         f"{parameter}: not possible for a request whose visual tokens are evicted; send crop.method 'plc' or "
         "'off'",
         parameter=parameter,
     )
+
+
+def _parameter_in_the_way(request: Any) -> str | None:
+    for name in ("prompt_logprobs", "prompt_logprob_token_ids"):
+        if getattr(request.sampling_params, name, None) is not None:
+            return name
+    return "resumable" if request.resumable else None
