@@ -2,7 +2,9 @@
 """Real vLLM engines on the CPU, in this process; each is started once and shared by all tests."""
 
 import os
-from collections.abc import Callable, Mapping
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from PIL import Image
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ["VLLM_CROP_DEBUG"] = "1"
+# vLLM reads this once in a process. Compiled code of an earlier run would hide what a first start does.
+os.environ["VLLM_CACHE_ROOT"] = tempfile.mkdtemp(prefix="vllm-crop-tests-")
 
 from tests.reference import HfLlava, Reference
 from vllm_crop.config import CropConfig
@@ -55,6 +59,10 @@ class Answer:
     prompt_token_ids: list[int] = field(default_factory=list)
 
 
+# An LLM that is collected takes the process groups of all others in its process along.
+_KEPT: list[Any] = []
+
+
 class Engine:
     """A vLLM `LLM` with helpers to ask it and to look into its model."""
 
@@ -74,6 +82,7 @@ class Engine:
             "additional_config": {} if crop is None else {"crop": dict(crop)},
         }
         self.llm = LLM(model=str(checkpoint), **(defaults | options))
+        _KEPT.append(self.llm)
 
     def ask(self, *questions: Question, steps: int = STEPS) -> list[Answer]:
         """Answer all at once, greedily."""
@@ -140,6 +149,13 @@ def _answer(output: Any) -> Answer:
         output.num_cached_tokens or 0,
         list(output.prompt_token_ids),
     )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def remove_cache() -> Iterator[None]:
+    """What vLLM has kept of compiled code."""
+    yield
+    shutil.rmtree(os.environ["VLLM_CACHE_ROOT"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

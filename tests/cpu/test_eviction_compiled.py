@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """With torch.compile each stage's layers are compiled by themselves, and every step runs in stages."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,6 @@ pytestmark = pytest.mark.vllm_runtime
 NAMES = (*("ilp: one image", "plc+ilp: two images", "plc: one image", "ilp: image last", "off", "text only"),)
 ASKED = {name: SCENARIOS[name] for name in NAMES}
 
-_engines: list[Engine] = []
-
-
-def keep_alive(*args: Any, **options: Any) -> Engine:
-    """An engine that ends with the process: ending, it would take the others' process groups along."""
-    _engines.append(Engine(*args, **options))
-    return _engines[-1]
-
 
 def check(engine: Engine, reference_for: ReferenceFor) -> None:
     for (name, question), answer in zip(ASKED.items(), engine.ask(*ASKED.values()), strict=True):
@@ -34,19 +27,14 @@ def check(engine: Engine, reference_for: ReferenceFor) -> None:
         assert difference(answer, reference) <= TOLERANCE, name
 
 
-def test_compiled_stages(
-    deep_checkpoint: Path,
-    deep_reference_for: ReferenceFor,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
-    engine = keep_alive(deep_checkpoint, EVICT, max_num_batched_tokens=512, enforce_eager=False)
+def test_compiled_stages(deep_checkpoint: Path, deep_reference_for: ReferenceFor) -> None:
+    engine = Engine(deep_checkpoint, EVICT, max_num_batched_tokens=512, enforce_eager=False)
     assert engine.model.eviction.runs_all_steps
     check(engine, deep_reference_for)
     assert all(segment.compiled or segment.aot_compiled_fn for segment in engine.model.eviction.segments)
     # vLLM keeps compiled code by the name of `forward`: the stages must not find each other's.
-    assert len(list(tmp_path.glob("torch_compile_cache/torch_aot_compile/*/rank_0_0/model"))) == 2
+    cache = Path(os.environ["VLLM_CACHE_ROOT"])
+    assert len(list(cache.glob("torch_compile_cache/torch_aot_compile/*/rank_0_0/model"))) == 2
 
 
 def test_rows_between_captured_stages(
@@ -72,7 +60,7 @@ def test_rows_between_captured_stages(
     monkeypatch.setattr(EvictingDecoder, "run", run_with_graphs)
     monkeypatch.setattr(EvictingDecoder, "_across", overwritten_across)
     crop = {**EVICT, "eviction_layers": [2, 5]}
-    engine = keep_alive(deep_checkpoint, crop, max_num_batched_tokens=512, enable_prefix_caching=False)
+    engine = Engine(deep_checkpoint, crop, max_num_batched_tokens=512, enable_prefix_caching=False)
     engine.model.eviction.prepare_for_graphs(512, 64, engine.model.language_model.lm_head.weight.dtype)
     check(engine, deep_reference_for)
     assert set(crossed) == {0, 1}

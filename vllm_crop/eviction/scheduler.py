@@ -60,6 +60,8 @@ class EvictionSchedulerMixin(Scheduler):
             image_placeholders(request.mm_features),
             self.eviction_settings.label_ids,
         )
+        # An earlier request of this id may still be in memory.
+        self.evictions.pop(request.request_id, None)
         if eviction is not None:
             self.evictions[request.request_id] = eviction
             request.block_hashes = PlannedBlockHashes(request.block_hashes, eviction)
