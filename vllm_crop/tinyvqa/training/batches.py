@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures and questions as tensors."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vllm_crop.tinyvqa import words
+from vllm_crop.tinyvqa.drawing import draw_scene, thumbnail
+from vllm_crop.tinyvqa.questions import Question, ask
+from vllm_crop.tinyvqa.scenes import Cell, Scene, make_scene
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a batch is made of.
+
+    Attributes:
+        locate: ask where, on thumbnails, instead of what, on full pictures.
+        weights: how often each family is asked.
+        questions: asked about one picture.
+    """
+
+    side: int
+    num_things: tuple[int, int]
+    scenes: int
+    questions: int
+    weights: dict[str, float]
+    locate: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        """Visual tokens in a row of the picture."""
+        return self.side if self.locate else 3 * self.side
+
+    @property
+    def length(self) -> int:
+        """Most tokens of a question with its answer."""
+        return 28 if self.locate else 20
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's input.
+
+    Attributes:
+        images: `[scenes, height, width, 3]` bytes.
+        questions: `[scenes, questions, length]` token ids, answers included.
+        targets: the same shape: the token that must follow, `IGNORED` where it is not part of an answer.
+        answering: `[scenes, questions]` index of the token before the answer.
+        looks: `[scenes, 2, questions, tokens]` whether an image token shows the first or the second place.
+        families: per scene and question.
+    """
+
+    images: Tensor
+    questions: Tensor
+    targets: Tensor
+    answering: Tensor
+    looks: Tensor
+    families: list[list[str]]
+
+
+class BatchMaker:
+    """Makes batches; each seed makes its own, training seeds are even."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.end, self.answer, self.vision_end = (
+            tokenizer.convert_tokens_to_ids(token) for token in (words.END, words.ANSWER, words.VISION_END)
+        )
+        self._known: dict[str, list[int]] = {}
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text without special tokens."""
+        if text not in self._known:
+            self._known[text] = self.tokenizer.encode(text, add_special_tokens=False)
+        return self._known[text]
+
+    def make(self, task: Task, seed: int) -> Batch:
+        """The batch of a seed."""
+        chance = random.Random(seed)
+        scenes = [
+            make_scene(2 * chance.randrange(2**40), task.side, task.num_things) for _ in range(task.scenes)
+        ]
+        pictures = [draw_scene(scene) for scene in scenes]
+        if task.locate:
+            pictures = [thumbnail(picture) for picture in pictures]
+        asked = [_ask_many(scene, task, chance) for scene in scenes]
+        rows = [[self._row(question, task) for question in questions] for questions in asked]
+        return Batch(
+            images=torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])),
+            questions=torch.tensor([[row[0] for row in scene] for scene in rows]),
+            targets=torch.tensor([[row[1] for row in scene] for scene in rows]),
+            answering=torch.tensor([[row[2] for row in scene] for scene in rows]),
+            looks=torch.stack([_looks(questions, task) for questions in asked]),
+            families=[[question.family for question in questions] for questions in asked],
+        )
+
+    def _row(self, question: Question, task: Task) -> tuple[list[int], list[int], int]:
+        text, answer = question.text, question.answer
+        if task.locate:
+            text, answer = words.LOCATE + text, question.location
+        asked = [self.vision_end, *self.encode(text), self.answer]
+        answered = [*self.encode(answer), self.end]
+        padding = task.length - len(asked) - len(answered)
+        assert padding >= 0, (text, answer)
+        ids = asked + answered + [self.end] * padding
+        before = len(asked) - 1
+        targets = [IGNORED] * before + answered + [IGNORED] * (padding + 1)
+        return ids, targets, before
+
+
+def _ask_many(scene: Scene, task: Task, chance: random.Random) -> list[Question]:
+    families, weights = list(task.weights), list(task.weights.values())
+    questions: list[Question] = []
+    while len(questions) < task.questions:
+        question = ask(scene, chance.choices(families, weights)[0], chance)
+        if question is not None:
+            questions.append(question)
+    return questions
+
+
+def _looks(questions: Sequence[Question], task: Task) -> Tensor:
+    """`[2, questions, tokens]`: one head looks at the first place, the other at the second."""
+    side, scale = task.side, task.num_tokens // task.side
+    looks = torch.zeros(2, len(questions), side, side, dtype=torch.bool)
+    for index, question in enumerate(questions):
+        cells = _cells(question) if task.locate else question.decisive
+        first, second = (cells[:1], cells[1:]) if question.family == "compare" else (cells, cells)
+        for head, seen in enumerate((first, second)):
+            for row, col in seen:
+                looks[head, index, row, col] = True
+    return looks.repeat_interleave(scale, 2).repeat_interleave(scale, 3).flatten(2)
+
+
+def _cells(question: Question) -> tuple[Cell, ...]:
+    return tuple(
+        (row, col)
+        for x0, y0, x1, y1 in question.boxes
+        for row in range(y0, y1 + 1)
+        for col in range(x0, x1 + 1)
+    )

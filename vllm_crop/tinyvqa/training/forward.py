@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model's forward pass over images of one size with many questions each.
+
+transformers would run the language model over the image once per question. Here the questions of an image
+share it: each sees the image and itself, at the positions it would have alone. Same weights, same result.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
+    apply_rotary_pos_emb,
+    apply_rotary_pos_emb_vision,
+    get_vision_position_ids,
+    get_vision_window_index,
+)
+
+from vllm_crop.tinyvqa.checkpoint import MERGE, PATCH
+
+PREFIX = 2  # tokens before the image: <|im_start|><|vision_start|>
+
+
+def image_patches(images: Tensor) -> Tensor:
+    """Patches as Qwen2VLImageProcessor orders them.
+
+    Args:
+        images: `[batch, height, width, 3]`, 0 to 255.
+
+    Returns:
+        `[batch, patches, 2 * 3 * PATCH * PATCH]`: the four patches of a visual token follow each other.
+    """
+    batch, height, width, _ = images.shape
+    pixels = images.float().div(127.5).sub(1).permute(0, 3, 1, 2)
+    rows, cols = height // (PATCH * MERGE), width // (PATCH * MERGE)
+    pixels = pixels.reshape(batch, 3, rows, MERGE, PATCH, cols, MERGE, PATCH)
+    patches = pixels.permute(0, 2, 5, 3, 6, 1, 4, 7).reshape(batch, -1, 3, 1, PATCH * PATCH)
+    return patches.expand(-1, -1, -1, 2, -1).flatten(2)
+
+
+def vision_features(visual: Any, patches: Tensor, rows: int, cols: int) -> Tensor:
+    """Embeddings `[batch, rows * cols, hidden]` of images of `rows` x `cols` tokens, in raster order."""
+    batch, count, _ = patches.shape
+    grid = torch.tensor([[1, rows * MERGE, cols * MERGE]])
+    order, bounds = get_vision_window_index(grid, MERGE, visual.window_size, visual.patch_size)
+    by_patch = (order[:, None] * MERGE**2 + torch.arange(MERGE**2)).flatten()
+    hidden = visual.patch_embed(patches.flatten(0, 1)).view(batch, count, -1)[:, by_patch]
+    cos, sin = visual.rotary_pos_emb(hidden, get_vision_position_ids(grid, MERGE))
+    cos, sin = cos[by_patch], sin[by_patch]
+    lengths = (bounds[1:] - bounds[:-1]).unique_consecutive()
+    for index, block in enumerate(visual.blocks):
+        everywhere = index in visual.fullatt_block_indexes
+        windows = None if everywhere else (bounds if len(lengths) > 1 else int(lengths[0]))
+        hidden = hidden + _vision_attention(block.attn, block.norm1(hidden), cos, sin, windows)
+        hidden = hidden + block.mlp(block.norm2(hidden))
+    merged: Tensor = visual.merger(hidden.reshape(batch * count, -1)).view(batch, count // MERGE**2, -1)
+    return merged[:, torch.argsort(order)]
+
+
+def _vision_attention(attention: Any, hidden: Tensor, cos: Tensor, sin: Tensor, windows: Any) -> Tensor:
+    """`windows`: None, the size of all windows, or their bounds."""
+    batch, count, width = hidden.shape
+    qkv = attention.qkv(hidden).view(batch, count, 3, attention.num_heads, -1)
+    query, key, value = qkv.unbind(2)
+    query, key = apply_rotary_pos_emb_vision(query, key, cos, sin)
+    mask = None
+    if isinstance(windows, int):
+        query, key, value = (part.reshape(-1, windows, *part.shape[2:]) for part in (query, key, value))
+    elif windows is not None:
+        window = torch.bucketize(torch.arange(count), windows[1:], right=True)
+        mask = window[:, None] == window
+    mixed = functional.scaled_dot_product_attention(
+        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=mask
+    )
+    projected: Tensor = attention.proj(mixed.transpose(1, 2).reshape(batch, count, width))
+    return projected
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which token sees which, and where it stands: for images of one size with questions of one length.
+
+    Attributes:
+        positions: `[3, tokens]`.
+        image_mask: `[image, image]`, true where seen; `image` counts the prefix too.
+        question_mask: `[questions * length, tokens]`.
+    """
+
+    positions: Tensor
+    image_mask: Tensor
+    question_mask: Tensor
+    image: int
+
+
+def make_layout(rows: int, cols: int, questions: int, length: int) -> Layout:
+    """For `questions` of `length` tokens each about an image of `rows` x `cols` tokens."""
+    image = PREFIX + rows * cols
+    row, col = torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij")
+    grid = torch.stack([torch.zeros_like(row), row, col]).flatten(1) + PREFIX
+    text = PREFIX + max(rows, cols) + torch.arange(length).repeat(questions)
+    positions = torch.cat([torch.arange(PREFIX).expand(3, -1), grid, text.expand(3, -1)], dim=1)
+    own = torch.kron(torch.eye(questions), torch.ones(length, length).tril()).bool()
+    seen = torch.ones(questions * length, image, dtype=torch.bool)
+    image_mask = torch.ones(image, image).tril().bool()
+    return Layout(positions, image_mask, torch.cat([seen, own], dim=1), image)
+
+
+@dataclass(frozen=True)
+class Looks:
+    """Where the answering token of each question looks.
+
+    Attributes:
+        layers: the layers asked about.
+        tokens: `[batch, questions]` index of the answering token within the question.
+    """
+
+    layers: tuple[int, ...]
+    tokens: Tensor
+
+
+def language_states(
+    language: Any,
+    prefix: Tensor,
+    image: Tensor,
+    questions: Tensor,
+    layout: Layout,
+    looks: Looks | None = None,
+) -> tuple[Tensor, list[Tensor]]:
+    """The language model's last hidden states of all questions, and where they look.
+
+    Args:
+        prefix: `[PREFIX]` token ids.
+        image: `[batch, rows * cols, hidden]` embeddings.
+        questions: `[batch, questions, length]` token ids.
+
+    Returns:
+        `[batch, questions, length, hidden]`, and for each layer of `looks` the log attention
+        `[batch, heads, questions, rows * cols]` that the answering tokens pay to the image's tokens.
+    """
+    batch, count, length = questions.shape
+    before = language.embed_tokens(prefix).expand(batch, -1, -1)
+    hidden = torch.cat([before, image, language.embed_tokens(questions.flatten(1))], dim=1)
+    cos, sin = language.rotary_emb(hidden, layout.positions[:, None])
+    looked: list[Tensor] = []
+    for index, layer in enumerate(language.layers):
+        query, key, value = _projected(layer.self_attn, layer.input_layernorm(hidden), cos, sin)
+        if looks is not None and index in looks.layers:
+            looked.append(_look(query, key, looks.tokens, layout.image, length))
+        mixed = torch.cat(
+            [
+                _attend(query[:, :, : layout.image], key, value, layout.image_mask),
+                _attend(query[:, :, layout.image :], key, value, layout.question_mask),
+            ],
+            dim=2,
+        )
+        hidden = hidden + layer.self_attn.o_proj(mixed.transpose(1, 2).flatten(2))
+        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    states = language.norm(hidden[:, layout.image :])
+    return states.view(batch, count, length, -1), looked
+
+
+def _projected(attention: Any, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    batch, count, _ = hidden.shape
+    query, key, value = (
+        linear(hidden).view(batch, count, -1, attention.head_dim).transpose(1, 2)
+        for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    query, key = apply_rotary_pos_emb(query, key, cos, sin)
+    return query, key, value
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    seen = mask.shape[1]
+    return functional.scaled_dot_product_attention(
+        query, key[:, :, :seen], value[:, :, :seen], attn_mask=mask, enable_gqa=query.shape[1] != key.shape[1]
+    )
+
+
+def _look(query: Tensor, key: Tensor, tokens: Tensor, image: int, length: int) -> Tensor:
+    batch, heads, _, width = query.shape
+    index = tokens + torch.arange(tokens.shape[1]) * length + image
+    asking = query.gather(2, index[:, None, :, None].expand(batch, heads, -1, width))
+    scores = asking @ key[:, :, :image].transpose(2, 3) / width**0.5
+    return functional.log_softmax(scores, dim=-1)[..., PREFIX:]

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The curriculum: small scenes first, which the model reads at any size."""
+
+from dataclasses import dataclass
+
+from vllm_crop.tinyvqa.training.batches import Task
+
+EVEN = {"read": 1.0, "relation": 1.0, "compare": 1.0, "search": 1.0, "count": 1.0}
+READ = {"read": 1.0}
+FIRST = {"read": 2.0, "search": 1.0, "count": 0.5, "relation": 0.5, "compare": 0.5}
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Part of the training.
+
+    Attributes:
+        tasks: take turns, one batch each; none: the vision tower alone is trained.
+        learning_rate: at the start; it falls to `final_rate` of it along a cosine.
+        look_weight: of the loss that says where to look, at the start; it falls to zero.
+        train_vision: whether the vision tower learns too.
+    """
+
+    name: str
+    steps: int
+    learning_rate: float
+    tasks: tuple[Task, ...] = ()
+    final_rate: float = 0.1
+    look_weight: float = 0.0
+    train_vision: bool = False
+
+
+def _small(weights: dict[str, float], side: int = 4, num_things: tuple[int, int] = (3, 6)) -> Task:
+    return Task(side, num_things, scenes=8, questions=16, weights=weights)
+
+
+PHASES = (
+    Phase("tower", 2500, 2e-3),
+    Phase("small", 6000, 1.5e-3, (_small(FIRST), Task(8, (8, 12), 8, 16, FIRST, locate=True)), 0.5, 0.5),
+    Phase(
+        "large",
+        6000,
+        1e-3,
+        (
+            _small(EVEN, 4, (4, 10)),
+            Task(8, (8, 12), 4, 24, EVEN),
+            Task(8, (8, 12), 8, 16, EVEN, locate=True),
+        ),
+        0.1,
+        0.2,
+    ),
+    Phase(
+        "all",
+        3000,
+        3e-4,
+        (Task(8, (8, 12), 3, 32, EVEN), Task(8, (8, 12), 8, 16, EVEN, locate=True)),
+        0.02,
+        0.0,
+        True,
+    ),
+)

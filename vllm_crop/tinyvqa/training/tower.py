@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""First stage: the vision tower learns to say, at each of its tokens, which thing the token belongs to."""
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from vllm_crop.tinyvqa.drawing import draw_scene, thumbnail
+from vllm_crop.tinyvqa.scenes import COLOURS, DIGITS, SHAPES, Scene, make_scene
+from vllm_crop.tinyvqa.training.batches import IGNORED
+from vllm_crop.tinyvqa.training.forward import image_patches, vision_features
+
+FULL_SIDE = 4  # cells: enough neighbours to tell apart, and cheap
+FULL_SCENES, THUMBNAIL_SCENES = 6, 6
+NUM_THINGS = {"full": (6, 14), "thumbnail": (12, 24)}
+NOTHING = len(COLOURS)
+
+
+class TokenHeads(nn.Module):
+    """Reads colour (or nothing), shape and digit off an embedding. Thrown away after the training."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.colour = nn.Linear(hidden, len(COLOURS) + 1)
+        self.shape = nn.Linear(hidden, len(SHAPES))
+        self.digit = nn.Linear(hidden, len(DIGITS))
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Images `[n, height, width, 3]` and what each of their tokens shows: `[n, tokens]` each."""
+
+    images: Tensor
+    colour: Tensor
+    shape: Tensor
+    digit: Tensor
+    num_tokens: int
+
+
+def labelled_scenes(kind: str, seed: int) -> Labelled:
+    """`"full"` pictures, or `"thumbnail"`s, whose digits nobody can read."""
+    chance = random.Random(seed)
+    side, count = (FULL_SIDE, FULL_SCENES) if kind == "full" else (8, THUMBNAIL_SCENES)
+    scenes = [make_scene(2 * chance.randrange(2**40), side, NUM_THINGS[kind]) for _ in range(count)]
+    pictures = [draw_scene(scene) for scene in scenes]
+    if kind == "thumbnail":
+        pictures = [thumbnail(picture) for picture in pictures]
+    num_tokens = 3 * side if kind == "full" else side
+    labels = np.stack([_labels(scene, num_tokens) for scene in scenes])
+    if kind == "thumbnail":
+        labels[:, 2] = IGNORED
+    colour, shape, digit = torch.from_numpy(labels).flatten(2).unbind(1)
+    images = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
+    return Labelled(images, colour, shape, digit, num_tokens)
+
+
+def _labels(scene: Scene, num_tokens: int) -> Any:
+    """`[3, num_tokens, num_tokens]`: colour, shape and digit of the thing that covers a token's centre."""
+    labels = np.full((3, num_tokens, num_tokens), IGNORED)
+    labels[0] = NOTHING
+    centres = (np.arange(num_tokens) + 0.5) * scene.side / num_tokens
+    for thing in scene.things:
+        (row, col), (dx, dy) = thing.cell, thing.offset
+        rows = abs(centres - (row + 0.5 + dy)) <= thing.size / 2
+        cols = abs(centres - (col + 0.5 + dx)) <= thing.size / 2
+        values = (COLOURS.index(thing.colour), SHAPES.index(thing.shape), DIGITS.index(thing.digit))
+        for plane, value in zip(labels, values, strict=True):
+            plane[np.ix_(rows, cols)] = value
+    return labels
+
+
+def tower_loss(visual: Any, heads: TokenHeads, labelled: Labelled) -> tuple[Tensor, dict[str, float]]:
+    """The loss, and the share of tokens read right by what is read."""
+    side = labelled.num_tokens
+    features = vision_features(visual, image_patches(labelled.images), side, side)
+    loss, right = torch.zeros(()), {}
+    for name in ("colour", "shape", "digit"):
+        target = getattr(labelled, name)
+        if bool((target != IGNORED).any()):
+            logits = getattr(heads, name)(features)
+            loss = loss + functional.cross_entropy(
+                logits.flatten(0, 1), target.flatten(), ignore_index=IGNORED
+            )
+            known = target != IGNORED
+            right[name] = float((logits.argmax(-1) == target)[known].float().mean())
+    return loss, right

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training loop: phase by phase, step by step, each step with a seed of its own."""
+
+import json
+import math
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from vllm_crop.tinyvqa import checkpoint, words
+from vllm_crop.tinyvqa.training.batches import BatchMaker
+from vllm_crop.tinyvqa.training.language import answer_logits, answer_loss, look_loss, right_answers
+from vllm_crop.tinyvqa.training.phases import PHASES, Phase
+from vllm_crop.tinyvqa.training.tower import TokenHeads, labelled_scenes, tower_loss
+
+SEED = 20261121
+WARMUP = 100  # steps
+REPORT_EVERY = 50  # steps
+SAVE_EVERY = 120.0  # seconds
+
+
+class Trainer:
+    """Holds the model, the optimizer and where the training stands; `out/state.pt` keeps them."""
+
+    def __init__(self, out: Path) -> None:
+        torch.manual_seed(SEED)
+        self.out = out
+        self.tokenizer = words.make_tokenizer()
+        self.model: Any = Qwen2_5_VLForConditionalGeneration(checkpoint.make_config(self.tokenizer))
+        self.heads = TokenHeads(self.model.config.text_config.hidden_size)
+        self.batches = BatchMaker(self.tokenizer)
+        self.phase, self.step = 0, 0
+        self.optimizer = self._new_optimizer()
+        self._window: dict[str, list[float]] = defaultdict(list)
+        if (out / "state.pt").exists():
+            self._load()
+
+    def run(self, minutes: float) -> None:
+        """Train until done or so many minutes have passed, then save state and checkpoint."""
+        end = saved = time.monotonic()
+        end += 60 * minutes
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        with Progress(*columns) as progress:
+            while self.phase < len(PHASES) and time.monotonic() < end:
+                phase = PHASES[self.phase]
+                bar = progress.add_task(phase.name, total=phase.steps, completed=self.step)
+                while self.step < phase.steps and time.monotonic() < end:
+                    self._train_step(phase)
+                    progress.update(bar, completed=self.step)
+                    if time.monotonic() - saved > SAVE_EVERY:
+                        self.save()
+                        saved = time.monotonic()
+                if self.step >= phase.steps:
+                    self.phase, self.step = self.phase + 1, 0
+                    self.optimizer = self._new_optimizer()
+        self.save()
+        checkpoint.save(self.out / "checkpoint", self.model, checkpoint.make_processor(self.tokenizer))
+
+    def _train_step(self, phase: Phase) -> None:
+        progress = self.step / phase.steps
+        falling = 0.5 * (1 + math.cos(math.pi * progress))
+        rate = phase.final_rate + (1 - phase.final_rate) * falling
+        for group in self.optimizer.param_groups:
+            group["lr"] = phase.learning_rate * rate * min(1.0, (self.step + 1) / WARMUP)
+        seed = SEED + 1_000_003 * self.phase + self.step
+        loss = self._tower_step(seed) if not phase.tasks else self._language_step(phase, seed)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self._parameters(), 1.0)
+        self.optimizer.step()
+        self.step += 1
+        if self.step % REPORT_EVERY == 0:
+            self._report(phase)
+
+    def _tower_step(self, seed: int) -> Tensor:
+        total = torch.zeros(())
+        for kind in ("full", "thumbnail"):
+            loss, right = tower_loss(self.model.model.visual, self.heads, labelled_scenes(kind, seed))
+            total = total + loss
+            self._note(f"{kind} loss", float(loss))
+            for name, share in right.items():
+                self._note(f"{kind} {name}", share)
+        return total
+
+    def _language_step(self, phase: Phase, seed: int) -> Tensor:
+        task = phase.tasks[self.step % len(phase.tasks)]
+        batch = self.batches.make(task, seed)
+        logits, looked = answer_logits(self.model, self.tokenizer, batch, task, phase.train_vision)
+        loss, look = answer_loss(logits, batch), look_loss(looked, batch)
+        kind = f"{'locate' if task.locate else 'answer'} {task.side}"
+        self._note(f"{kind} loss", float(loss))
+        self._note(f"{kind} look", float(look))
+        for family, (right, asked) in right_answers(logits, batch).items():
+            self._note(f"{kind} {family}", right / asked)
+        return loss + phase.look_weight * (1 - self.step / phase.steps) * look
+
+    def _parameters(self) -> list[Tensor]:
+        return [*self.model.parameters(), *self.heads.parameters()]
+
+    def _new_optimizer(self) -> torch.optim.Optimizer:
+        matrices = [parameter for parameter in self._parameters() if parameter.ndim > 1]
+        others = [parameter for parameter in self._parameters() if parameter.ndim <= 1]
+        groups = [{"params": matrices, "weight_decay": 0.02}, {"params": others, "weight_decay": 0.0}]
+        return torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98))
+
+    def _note(self, name: str, value: float) -> None:
+        self._window[name].append(value)
+
+    def _report(self, phase: Phase) -> None:
+        means = {name: round(sum(values) / len(values), 4) for name, values in sorted(self._window.items())}
+        self._window.clear()
+        line = {"phase": phase.name, "step": self.step, "time": round(time.time()), **means}
+        with (self.out / "log.jsonl").open("a") as log:
+            log.write(json.dumps(line) + "\n")
+
+    def save(self) -> None:
+        """Write the state, so that a run can go on."""
+        state = {"model": self.model.state_dict(), "heads": self.heads.state_dict()}
+        state |= {"optimizer": self.optimizer.state_dict(), "phase": self.phase, "step": self.step}
+        torch.save(state, self.out / "state.new")
+        (self.out / "state.new").replace(self.out / "state.pt")
+
+    def _load(self) -> None:
+        state = torch.load(self.out / "state.pt")
+        self.model.load_state_dict(state["model"])
+        self.heads.load_state_dict(state["heads"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.phase, self.step = state["phase"], state["step"]
