@@ -28,12 +28,13 @@ SAVE_EVERY = 120.0  # seconds
 class Trainer:
     """Holds the model, the optimizer and where the training stands; `out/state.pt` keeps them."""
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, device: str) -> None:
         torch.manual_seed(SEED)
-        self.out = out
+        self.out, self.device = out, torch.device(device)
         self.tokenizer = words.make_tokenizer()
         self.model: Any = Qwen2_5_VLForConditionalGeneration(checkpoint.make_config(self.tokenizer))
-        self.heads = TokenHeads(self.model.config.text_config.hidden_size)
+        self.model.to(self.device)
+        self.heads = TokenHeads(self.model.config.text_config.hidden_size).to(self.device)
         self.batches = BatchMaker(self.tokenizer)
         self.phase, self.step = 0, 0
         self.optimizer = self._new_optimizer()
@@ -79,23 +80,24 @@ class Trainer:
             self._report(phase)
 
     def _tower_step(self, seed: int) -> Tensor:
-        total = torch.zeros(())
+        total = torch.zeros((), device=self.device)
         for kind in ("full", "thumbnail"):
-            loss, right = tower_loss(self.model.model.visual, self.heads, labelled_scenes(kind, seed))
+            labelled = labelled_scenes(kind, seed).to(self.device)
+            loss, right = tower_loss(self.model.model.visual, self.heads, labelled)
             total = total + loss
-            self._note(f"{kind} loss", float(loss))
+            self._note(f"{kind} loss", float(loss.detach()))
             for name, share in right.items():
                 self._note(f"{kind} {name}", share)
         return total
 
     def _language_step(self, phase: Phase, seed: int) -> Tensor:
         task = phase.tasks[self.step % len(phase.tasks)]
-        batch = self.batches.make(task, seed)
+        batch = self.batches.make(task, seed).to(self.device)
         logits, looked = answer_logits(self.model, self.tokenizer, batch, task, phase.train_vision)
         loss, look = answer_loss(logits, batch), look_loss(looked, batch)
         kind = f"{'locate' if task.locate else 'answer'} {task.side}"
-        self._note(f"{kind} loss", float(loss))
-        self._note(f"{kind} look", float(look))
+        self._note(f"{kind} loss", float(loss.detach()))
+        self._note(f"{kind} look", float(look.detach()))
         for family, (right, asked) in right_answers(logits, batch).items():
             self._note(f"{kind} {family}", right / asked)
         return loss + phase.look_weight * (1 - self.step / phase.steps) * look
@@ -127,7 +129,7 @@ class Trainer:
         (self.out / "state.new").replace(self.out / "state.pt")
 
     def _load(self) -> None:
-        state = torch.load(self.out / "state.pt")
+        state = torch.load(self.out / "state.pt", map_location=self.device)
         self.model.load_state_dict(state["model"])
         self.heads.load_state_dict(state["heads"])
         self.optimizer.load_state_dict(state["optimizer"])
