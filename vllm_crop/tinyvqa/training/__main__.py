@@ -18,7 +18,6 @@ def main(
 ) -> None:
     """Train the vision tower, then answers and places; a few hours on two CPU cores."""
     torch.set_num_threads(threads)
-    out.mkdir(parents=True, exist_ok=True)
     Trainer(out, device).run(minutes)
 
 

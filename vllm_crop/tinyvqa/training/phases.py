@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from vllm_crop.tinyvqa.training.batches import Task
 
 EVEN = {"read": 1.0, "relation": 1.0, "compare": 1.0, "search": 1.0, "count": 1.0}
-READ = {"read": 1.0}
-FIRST = {"read": 2.0, "search": 1.0, "count": 0.5, "relation": 0.5, "compare": 0.5}
+FIRST = {"read": 3.0, "search": 1.0, "count": 0.5, "relation": 1.0}
 
 
 @dataclass(frozen=True)

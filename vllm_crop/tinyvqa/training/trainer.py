@@ -31,6 +31,7 @@ class Trainer:
     def __init__(self, out: Path, device: str) -> None:
         torch.manual_seed(SEED)
         self.out, self.device = out, torch.device(device)
+        out.mkdir(parents=True, exist_ok=True)
         self.tokenizer = words.make_tokenizer()
         self.model: Any = Qwen2_5_VLForConditionalGeneration(checkpoint.make_config(self.tokenizer))
         self.model.to(self.device)
@@ -44,28 +45,27 @@ class Trainer:
 
     def run(self, minutes: float) -> None:
         """Train until done or so many minutes have passed, then save state and checkpoint."""
-        end = saved = time.monotonic()
-        end += 60 * minutes
+        end, saved = time.monotonic() + 60 * minutes, time.monotonic()
         columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         with Progress(*columns) as progress:
+            bars = [
+                progress.add_task(phase.name, total=phase.steps, completed=phase.steps * (index < self.phase))
+                for index, phase in enumerate(PHASES)
+            ]
             while self.phase < len(PHASES) and time.monotonic() < end:
-                phase = PHASES[self.phase]
-                bar = progress.add_task(phase.name, total=phase.steps, completed=self.step)
-                while self.step < phase.steps and time.monotonic() < end:
-                    self._train_step(phase)
-                    progress.update(bar, completed=self.step)
-                    if time.monotonic() - saved > SAVE_EVERY:
-                        self.save()
-                        saved = time.monotonic()
-                if self.step >= phase.steps:
-                    self.phase, self.step = self.phase + 1, 0
-                    self.optimizer = self._new_optimizer()
+                bar = bars[self.phase]
+                self.train_step()
+                progress.update(bar, completed=self.step or PHASES[self.phase - 1].steps)
+                if time.monotonic() - saved > SAVE_EVERY:
+                    self.save()
+                    saved = time.monotonic()
         self.save()
         checkpoint.save(self.out / "checkpoint", self.model, checkpoint.make_processor(self.tokenizer))
 
-    def _train_step(self, phase: Phase) -> None:
-        progress = self.step / phase.steps
-        falling = 0.5 * (1 + math.cos(math.pi * progress))
+    def train_step(self) -> None:
+        """One step; the last one of a phase begins the next."""
+        phase = PHASES[self.phase]
+        falling = 0.5 * (1 + math.cos(math.pi * self.step / phase.steps))
         rate = phase.final_rate + (1 - phase.final_rate) * falling
         for group in self.optimizer.param_groups:
             group["lr"] = phase.learning_rate * rate * min(1.0, (self.step + 1) / WARMUP)
@@ -78,6 +78,9 @@ class Trainer:
         self.step += 1
         if self.step % REPORT_EVERY == 0:
             self._report(phase)
+        if self.step >= phase.steps:
+            self.phase, self.step = self.phase + 1, 0
+            self.optimizer = self._new_optimizer()
 
     def _tower_step(self, seed: int) -> Tensor:
         total = torch.zeros((), device=self.device)
