@@ -77,7 +77,7 @@ class Engine:
             "max_logprobs": -1,
             "block_size": 32,
             "limit_mm_per_prompt": {"image": 16},
-            "kv_cache_memory_bytes": 64 << 20,
+            "num_gpu_blocks_override": 2000,  # else a gigabyte for each engine
             "seed": 0,
             "additional_config": {} if crop is None else {"crop": dict(crop)},
         }

@@ -35,10 +35,10 @@ def _small(weights: dict[str, float], side: int = 4, num_things: tuple[int, int]
 
 PHASES = (
     Phase("tower", 2500, 2e-3),
-    Phase("small", 6000, 1.5e-3, (_small(FIRST), Task(8, (8, 12), 8, 16, FIRST, locate=True)), 0.5, 0.5),
+    Phase("small", 2000, 1.5e-3, (_small(FIRST), Task(8, (8, 12), 8, 16, FIRST, locate=True)), 0.5, 0.5),
     Phase(
         "large",
-        6000,
+        4000,
         1e-3,
         (
             _small(EVEN, 4, (4, 10)),
@@ -50,7 +50,7 @@ PHASES = (
     ),
     Phase(
         "all",
-        3000,
+        1000,
         3e-4,
         (Task(8, (8, 12), 3, 32, EVEN), Task(8, (8, 12), 8, 16, EVEN, locate=True)),
         0.02,
