@@ -43,6 +43,14 @@ class Trainer:
         if (out / "state.pt").exists():
             self._load()
 
+    def start_from(self, weights: Path, phase: str) -> None:
+        """Begin a phase with the weights of a checkpoint; a training that has been saved goes on instead."""
+        if not (self.out / "state.pt").exists():
+            self.model.load_state_dict(
+                Qwen2_5_VLForConditionalGeneration.from_pretrained(weights, dtype="float32").state_dict()
+            )
+            self.phase = [each.name for each in PHASES].index(phase)
+
     def run(self, minutes: float) -> None:
         """Train until done or so many minutes have passed, then save state and checkpoint."""
         end, saved = time.monotonic() + 60 * minutes, time.monotonic()
