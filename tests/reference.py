@@ -119,14 +119,14 @@ class HfReference:
         images: Sequence[Image.Image],
         plans: Sequence[TokenPlan | None],
         steps: int,
-        original_positions: bool = False,
+        original_positions: bool | None = None,
     ) -> Reference:
         """Answer greedily.
 
         Args:
             prompt_ids: with one image token per image.
             plans: per image, None for all its tokens.
-            original_positions: number tokens as in the unpruned prompt.
+            original_positions: number tokens as in the unpruned prompt; None does so with M-RoPE only.
         """
         prompt = self.embed(prompt_ids, images, plans, original_positions)
         nothing_evicted = bool((prompt.num_layers == self.geometry.num_layers).all())
@@ -138,9 +138,11 @@ class HfReference:
         prompt_ids: Sequence[int],
         images: Sequence[Image.Image],
         plans: Sequence[TokenPlan | None],
-        original_positions: bool = False,
+        original_positions: bool | None = None,
     ) -> Prompt:
         """The prompt as the language model is fed it."""
+        if original_positions is None:
+            original_positions = self.geometry.uses_mrope
         rows: list[torch.Tensor] = []
         positions: list[torch.Tensor] = []
         evicted_from: list[int | None] = []

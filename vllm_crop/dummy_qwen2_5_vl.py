@@ -4,6 +4,7 @@
 from pathlib import Path
 from typing import Any
 
+from vllm_crop import dummy_llava
 from vllm_crop.dummy_llava import VOCAB_SIZE, DummySize, make_tokenizer, scale_weights
 
 VISION_START, IMAGE_PAD, VISION_END, VIDEO_PAD = (
@@ -13,14 +14,8 @@ SPECIAL_TOKENS = ("<s>", "</s>", "<pad>", VISION_START, IMAGE_PAD, VISION_END, V
 TINY = DummySize(layers=8, branch_gain=0.6)
 PATCH, MERGE = 14, 2
 MAX_TOKENS = 640  # of an image
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'].upper() }}: "
-    "{% if message['content'] is string %}{{ message['content'] }}"
-    "{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}{{ '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+CHAT_TEMPLATE = dummy_llava.CHAT_TEMPLATE.replace(
+    dummy_llava.IMAGE_TOKEN, VISION_START + IMAGE_PAD + VISION_END
 )
 
 

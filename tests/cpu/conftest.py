@@ -292,8 +292,8 @@ def reference_by(hf: HfReference) -> ReferenceFor:
         requests = image_requests(
             CropParams.parse(question.crop or {}), config, num_images=len(question.images)
         )
-        if original_positions is None:
-            original_positions = config.position_ids == "original" or hf.geometry.uses_mrope
+        if original_positions is None and config.position_ids == "original":
+            original_positions = True
         pictures = tuple(image.tobytes() for image in question.images)
         text = question.prompt(hf.image)["prompt"]
         key = (text, pictures, tuple(requests), original_positions, steps)
