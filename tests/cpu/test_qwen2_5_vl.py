@@ -17,6 +17,7 @@ from tests.cpu.test_parity import NOTICEABLE, cells, difference
 from tests.families import QWEN2_5_VL
 from tests.pictures import noise_image
 from vllm_crop.config import CropConfig
+from vllm_crop.eviction.decoder import _gather_positions
 from vllm_crop.geometry import TokenGrid
 from vllm_crop.models.deciding import ImageDecider
 from vllm_crop.params import CropParams, InvalidCropError
@@ -226,6 +227,14 @@ def test_what_is_left_beside_videos_keeps_its_position(pool: Engine) -> None:
     )
     assert pruned.equal(whole[:, survivors])
     assert next_pruned == next_whole
+
+
+def test_gathered_positions_lie_in_memory_like_all() -> None:
+    for positions in (torch.arange(3 * 65).view(3, 65)[:, :40], torch.arange(40)):
+        rows = torch.tensor([0, 7, 39])
+        gathered = _gather_positions(positions, rows)
+        assert gathered.equal(positions[..., rows])
+        assert gathered.stride() == positions.stride()
 
 
 def test_positions_that_run_past_the_rotary_table_are_refused(pool: Engine) -> None:

@@ -164,7 +164,10 @@ class EvictingDecoder:
 
 
 def _gather_positions(positions: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """The positions of some rows, as far apart in memory as before: compiled layers rely on the strides."""
+    """The positions of some rows, with the strides of all: compiled code may have these built in.
+
+    M-RoPE positions are a slice of a wider buffer (vllm/v1/worker/gpu/mm/rope.py).
+    """
     gathered = positions[..., rows]
     return torch.empty_strided(
         gathered.shape, positions.stride(), dtype=positions.dtype, device=positions.device
