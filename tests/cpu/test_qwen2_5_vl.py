@@ -1,21 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
 """What images of their own size, M-RoPE and videos beside images bring along, beyond test_parity.py."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
+from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.multimodal.parse import ImageProcessorItems
 
-from tests.cpu.conftest import Engine, EngineOf, Question, ReferenceFor, ReferenceOf
+from tests.conftest import CheckpointOf
+from tests.cpu.conftest import (
+    EVICT,
+    STEPS,
+    Answer,
+    Engine,
+    EngineOf,
+    Question,
+    ReferenceFor,
+    ReferenceOf,
+    _answer,
+)
 from tests.cpu.test_caches import about, right
-from tests.cpu.test_parity import NOTICEABLE, cells, difference
+from tests.cpu.test_parity import NOTICEABLE, TOLERANCE, cells, difference
 from tests.families import QWEN2_5_VL
 from tests.pictures import noise_image
+from tests.reference import HfReference
 from vllm_crop.config import CropConfig
 from vllm_crop.eviction.decoder import _gather_positions
 from vllm_crop.geometry import TokenGrid
@@ -137,28 +152,24 @@ def test_regions_beside_a_request_for_another_resolution_are_refused(pool: Engin
         {"min_pixels": 200704},
     ],
 )
-def test_the_servers_processor_settings_are_followed(pool: Engine, kwargs: dict[str, Any]) -> None:
+def test_the_servers_processor_settings_are_followed(
+    pool: Engine, kwargs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As with --mm-processor-kwargs; an unpruned request shows what the image processor does with them."""
-    from vllm.multimodal import MULTIMODAL_REGISTRY
-
     model_config = pool.llm.model_config
-    changed = SimpleNamespace(given=model_config.multimodal_config.mm_processor_kwargs)
-    model_config.multimodal_config.mm_processor_kwargs = kwargs
-    try:
-        processor = MULTIMODAL_REGISTRY.create_processor(model_config)
-        for size in ((500, 400), (100, 900), (90, 60)):
-            items = processor.info.parse_mm_data({"image": noise_image(0, *size)})
-            grids = []
-            for crop in ({}, {"regions": [FIRST]}):
-                served = processor(f"{pool.image}\n", items, hf_processor_mm_kwargs={"crop": crop})
-                (item,) = served["mm_kwargs"]["image"]
-                grids.append(item["image_grid_thw"].data.tolist())
-            rows, cols = grids[0][1] // 2, grids[0][2] // 2
-            assert processor.geometry.grid(*size) == TokenGrid(rows, cols)
-            assert grids[0] == grids[1]
-            assert len(item["crop_assignment"].data) == rows * cols
-    finally:
-        model_config.multimodal_config.mm_processor_kwargs = changed.given
+    monkeypatch.setattr(model_config.multimodal_config, "mm_processor_kwargs", kwargs)
+    processor = MULTIMODAL_REGISTRY.create_processor(model_config)
+    for size in ((500, 400), (100, 900), (90, 60)):
+        items = processor.info.parse_mm_data({"image": noise_image(0, *size)})
+        grids = []
+        for crop in ({}, {"regions": [FIRST]}):
+            served = processor(f"{pool.image}\n", items, hf_processor_mm_kwargs={"crop": crop})
+            (item,) = served["mm_kwargs"]["image"]
+            grids.append(item["image_grid_thw"].data.tolist())
+        rows, cols = grids[0][1] // 2, grids[0][2] // 2
+        assert processor.geometry.grid(*size) == TokenGrid(rows, cols)
+        assert grids[0] == grids[1]
+        assert len(item["crop_assignment"].data) == rows * cols
 
 
 def video(seed: int) -> Any:
@@ -181,8 +192,6 @@ def prompt_with_video(image: Any, crop: dict[str, Any] | None) -> dict[str, Any]
 
 
 def test_videos_pass_untouched(pool: Engine, engine_of: EngineOf) -> None:
-    from vllm import SamplingParams
-
     image = noise_image(306, 500, 400)
     sampling = SamplingParams(temperature=0, max_tokens=6, logprobs=5)
 
@@ -196,6 +205,27 @@ def test_videos_pass_untouched(pool: Engine, engine_of: EngineOf) -> None:
     num_tokens, pruned = ask(pool, {"regions": [FIRST]})
     assert num_tokens == stock[0] - 18 * 14 + 42
     assert pruned != stock[1]
+
+
+def test_image_embeddings_of_the_client_are_served_whole(
+    checkpoint_of: CheckpointOf, hf_of: Callable[..., HfReference], reference_for: ReferenceFor
+) -> None:
+    """They come with their grid, and cannot be pruned."""
+    checkpoint, hf = (of(QWEN2_5_VL, QWEN2_5_VL.deep) for of in (checkpoint_of, hf_of))
+    engine = Engine(checkpoint, EVICT, QWEN2_5_VL, enable_mm_embeds=True)
+    image = noise_image(320, 300, 420)
+    with torch.inference_mode():
+        embedded = {"image_embeds": hf.features(image), "image_grid_thw": torch.tensor([[1, 30, 22]])}
+    sampling = SamplingParams(temperature=0, max_tokens=STEPS, logprobs=-1, ignore_eos=True)
+
+    def ask(asked: Question) -> Answer:
+        prompt = asked.prompt(engine.image) | {"multi_modal_data": {"image": embedded}}
+        return _answer(*engine.llm.generate([prompt], sampling, use_tqdm=False))
+
+    whole = about(image, None)
+    assert difference(ask(whole), reference_for(whole, engine.config)) <= TOLERANCE
+    with pytest.raises(VLLMValidationError, match="not possible for image embeddings"):
+        ask(about(image, FIRST))
 
 
 def test_what_is_left_beside_videos_keeps_its_position(pool: Engine) -> None:
