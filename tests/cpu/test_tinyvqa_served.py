@@ -38,7 +38,7 @@ def tinyvqa(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = Qwen2_5_VLForConditionalGeneration(checkpoint.make_config(tokenizer))
     scale_weights(model, DummySize(branch_gain=0.4))
     with torch.no_grad():
-        model.get_input_embeddings().weight *= 0.03  # they give the logits too
+        model.get_input_embeddings().weight *= 0.02  # they give the logits too
     folder = tmp_path_factory.mktemp("tinyvqa")
     checkpoint.save(folder, model, checkpoint.make_processor(tokenizer))
     return folder
