@@ -15,7 +15,7 @@ from PIL import Image
 
 from tests.e2e.conftest import API_KEY, MODEL, metric
 from tests.pictures import noise_image
-from tests.reference import HfLlava
+from tests.reference import HfLlava, HfReference
 from vllm_crop.benchmarking.server import Server, get_text
 from vllm_crop.budget import Method
 from vllm_crop.demo.client import data_url
@@ -44,7 +44,7 @@ def hf(checkpoint: Path) -> HfLlava:
 
 
 def expected(
-    hf: HfLlava,
+    hf: HfReference,
     images: Sequence[Image.Image],
     regions: Sequence[Region | None],
     rate: float = RATE,
@@ -58,7 +58,7 @@ def expected(
         for image, region in zip(images, regions, strict=True)
     ]
     tokenizer = hf.processor.tokenizer
-    prompt = "USER: " + "<image>\n" * len(images) + TEXT + "\nASSISTANT:"
+    prompt = "USER: " + f"{hf.image}\n" * len(images) + TEXT + "\nASSISTANT:"
     ids = tokenizer.encode(prompt, add_special_tokens=False)
     reference = hf.generate(ids, images, plans, STEPS)
     return tokenizer.decode(reference.token_ids), reference.num_prompt_tokens
