@@ -14,7 +14,7 @@ from vllm_crop.tinyvqa import checkpoint, words
 from vllm_crop.tinyvqa.questions import FAMILIES
 from vllm_crop.tinyvqa.training import trainer
 from vllm_crop.tinyvqa.training.batches import IGNORED, Batch, BatchMaker, Task
-from vllm_crop.tinyvqa.training.language import answer_logits, look_loss
+from vllm_crop.tinyvqa.training.language import answer_states, look_loss
 from vllm_crop.tinyvqa.training.phases import Phase
 
 EACH_FAMILY = dict.fromkeys(FAMILIES, 1.0)
@@ -60,8 +60,8 @@ def test_questions_that_share_an_image_are_answered_as_if_alone(
 ) -> None:
     task = TASKS[name]
     batch = BatchMaker(tokenizer).make(task, seed=1)
-    logits, _ = answer_logits(model, tokenizer, batch, task, train_vision=False)
-    got = logits.double().log_softmax(-1)
+    states = answer_states(model, tokenizer, batch, task, train_vision=False)
+    got = model.lm_head(states.last).double().log_softmax(-1)
     for scene in range(task.scenes):
         for question in range(task.questions):
             expected = alone(model, tokenizer, batch, scene, question)
@@ -90,7 +90,7 @@ def test_looks_cover_what_decides(model: Any, tokenizer: Any) -> None:
     task = replace(TASKS["full"], weights={"read": 1.0})
     batch = BatchMaker(tokenizer).make(task, seed=3)
     assert batch.looks.sum(-1).unique().tolist() == [9]  # one cell's tokens
-    _, looked = answer_logits(model, tokenizer, batch, task, train_vision=False)
+    looked = answer_states(model, tokenizer, batch, task, train_vision=False).looked
     everywhere = replace(batch, looks=torch.ones_like(batch.looks))
     assert 0 < float(look_loss(looked, everywhere)) < float(look_loss(looked, batch))
 

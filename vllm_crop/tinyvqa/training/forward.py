@@ -117,11 +117,11 @@ def make_layout(rows: int, cols: int, questions: int, length: int) -> Layout:
 
 
 @dataclass(frozen=True)
-class Looks:
-    """Where the answering token of each question looks.
+class Probes:
+    """What to bring back from within the language model.
 
     Attributes:
-        layers: the layers asked about.
+        layers: the layers whose attention is asked for; image states are taken before the first of them.
         tokens: `[batch, questions]` index of the answering token within the question.
     """
 
@@ -129,34 +129,44 @@ class Looks:
     tokens: Tensor
 
 
+@dataclass(frozen=True)
+class States:
+    """What the language model makes of questions.
+
+    Attributes:
+        last: `[batch, questions, length, hidden]`, after the last layer.
+        looked: for each probed layer the log attention `[batch, heads, questions, rows * cols]` that the
+            answering tokens pay to the image's tokens.
+        image: `[batch, rows * cols, hidden]`, the image's tokens before the first probed layer.
+    """
+
+    last: Tensor
+    looked: list[Tensor]
+    image: Tensor
+
+
 def language_states(
-    language: Any,
-    prefix: Tensor,
-    image: Tensor,
-    questions: Tensor,
-    layout: Layout,
-    looks: Looks | None = None,
-) -> tuple[Tensor, list[Tensor]]:
-    """The language model's last hidden states of all questions, and where they look.
+    language: Any, prefix: Tensor, image: Tensor, questions: Tensor, layout: Layout, probes: Probes
+) -> States:
+    """The language model over images and all questions about them.
 
     Args:
         prefix: `[PREFIX]` token ids.
         image: `[batch, rows * cols, hidden]` embeddings.
         questions: `[batch, questions, length]` token ids.
-
-    Returns:
-        `[batch, questions, length, hidden]`, and for each layer of `looks` the log attention
-        `[batch, heads, questions, rows * cols]` that the answering tokens pay to the image's tokens.
     """
     batch, count, length = questions.shape
     before = language.embed_tokens(prefix).expand(batch, -1, -1)
     hidden = torch.cat([before, image, language.embed_tokens(questions.flatten(1))], dim=1)
     cos, sin = language.rotary_emb(hidden, layout.positions[:, None])
     looked: list[Tensor] = []
+    known = image
     for index, layer in enumerate(language.layers):
         query, key, value = _projected(layer.self_attn, layer.input_layernorm(hidden), cos, sin)
-        if looks is not None and index in looks.layers:
-            looked.append(_look(query, key, looks.tokens, layout.image, length))
+        if index == probes.layers[0]:
+            known = hidden[:, PREFIX : layout.image]
+        if index in probes.layers:
+            looked.append(_look(query, key, probes.tokens, layout.image, length))
         mixed = torch.cat(
             [
                 _attend(query[:, :, : layout.image], key, value, layout.image_mask),
@@ -167,7 +177,7 @@ def language_states(
         hidden = hidden + layer.self_attn.o_proj(mixed.transpose(1, 2).flatten(2))
         hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
     states = language.norm(hidden[:, layout.image :])
-    return states.view(batch, count, length, -1), looked
+    return States(states.view(batch, count, length, -1), looked, known)
 
 
 def _projected(attention: Any, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:

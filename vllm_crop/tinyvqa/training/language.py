@@ -2,21 +2,24 @@
 """Second stage: the language model learns to answer and to locate.
 
 Beside the answers it is told where to look: two heads of two layers are pulled towards the things that decide
-the answer. Without that, connecting a name to its place takes many times as many questions.
+the answer, and what these heads see of a thumbnail is pulled to tell its row and column. Without that,
+connecting a name to its place and a place to its numbers takes many times as many questions.
 """
 
 from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
+from vllm_crop.geometry import GRID_CELLS
 from vllm_crop.tinyvqa import words
 from vllm_crop.tinyvqa.training.batches import IGNORED, Batch, Task
 from vllm_crop.tinyvqa.training.forward import (
     Layout,
-    Looks,
+    Probes,
+    States,
     image_patches,
     language_states,
     make_layout,
@@ -32,20 +35,35 @@ def layout_of(side: int, questions: int, length: int, device: torch.device) -> L
     return make_layout(side, side, questions, length).to(device)
 
 
-def answer_logits(
-    model: Any, tokenizer: Any, batch: Batch, task: Task, train_vision: bool
-) -> tuple[Tensor, list[Tensor]]:
-    """`[scenes, questions, length, vocab]`, and where the answering tokens look."""
+def answer_states(model: Any, tokenizer: Any, batch: Batch, task: Task, train_vision: bool) -> States:
+    """What the model makes of a batch; its `lm_head` makes logits of them."""
     side = task.num_tokens
     with torch.set_grad_enabled(train_vision and torch.is_grad_enabled()):
         features = vision_features(model.model.visual, image_patches(batch.images), side, side)
     prefix_ids = tokenizer.convert_tokens_to_ids([words.START, words.VISION_START])
     prefix = torch.tensor(prefix_ids, device=batch.questions.device)
     layout = layout_of(side, task.questions, task.length, prefix.device)
-    looks = Looks(LOOKING_LAYERS, batch.answering)
-    language = model.model.language_model
-    states, looked = language_states(language, prefix, features, batch.questions, layout, looks)
-    return model.lm_head(states), looked
+    probes = Probes(LOOKING_LAYERS, batch.answering)
+    return language_states(model.model.language_model, prefix, features, batch.questions, layout, probes)
+
+
+class PlaceHeads(nn.Module):
+    """Read the row and the column off an image token's state. Thrown away after the training."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.row = nn.Linear(hidden, GRID_CELLS)
+        self.column = nn.Linear(hidden, GRID_CELLS)
+
+
+def place_loss(heads: PlaceHeads, states: States, task: Task) -> Tensor:
+    """Cross entropy of the cell that each token of an image belongs to: rotations alone hardly tell."""
+    cells = torch.arange(task.num_tokens, device=states.image.device) * task.side // task.num_tokens
+    row, column = torch.meshgrid(cells, cells, indexing="ij")
+    scenes = len(states.image)
+    return functional.cross_entropy(
+        heads.row(states.image).flatten(0, 1), row.flatten().repeat(scenes)
+    ) + functional.cross_entropy(heads.column(states.image).flatten(0, 1), column.flatten().repeat(scenes))
 
 
 def answer_loss(logits: Tensor, batch: Batch) -> Tensor:

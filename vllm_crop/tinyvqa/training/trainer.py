@@ -15,7 +15,14 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from vllm_crop.tinyvqa import checkpoint, words
 from vllm_crop.tinyvqa.training.batches import BatchMaker
-from vllm_crop.tinyvqa.training.language import answer_logits, answer_loss, look_loss, right_answers
+from vllm_crop.tinyvqa.training.language import (
+    PlaceHeads,
+    answer_loss,
+    answer_states,
+    look_loss,
+    place_loss,
+    right_answers,
+)
 from vllm_crop.tinyvqa.training.phases import PHASES, Phase
 from vllm_crop.tinyvqa.training.tower import TokenHeads, labelled_scenes, tower_loss
 
@@ -35,7 +42,9 @@ class Trainer:
         self.tokenizer = words.make_tokenizer()
         self.model: Any = Qwen2_5_VLForConditionalGeneration(checkpoint.make_config(self.tokenizer))
         self.model.to(self.device)
-        self.heads = TokenHeads(self.model.config.text_config.hidden_size).to(self.device)
+        hidden = self.model.config.text_config.hidden_size
+        heads = {"token": TokenHeads(hidden), "place": PlaceHeads(hidden)}
+        self.heads: Any = torch.nn.ModuleDict(heads).to(self.device)
         self.batches = BatchMaker(self.tokenizer)
         self.phase, self.step = 0, 0
         self.optimizer = self._new_optimizer()
@@ -94,7 +103,7 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         for kind in ("full", "thumbnail"):
             labelled = labelled_scenes(kind, seed).to(self.device)
-            loss, right = tower_loss(self.model.model.visual, self.heads, labelled)
+            loss, right = tower_loss(self.model.model.visual, self.heads["token"], labelled)
             total = total + loss
             self._note(f"{kind} loss", float(loss.detach()))
             for name, share in right.items():
@@ -104,14 +113,20 @@ class Trainer:
     def _language_step(self, phase: Phase, seed: int) -> Tensor:
         task = phase.tasks[self.step % len(phase.tasks)]
         batch = self.batches.make(task, seed).to(self.device)
-        logits, looked = answer_logits(self.model, self.tokenizer, batch, task, phase.train_vision)
-        loss, look = answer_loss(logits, batch), look_loss(looked, batch)
+        states = answer_states(self.model, self.tokenizer, batch, task, phase.train_vision)
+        logits = self.model.lm_head(states.last)
+        loss, look = answer_loss(logits, batch), look_loss(states.looked, batch)
         kind = f"{'locate' if task.locate else 'answer'} {task.side}"
         self._note(f"{kind} loss", float(loss.detach()))
         self._note(f"{kind} look", float(look.detach()))
         for family, (right, asked) in right_answers(logits, batch).items():
             self._note(f"{kind} {family}", right / asked)
-        return loss + phase.look_weight * (1 - self.step / phase.steps) * look
+        hint = look
+        if task.locate:
+            place = place_loss(self.heads["place"], states, task)
+            self._note(f"{kind} place", float(place.detach()))
+            hint = hint + place
+        return loss + phase.look_weight * (1 - self.step / phase.steps) * hint
 
     def _parameters(self) -> list[Tensor]:
         return [*self.model.parameters(), *self.heads.parameters()]
