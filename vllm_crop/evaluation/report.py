@@ -61,13 +61,31 @@ def write_report(folder: Path, report: Report) -> None:
 def print_report(console: Console, report: Report) -> None:
     """The table on a terminal."""
     shown = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    for title in ("", "rate", "tokens", "local", "retained", "all", "retained", "TTFT ms"):
+    for title in ("", "rate", "tokens", "local %", "retained %", "all %", "TTFT\nms"):
         shown.add_column(title, justify="left" if not title else "right", no_wrap=True)
     for row in report.rows:
-        shown.add_row(*table_cells(row))
+        shown.add_row(*_short_cells(row))
     console.print(shown)
     if report.localizer:
         console.print(describe_localizer(report.localizer), markup=False)
+
+
+def _short_cells(row: Row) -> list[str]:
+    """What fits a terminal; exact intervals are on the page."""
+    name, rate, *_, ttft = table_cells(row)
+    if row.impossible:
+        return [name, rate, "impossible", *[""] * 4]
+    local, every = row.groups["local"], row.groups["all"]
+    shares = [local.accuracy, local.retained, every.accuracy]
+    return [name, rate, f"{local.visual_tokens:.0f}", *map(_short, shares), ttft]
+
+
+def _short(estimate: Estimate | None) -> str:
+    """In percent, with the larger half of the interval."""
+    if estimate is None:
+        return "-"
+    half = max(estimate.high - estimate.value, estimate.value - estimate.low)
+    return f"{100 * estimate.value:.1f} ±{100 * half:.1f}"
 
 
 def table_cells(row: Row) -> list[str]:

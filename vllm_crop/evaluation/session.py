@@ -51,8 +51,9 @@ class Session:
         results: list[CellResult] = []
         located: Located | None = None
         with progress_bar(self.console) as progress:
-            overall = progress.add_task("all cells", total=len(cells))
+            overall = progress.add_task("cells", total=len(cells))
             for cell in cells:
+                progress.update(overall, description=f"cells: {cell.slug}")
                 results.append(self._result(cell, located, progress))
                 if cell.method == LOCATE:
                     located = locations(self.scenes, results[-1].answers)

@@ -128,7 +128,7 @@ class QwenRunner:
             if token in self.end:
                 break
             said.append(token)
-        return str(self.processor.tokenizer.decode(said, skip_special_tokens=False)).strip()
+        return str(self.processor.tokenizer.decode(said, skip_special_tokens=True)).strip()
 
 
 def _as_list(value: Any) -> list[int]:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A vLLM engine in this process: what a server would answer, without HTTP."""
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from itertools import chain
@@ -30,6 +31,7 @@ class EngineAnswers:
     name = "vllm"
 
     def __init__(self, accounting: Accounting, crop: Mapping[str, Any] | None) -> None:
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         from vllm import LLM
 
         self.accounting = accounting
