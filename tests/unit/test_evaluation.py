@@ -27,7 +27,7 @@ from vllm_crop.evaluation.rivals.registry import RIVALS
 from vllm_crop.evaluation.session import Session
 from vllm_crop.evaluation.stats import difference, retention, wilson
 from vllm_crop.evaluation.store import CellResult, Store
-from vllm_crop.evaluation.summary import margins, score_localizer, summarize
+from vllm_crop.evaluation.summary import agreements, margins, score_localizer, summarize
 from vllm_crop.geometry import Region
 from vllm_crop.tinyvqa.questions import FAMILIES, boxes_region
 from vllm_crop.tinyvqa.scenes import is_test_seed
@@ -336,7 +336,13 @@ def test_the_localizer_is_scored_by_cells(tmp_path: Path, scenes: tuple[TestScen
 def test_the_page_needs_nothing_else(tmp_path: Path, scenes: tuple[TestScene, ...]) -> None:
     pytest.importorskip("matplotlib")
     results = run(tmp_path, scenes, StandIn({"fastv": 1}))
-    report = make_report(scenes, results, {"git_revision": "<abc>"})
+    other = replace(results[1], engine="transformers", answers=tuple(reversed(results[1].answers)))
+    store = Store(tmp_path, {"settings": 1})
+    store.save(other)
+    agreed = agreements(results, store)
+    assert [(one.cell, one.engine, one.asked) for one in agreed] == [(OFF, "stand-in", 5 * PER_FAMILY)]
+    assert agreed[0].same < agreed[0].asked
+    report = make_report(scenes, results, agreed, {"git_revision": "<abc>"})
     write_report(tmp_path, report)
     page = (tmp_path / "index.html").read_text()
     assert 'src="data:image/png;base64,' in page

@@ -78,7 +78,7 @@ def evaluate(
     \b
     A first look, in a few minutes:
       vllm-crop eval --quick
-    Without vLLM:
+    Without vLLM; run with both engines into one folder, the page tells how often they agree:
       vllm-crop eval --engine transformers
     Against a server of your own, started with: vllm serve DIR --plugin crop \\
         --crop-config '{"eviction_layers": [1], "position_ids": "original"}'

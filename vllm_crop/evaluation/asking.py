@@ -67,7 +67,10 @@ class Answerer(Protocol):
         ...
 
     def ttft_ms(self, cell: GridCell, tasks: Sequence[SceneTask]) -> float | None:
-        """Median time to first token of requests sent one at a time; None if that means nothing here."""
+        """Median time of requests sent one at a time; None if that means nothing here.
+
+        To the first token; of the localizer to the last, as nothing can begin before it has spoken.
+        """
         ...
 
 

@@ -58,6 +58,10 @@ def _parts(report: Report, curves: Path) -> Iterator[str]:
         yield "<h2>CROP's margin on local questions</h2>"
         headings = ("CROP", "rate", "against", "more right answers, points")
         yield _table(headings, [_margin_cells(report, index) for index in range(len(report.margins))])
+    if report.agreements:
+        yield "<h2>Answers that plain transformers give too, word for word</h2>"
+        rows = [[one.cell.slug, one.engine, f"{one.same} of {one.asked}"] for one in report.agreements]
+        yield _table(("cell", "engine", "the same"), rows)
     yield f"<h2>Provenance</h2><pre>{escape(json.dumps(report.provenance, indent=2))}</pre></html>"
 
 

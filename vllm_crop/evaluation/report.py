@@ -16,6 +16,7 @@ from vllm_crop.evaluation.questions import TestScene
 from vllm_crop.evaluation.stats import Estimate
 from vllm_crop.evaluation.store import CellResult
 from vllm_crop.evaluation.summary import (
+    Agreement,
     LocalizerScore,
     Margin,
     Row,
@@ -31,16 +32,25 @@ class Report:
 
     rows: tuple[Row, ...]
     margins: tuple[Margin, ...]
+    agreements: tuple[Agreement, ...]
     localizer: LocalizerScore | None
     provenance: Mapping[str, Any]
 
 
 def make_report(
-    scenes: Sequence[TestScene], results: Sequence[CellResult], provenance: Mapping[str, Any]
+    scenes: Sequence[TestScene],
+    results: Sequence[CellResult],
+    agreed: Sequence[Agreement],
+    provenance: Mapping[str, Any],
 ) -> Report:
     """Work out all numbers."""
-    rows, gained = summarize(scenes, results), margins(scenes, results)
-    return Report(tuple(rows), tuple(gained), score_localizer(scenes, results), provenance)
+    return Report(
+        tuple(summarize(scenes, results)),
+        tuple(margins(scenes, results)),
+        tuple(agreed),
+        score_localizer(scenes, results),
+        provenance,
+    )
 
 
 def write_report(folder: Path, report: Report) -> None:
@@ -52,6 +62,7 @@ def write_report(folder: Path, report: Report) -> None:
         "localizer": report.localizer and asdict(report.localizer),
         "rows": [{"row": row.cell.row, **asdict(row)} for row in report.rows],
         "margins": [asdict(margin) for margin in report.margins],
+        "agreements": [asdict(one) for one in report.agreements],
     }
     write_json(folder / "results.json", numbers)
     draw_curves(report.rows, folder / "curves.png")
@@ -114,10 +125,13 @@ def interval(estimate: Estimate | None) -> str:
 
 
 def describe_localizer(score: LocalizerScore) -> str:
-    """One sentence."""
+    """In words."""
+    time = (
+        "" if score.ms is None else f" A request takes {score.ms:.0f} ms, which come before the TTFT below."
+    )
     return (
         f"Localizer: covers the minimal region of {interval(score.covered)} % of local questions "
         f"({100 * score.coverage:.1f} % of its cells) with {100 * score.area:.1f} % of the image; says the "
         f"whole image to {interval(score.whole)} % of search and count; {score.unreadable} of {score.asked} "
-        "answers were no location."
+        f"answers were no location.{time}"
     )

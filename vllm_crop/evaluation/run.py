@@ -14,6 +14,7 @@ from vllm_crop.evaluation.questions import make_test_set
 from vllm_crop.evaluation.report import Report, make_report
 from vllm_crop.evaluation.session import Session
 from vllm_crop.evaluation.store import CellResult, Store
+from vllm_crop.evaluation.summary import agreements
 
 
 def evaluate(options: Options, console: Console) -> Report:
@@ -24,16 +25,11 @@ def evaluate(options: Options, console: Console) -> Report:
     """
     origin, settings = provenance(), options.settings()
     scenes = make_test_set(options.per_family, options.seed)
-    session = Session(
-        scenes,
-        Answerers(options),
-        options.engine_for,
-        Store(options.folder, settings),
-        console,
-        origin["git_revision"],
-    )
+    store = Store(options.folder, settings)
+    session = Session(scenes, Answerers(options), options.engine_for, store, console, origin["git_revision"])
     results = session.run(options.grid)
-    return make_report(scenes, results, _origin(origin, options, settings, results))
+    origin = _origin(origin, options, settings, results)
+    return make_report(scenes, results, agreements(results, store), origin)
 
 
 def _origin(

@@ -10,7 +10,7 @@ from vllm_crop.evaluation.cells import CROP_METHODS, LOCATE, OFF, GridCell
 from vllm_crop.evaluation.questions import TestScene
 from vllm_crop.evaluation.regions import area, coverage, parse_location
 from vllm_crop.evaluation.stats import Estimate, difference, retention, wilson
-from vllm_crop.evaluation.store import CellResult
+from vllm_crop.evaluation.store import CellResult, Store
 from vllm_crop.tinyvqa.questions import FAMILIES, LOCAL, WHOLE
 
 GROUPS: dict[str, tuple[str, ...]] = {"local": LOCAL, "all": FAMILIES}
@@ -58,6 +58,16 @@ class Margin:
 
 
 @dataclass(frozen=True)
+class Agreement:
+    """How many answers of a cell are word for word those of plain transformers."""
+
+    cell: GridCell
+    engine: str
+    same: int
+    asked: int
+
+
+@dataclass(frozen=True)
 class LocalizerScore:
     """How good the model's own regions are.
 
@@ -67,6 +77,7 @@ class LocalizerScore:
         area: share of the image's cells, on average over local questions.
         whole: search and count questions answered with the whole image.
         unreadable: answers that are no location; the image is served whole then.
+        ms: median time of one such request, thumbnail to last digit; comes on top of a TTFT.
     """
 
     covered: Estimate
@@ -75,6 +86,7 @@ class LocalizerScore:
     whole: Estimate
     unreadable: int
     asked: int
+    ms: float | None
 
 
 def right_answers(scenes: Sequence[TestScene], result: CellResult) -> list[bool]:
@@ -131,10 +143,27 @@ def score_localizer(scenes: Sequence[TestScene], results: Sequence[CellResult]) 
                 whole.append(text == WHOLE)
     covered, areas = [one[0] for one in local], [one[1] for one in local]
     entirely = wilson(sum(share == 1 for share in covered), len(covered))
-    asked = len(local) + len(whole)
     return LocalizerScore(
-        entirely, fmean(covered), fmean(areas), wilson(sum(whole), len(whole)), unreadable, asked
+        entirely,
+        fmean(covered),
+        fmean(areas),
+        wilson(sum(whole), len(whole)),
+        unreadable,
+        len(local) + len(whole),
+        result.ttft_ms,
     )
+
+
+def agreements(results: Sequence[CellResult], store: Store) -> list[Agreement]:
+    """Of all cells that plain transformers have answered too, in this folder."""
+    found = []
+    for result in results:
+        other = None if result.engine == "transformers" else store.load(result.cell, "transformers")
+        if other is not None and result.answers and other.answers:
+            pairs = zip(result.answers, other.answers, strict=True)
+            same = sum(one.text == two.text for one, two in pairs)
+            found.append(Agreement(result.cell, result.engine, same, len(result.answers)))
+    return found
 
 
 def _families(scenes: Sequence[TestScene]) -> list[str]:

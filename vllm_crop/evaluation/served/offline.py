@@ -4,12 +4,13 @@
 import os
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from statistics import median
 from typing import Any
 
 from vllm_crop.evaluation.asking import Answer, Asked, SceneTask, ask
-from vllm_crop.evaluation.cells import GridCell
+from vllm_crop.evaluation.cells import LOCATE, GridCell
 from vllm_crop.evaluation.served.accounting import Accounting
 
 # Prefix caching would answer parts of later questions about an image, and its first token earlier.
@@ -46,12 +47,13 @@ class EngineAnswers:
         return [[self._answer(one, next(outputs)) for one in questions] for questions in asked]
 
     def ttft_ms(self, cell: GridCell, tasks: Sequence[SceneTask]) -> float:
-        """Median time of requests for one token, one at a time, each about an image not seen before."""
+        """Median time of requests, one at a time, each about an image not seen before."""
         times = []
         for task in tasks:
             (first, *_) = ask(cell, task, self.accounting.size)
+            timed = first if cell.method == LOCATE else replace(first, steps=1)
             start = time.perf_counter()
-            self._generate([Asked(first.images, first.text, first.crop, steps=1)])
+            self._generate([timed])
             times.append(1e3 * (time.perf_counter() - start))
         return median(times[1:])  # the first one warms up
 
