@@ -292,6 +292,17 @@ def test_finished_cells_are_not_run_again(tmp_path: Path, scenes: tuple[TestScen
     assert third.calls == 5
 
 
+def test_questions_without_a_region_are_not_asked_twice(
+    tmp_path: Path, scenes: tuple[TestScene, ...]
+) -> None:
+    """They are the unpruned model's, and so are their answers."""
+    answerer = StandIn({"off": 99})
+    results = {result.cell.method: result for result in run(tmp_path, scenes, answerer)}
+    questions = [question for scene in scenes for question in scene.questions]
+    for question, answer in zip(questions, results["plc"].answers, strict=True):
+        assert answer.text == (question.answer if question.boxes else "?")
+
+
 def test_a_stopped_run_goes_on_with_the_first_unfinished_cell(
     tmp_path: Path, scenes: tuple[TestScene, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,14 +12,14 @@ from rich.progress import Progress
 from vllm_crop.benchmarking.session import progress_bar
 from vllm_crop.budget import BudgetError
 from vllm_crop.evaluation.asking import Answer, Answerer, SceneTask
-from vllm_crop.evaluation.cells import LOCATE, GridCell
+from vllm_crop.evaluation.cells import LOCATE, OFF, GridCell
 from vllm_crop.evaluation.questions import TestScene, make_test_set
 from vllm_crop.evaluation.regions import parse_location, regions_for
 from vllm_crop.evaluation.store import CellResult, Store
 from vllm_crop.geometry import Region
 from vllm_crop.params import InvalidCropError
 
-SCENES_AT_ONCE = 8
+SCENES_AT_ONCE = 16
 TIMED = 9  # requests for a time to first token, the first of them to warm up
 TIMED_SEED = 7  # of a test set of its own: images that no cache has seen
 
@@ -42,7 +42,7 @@ class Session:
     store: Store
     console: Console
     revision: str | None = None
-    timed: bool = True
+    _unpruned: tuple[Answer, ...] = ()
 
     def run(self, grid: Sequence[GridCell]) -> list[CellResult]:
         """Every cell, in order."""
@@ -57,6 +57,8 @@ class Session:
                 results.append(self._result(cell, located, progress))
                 if cell.method == LOCATE:
                     located = locations(self.scenes, results[-1].answers)
+                elif cell == OFF:
+                    self._unpruned = results[-1].answers
                 progress.advance(overall)
         return results
 
@@ -70,7 +72,7 @@ class Session:
         try:
             answers = list(chain.from_iterable(self._answers(answerer, cell, located, progress)))
             seconds = time.perf_counter() - start
-            ttft = self._ttft(answerer, cell) if self.timed else None
+            ttft = self._ttft(answerer, cell)
             result = CellResult(cell, engine, tuple(answers), seconds, ttft, None, self.revision)
         except (BudgetError, InvalidCropError) as error:
             result = CellResult(cell, engine, impossible=str(error), revision=self.revision)
@@ -80,7 +82,24 @@ class Session:
     def _answers(
         self, answerer: Answerer, cell: GridCell, located: Located | None, progress: Progress
     ) -> Iterator[list[Answer]]:
-        tasks = make_tasks(cell, self.scenes, located)
+        every = make_tasks(cell, self.scenes, located)
+        if cell.region is None:
+            yield from self._ask(answerer, cell, every, progress)
+            return
+        # Without a region a question is the unpruned model's own, which has answered it.
+        known = iter(self._unpruned)
+        pruned = chain.from_iterable(
+            self._ask(answerer, cell, [task for task in map(only_regions, every) if task.regions], progress)
+        )
+        for task in every:
+            old = [next(known) for _ in task.regions]
+            yield [
+                old[index] if region is None else next(pruned) for index, region in enumerate(task.regions)
+            ]
+
+    def _ask(
+        self, answerer: Answerer, cell: GridCell, tasks: Sequence[SceneTask], progress: Progress
+    ) -> Iterator[list[Answer]]:
         bar = progress.add_task(f"{cell.slug} ({answerer.name})", total=len(tasks))
         try:
             for first in range(0, len(tasks), SCENES_AT_ONCE):
@@ -108,6 +127,13 @@ def make_tasks(cell: GridCell, scenes: Sequence[TestScene], located: Located | N
         return [SceneTask(scene, (None,) * len(scene.questions)) for scene in scenes]
     regions = regions_for(cell.region, scenes, located)
     return [SceneTask(scene, tuple(row)) for scene, row in zip(scenes, regions, strict=True)]
+
+
+def only_regions(task: SceneTask) -> SceneTask:
+    """The questions of a task that have a region."""
+    chosen = [(q, region) for q, region in zip(task.scene.questions, task.regions, strict=True) if region]
+    scene = TestScene(task.scene.scene, tuple(question for question, _ in chosen))
+    return SceneTask(scene, tuple(region for _, region in chosen))
 
 
 def locations(scenes: Sequence[TestScene], answers: Sequence[Answer]) -> Located:

@@ -12,11 +12,12 @@ from vllm_crop.evaluation.asking import ANSWER_STEPS, Answer, Asked, SceneTask, 
 from vllm_crop.evaluation.cells import CROP_METHODS, OFF, GridCell
 from vllm_crop.evaluation.checkpoint_size import token_size
 from vllm_crop.evaluation.crop_pruning import crop_pruning
-from vllm_crop.evaluation.questions import TestScene
 from vllm_crop.evaluation.rivals.registry import RIVALS
 from vllm_crop.evaluation.runner.qwen import UNPRUNED, QwenRunner, Reply
 from vllm_crop.evaluation.runner.seam import Pruning, Seen
 from vllm_crop.plan import make_plan
+from vllm_crop.tinyvqa.drawing import draw_scene
+from vllm_crop.tinyvqa.scenes import Scene
 
 _SCENES_KEPT = 4096  # 0.7 MB each
 
@@ -62,19 +63,19 @@ class TransformersAnswers:
         texts = [question.text for question in task.scene.questions]
         if cell.method in RIVALS:
             assert cell.pruning_rate is not None
-            seen = self._see_picture(task.scene)
+            seen = self._see_picture(task.scene.scene)
             pruning = RIVALS[cell.method](seen.grid.num_tokens, self.runner.num_layers, cell.pruning_rate)
             yield self._on_picture(range(len(texts)), texts, seen, pruning)
         elif cell.method == OFF.method:
-            yield self._on_picture(range(len(texts)), texts, self._see_picture(task.scene), UNPRUNED)
+            yield self._on_picture(range(len(texts)), texts, self._see_picture(task.scene.scene), UNPRUNED)
         elif cell.method in CROP_METHODS:
             yield from self._crop_groups(cell, task, texts)
         else:
-            yield from self._as_asked(ask(cell, task, self.size), task.scene)
+            yield from self._as_asked(ask(cell, task, self.size))
 
     def _crop_groups(self, cell: GridCell, task: SceneTask, texts: list[str]) -> Iterator[_Group]:
         assert cell.pruning_rate is not None
-        seen = self._see_picture(task.scene)
+        seen = self._see_picture(task.scene.scene)
         layers, method = self.runner.num_layers, cast(Method, cell.method)
         stages = () if cell.method == "plc" else self.eviction_layers
         plans = {
@@ -91,7 +92,7 @@ class TransformersAnswers:
         chosen = tuple(indices)
         return _Group(chosen, (seen,), tuple(texts[index] for index in chosen), pruning, ANSWER_STEPS)
 
-    def _as_asked(self, asked: Sequence[Asked], scene: TestScene) -> Iterator[_Group]:
+    def _as_asked(self, asked: Sequence[Asked]) -> Iterator[_Group]:
         """Questions about the same images share what the vision tower makes of them."""
         together: dict[tuple[int, ...], list[int]] = {}
         for index, one in enumerate(asked):
@@ -102,8 +103,8 @@ class TransformersAnswers:
             texts = tuple(asked[index].text for index in indices)
             yield _Group(tuple(indices), images, texts, UNPRUNED, first.steps)
 
-    def _see_scene(self, scene: TestScene) -> Seen:
-        return self.runner.see(scene.picture())
+    def _see_scene(self, scene: Scene) -> Seen:
+        return self.runner.see(draw_scene(scene))
 
 
 def _answer(reply: Reply) -> Answer:
