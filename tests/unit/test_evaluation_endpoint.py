@@ -78,7 +78,7 @@ def tasks() -> list[SceneTask]:
 
 def test_questions_are_sent_as_images_words_and_crop(url: str, tasks: list[SceneTask]) -> None:
     cell = GridCell("plc", "oracle", 0.889)
-    endpoint = EndpointAnswers(Counts(), url, "key")  # type: ignore[arg-type]
+    endpoint = EndpointAnswers(Counts(), url)  # type: ignore[arg-type]
     rows = endpoint.answer(cell, tasks)
     assert [[answer.text for answer in row] for row in rows] == [
         [question.text.split()[-1] for question in task.scene.questions] for task in tasks
@@ -94,17 +94,17 @@ def test_questions_are_sent_as_images_words_and_crop(url: str, tasks: list[Scene
 
 
 def test_unpruned_questions_carry_no_crop(url: str, tasks: list[SceneTask]) -> None:
-    EndpointAnswers(Counts(), url, "key").answer(OFF, tasks)  # type: ignore[arg-type]
+    EndpointAnswers(Counts(), url).answer(OFF, tasks)  # type: ignore[arg-type]
     assert not any("crop" in body for body in Handler.received)
 
 
 def test_a_refusal_says_what_may_be_missing(url: str, tasks: list[SceneTask]) -> None:
     Handler.refuses = True
-    endpoint = EndpointAnswers(Counts(), url, "key")  # type: ignore[arg-type]
+    endpoint = EndpointAnswers(Counts(), url)  # type: ignore[arg-type]
     with pytest.raises(EndpointError, match="--plugin crop"):
         endpoint.answer(GridCell("plc", "oracle", 0.889), tasks)
 
 
 def test_nobody_at_the_address() -> None:
     with pytest.raises(EndpointError, match="is it up"):
-        EndpointAnswers(Counts(), "http://127.0.0.1:9/v1", "key")  # type: ignore[arg-type]
+        EndpointAnswers(Counts(), "http://127.0.0.1:9/v1")  # type: ignore[arg-type]

@@ -49,10 +49,10 @@ def evaluate(
     base_url: Annotated[
         str | None,
         typer.Option(
-            help="An OpenAI-compatible server of this checkpoint instead, such as http://host:8000/v1."
+            help="An OpenAI-compatible server of this checkpoint instead, such as http://host:8000/v1; its "
+            "key from OPENAI_API_KEY."
         ),
     ] = None,
-    api_key: Annotated[str, typer.Option(envvar="OPENAI_API_KEY", help="Its API key.")] = "unused",
     eviction_layers: Annotated[
         str, typer.Option(metavar="K1,K2,...", help="Decoder layers at which ilp evicts.")
     ] = "1",
@@ -96,7 +96,6 @@ def evaluate(
         tuple(grid),
         engine,
         base_url,
-        api_key,
         tuple(parse_layers(eviction_layers)),
         seed,
         out,

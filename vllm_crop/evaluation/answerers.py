@@ -46,7 +46,7 @@ class Answerers:
         from vllm_crop.evaluation.served.endpoint import EndpointAnswers
 
         assert self.options.base_url is not None
-        return EndpointAnswers(self._accounting(), self.options.base_url, self.options.api_key)
+        return EndpointAnswers(self._accounting(), self.options.base_url)
 
     def _accounting(self) -> Accounting:
         from transformers import AutoProcessor

@@ -33,7 +33,6 @@ class Options:
     grid: tuple[GridCell, ...]
     engine: Engine
     base_url: str | None
-    api_key: str
     eviction_layers: tuple[int, ...]
     seed: int
     folder: Path

@@ -31,9 +31,9 @@ _NOTES = (
     "Tokens are visual tokens, averaged over decoder layers and questions. KV tokens count the whole prompt.",
     "The checkpoint has learnt full-size pictures and thumbnails, one image at a time. Other sizes "
     "(iso-token resize) and two images are new to it: a model trained on them would do better there.",
-    "Times per question are those of this harness, which shares work between questions and does not ask twice "
-    "what is served unpruned. TTFT is of the "
-    "engine, one request at a time, without the localizer's own request.",
+    "Times per question are those of this harness, which shares work between questions and does not ask "
+    "twice what is served unpruned. TTFT is of the engine, one request at a time, without the localizer's "
+    "own request.",
 )
 
 

@@ -85,7 +85,7 @@ def _short_cells(row: Row) -> list[str]:
     """What fits a terminal; exact intervals are on the page."""
     name, rate, *_, ttft = table_cells(row)
     if row.impossible:
-        return [name, rate, "impossible", *[""] * 4]
+        return [name, rate, "", "impossible", *[""] * 3]
     local, every = row.groups["local"], row.groups["all"]
     shares = [local.accuracy, local.retained, every.accuracy]
     return [name, rate, f"{local.visual_tokens:.0f}", *map(_short, shares), ttft]

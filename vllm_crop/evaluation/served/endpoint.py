@@ -3,6 +3,7 @@
 
 import base64
 import io
+import os
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -30,11 +31,11 @@ class EndpointAnswers:
 
     name = "endpoint"
 
-    def __init__(self, accounting: Accounting, base_url: str, api_key: str) -> None:
+    def __init__(self, accounting: Accounting, base_url: str) -> None:
         from openai import OpenAI, OpenAIError
 
         self.accounting, self.base_url = accounting, base_url
-        self.client: Any = OpenAI(base_url=base_url, api_key=api_key)
+        self.client: Any = OpenAI(base_url=base_url, api_key=os.environ.get("OPENAI_API_KEY", "unused"))
         try:
             self.served = self.client.models.list().data[0].id
         except (OpenAIError, IndexError) as error:
