@@ -58,6 +58,9 @@ class Counts:
 
     size = TokenSize(16, 16)
 
+    def check(self, asked: list[Asked]) -> None:
+        assert asked
+
     def answer(self, asked: Asked, text: str, prompt_tokens: int) -> Answer:
         return Answer(text, 1.0, 2.0, prompt_tokens)
 

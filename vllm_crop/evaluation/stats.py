@@ -16,10 +16,6 @@ class Estimate:
     low: float
     high: float
 
-    def clear_of(self, other: "Estimate") -> bool:
-        """Whether the intervals do not touch, and this one is higher."""
-        return self.low > other.high
-
 
 def wilson(right: int, asked: int) -> Estimate:
     """The share `right / asked` with Wilson's score interval (1927).

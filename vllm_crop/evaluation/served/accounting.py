@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a served question must take: from the plan, checked against what the engine counted."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import islice
 from typing import Any
 
 from vllm_crop.checkpoint_files import load_geometry
@@ -11,6 +14,9 @@ from vllm_crop.evaluation.asking import Answer, Asked
 from vllm_crop.evaluation.controls import TokenSize
 from vllm_crop.image_plan import plan_image
 from vllm_crop.params import CropParams, image_requests
+
+
+_geometry = cache(load_geometry)  # reads files
 
 
 class CountError(CropError):
@@ -36,6 +42,16 @@ class Accounting:
         messages = [{"role": "user", "content": content}]
         return str(self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
+    def check(self, asked: Sequence[Asked]) -> None:
+        """Refuse what the server would refuse, before anything is sent.
+
+        Raises:
+            InvalidCropError: the method cannot meet the pruning rate; that depends on no region.
+        """
+        pruned = (one for one in asked if one.crop is not None)
+        for one in islice(pruned, 1):
+            self._visual(one)
+
     def answer(self, asked: Asked, text: str, prompt_tokens: int) -> Answer:
         """An answer with what it took.
 
@@ -60,6 +76,6 @@ class Accounting:
         assert self.config is not None, "only a server with the plugin prunes"
         (image,) = asked.images
         (request,) = image_requests(CropParams.parse(asked.crop), self.config, 1)
-        geometry = load_geometry(self.model)
+        geometry = _geometry(self.model)
         plan = plan_image(geometry, image.width, image.height, request).tokens
         return plan.num_embeddings, sum(plan.tokens_per_layer(geometry.num_layers)) / geometry.num_layers

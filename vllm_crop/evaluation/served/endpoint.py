@@ -47,6 +47,7 @@ class EndpointAnswers:
     def answer(self, cell: GridCell, tasks: Sequence[SceneTask]) -> list[list[Answer]]:
         """Per scene and question, several in flight."""
         asked = [ask(cell, task, self.accounting.size) for task in tasks]
+        self.accounting.check(list(chain.from_iterable(asked)))
         with ThreadPoolExecutor(IN_FLIGHT) as pool:
             answers = iter(list(pool.map(self._answer, chain.from_iterable(asked))))
         return [[next(answers) for _ in questions] for questions in asked]

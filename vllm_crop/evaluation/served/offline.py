@@ -43,6 +43,7 @@ class EngineAnswers:
         """Per scene and question; all of them in flight at once."""
         asked = [ask(cell, task, self.accounting.size) for task in tasks]
         flat = list(chain.from_iterable(asked))
+        self.accounting.check(flat)
         outputs = iter(self._generate(flat))
         return [[self._answer(one, next(outputs)) for one in questions] for questions in asked]
 
