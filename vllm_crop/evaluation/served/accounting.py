@@ -15,7 +15,6 @@ from vllm_crop.evaluation.controls import TokenSize
 from vllm_crop.image_plan import plan_image
 from vllm_crop.params import CropParams, image_requests
 
-
 _geometry = cache(load_geometry)  # reads files
 
 
