@@ -18,7 +18,9 @@ from vllm_crop.cli import app
 from vllm_crop.evaluation import session as sessions
 from vllm_crop.evaluation.asking import Answer, SceneTask, ask
 from vllm_crop.evaluation.cells import LOCATE, METHODS, OFF, RATES, GridCell, make_grid
+from vllm_crop.evaluation.comparisons import agreements, margins
 from vllm_crop.evaluation.controls import TokenSize, near_square, resized, thumbnail_and_crop
+from vllm_crop.evaluation.localizer_score import score_localizer
 from vllm_crop.evaluation.questions import TestScene, make_test_set
 from vllm_crop.evaluation.regions import SOURCES, area, cells_of, coverage, parse_location, regions_for
 from vllm_crop.evaluation.report import make_report, write_report
@@ -27,7 +29,7 @@ from vllm_crop.evaluation.rivals.registry import RIVALS
 from vllm_crop.evaluation.session import Session
 from vllm_crop.evaluation.stats import difference, retention, wilson
 from vllm_crop.evaluation.store import CellResult, Store
-from vllm_crop.evaluation.summary import agreements, margins, score_localizer, summarize
+from vllm_crop.evaluation.summary import summarize
 from vllm_crop.geometry import Region
 from vllm_crop.tinyvqa.questions import FAMILIES, boxes_region
 from vllm_crop.tinyvqa.scenes import is_test_seed

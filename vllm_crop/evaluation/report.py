@@ -11,19 +11,13 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_crop.benchmarking.report import write_json
+from vllm_crop.evaluation.comparisons import Agreement, Margin, margins
 from vllm_crop.evaluation.curves import draw_curves
+from vllm_crop.evaluation.localizer_score import LocalizerScore, score_localizer
 from vllm_crop.evaluation.questions import TestScene
 from vllm_crop.evaluation.stats import Estimate
 from vllm_crop.evaluation.store import CellResult
-from vllm_crop.evaluation.summary import (
-    Agreement,
-    LocalizerScore,
-    Margin,
-    Row,
-    margins,
-    score_localizer,
-    summarize,
-)
+from vllm_crop.evaluation.summary import Row, summarize
 
 
 @dataclass(frozen=True)

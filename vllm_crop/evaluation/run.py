@@ -9,12 +9,12 @@ from rich.console import Console
 
 from vllm_crop.benchmarking.machine import provenance
 from vllm_crop.evaluation.answerers import Answerers
+from vllm_crop.evaluation.comparisons import agreements
 from vllm_crop.evaluation.options import Options
 from vllm_crop.evaluation.questions import make_test_set
 from vllm_crop.evaluation.report import Report, make_report
 from vllm_crop.evaluation.session import Session
 from vllm_crop.evaluation.store import CellResult, Store
-from vllm_crop.evaluation.summary import agreements
 
 
 def evaluate(options: Options, console: Console) -> Report:

@@ -128,7 +128,8 @@ class QwenRunner:
             if token in self.end:
                 break
             said.append(token)
-        return str(self.processor.tokenizer.decode(said, skip_special_tokens=True)).strip()
+        text = str(self.processor.tokenizer.decode(said, skip_special_tokens=True))
+        return text.rstrip("\ufffd").strip()  # half a character: vLLM holds it back too
 
 
 def _as_list(value: Any) -> list[int]:
