@@ -9,7 +9,7 @@ from vllm_crop.evaluation.rivals.names import RIVAL_TITLES
 CROP_METHODS = ("plc", "ilp", "plc+ilp")
 CONTROLS = {
     "resize": "iso-token resize",
-    "two-images": "thumbnail + crop",
+    "two-images": "thumb + crop",
     "no-image": "no image at all",
 }
 METHODS: tuple[str, ...] = ("off", *CROP_METHODS, *CONTROLS, *RIVAL_TITLES)

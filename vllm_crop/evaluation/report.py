@@ -19,6 +19,8 @@ from vllm_crop.evaluation.stats import Estimate
 from vllm_crop.evaluation.store import CellResult
 from vllm_crop.evaluation.summary import Row, summarize
 
+_SHORT_COLUMNS = {"rate": 5, "tokens": 6, "local %": 10, "retained %": 10, "all %": 10, "TTFT\nms": 4}
+
 
 @dataclass(frozen=True)
 class Report:
@@ -66,8 +68,9 @@ def write_report(folder: Path, report: Report) -> None:
 def print_report(console: Console, report: Report) -> None:
     """The table on a terminal."""
     shown = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    for title in ("", "rate", "tokens", "local %", "retained %", "all %", "TTFT\nms"):
-        shown.add_column(title, justify="left" if not title else "right", no_wrap=True)
+    shown.add_column("", no_wrap=True)
+    for title, width in _SHORT_COLUMNS.items():
+        shown.add_column(title, justify="right", no_wrap=True, min_width=width)
     for row in report.rows:
         shown.add_row(*_short_cells(row))
     console.print(shown)
