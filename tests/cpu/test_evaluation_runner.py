@@ -94,7 +94,7 @@ def test_unpruned_it_is_plain_transformers(
     for text, reply in zip(texts, unpruned, strict=True):
         content = [{"type": "image"}, {"type": "text", "text": text}]
         messages = [{"role": "user", "content": content}]
-        prompt = runner.processor.apply_chat_template(messages, tokenize=False)
+        prompt = runner.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         inputs = runner.processor(images=[scene.picture()], text=[prompt], return_tensors="pt")
         length = inputs["input_ids"].shape[1]
         logprobs = runner.model(**inputs).logits[0, -1].log_softmax(-1)
@@ -111,7 +111,9 @@ def test_several_images_are_plain_transformers(runner: QwenRunner, scene: TestSc
     text = scene.questions[0].text
     (reply,) = runner.answer(seen, [text])
     content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": text}]
-    prompt = runner.processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+    prompt = runner.processor.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+    )
     inputs = runner.processor(images=pictures, text=[prompt], return_tensors="pt")
     logprobs = runner.model(**inputs).logits[0, -1].log_softmax(-1)
     assert float((logprobs - reply.logprobs).abs().max()) < CLOSE
@@ -122,7 +124,7 @@ def test_several_images_are_plain_transformers(runner: QwenRunner, scene: TestSc
 def test_without_an_image_it_is_plain_transformers(runner: QwenRunner, texts: list[str]) -> None:
     (reply,) = runner.answer([], texts[:1])
     messages = [{"role": "user", "content": [{"type": "text", "text": texts[0]}]}]
-    prompt = runner.processor.apply_chat_template(messages, tokenize=False)
+    prompt = runner.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     ids = runner.processor.tokenizer(prompt, add_special_tokens=False, return_tensors="pt")
     logprobs = runner.model(**ids).logits[0, -1].log_softmax(-1)
     assert float((logprobs - reply.logprobs).abs().max()) < CLOSE

@@ -56,7 +56,9 @@ class PromptMaker:
 
     def _encode(self, images: int, question: str) -> list[int]:
         content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
-        text = self.template.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+        text = self.template.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
     def _split(self, ids: Sequence[int], images: int) -> int:
