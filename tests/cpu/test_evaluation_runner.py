@@ -204,6 +204,12 @@ def by_transformers_layers(runner: QwenRunner, seen: Seen, text: str, plan: Toke
     return logits.log_softmax(-1)
 
 
+def test_prompts_end_where_the_answer_begins(runner: QwenRunner, seen: Seen, texts: list[str]) -> None:
+    prompts = runner.prompts.make([seen.grid], texts)
+    last = prompts.texts.ids[torch.arange(len(texts)), prompts.texts.lengths - 1]
+    assert set(last.tolist()) == {runner.processor.tokenizer.convert_tokens_to_ids(words.ANSWER)}
+
+
 def test_an_empty_pruning_changes_nothing(
     runner: QwenRunner, seen: Seen, texts: list[str], unpruned: list[Reply]
 ) -> None:
