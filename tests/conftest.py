@@ -2,6 +2,8 @@
 """Shared fixtures."""
 
 import os
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -11,17 +13,31 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 
+CheckpointOf = Callable[..., Path]
+
+
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> CheckpointOf:
+    """A tiny random checkpoint of a family (see tests/families.py) and size; each is made once."""
+
+    @cache
+    def make(family, size):  # type: ignore[no-untyped-def]
+        return family.make_checkpoint(tmp_path_factory.mktemp(str(family)), size)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def checkpoint(checkpoint_of: CheckpointOf) -> Path:
     """A tiny random LLaVA whose logits depend on all of its input."""
-    from vllm_crop.dummy_llava import make_checkpoint
+    from tests.families import LLAVA
 
-    return make_checkpoint(tmp_path_factory.mktemp("llava"))
+    return checkpoint_of(LLAVA, LLAVA.shallow)
 
 
 @pytest.fixture(scope="session")
-def deep_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def deep_checkpoint(checkpoint_of: CheckpointOf) -> Path:
     """The same with eight decoder layers, of which the last matter as much as the first."""
-    from vllm_crop.dummy_llava import DEEP, make_checkpoint
+    from tests.families import LLAVA
 
-    return make_checkpoint(tmp_path_factory.mktemp("deep-llava"), DEEP)
+    return checkpoint_of(LLAVA, LLAVA.deep)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The exact reference: transformers in float32, fed the embeddings a plan asks for.
+"""The exact reference: transformers in float32, fed the embeddings a plan asks for; a class per family.
 
 Without eviction the stock forward pass answers. With it, transformers' own decoder layers run one by one,
 each on the rows present there.
@@ -8,15 +8,21 @@ each on the rows present there.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
-from transformers import AutoProcessor, DynamicCache, LlavaForConditionalGeneration
+from transformers import (
+    AutoProcessor,
+    DynamicCache,
+    LlavaForConditionalGeneration,
+    Qwen2_5_VLForConditionalGeneration,
+)
 
 from vllm_crop.budget import Method
-from vllm_crop.geometry import Region
+from vllm_crop.geometry import Region, TokenGrid
 from vllm_crop.plan import Compression, TokenPlan, make_plan, whole_image_plan
-from vllm_crop.vision_geometry import LlavaGeometry
+from vllm_crop.vision_geometry import geometry_from_configs
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,7 @@ class Prompt:
 
     Attributes:
         rows: embeddings `[tokens, hidden]`.
-        positions: position ids `[tokens]`.
+        positions: position ids `[1, tokens]`, or `[3, tokens]` with M-RoPE.
         num_layers: the decoder layers each token takes part in, counted from the first, `[tokens]`.
         next_position: of the first generated token.
     """
@@ -55,18 +61,35 @@ def naive_compress(features: torch.Tensor, plan: TokenPlan) -> torch.Tensor:
     return torch.stack([features[list(e.tokens)].mean(dim=0) for e in plan.embeddings])
 
 
-class HfLlava:
-    """transformers' LLaVA, attention written out (eager), one prompt at a time."""
+class HfReference:
+    """A model of transformers, attention written out (eager), one prompt at a time."""
+
+    model_class: ClassVar[Any]
+    image: ClassVar[str]  # as it is written in a prompt
 
     def __init__(self, checkpoint: Path) -> None:
-        self.model = LlavaForConditionalGeneration.from_pretrained(
+        self.model = self.model_class.from_pretrained(
             checkpoint, dtype=torch.float32, attn_implementation="eager"
         ).eval()
         self.processor = AutoProcessor.from_pretrained(checkpoint)
-        self.image_token_id = self.model.config.image_token_index
-        self.geometry = LlavaGeometry.from_configs(
+        self.image_token_id = self.processor.image_token_id
+        self.geometry = geometry_from_configs(
             self.model.config.to_dict(), self.processor.image_processor.to_dict()
         )
+
+    # What differs between families.
+
+    def features(self, image: Image.Image) -> torch.Tensor:
+        """The image's visual tokens, row by row, `[num_tokens, hidden]`."""
+        raise NotImplementedError
+
+    def image_positions(self, grid: TokenGrid) -> tuple[torch.Tensor, int]:
+        """Position ids of an unpruned image that begins at 0, `[1 or 3, num_tokens]`, and what follows it."""
+        raise NotImplementedError
+
+    def position_ids(self, positions: torch.Tensor) -> torch.Tensor:
+        """Positions of a prompt as the language model takes them, with a batch dimension."""
+        raise NotImplementedError
 
     def plan(
         self,
@@ -96,14 +119,14 @@ class HfLlava:
         images: Sequence[Image.Image],
         plans: Sequence[TokenPlan | None],
         steps: int,
-        original_positions: bool = False,
+        original_positions: bool | None = None,
     ) -> Reference:
         """Answer greedily.
 
         Args:
             prompt_ids: with one image token per image.
             plans: per image, None for all its tokens.
-            original_positions: number tokens as in the unpruned prompt.
+            original_positions: number tokens as in the unpruned prompt; None does so with M-RoPE only.
         """
         prompt = self.embed(prompt_ids, images, plans, original_positions)
         nothing_evicted = bool((prompt.num_layers == self.geometry.num_layers).all())
@@ -115,56 +138,54 @@ class HfLlava:
         prompt_ids: Sequence[int],
         images: Sequence[Image.Image],
         plans: Sequence[TokenPlan | None],
-        original_positions: bool = False,
+        original_positions: bool | None = None,
     ) -> Prompt:
         """The prompt as the language model is fed it."""
+        if original_positions is None:
+            original_positions = self.geometry.uses_mrope
         rows: list[torch.Tensor] = []
-        positions: list[int] = []
+        positions: list[torch.Tensor] = []
         evicted_from: list[int | None] = []
         next_position = 0
         pending = iter(zip(images, plans, strict=True))
         for token in prompt_ids:
             if token != self.image_token_id:
                 rows.append(self._embed_token(token))
-                positions.append(next_position)
+                positions.append(self._same_in_all_dimensions(torch.tensor([next_position])))
                 evicted_from.append(None)
                 next_position += 1
                 continue
             image, plan = next(pending)
-            features = self._features(image)
-            num_full = len(features)
             plan = plan or whole_image_plan(self.geometry.grid(*image.size))
-            features = naive_compress(features, plan)
-            within = [e.position for e in plan.embeddings]
-            if not original_positions:
-                within, num_full = list(range(len(features))), len(features)
-            rows.append(features)
-            positions.extend(next_position + position for position in within)
+            rows.append(naive_compress(self.features(image), plan))
+            if original_positions:
+                within, span = self.image_positions(plan.grid)
+                within = within[:, [e.position for e in plan.embeddings]]
+            else:
+                within, span = self._same_in_all_dimensions(torch.arange(len(rows[-1]))), len(rows[-1])
+            positions.append(within + next_position)
             evicted_from.extend(e.evicted_from_layer for e in plan.embeddings)
-            next_position += num_full
+            next_position += span
         evicted_from[-1] = None  # the first answer token comes from the last row, even if it is an image's
         depth = self.geometry.num_layers
         num_layers = [depth if layer is None else min(layer, depth) for layer in evicted_from]
-        return Prompt(torch.cat(rows), torch.tensor(positions), torch.tensor(num_layers), next_position)
+        return Prompt(torch.cat(rows), torch.cat(positions, dim=1), torch.tensor(num_layers), next_position)
+
+    def _same_in_all_dimensions(self, positions: torch.Tensor) -> torch.Tensor:
+        return positions.expand(len(self.image_positions(TokenGrid(1, 1))[0]), -1)
 
     def _embed_token(self, token: int) -> torch.Tensor:
         return self.model.get_input_embeddings()(torch.tensor([token]))
-
-    def _features(self, image: Image.Image) -> torch.Tensor:
-        pixels = self.processor.image_processor(image.convert("RGB"), return_tensors="pt")["pixel_values"]
-        features = self.model.get_image_features(pixel_values=pixels)
-        features = getattr(features, "pooler_output", features)
-        return features[0] if not isinstance(features, torch.Tensor) or features.ndim == 3 else features
 
     @torch.inference_mode()
     def decode(self, prompt: Prompt, steps: int) -> Reference:
         """Answer through transformers' own forward pass, everything anew each step; evicts nothing."""
 
         def last_hidden(answered: Sequence[int]) -> torch.Tensor:
-            later = torch.arange(len(answered)) + prompt.next_position
+            later = self._same_in_all_dimensions(torch.arange(len(answered)) + prompt.next_position)
             output = self.model.model.language_model(
                 inputs_embeds=torch.cat([prompt.rows, *map(self._embed_token, answered)])[None],
-                position_ids=torch.cat([prompt.positions, later])[None],
+                position_ids=self.position_ids(torch.cat([prompt.positions, later], dim=1)),
                 # Without a mask, transformers takes gaps in the positions for borders of packed sequences.
                 attention_mask=torch.ones(1, len(prompt.rows) + len(answered), dtype=torch.long),
                 use_cache=False,
@@ -183,17 +204,18 @@ class HfLlava:
             rows, positions, num_layers = prompt.rows, prompt.positions, prompt.num_layers
             if answered:  # the prompt's keys and values are in the cache
                 rows = self._embed_token(answered[-1])
-                positions = torch.tensor([prompt.next_position + len(answered) - 1])
+                last = torch.tensor([prompt.next_position + len(answered) - 1])
+                positions = self._same_in_all_dimensions(last)
                 num_layers = torch.tensor([self.geometry.num_layers])
             for index, layer in enumerate(language_model.layers):
                 present = num_layers > index
-                rows, positions, num_layers = rows[present], positions[present], num_layers[present]
+                rows, positions, num_layers = rows[present], positions[:, present], num_layers[present]
                 # Rows see the rows before them; a single new row sees every row this layer has had.
                 mask = torch.full((len(rows), len(rows)), -torch.inf).triu(1)[None, None]
                 rows = layer(
                     rows[None],
                     attention_mask=None if answered else mask,
-                    position_embeddings=language_model.rotary_emb(rows, positions[None]),
+                    position_embeddings=language_model.rotary_emb(rows, self.position_ids(positions)),
                     past_key_values=cache,
                 )[0]
             return language_model.norm(rows[-1])
@@ -212,3 +234,43 @@ class HfLlava:
             token_ids.append(int(logits.argmax()))
         rows_per_layer = [int((prompt.num_layers > layer).sum()) for layer in range(self.geometry.num_layers)]
         return Reference(token_ids, torch.stack(logprobs), len(prompt.rows), rows_per_layer)
+
+
+class HfLlava(HfReference):
+    """LLaVA-1.5: every image has 24x24 tokens, numbered one after another."""
+
+    model_class = LlavaForConditionalGeneration
+    image = "<image>"
+
+    def features(self, image: Image.Image) -> torch.Tensor:
+        pixels = self.processor.image_processor(image.convert("RGB"), return_tensors="pt")["pixel_values"]
+        features = self.model.get_image_features(pixel_values=pixels)
+        features = getattr(features, "pooler_output", features)
+        return features[0] if not isinstance(features, torch.Tensor) or features.ndim == 3 else features
+
+    def image_positions(self, grid: TokenGrid) -> tuple[torch.Tensor, int]:
+        return torch.arange(grid.num_tokens)[None], grid.num_tokens
+
+    def position_ids(self, positions: torch.Tensor) -> torch.Tensor:
+        return positions
+
+
+class HfQwen2_5VL(HfReference):
+    """Qwen2.5-VL: images have as many tokens as their size asks for, numbered by time, row and column."""
+
+    model_class = Qwen2_5_VLForConditionalGeneration
+    image = "<|vision_start|><|image_pad|><|vision_end|>"
+
+    def features(self, image: Image.Image) -> torch.Tensor:
+        inputs = self.processor.image_processor(image.convert("RGB"), return_tensors="pt")
+        found = self.model.get_image_features(
+            pixel_values=inputs["pixel_values"].to(self.model.dtype), image_grid_thw=inputs["image_grid_thw"]
+        )
+        return found.pooler_output[0]
+
+    def image_positions(self, grid: TokenGrid) -> tuple[torch.Tensor, int]:
+        coordinates = [(0, row, col) for row in range(grid.rows) for col in range(grid.cols)]
+        return torch.tensor(coordinates).T, max(grid.rows, grid.cols)
+
+    def position_ids(self, positions: torch.Tensor) -> torch.Tensor:
+        return positions[:, None]

@@ -62,10 +62,11 @@ class CropConfig(BaseModel):
         description="What 'plc' makes of tokens outside the region: 'pool' averages patches of them, "
         "'prune' keeps one token of each patch.",
     )
-    position_ids: PositionIds = Field(
-        default="renumbered",
+    position_ids: PositionIds | None = Field(
+        default=None,
         description="'renumbered' numbers the remaining tokens through; 'original' keeps the position ids "
-        "they have in the unpruned prompt.",
+        "they have in the unpruned prompt. Left out: 'original' for models with M-RoPE, whose ids are "
+        "coordinates and know no other way, else 'renumbered'.",
     )
     vit_cache_mib: int = Field(
         default=256,

@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """A LLaVA-1.5 checkpoint of any size with random weights, for the demo, the benchmark and the tests.
 
+Other families' dummies take tokenizer, sizes and weights from here.
+
 Stock random weights give nearly constant logits, which would hide any error: they are scaled here until the
 answer depends on every token. The answers mean nothing all the same.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 IMAGE_TOKEN = "<image>"
-SPECIAL_TOKENS = ["<s>", "</s>", "<pad>", IMAGE_TOKEN]
+SPECIAL_TOKENS = ("<s>", "</s>", "<pad>", IMAGE_TOKEN)
 VOCAB_SIZE = 320  # a multiple of 64, which real vocabularies are padded to
 PADDED_IDS = 8  # the last ids, which stand for no token
 CHAT_TEMPLATE = (
@@ -25,8 +27,8 @@ CHAT_TEMPLATE = (
 
 
 @dataclass(frozen=True)
-class LlavaSize:
-    """Width and depth of the two towers; the image is always 336 pixels, 24x24 tokens.
+class DummySize:
+    """Width and depth of the two towers.
 
     Attributes:
         branch_gain: width of the weights in a decoder layer but for queries and keys. The deeper the model,
@@ -44,18 +46,18 @@ class LlavaSize:
     logit_gain: float = 1.0
 
 
-TINY = LlavaSize()
-DEEP = LlavaSize(layers=8, branch_gain=0.7, logit_gain=1.6)  # for eviction: its last layers still matter
-DEMO = LlavaSize(layers=6, hidden=512, heads=8, vision_layers=3, vision_hidden=128)
-BENCH = LlavaSize(layers=12, hidden=768, heads=12, vision_layers=4, vision_hidden=128)
+TINY = DummySize()
+DEEP = DummySize(layers=8, branch_gain=0.7, logit_gain=1.6)  # for eviction: its last layers still matter
+DEMO = DummySize(layers=6, hidden=512, heads=8, vision_layers=3, vision_hidden=128)
+BENCH = DummySize(layers=12, hidden=768, heads=12, vision_layers=4, vision_hidden=128)
 
 
-def make_tokenizer() -> Any:
+def make_tokenizer(special_tokens: Sequence[str] = SPECIAL_TOKENS) -> Any:
     """A byte-level tokenizer: every text can be written, and every token reads as some text of its own."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    tokens = SPECIAL_TOKENS + sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*special_tokens, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     # Filled up with words that are only ever generated.
     tokens += [f" w{index}" for index in range(VOCAB_SIZE - PADDED_IDS - len(tokens))]
     tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=[]))
@@ -69,12 +71,12 @@ def make_tokenizer() -> Any:
         bos_token="<s>",
         eos_token="</s>",
         pad_token="<pad>",
-        additional_special_tokens=[IMAGE_TOKEN],
+        additional_special_tokens=[*special_tokens[3:]],
         model_max_length=4096,
     )
 
 
-def make_config(size: LlavaSize, image_token_id: int) -> Any:
+def make_config(size: DummySize, image_token_id: int) -> Any:
     """The LlavaConfig of a checkpoint of this size."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
@@ -112,7 +114,7 @@ def make_config(size: LlavaSize, image_token_id: int) -> Any:
     )
 
 
-def make_checkpoint(folder: Path, size: LlavaSize = TINY, seed: int = 0, weights: bool = True) -> Path:
+def make_checkpoint(folder: Path, size: DummySize = TINY, seed: int = 0, weights: bool = True) -> Path:
     """Write config, processor and (unless `weights` is False) scaled random weights to `folder`."""
     from transformers import CLIPImageProcessor, LlavaProcessor
 
@@ -138,33 +140,40 @@ def make_checkpoint(folder: Path, size: LlavaSize = TINY, seed: int = 0, weights
     return folder
 
 
-def _save_weights(folder: Path, config: Any, size: LlavaSize, seed: int) -> None:
+def _save_weights(folder: Path, config: Any, size: DummySize, seed: int) -> None:
     import torch
     from safetensors.torch import save_file
     from transformers import LlavaForConditionalGeneration
 
     torch.manual_seed(seed)
-    model = LlavaForConditionalGeneration(config)
+    model = scale_weights(LlavaForConditionalGeneration(config), size)
+    tensors = {name: tensor.contiguous() for name, tensor in _published_names(model.state_dict())}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def scale_weights(model: Any, size: DummySize) -> Any:
+    """Draw the weights of a vision-language model of transformers anew."""
+    import torch
+
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:  # biases and norms stay as initialised
                 fan_in = parameter[0].numel()
                 parameter.normal_(0, _standard_deviation(name, fan_in, size))
         model.lm_head.weight[-PADDED_IDS:] = 0  # what stands for no token is never the best answer
-    tensors = {name: tensor.contiguous() for name, tensor in _published_names(model.state_dict())}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return model
 
 
-def _standard_deviation(name: str, fan_in: int, size: LlavaSize) -> float:
+def _standard_deviation(name: str, fan_in: int, size: DummySize) -> float:
     """Wide enough that logits differ and depend on every token: sharp attention, embeddings of unit size."""
-    if "embed" in name:
+    if "embed" in name and "patch_embed.proj" not in name:
         return 1.0
     gain = 1.0
     if "language_model" in name:
         gain = 1.5 if "q_proj" in name or "k_proj" in name else size.branch_gain
     elif "lm_head" in name:
         gain = size.logit_gain
-    elif "multi_modal_projector" in name:
+    elif "multi_modal_projector" in name or "visual.merger" in name:
         gain = 2.0
     return float(gain / fan_in**0.5)
 

@@ -4,12 +4,13 @@
 CropError
 ├── UnsupportedVersionError   this vLLM is not one we know
 ├── UnsupportedModelError     this checkpoint cannot be pruned, with the reason
-└── UnsupportedFlagError      a vLLM option that does not go together with pruning
+├── UnsupportedFlagError      a vLLM option that does not go together with pruning
+└── UnsupportedImageError     the checkpoint's own image processor refuses such an image
 """
 
 
 class CropError(ValueError):
-    """Base of the errors that stop a server at start; the message says what to change."""
+    """Base of our errors, most of which stop a server at start; the message says what to change."""
 
 
 class UnsupportedVersionError(CropError):
@@ -22,3 +23,7 @@ class UnsupportedModelError(CropError):
 
 class UnsupportedFlagError(CropError):
     """A vLLM option is set that pruning would silently break."""
+
+
+class UnsupportedImageError(CropError):
+    """An image of this shape cannot be processed, pruned or not: stock vLLM answers HTTP 400 too."""

@@ -7,23 +7,35 @@ build the same objects, so they make the same plans.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 from vllm_crop.errors import UnsupportedModelError
-from vllm_crop.geometry import ImageView, TokenGrid
+from vllm_crop.geometry import Box, ImageView, TokenGrid
 from vllm_crop.preprocessing import ClipPreprocessing
+from vllm_crop.smart_resize import SmartResize
 
 # transformers' defaults for what a config.json may leave out.
-_DEFAULT_LAYERS = {"llama": 32, "mistral": 32, "qwen2": 32}
+_DEFAULT_LAYERS = {"llama": 32, "mistral": 32, "qwen2": 32, "qwen2_5_vl": 80, "qwen2_5_vl_text": 80}
 _DEFAULT_VISION = {"image_size": 336, "patch_size": 14}
 
 
 class VisionGeometry(Protocol):
-    """The grid and the view of any image, for one checkpoint."""
+    """The grid and the view of any image, for one checkpoint.
+
+    Attributes:
+        uses_mrope: position ids are coordinates in the image, which the tokens that are left keep.
+    """
+
+    uses_mrope: ClassVar[bool]
 
     @property
     def num_layers(self) -> int:
         """Decoder layers of the language model."""
+        ...
+
+    @property
+    def max_tokens(self) -> int:
+        """Visual tokens of the largest image: what is settled before any image is seen counts with them."""
         ...
 
     def grid(self, width: int, height: int) -> TokenGrid:
@@ -34,10 +46,16 @@ class VisionGeometry(Protocol):
         """The part of an image of this size that the model sees."""
         ...
 
+    def position_span(self, grid: TokenGrid) -> int:
+        """How many position ids an unpruned image takes."""
+        ...
+
 
 @dataclass(frozen=True)
 class LlavaGeometry:
     """LLaVA-1.5: every image becomes one square grid of CLIP patches after resize and centre crop."""
+
+    uses_mrope: ClassVar[bool] = False
 
     token_grid: TokenGrid
     preprocessing: ClipPreprocessing
@@ -65,6 +83,11 @@ class LlavaGeometry:
         preprocessing = ClipPreprocessing.from_settings(preprocessor)
         return cls(TokenGrid(side, side), preprocessing, decoder_layers(model.get("text_config") or {}))
 
+    @property
+    def max_tokens(self) -> int:
+        """Those of every image."""
+        return self.token_grid.num_tokens
+
     def grid(self, width: int, height: int) -> TokenGrid:
         """The same grid for every image."""
         return self.token_grid
@@ -72,6 +95,50 @@ class LlavaGeometry:
     def view(self, width: int, height: int) -> ImageView:
         """The centre crop."""
         return self.preprocessing.view(width, height)
+
+    def position_span(self, grid: TokenGrid) -> int:
+        """One per token."""
+        return grid.num_tokens
+
+
+@dataclass(frozen=True)
+class Qwen2_5VLGeometry:
+    """Qwen2.5-VL: the whole image, resized to whole tokens; M-RoPE numbers rows and columns."""
+
+    uses_mrope: ClassVar[bool] = True
+
+    resize: SmartResize
+    num_layers: int
+
+    @classmethod
+    def from_configs(cls, model: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> Self:
+        """Read `config.json` and the image processor's settings.
+
+        Raises:
+            UnsupportedModelError: the two do not fit each other.
+        """
+        vision = model.get("vision_config") or {}
+        patch, merge = vision.get("patch_size", 14), vision.get("spatial_merge_size", 2)
+        # Published checkpoints have the language model's settings at the top level.
+        text = model.get("text_config") or model
+        return cls(SmartResize.from_settings(preprocessor, patch, merge), decoder_layers(text))
+
+    @property
+    def max_tokens(self) -> int:
+        """Those of the largest area an image keeps."""
+        return self.resize.max_tokens
+
+    def grid(self, width: int, height: int) -> TokenGrid:
+        """One token for every `token_side` pixels after the resize."""
+        return self.resize.grid(width, height)
+
+    def view(self, width: int, height: int) -> ImageView:
+        """All of the image."""
+        return ImageView(Box(0.0, 0.0, 1.0, 1.0))
+
+    def position_span(self, grid: TokenGrid) -> int:
+        """As many as the longer side has tokens."""
+        return max(grid.rows, grid.cols)
 
 
 def decoder_layers(text_config: Mapping[str, Any]) -> int:
@@ -83,7 +150,10 @@ def decoder_layers(text_config: Mapping[str, Any]) -> int:
     return int(layers)
 
 
-FAMILIES: dict[str, type[LlavaGeometry]] = {"LlavaForConditionalGeneration": LlavaGeometry}
+FAMILIES: dict[str, type[LlavaGeometry | Qwen2_5VLGeometry]] = {
+    "LlavaForConditionalGeneration": LlavaGeometry,
+    "Qwen2_5_VLForConditionalGeneration": Qwen2_5VLGeometry,
+}
 
 
 def family_of(model: Mapping[str, Any]) -> str:

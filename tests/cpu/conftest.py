@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ os.environ["VLLM_CROP_DEBUG"] = "1"
 # vLLM reads this once in a process. Compiled code of an earlier run would hide what a first start does.
 os.environ["VLLM_CACHE_ROOT"] = tempfile.mkdtemp(prefix="vllm-crop-tests-")
 
-from tests.reference import HfLlava, Reference
+from tests.conftest import CheckpointOf
+from tests.families import LLAVA, Family
+from tests.reference import HfReference, Reference
 from vllm_crop.config import CropConfig
 from vllm_crop.params import CropParams, image_requests
 
@@ -37,9 +40,9 @@ class Question:
     text: str = TEXT
     after_image: str = "\n"
 
-    def prompt(self) -> dict[str, Any]:
-        """As `LLM.generate` takes it."""
-        images = f"<image>{self.after_image}" * len(self.images)
+    def prompt(self, image: str = LLAVA.reference.image) -> dict[str, Any]:
+        """As `LLM.generate` takes it; `image` is how the family writes one."""
+        images = f"{image}{self.after_image}" * len(self.images)
         prompt: dict[str, Any] = {"prompt": self.text.format(images=images)}
         if self.images:
             prompt["multi_modal_data"] = {"image": list(self.images)}
@@ -66,9 +69,12 @@ _KEPT: list[Any] = []
 class Engine:
     """A vLLM `LLM` with helpers to ask it and to look into its model."""
 
-    def __init__(self, checkpoint: Path, crop: Mapping[str, Any] | None, **options: Any) -> None:
+    def __init__(
+        self, checkpoint: Path, crop: Mapping[str, Any] | None, family: Family = LLAVA, **options: Any
+    ) -> None:
         from vllm import LLM
 
+        self.image = family.reference.image
         self.config = CropConfig.from_mapping(crop or {})
         defaults: dict[str, Any] = {
             "dtype": "float32",
@@ -77,7 +83,7 @@ class Engine:
             "max_logprobs": -1,
             "block_size": 32,
             "limit_mm_per_prompt": {"image": 16},
-            "kv_cache_memory_bytes": 64 << 20,
+            "num_gpu_blocks_override": 2000,  # else a gigabyte for each engine
             "seed": 0,
             "additional_config": {} if crop is None else {"crop": dict(crop)},
         }
@@ -89,7 +95,9 @@ class Engine:
         from vllm import SamplingParams
 
         sampling = SamplingParams(temperature=0, max_tokens=steps, logprobs=-1, ignore_eos=True)
-        outputs = self.llm.generate([question.prompt() for question in questions], sampling, use_tqdm=False)
+        outputs = self.llm.generate(
+            [question.prompt(self.image) for question in questions], sampling, use_tqdm=False
+        )
         return [_answer(output) for output in outputs]
 
     def add(self, request_id: str, question: Question, steps: int = STEPS, **options: Any) -> str:
@@ -99,7 +107,7 @@ class Engine:
 
         defaults: dict[str, Any] = {"temperature": 0, "max_tokens": steps, "logprobs": -1, "ignore_eos": True}
         sampling = SamplingParams(output_kind=RequestOutputKind.FINAL_ONLY, **(defaults | options))
-        prompt = self.llm._preprocess_cmpl_one(question.prompt())
+        prompt = self.llm._preprocess_cmpl_one(question.prompt(self.image))
         return self.llm.llm_engine.add_request(request_id, prompt, sampling)
 
     def step(self) -> dict[str, Answer]:
@@ -158,72 +166,120 @@ def remove_cache() -> Iterator[None]:
     shutil.rmtree(os.environ["VLLM_CACHE_ROOT"], ignore_errors=True)
 
 
-@pytest.fixture(scope="session")
-def pool_engine(checkpoint: Path) -> Engine:
-    """Pooling, renumbered positions; 256 tokens a step, so every unpruned image is prefilled in chunks."""
-    return Engine(checkpoint, {"pruning_rate": 5 / 6}, max_num_batched_tokens=256)
-
-
-@pytest.fixture(scope="session")
-def original_engine(checkpoint: Path) -> Engine:
-    """Sampling instead of pooling, original position ids, whole prompts in one step."""
-    crop = {"pruning_rate": 0.778, "compression": "prune", "position_ids": "original"}
-    return Engine(checkpoint, crop, max_num_batched_tokens=2048)
-
-
-@pytest.fixture(scope="session")
-def stock_engine(checkpoint: Path) -> Engine:
-    """The plugin is installed, nobody asked for it."""
-    return Engine(checkpoint, None, max_num_batched_tokens=256)
-
-
 EVICTION_LAYERS = [2]
 EVICT: dict[str, Any] = {"method": "ilp", "eviction_layers": EVICTION_LAYERS, "pruning_rate": 2 / 3}
 # Prompts are prefilled in chunks that begin and end anywhere, within evicted tokens too.
 CHUNKED: dict[str, Any] = {"max_num_batched_tokens": 256}
+WHOLE: dict[str, Any] = {"max_num_batched_tokens": 2048}
 
 
-@pytest.fixture(scope="session")
-def evicting_engine(deep_checkpoint: Path) -> Engine:
-    """Evicts at layer 2 of 8: four KV cache groups of two layers each. 256 tokens a step."""
-    return Engine(deep_checkpoint, EVICT, **CHUNKED)
+@dataclass(frozen=True)
+class Setting:
+    """How an engine is started: `crop` None is stock vLLM with the plugin installed."""
+
+    crop: Mapping[str, Any] | None
+    options: Mapping[str, Any]
+    deep: bool = False
 
 
-@pytest.fixture(scope="session")
-def staged_engine(deep_checkpoint: Path) -> Engine:
-    """Evicts at layers 2 and 5, also after compression: five KV cache groups, two of them padded."""
-    crop = {**EVICT, "method": "plc+ilp", "eviction_layers": [2, 5], "compression": "prune"}
-    return Engine(deep_checkpoint, {**crop, "position_ids": "original"}, max_num_batched_tokens=2048)
-
-
-@pytest.fixture(scope="session")
-def hf(checkpoint: Path) -> HfLlava:
-    """The exact reference."""
-    return HfLlava(checkpoint)
-
-
+# Eviction at layer 2 of 8 makes four KV cache groups of two layers each; at 2 and 5 five, two of them padded.
+SETTINGS = {
+    "stock": Setting(None, CHUNKED),
+    "pool": Setting({"pruning_rate": 5 / 6}, CHUNKED),
+    "original": Setting({"pruning_rate": 0.778, "compression": "prune", "position_ids": "original"}, WHOLE),
+    "evicting": Setting(EVICT, CHUNKED, deep=True),
+    "staged": Setting(
+        {
+            **EVICT,
+            "method": "plc+ilp",
+            "eviction_layers": [2, 5],
+            "compression": "prune",
+            "position_ids": "original",
+        },
+        WHOLE,
+        deep=True,
+    ),
+}
+EngineOf = Callable[[Family, str], Engine]
 ReferenceFor = Callable[..., Reference]
+ReferenceOf = Callable[[Family, str], ReferenceFor]
 
 
 @pytest.fixture(scope="session")
-def reference_for(hf: HfLlava) -> ReferenceFor:
+def engine_of(checkpoint_of: CheckpointOf) -> EngineOf:
+    """The engine of a family with one of SETTINGS."""
+
+    @cache
+    def start(family: Family, name: str) -> Engine:
+        setting = SETTINGS[name]
+        checkpoint = checkpoint_of(family, family.deep if setting.deep else family.shallow)
+        return Engine(checkpoint, setting.crop, family, **setting.options)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def hf_of(checkpoint_of: CheckpointOf) -> Callable[..., HfReference]:
+    """The exact reference of a family and size."""
+    return cache(lambda family, size: family.reference(checkpoint_of(family, size)))
+
+
+@pytest.fixture(scope="session")
+def reference_of(hf_of: Callable[..., HfReference]) -> ReferenceOf:
+    """Reference answers for the engine of a family with one of SETTINGS."""
+    by_size = cache(lambda family, size: reference_by(hf_of(family, size)))
+    return lambda family, name: by_size(family, family.deep if SETTINGS[name].deep else family.shallow)
+
+
+@pytest.fixture(scope="session")
+def pool_engine(engine_of: EngineOf) -> Engine:
+    """Pooling, renumbered positions; 256 tokens a step, so every unpruned image is prefilled in chunks."""
+    return engine_of(LLAVA, "pool")
+
+
+@pytest.fixture(scope="session")
+def original_engine(engine_of: EngineOf) -> Engine:
+    """Sampling instead of pooling, original position ids, whole prompts in one step."""
+    return engine_of(LLAVA, "original")
+
+
+@pytest.fixture(scope="session")
+def stock_engine(engine_of: EngineOf) -> Engine:
+    """The plugin is installed, nobody asked for it."""
+    return engine_of(LLAVA, "stock")
+
+
+@pytest.fixture(scope="session")
+def evicting_engine(engine_of: EngineOf) -> Engine:
+    """Evicts at layer 2 of 8. 256 tokens a step."""
+    return engine_of(LLAVA, "evicting")
+
+
+@pytest.fixture(scope="session")
+def staged_engine(engine_of: EngineOf) -> Engine:
+    """Evicts at layers 2 and 5, also after compression."""
+    return engine_of(LLAVA, "staged")
+
+
+@pytest.fixture(scope="session")
+def reference_for(reference_of: ReferenceOf) -> ReferenceFor:
     """The reference answer to a question, as an engine with this configuration must give it."""
-    return reference_by(hf)
+    return reference_of(LLAVA, "pool")
 
 
 @pytest.fixture(scope="session")
-def deep_hf(deep_checkpoint: Path) -> HfLlava:
+def deep_hf(hf_of: Callable[..., HfReference]) -> HfReference:
     """The exact reference for engines that evict."""
-    return HfLlava(deep_checkpoint)
+    return hf_of(LLAVA, LLAVA.deep)
 
 
 @pytest.fixture(scope="session")
-def deep_reference_for(deep_hf: HfLlava) -> ReferenceFor:
+def deep_reference_for(reference_of: ReferenceOf) -> ReferenceFor:
     """The same for engines that evict."""
-    return reference_by(deep_hf)
+    return reference_of(LLAVA, "staged")
 
 
-def reference_by(hf: HfLlava) -> ReferenceFor:
+def reference_by(hf: HfReference) -> ReferenceFor:
     """Answers questions with transformers; every answer is computed once."""
     known: dict[Any, Reference] = {}
 
@@ -236,10 +292,11 @@ def reference_by(hf: HfLlava) -> ReferenceFor:
         requests = image_requests(
             CropParams.parse(question.crop or {}), config, num_images=len(question.images)
         )
-        if original_positions is None:
-            original_positions = config.position_ids == "original"
+        if original_positions is None and config.position_ids == "original":
+            original_positions = True
         pictures = tuple(image.tobytes() for image in question.images)
-        key = (question.prompt()["prompt"], pictures, tuple(requests), original_positions, steps)
+        text = question.prompt(hf.image)["prompt"]
+        key = (text, pictures, tuple(requests), original_positions, steps)
         if key not in known:
             plans = [
                 hf.plan(
@@ -252,7 +309,7 @@ def reference_by(hf: HfLlava) -> ReferenceFor:
                 )
                 for image, request in zip(question.images, requests, strict=True)
             ]
-            prompt_ids = hf.processor.tokenizer.encode(question.prompt()["prompt"], add_special_tokens=False)
+            prompt_ids = hf.processor.tokenizer.encode(text, add_special_tokens=False)
             known[key] = hf.generate(prompt_ids, question.images, plans, steps, original_positions)
         return known[key]
 

@@ -9,9 +9,11 @@ import pytest
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import get_forward_context
 
-from tests.cpu.conftest import EVICT, Engine, ReferenceFor
+from tests.conftest import CheckpointOf
+from tests.cpu.conftest import EVICT, Engine, ReferenceFor, ReferenceOf
 from tests.cpu.test_eviction_parity import SCENARIOS
-from tests.cpu.test_parity import TOLERANCE, difference
+from tests.cpu.test_parity import TOLERANCE, difference, each_family
+from tests.families import Family
 from vllm_crop.eviction.decoder import EvictingDecoder
 
 pytestmark = pytest.mark.vllm_runtime
@@ -27,14 +29,22 @@ def check(engine: Engine, reference_for: ReferenceFor) -> None:
         assert difference(answer, reference) <= TOLERANCE, name
 
 
-def test_compiled_stages(deep_checkpoint: Path, deep_reference_for: ReferenceFor) -> None:
-    engine = Engine(deep_checkpoint, EVICT, max_num_batched_tokens=512, enforce_eager=False)
+def num_compiled() -> int:
+    """Pieces of code that vLLM has compiled and keeps."""
+    cache = Path(os.environ["VLLM_CACHE_ROOT"])
+    return len(list(cache.glob("torch_compile_cache/torch_aot_compile/*/rank_0_0/model")))
+
+
+@each_family
+def test_compiled_stages(checkpoint_of: CheckpointOf, reference_of: ReferenceOf, family: Family) -> None:
+    before = num_compiled()
+    checkpoint = checkpoint_of(family, family.deep)
+    engine = Engine(checkpoint, EVICT, family, max_num_batched_tokens=512, enforce_eager=False)
     assert engine.model.eviction.runs_all_steps
-    check(engine, deep_reference_for)
+    check(engine, reference_of(family, "evicting"))
     assert all(segment.compiled or segment.aot_compiled_fn for segment in engine.model.eviction.segments)
     # vLLM keeps compiled code by the name of `forward`: the stages must not find each other's.
-    cache = Path(os.environ["VLLM_CACHE_ROOT"])
-    assert len(list(cache.glob("torch_compile_cache/torch_aot_compile/*/rank_0_0/model"))) == 2
+    assert num_compiled() == before + 2
 
 
 def test_rows_between_captured_stages(

@@ -11,7 +11,7 @@ import pytest
 from tests.cpu.conftest import Engine, Question, ReferenceFor
 from tests.cpu.test_parity import TOLERANCE, cells, difference
 from tests.pictures import noise_image
-from vllm_crop.dummy_llava import LlavaSize, make_checkpoint
+from vllm_crop.dummy_llava import DummySize, make_checkpoint
 from vllm_crop.eviction.grouping import KVGrouping, layers_per_stage, predict_grouping
 from vllm_crop.eviction.settings import EvictionSettings
 from vllm_crop.plan import TokenPlan, whole_image_plan
@@ -119,7 +119,7 @@ class Engines:
 
 @pytest.fixture(scope="module")
 def engines(deep_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Engines:
-    twelve = make_checkpoint(tmp_path_factory.mktemp("llava-12"), LlavaSize(layers=12, branch_gain=0.7))
+    twelve = make_checkpoint(tmp_path_factory.mktemp("llava-12"), DummySize(layers=12, branch_gain=0.7))
     return Engines({8: deep_checkpoint, 12: twelve})
 
 

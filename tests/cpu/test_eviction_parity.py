@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from tests.cpu.conftest import EVICT, Engine, Question, ReferenceFor
-from tests.cpu.test_parity import NOTICEABLE, TOLERANCE, cells, difference
+from tests.cpu.conftest import EVICT, EngineOf, Question, ReferenceOf
+from tests.cpu.test_parity import NOTICEABLE, TOLERANCE, cells, difference, each_family
+from tests.families import Family
 from tests.pictures import noise_image
 from vllm_crop.config import CropConfig
 
@@ -59,19 +60,20 @@ def control_for(name: str, asked: Question) -> Question:
     return replace(asked, crop={"regions": [TWO for _ in asked.images], "method": "ilp"})
 
 
+@each_family
 @pytest.mark.parametrize("name", SCENARIOS)
-@pytest.mark.parametrize("engine_name", ["evicting_engine", "staged_engine"])
+@pytest.mark.parametrize("setting", ["evicting", "staged"])
 def test_eviction_equals_transformers(
-    engine_name: str, name: str, deep_reference_for: ReferenceFor, request: pytest.FixtureRequest
+    engine_of: EngineOf, reference_of: ReferenceOf, family: Family, setting: str, name: str
 ) -> None:
-    engine: Engine = request.getfixturevalue(engine_name)
+    engine, reference_for = engine_of(family, setting), reference_of(family, setting)
     asked = SCENARIOS[name]
     (answer,) = engine.ask(asked)
-    reference = deep_reference_for(asked, engine.config)
+    reference = reference_for(asked, engine.config)
     error = difference(answer, reference)
-    sensitivity = difference(deep_reference_for(control_for(name, asked), engine.config), reference)
+    sensitivity = difference(reference_for(control_for(name, asked), engine.config), reference)
     print(
-        f"{engine_name}, {name}: rows per layer {reference.prompt_rows_per_layer}, "
+        f"{family}, {setting}, {name}: rows per layer {reference.prompt_rows_per_layer}, "
         f"max |delta logprob| {error:.1e}; control {sensitivity:.1e}"
     )
     assert answer.num_prompt_tokens == reference.num_prompt_tokens
@@ -80,23 +82,26 @@ def test_eviction_equals_transformers(
     assert sensitivity > NOTICEABLE or not asked.images
 
 
-@pytest.mark.parametrize("engine_name", ["evicting_engine", "staged_engine"])
+@each_family
+@pytest.mark.parametrize("setting", ["evicting", "staged"])
 def test_all_scenarios_in_one_batch(
-    engine_name: str, deep_reference_for: ReferenceFor, request: pytest.FixtureRequest
+    engine_of: EngineOf, reference_of: ReferenceOf, family: Family, setting: str
 ) -> None:
-    engine: Engine = request.getfixturevalue(engine_name)
+    engine = engine_of(family, setting)
     answers = engine.ask(*SCENARIOS.values())
     for (name, asked), answer in zip(SCENARIOS.items(), answers, strict=True):
-        reference = deep_reference_for(asked, engine.config)
+        reference = reference_of(family, setting)(asked, engine.config)
         assert answer.token_ids == reference.token_ids, name
         assert difference(answer, reference) <= TOLERANCE, name
 
 
-def test_the_layer_of_eviction_matters(deep_reference_for: ReferenceFor) -> None:
+@each_family
+def test_the_layer_of_eviction_matters(reference_of: ReferenceOf, family: Family) -> None:
     """The control: an engine that evicted one layer too early or too late would be noticed."""
+    reference_for = reference_of(family, "evicting")
     asked = question(ONE, method="ilp", pruning_rate=0.5)
     answers = [
-        deep_reference_for(asked, CropConfig.from_mapping({**EVICT, "eviction_layers": [layer]}))
+        reference_for(asked, CropConfig.from_mapping({**EVICT, "eviction_layers": [layer]}))
         for layer in (1, 2, 3)
     ]
     assert difference(answers[0], answers[1]) > NOTICEABLE

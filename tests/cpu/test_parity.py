@@ -3,12 +3,14 @@
 
 import pytest
 
-from tests.cpu.conftest import Answer, Engine, Question, ReferenceFor
+from tests.cpu.conftest import Answer, Engine, EngineOf, Question, ReferenceFor, ReferenceOf
+from tests.families import FAMILIES, Family
 from tests.pictures import noise_image
 from tests.reference import Reference
 from vllm_crop.geometry import Region
 
 pytestmark = pytest.mark.vllm_runtime
+each_family = pytest.mark.parametrize("family", FAMILIES, ids=str)
 
 TOLERANCE = 1e-5  # nats, float32, over the full vocabulary
 NOTICEABLE = 1e-2  # what a wrong plan or wrong positions must change at least
@@ -70,40 +72,55 @@ def check(engine: Engine, question: Question, reference_for: ReferenceFor, name:
     assert sensitivity > NOTICEABLE or not question.images
 
 
+@each_family
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_pooling_equals_transformers(pool_engine: Engine, reference_for: ReferenceFor, name: str) -> None:
-    check(pool_engine, SCENARIOS[name], reference_for, name)
+def test_pooling_equals_transformers(
+    engine_of: EngineOf, reference_of: ReferenceOf, family: Family, name: str
+) -> None:
+    check(engine_of(family, "pool"), SCENARIOS[name], reference_of(family, "pool"), name)
 
 
+@each_family
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_sampling_with_original_positions_equals_transformers(
-    original_engine: Engine, reference_for: ReferenceFor, name: str
+    engine_of: EngineOf, reference_of: ReferenceOf, family: Family, name: str
 ) -> None:
-    check(original_engine, SCENARIOS[name], reference_for, name)
+    check(engine_of(family, "original"), SCENARIOS[name], reference_of(family, "original"), name)
 
 
+@each_family
 @pytest.mark.parametrize("name", sorted(set(SCENARIOS) - UNPRUNED))
 def test_original_positions_change_the_answer(
-    original_engine: Engine, reference_for: ReferenceFor, name: str
+    engine_of: EngineOf, reference_of: ReferenceOf, family: Family, name: str
 ) -> None:
     """The control: an engine that renumbered would be noticed."""
-    question = SCENARIOS[name]
-    original = reference_for(question, original_engine.config)
-    renumbered = reference_for(question, original_engine.config, original_positions=False)
-    assert difference(renumbered, original) > NOTICEABLE
+    question, config, reference_for = (
+        SCENARIOS[name],
+        engine_of(family, "original").config,
+        reference_of(family, "original"),
+    )
+    original = reference_for(question, config)
+    renumbered = reference_for(question, config, original_positions=False)
+    change = difference(renumbered, original)
+    print(f"{family}, {name}: renumbered positions change {change:.1e}")
+    assert change > NOTICEABLE
 
 
-def test_all_scenarios_in_one_batch(pool_engine: Engine, reference_for: ReferenceFor) -> None:
-    answers = pool_engine.ask(*SCENARIOS.values())
+@each_family
+def test_all_scenarios_in_one_batch(engine_of: EngineOf, reference_of: ReferenceOf, family: Family) -> None:
+    engine = engine_of(family, "pool")
+    answers = engine.ask(*SCENARIOS.values())
     for (name, question), answer in zip(SCENARIOS.items(), answers, strict=True):
-        reference = reference_for(question, pool_engine.config)
+        reference = reference_of(family, "pool")(question, engine.config)
         assert answer.token_ids == reference.token_ids, name
         assert difference(answer, reference) <= TOLERANCE, name
 
 
-def test_off_is_bitwise_stock_vllm(pool_engine: Engine, stock_engine: Engine) -> None:
-    assert type(stock_engine.model).__module__ == "vllm.model_executor.models.llava"
-    assert type(pool_engine.model).__module__ == "vllm_crop.models.llava"
+@each_family
+def test_off_is_bitwise_stock_vllm(engine_of: EngineOf, family: Family) -> None:
+    pool_engine, stock_engine = engine_of(family, "pool"), engine_of(family, "stock")
+    assert type(stock_engine.model).__module__ == f"vllm.model_executor.models.{family}"
+    assert type(pool_engine.model).__module__ == f"vllm_crop.models.{family}"
     fresh = noise_image(17, 400, 400)
     (off,) = pool_engine.ask(Question((fresh,), {"method": "off"}))
     (stock,) = stock_engine.ask(Question((fresh,)))

@@ -15,7 +15,7 @@ from PIL import Image
 
 from tests.e2e.conftest import API_KEY, MODEL, metric
 from tests.pictures import noise_image
-from tests.reference import HfLlava
+from tests.reference import HfLlava, HfReference
 from vllm_crop.benchmarking.server import Server, get_text
 from vllm_crop.budget import Method
 from vllm_crop.demo.client import data_url
@@ -44,7 +44,7 @@ def hf(checkpoint: Path) -> HfLlava:
 
 
 def expected(
-    hf: HfLlava,
+    hf: HfReference,
     images: Sequence[Image.Image],
     regions: Sequence[Region | None],
     rate: float = RATE,
@@ -58,7 +58,7 @@ def expected(
         for image, region in zip(images, regions, strict=True)
     ]
     tokenizer = hf.processor.tokenizer
-    prompt = "USER: " + "<image>\n" * len(images) + TEXT + "\nASSISTANT:"
+    prompt = "USER: " + f"{hf.image}\n" * len(images) + TEXT + "\nASSISTANT:"
     ids = tokenizer.encode(prompt, add_special_tokens=False)
     reference = hf.generate(ids, images, plans, STEPS)
     return tokenizer.decode(reference.token_ids), reference.num_prompt_tokens
@@ -313,6 +313,13 @@ def test_without_a_key_nothing_is_read(server: Server, crop: Any) -> None:
         chat(stranger, [SQUARE], crop)
 
 
+def wait_for_running(server: Server, count: int) -> None:
+    deadline = time.monotonic() + 5
+    while (running := metric(server, "vllm:num_requests_running")) != count:
+        assert time.monotonic() < deadline, f"{running} requests run, not {count}"
+        time.sleep(0.02)
+
+
 def test_a_client_that_goes_away_frees_the_engine(server: Server, client: openai.OpenAI, hf: HfLlava) -> None:
     response = client.chat.completions.create(
         model=MODEL,
@@ -322,12 +329,9 @@ def test_a_client_that_goes_away_frees_the_engine(server: Server, client: openai
         extra_body={**EVERY_TOKEN, "crop": {"regions": FIRST.as_lists()}},
     )
     next(iter(response))
-    assert metric(server, "vllm:num_requests_running") == 1
+    wait_for_running(server, 1)  # the first chunk comes before vLLM has counted the request
     response.close()
-    deadline = time.monotonic() + 5
-    while metric(server, "vllm:num_requests_running"):
-        assert time.monotonic() < deadline, "the request still runs"
-        time.sleep(0.1)
+    wait_for_running(server, 0)
     completion = chat(client, [SQUARE], {"regions": SECOND.as_lists()}).parse()
     assert completion.choices[0].message.content == expected(hf, [SQUARE], [SECOND])[0]
 

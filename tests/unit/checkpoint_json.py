@@ -12,6 +12,14 @@ LLAVA = {
 }
 PROCESSOR = {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}
 
+QWEN2_5_VL = {
+    "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+    "model_type": "qwen2_5_vl",
+    "num_hidden_layers": 28,
+    "vision_config": {"patch_size": 14, "spatial_merge_size": 2},
+}
+QWEN2_5_VL_PROCESSOR = {"min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14, "merge_size": 2}
+
 
 def write_json(folder: Path, **files: Any) -> str:
     """Write `config=...` to config.json and so on, text as it is; returns the folder's name."""
@@ -24,3 +32,8 @@ def write_json(folder: Path, **files: Any) -> str:
 def write_llava(folder: Path) -> str:
     """LLaVA-1.5-13B's geometry: 24 x 24 tokens, 40 decoder layers."""
     return write_json(folder, config=LLAVA, preprocessor_config=PROCESSOR)
+
+
+def write_qwen2_5_vl(folder: Path) -> str:
+    """Qwen2.5-VL-7B's geometry: a token per 28 x 28 pixels, 28 decoder layers."""
+    return write_json(folder, config=QWEN2_5_VL, preprocessor_config=QWEN2_5_VL_PROCESSOR)

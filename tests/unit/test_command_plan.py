@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import typer
-from checkpoint_json import write_json, write_llava
+from checkpoint_json import write_json, write_llava, write_qwen2_5_vl
 from typer.testing import CliRunner
 
 from vllm_crop.budget import retained_count
@@ -188,3 +188,18 @@ def test_an_unsupported_model_is_refused(tmp_path: Path) -> None:
     model = write_json(tmp_path, config={"architectures": ["LlamaForCausalLM"]})
     said = error_line("--model", model, "--image-size", SQUARE)
     assert "LlamaForCausalLM" in said
+
+
+@pytest.mark.parametrize(("size", "grid"), [("640x480", (17, 23)), ("480x640", (23, 17)), ("28x28", (2, 2))])
+def test_qwen_has_the_grid_that_the_images_size_asks_for(
+    tmp_path: Path, size: str, grid: tuple[int, int]
+) -> None:
+    model = write_qwen2_5_vl(tmp_path)
+    printed = plan_json("--model", model, "--image-size", size, "--region", "0,0,0.25,0.25")
+    region = Region((Box(0, 0, 0.25, 0.25),))
+    assert printed == make_plan(TokenGrid(*grid), region, 0.778, "pool").to_json(num_layers=28)
+
+
+def test_an_image_that_the_model_does_not_take_is_an_error(tmp_path: Path) -> None:
+    line = error_line("--model", write_qwen2_5_vl(tmp_path), "--image-size", "4000x10")
+    assert "absolute aspect ratio must be smaller than 200, got 400" in line

@@ -5,13 +5,14 @@ import pickle
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig, LlavaConfig, PretrainedConfig, SiglipVisionConfig
+from transformers import LlamaConfig, LlavaConfig, PretrainedConfig, Qwen2_5_VLConfig, SiglipVisionConfig
 
 from vllm_crop.config import CropConfig
-from vllm_crop.errors import UnsupportedModelError
+from vllm_crop.errors import UnsupportedFlagError, UnsupportedModelError
 from vllm_crop.frontend.hf_overrides import apply_overrides, compose_hf_overrides
 
 CROP = CropConfig(pruning_rate=0.5).model_dump()
+SETTLED = {**CROP, "position_ids": "renumbered"}  # as it travels with a LLaVA
 
 
 def llava(**changes: Any) -> LlavaConfig:
@@ -19,20 +20,25 @@ def llava(**changes: Any) -> LlavaConfig:
     return LlavaConfig(**{"architectures": ["LlavaForConditionalGeneration"], **changes})
 
 
+def qwen() -> Qwen2_5_VLConfig:
+    """The same of a Qwen2.5-VL."""
+    return Qwen2_5_VLConfig(architectures=["Qwen2_5_VLForConditionalGeneration"])
+
+
 def test_the_crop_architecture_is_named_and_the_settings_attached() -> None:
     config = compose_hf_overrides(CROP, {})(llava())
     assert config.architectures == ["CropLlavaForConditionalGeneration"]
-    assert CropConfig.from_mapping(config.crop) == CropConfig(pruning_rate=0.5)
+    assert CropConfig.from_mapping(config.crop) == CropConfig(pruning_rate=0.5, position_ids="renumbered")
 
 
 def test_settings_reach_the_dictionary_form_of_the_config() -> None:
-    assert compose_hf_overrides(CROP, {})(llava()).to_dict()["crop"] == CROP
+    assert compose_hf_overrides(CROP, {})(llava()).to_dict()["crop"] == SETTLED
 
 
 def test_the_overrides_can_be_sent_to_another_process() -> None:
     overrides = pickle.loads(pickle.dumps(compose_hf_overrides(CROP, {"vocab_size": 7})))
     config = overrides(llava())
-    assert (config.vocab_size, config.crop) == (7, CROP)
+    assert (config.vocab_size, config.crop) == (7, SETTLED)
 
 
 def test_later_changes_of_the_settings_do_not_travel() -> None:
@@ -67,7 +73,9 @@ def test_the_users_callable_runs_first() -> None:
     assert config.image_seq_length == 5
 
 
-@pytest.mark.parametrize(("position_ids", "section"), [("renumbered", None), ("original", [1, 0, 0])])
+@pytest.mark.parametrize(
+    ("position_ids", "section"), [(None, None), ("renumbered", None), ("original", [1, 0, 0])]
+)
 def test_only_original_position_ids_ask_the_model_for_positions(
     position_ids: str, section: list[int] | None
 ) -> None:
@@ -75,6 +83,19 @@ def test_only_original_position_ids_ask_the_model_for_positions(
     config = compose_hf_overrides(crop, {})(llava())
     assert getattr(config, "mrope_section", None) == section
     assert not hasattr(config.text_config, "mrope_section")
+
+
+@pytest.mark.parametrize("position_ids", [None, "original"])
+def test_models_with_mrope_keep_original_position_ids(position_ids: str | None) -> None:
+    config = compose_hf_overrides({**CROP, "position_ids": position_ids}, {})(qwen())
+    assert config.architectures == ["CropQwen2_5_VLForConditionalGeneration"]
+    assert config.crop["position_ids"] == "original"
+    assert not hasattr(config, "mrope_section")
+
+
+def test_models_with_mrope_cannot_be_renumbered() -> None:
+    with pytest.raises(UnsupportedFlagError, match=r"position_ids='renumbered' is not .*leave it out"):
+        compose_hf_overrides({**CROP, "position_ids": "renumbered"}, {})(qwen())
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ def engine_args(**changes: Any) -> SimpleNamespace:
         "model_impl": "auto",
         "enable_tower_connector_lora": False,
         "mm_processor_kwargs": None,
+        "compilation_config": SimpleNamespace(cudagraph_mm_encoder=False),
     }
     return SimpleNamespace(**{**defaults, **changes})
 
@@ -61,6 +62,10 @@ def test_ordinary_options_pass(changes: dict[str, Any], monkeypatch: pytest.Monk
         ({"model_impl": "terratorch"}, "--model-impl"),
         ({"enable_tower_connector_lora": True}, "--enable-tower-connector-lora"),
         ({"mm_processor_kwargs": {"crop": {}}}, "--mm-processor-kwargs"),
+        (
+            {"compilation_config": SimpleNamespace(cudagraph_mm_encoder=True)},
+            "--compilation-config cudagraph_mm_encoder",
+        ),
     ],
 )
 def test_options_that_pruning_would_break_are_refused_by_name(changes: dict[str, Any], flag: str) -> None:

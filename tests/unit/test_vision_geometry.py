@@ -5,11 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoConfig, LlavaConfig
+from transformers import AutoConfig, LlavaConfig, Qwen2_5_VLConfig
 
 from vllm_crop.errors import UnsupportedModelError
 from vllm_crop.geometry import Box, TokenGrid
-from vllm_crop.vision_geometry import FAMILIES, LlavaGeometry, decoder_layers, geometry_from_configs
+from vllm_crop.vision_geometry import (
+    FAMILIES,
+    LlavaGeometry,
+    Qwen2_5VLGeometry,
+    decoder_layers,
+    geometry_from_configs,
+)
 
 # As published with llava-hf/llava-1.5-7b-hf: what equals transformers' defaults is left out.
 LLAVA_7B = {
@@ -27,6 +33,61 @@ LLAVA_PREPROCESSOR = {
     "do_resize": True,
     "size": {"shortest_edge": 336},
 }
+
+
+# As published with Qwen/Qwen2.5-VL-7B-Instruct, the language model's settings at the top level.
+QWEN2_5_VL_7B = {
+    "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+    "model_type": "qwen2_5_vl",
+    "hidden_size": 3584,
+    "num_hidden_layers": 28,
+    "max_position_embeddings": 128000,
+    "vision_config": {"depth": 32, "patch_size": 14, "spatial_merge_size": 2, "window_size": 112},
+    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+    "vocab_size": 152064,
+}
+QWEN2_5_VL_PREPROCESSOR = {
+    "min_pixels": 3136,
+    "max_pixels": 12845056,
+    "patch_size": 14,
+    "temporal_patch_size": 2,
+    "merge_size": 2,
+    "image_processor_type": "Qwen2VLImageProcessor",
+}
+PUBLISHED = {
+    "LlavaForConditionalGeneration": (LLAVA_7B, LLAVA_PREPROCESSOR),
+    "Qwen2_5_VLForConditionalGeneration": (QWEN2_5_VL_7B, QWEN2_5_VL_PREPROCESSOR),
+}
+
+
+def test_published_qwen_has_a_token_per_28_pixels_and_28_layers() -> None:
+    geometry = geometry_from_configs(QWEN2_5_VL_7B, QWEN2_5_VL_PREPROCESSOR)
+    assert isinstance(geometry, Qwen2_5VLGeometry)
+    assert geometry.num_layers == 28
+    assert geometry.max_tokens == 16384
+    assert geometry.grid(640, 480) == TokenGrid(17, 23)
+    assert geometry.grid(3584, 3584) == TokenGrid(128, 128)
+    assert geometry.view(640, 480).window == Box(0.0, 0.0, 1.0, 1.0)
+    assert geometry.position_span(TokenGrid(17, 23)) == 23
+
+
+@pytest.mark.parametrize("from_file", [True, False])
+def test_the_loaded_config_of_qwen_gives_the_same_geometry(tmp_path: Path, from_file: bool) -> None:
+    config = Qwen2_5_VLConfig(**QWEN2_5_VL_7B)
+    config.save_pretrained(tmp_path)
+    loaded = Qwen2_5_VLConfig.get_config_dict(tmp_path)[0] if from_file else config.to_dict()
+    published = geometry_from_configs(QWEN2_5_VL_7B, QWEN2_5_VL_PREPROCESSOR)
+    assert geometry_from_configs(loaded, QWEN2_5_VL_PREPROCESSOR) == published
+
+
+def test_a_bare_qwen_has_transformers_default_depth() -> None:
+    bare = {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl"}
+    assert geometry_from_configs(bare, {}).num_layers == Qwen2_5_VLConfig().text_config.num_hidden_layers
+
+
+def test_an_image_processor_that_does_not_fit_the_tower_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="patch_size and merge_size"):
+        geometry_from_configs(QWEN2_5_VL_7B, {**QWEN2_5_VL_PREPROCESSOR, "merge_size": 4})
 
 
 def test_published_llava_has_24_by_24_tokens_and_32_layers() -> None:
@@ -65,8 +126,9 @@ def test_unknown_text_models_without_layers_are_refused() -> None:
 
 @pytest.mark.parametrize("architecture", sorted(FAMILIES))
 def test_our_own_architecture_names_are_recognised(architecture: str) -> None:
-    stock = geometry_from_configs({**LLAVA_7B, "architectures": [architecture]}, LLAVA_PREPROCESSOR)
-    ours = geometry_from_configs({**LLAVA_7B, "architectures": [f"Crop{architecture}"]}, LLAVA_PREPROCESSOR)
+    model, preprocessor = PUBLISHED[architecture]
+    stock = geometry_from_configs(model, preprocessor)
+    ours = geometry_from_configs({**model, "architectures": [f"Crop{architecture}"]}, preprocessor)
     assert ours == stock
 
 

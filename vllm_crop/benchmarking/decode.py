@@ -18,10 +18,10 @@ from vllm_crop.benchmarking.runs import RunError
 from vllm_crop.benchmarking.session import progress_bar
 from vllm_crop.benchmarking.view_times import ViewTimes, time_views
 from vllm_crop.checkpoint_files import load_geometry
-from vllm_crop.dummy_llava import LlavaSize, make_checkpoint
+from vllm_crop.dummy_llava import DummySize, make_checkpoint
 from vllm_crop.eviction.grouping import predict_grouping
 
-SIZE = LlavaSize(layers=8)  # so small that a step is mostly overhead
+SIZE = DummySize(layers=8)  # so small that a step is mostly overhead
 PRUNING_RATE = 0.889  # short in KV: 64 of 576 tokens on average
 RUNNING = (1, 8, 64)
 VIEWS_RUNNING = (1, 8, 64, 256)

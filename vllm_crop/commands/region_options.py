@@ -12,7 +12,7 @@ import typer
 from vllm_crop.budget import BudgetError, Method, check_eviction_layers
 from vllm_crop.checkpoint_files import load_geometry
 from vllm_crop.config import DEFAULT_STAGES, CropConfig
-from vllm_crop.errors import CropError
+from vllm_crop.errors import CropError, UnsupportedImageError
 from vllm_crop.geometry import Region
 from vllm_crop.image_plan import ImagePlan, plan_image
 from vllm_crop.params import (
@@ -114,7 +114,8 @@ def plan_for_image(geometry: VisionGeometry, width: int, height: int, request: I
     """The plan a server makes for an image of this size in pixels.
 
     Raises:
-        typer.BadParameter: the model cannot evict at these layers, or they leave too little of the budget.
+        typer.BadParameter: the model cannot evict at these layers, or they leave too little of the budget, or
+            it takes no image of this size.
     """
     try:
         if request.eviction_layers:
@@ -122,6 +123,8 @@ def plan_for_image(geometry: VisionGeometry, width: int, height: int, request: I
         return plan_image(geometry, width, height, request)
     except BudgetError as error:
         raise typer.BadParameter(str(error), param_hint="--eviction-layers") from None
+    except UnsupportedImageError as error:
+        raise typer.BadParameter(str(error)) from None
     except InvalidCropError as error:
         reason = str(error).removeprefix(f"{error.parameter}: ")
         raise typer.BadParameter(reason, param_hint="--pruning-rate") from None

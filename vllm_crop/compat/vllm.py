@@ -19,7 +19,10 @@ from vllm_crop.eviction.config_hook import config_hook
 from vllm_crop.vision_geometry import FAMILIES
 
 SUPPORTED_VERSIONS = SpecifierSet(">=0.32.0,<0.33")
-MODEL_MODULES = {"LlavaForConditionalGeneration": "vllm_crop.models.llava"}
+MODEL_MODULES = {
+    "LlavaForConditionalGeneration": "vllm_crop.models.llava",
+    "Qwen2_5_VLForConditionalGeneration": "vllm_crop.models.qwen2_5_vl",
+}
 
 
 _PROCESSOR = "vllm.multimodal.processing.processor"
@@ -76,6 +79,12 @@ UPSTREAM_POINTS = (
         "gives an image's size, for its plan",
     ),
     UpstreamPoint(
+        "vllm.multimodal.encoder_budget",
+        "MultiModalBudget.get_encoder_budget",
+        ("self",),
+        "gives the number of tokens the vision tower was profiled with, which our batches keep to",
+    ),
+    UpstreamPoint(
         "vllm.model_executor.models.interfaces",
         "SupportsMRoPE.get_mrope_input_positions",
         ("self", "input_tokens", "mm_features"),
@@ -98,6 +107,18 @@ UPSTREAM_POINTS = (
         "LlavaForConditionalGeneration.embed_multimodal",
         ("self", "kwargs"),
         "returns compressed embeddings",
+    ),
+    UpstreamPoint(
+        "vllm.model_executor.models.qwen2_5_vl",
+        "Qwen2_5_VLForConditionalGeneration.embed_multimodal",
+        ("self", "kwargs"),
+        "returns compressed embeddings",
+    ),
+    UpstreamPoint(
+        "vllm.model_executor.models.qwen2_5_vl",
+        "Qwen2_5_VLForConditionalGeneration.get_mrope_input_positions",
+        ("self", "input_tokens", "mm_features"),
+        "numbers the unpruned prompt, of which the tokens that are left keep their numbers",
     ),
 )
 

@@ -24,7 +24,7 @@ from vllm_crop.eviction.settings import EvictionSettings
 from vllm_crop.eviction.start_report import expected_grouping
 
 # Decoders whose forward is: embed, then `layer(positions, hidden_states, residual)` each, then the norm.
-DECODERS = ("LlamaModel", "MistralModel", "Qwen2Model")
+DECODERS = ("LlamaModel", "Qwen2Model")
 
 
 class StagedAttention(Attention):
@@ -124,7 +124,7 @@ class EvictingDecoder:
         Args:
             dropping: None if all rows run through all layers.
             inputs_embeds: `[num_tokens with padding, hidden]`.
-            positions: `[num_tokens with padding]`.
+            positions: `[num_tokens with padding]`, or `[3, num_tokens with padding]` with M-RoPE.
 
         Returns:
             `[num_tokens with padding, hidden]`: rows keep their places, those dropped are zero.
@@ -139,9 +139,8 @@ class EvictingDecoder:
             output = torch.zeros_like(inputs_embeds)
             for boundary, (segment, rows) in enumerate(zip(self.segments[1:], dropping.rows, strict=True)):
                 if rows.gather is not None:
-                    hidden, residual, positions = (
-                        rowwise[rows.gather] for rowwise in (hidden, residual, positions)
-                    )
+                    hidden, residual = hidden[rows.gather], residual[rows.gather]
+                    positions = _gather_positions(positions, rows.gather)
                     # The rows of this step have a number of their own: no captured graph fits them.
                     context.cudagraph_runtime_mode = CUDAGraphMode.NONE
                 if not len(hidden):
@@ -162,6 +161,17 @@ class EvictingDecoder:
         copies[0].copy_(hidden)
         copies[1].copy_(residual)
         return copies[0], copies[1]
+
+
+def _gather_positions(positions: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """The positions of some rows, with the strides of all: compiled code may have these built in.
+
+    M-RoPE positions are a slice of a wider buffer (vllm/v1/worker/gpu/mm/rope.py).
+    """
+    gathered = positions[..., rows]
+    return torch.empty_strided(
+        gathered.shape, positions.stride(), dtype=positions.dtype, device=positions.device
+    ).copy_(gathered)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch import nn
 from vllm.compilation.backends import set_model_tag
 from vllm.compilation.decorators import support_torch_compile
 
-_ROWS = {"positions": 0, "hidden_states": 0, "residual": 0}
+_ROWS = {"positions": -1, "hidden_states": 0, "residual": 0}  # M-RoPE positions are [3, rows]
 
 
 def make_segment(layers: Sequence[Any], first: int, norm: Any | None) -> Any:

@@ -14,6 +14,7 @@ REFUSED = {
     "--video-pruning-rate": "EVS and VidCom2 put position channels into the embeddings we average",
     "--model-impl transformers|terratorch": "only vLLM's own model classes can be pruned",
     "--enable-tower-connector-lora": "adapters of the vision tower are not part of our feature cache's key",
+    "--compilation-config cudagraph_mm_encoder": "a captured vision tower would bypass the compression",
     "--mm-processor-kwargs '{\"crop\": ...}'": "the server's settings go into --crop-config",
     "--tokenizer-mode other than auto|hf|slow": "another renderer would ignore the request's `crop`",
     "--enable-scale-out, --tokens-only": "prompts and image features come in past our processor",
@@ -36,6 +37,8 @@ def refuse_flags(engine_args: Any) -> None:
         refuse("--model-impl transformers|terratorch")
     if engine_args.enable_tower_connector_lora:
         refuse("--enable-tower-connector-lora")
+    if engine_args.compilation_config.cudagraph_mm_encoder:
+        refuse("--compilation-config cudagraph_mm_encoder")
     if CONFIG_KEY in (engine_args.mm_processor_kwargs or {}):
         refuse("--mm-processor-kwargs '{\"crop\": ...}'")
 
@@ -50,9 +53,9 @@ def refuse_model(model_config: Any, config: CropConfig) -> None:
         refuse("--tokenizer-mode other than auto|hf|slow")
     if config.stages:
         refuse_budget(model_config, config)
-    if config.position_ids == "original":
-        image_tokens = geometry_from_configs(model_config.hf_config.to_dict(), {}).grid(1, 1).num_tokens
-        room = model_config.hf_text_config.max_position_embeddings - image_tokens
+    geometry = geometry_from_configs(model_config.hf_config.to_dict(), {})
+    if config.position_ids == "original" and not geometry.uses_mrope:
+        room = model_config.hf_text_config.max_position_embeddings - geometry.max_tokens
         if model_config.max_model_len > room:
             raise UnsupportedFlagError(
                 "--crop-config position_ids='original' lets positions run past the prompt's length: "
@@ -70,7 +73,7 @@ def refuse_budget(model_config: Any, config: CropConfig) -> None:
     try:
         check_eviction_layers(config.stages, geometry.num_layers)
         retained_per_stage(
-            geometry.grid(1, 1).num_tokens,
+            geometry.max_tokens,
             config.pruning_rate,
             config.method,
             geometry.num_layers,

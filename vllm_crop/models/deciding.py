@@ -17,6 +17,7 @@ from vllm_crop.plan import TokenPlan
 from vllm_crop.vision_geometry import VisionGeometry
 
 _REMEMBERED_SIZES = 65536  # images; a uuid alone does not say how large its image is
+_MROPE_ROOM = 4  # times the model's positions (vllm/model_executor/layers/rotary_embedding/mrope.py)
 
 
 @dataclass(frozen=True)
@@ -26,14 +27,14 @@ class ImageDecision:
     Attributes:
         plan: None serves it whole.
         full_tokens: visual tokens unpruned; the most there can be for an image known by its uuid only.
-        tokens_removed: what the plan takes away; the most it can for an image known by its uuid only, whose
-            plan was made when it was sent.
+        positions_beyond: how many more position ids the image takes than tokens, if they are the original
+            ones; the most it can for an image known by its uuid only, whose plan was made when it was sent.
     """
 
     request: ImageRequest
     plan: TokenPlan | None
     full_tokens: int
-    tokens_removed: int
+    positions_beyond: int
 
     @property
     def compression(self) -> TokenPlan | None:
@@ -76,14 +77,15 @@ class ImageDecider:
         if not isinstance(images, ImageProcessorItems):
             if request.region is not None:
                 raise InvalidCropError("crop.regions: not possible for image embeddings", "crop.regions")
-            return ImageDecision(request, None, images.get_feature_size(index), 0)
+            return ImageDecision(request, None, _num_embeddings(images.get(index)), 0)
         size = self._image_size(images, index, image_hash)
         if size is None:  # a uuid alone, long not seen: vLLM's own cache may still know it
             return self._decide_unseen(request)
         planned = plan_image(self.geometry, size.width, size.height, request)
-        full = planned.tokens.grid.num_tokens
+        grid = planned.tokens.grid
         tokens = planned.tokens if planned.prunes else None
-        return ImageDecision(request, tokens, full, full - planned.tokens.num_embeddings)
+        beyond = max(0, self.geometry.position_span(grid) - planned.tokens.num_embeddings)
+        return ImageDecision(request, tokens, grid.num_tokens, beyond)
 
     def _image_size(self, images: ImageProcessorItems, index: int, image_hash: str) -> Any:
         with self._lock:
@@ -105,12 +107,18 @@ class ImageDecider:
     def _check_positions(self, decisions: Sequence[ImageDecision]) -> None:
         if self.config.position_ids != "original":
             return
-        removed = sum(decision.tokens_removed for decision in decisions)
+        beyond = sum(decision.positions_beyond for decision in decisions)
         model_config = self.info.ctx.model_config
         positions = model_config.hf_text_config.max_position_embeddings
-        if model_config.max_model_len + removed > positions:
+        positions *= _MROPE_ROOM if self.geometry.uses_mrope else 1
+        if model_config.max_model_len + beyond > positions:
             raise InvalidCropError(
-                f"crop.regions: {removed} tokens removed, but this server keeps their position ids and has "
+                f"crop.regions: {beyond} tokens removed, but this server keeps their position ids and has "
                 f"room for {positions - model_config.max_model_len}: prune fewer images or less of them",
                 "crop.regions",
             )
+
+
+def _num_embeddings(image: Any) -> int:
+    """Rows of an image that the client has embedded; some families want a dictionary with its grid beside."""
+    return len(image["image_embeds"] if isinstance(image, Mapping) else image)

@@ -12,7 +12,7 @@ ASSIGNMENT, POSITIONS, IMAGE_KEY = "crop_assignment", "crop_positions", "crop_im
 CROP_FIELDS = (ASSIGNMENT, POSITIONS, IMAGE_KEY)
 
 
-def hash_with_request(image_hash: str, request: ImageRequest, position_ids: str) -> str:
+def hash_with_request(image_hash: str, request: ImageRequest, position_ids: str | None) -> str:
     """Images not compressed keep the hash stock vLLM gives them; any region gets a key of its own.
 
     Position ids do not change an image's embeddings, but the KV entries that are found by this hash.

@@ -193,7 +193,11 @@ def _with_planned_count(update: PromptUpdate, out_mm_kwargs: Any) -> PromptUpdat
 
     def planned_replacement(item_idx: int) -> Any:
         full = full_replacement(item_idx) if callable(full_replacement) else full_replacement
-        planned = len(out_mm_kwargs["image"][item_idx][plan_fields.POSITIONS].data)
-        return full[:planned] if planned else full
+        item = out_mm_kwargs["image"][item_idx]
+        planned, num_tokens = len(item[plan_fields.POSITIONS].data), len(item[plan_fields.ASSIGNMENT].data)
+        if not planned:
+            return full
+        assert num_tokens == len(full), f"planned for {num_tokens} visual tokens, the image has {len(full)}"
+        return full[:planned]
 
     return replace(update, replacement=planned_replacement)

@@ -14,7 +14,7 @@ LARGEST_SIDE = 768  # pixels of an image that is not scaled down
 HEAD_DIM = 32
 
 
-def make_config(tokenizer: Any, hidden: int = 160, layers: int = 12, vision_layers: int = 4) -> Any:
+def make_config(tokenizer: Any, hidden: int = 128, layers: int = 12, vision_layers: int = 4) -> Any:
     """The Qwen2_5_VLConfig.
 
     The vision tower looks within windows of one cell, and at the whole image in its last layer. The language

@@ -19,15 +19,17 @@ PADDED_IDS = 32
 MAX_POSITIONS = 8192
 LOCATE = "where:"  # before a question: where to look for the answer
 
-# One turn is an image and a question. Earlier turns are left out: the model has seen one question at a time.
+# The model was trained on an image and one question, in this order. More turns are written the same way.
 CHAT_TEMPLATE = (
-    "{% set message = messages[-1] if messages[-1]['role'] == 'user' else messages[0] %}"
-    "<|im_start|>"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}<|answer|>{{ message['content'] }}<|im_end|>"
+    "{% else %}<|im_start|>"
+    "{% if message['content'] is string %}{{ message['content'] | lower }}{% else %}"
     "{% for part in message['content'] if part['type'] != 'text' %}"
     "<|vision_start|><|image_pad|><|vision_end|>{% endfor %}"
     "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] | lower }}{% endfor %}"
-    "{% endif %}<|answer|>"
+    "{% endif %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|answer|>{% endif %}"
 )
 
 

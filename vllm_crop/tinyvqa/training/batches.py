@@ -3,7 +3,7 @@
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -43,7 +43,8 @@ class Task:
     @property
     def length(self) -> int:
         """Most tokens of a question with its answer."""
-        return 28 if self.locate else 20
+        longest = 19 if "compare" in self.weights else 14
+        return longest + 9 if self.locate else longest
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,17 @@ class Batch:
     answering: Tensor
     looks: Tensor
     families: list[list[str]]
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same on another device."""
+        return replace(
+            self,
+            images=self.images.to(device),
+            questions=self.questions.to(device),
+            targets=self.targets.to(device),
+            answering=self.answering.to(device),
+            looks=self.looks.to(device),
+        )
 
 
 class BatchMaker:

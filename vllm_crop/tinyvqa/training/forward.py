@@ -5,7 +5,7 @@ transformers would run the language model over the image once per question. Here
 share it: each sees the image and itself, at the positions it would have alone. Same weights, same result.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -43,9 +43,9 @@ def image_patches(images: Tensor) -> Tensor:
 def vision_features(visual: Any, patches: Tensor, rows: int, cols: int) -> Tensor:
     """Embeddings `[batch, rows * cols, hidden]` of images of `rows` x `cols` tokens, in raster order."""
     batch, count, _ = patches.shape
-    grid = torch.tensor([[1, rows * MERGE, cols * MERGE]])
+    grid = torch.tensor([[1, rows * MERGE, cols * MERGE]], device=patches.device)
     order, bounds = get_vision_window_index(grid, MERGE, visual.window_size, visual.patch_size)
-    by_patch = (order[:, None] * MERGE**2 + torch.arange(MERGE**2)).flatten()
+    by_patch = (order[:, None] * MERGE**2 + torch.arange(MERGE**2, device=order.device)).flatten()
     hidden = visual.patch_embed(patches.flatten(0, 1)).view(batch, count, -1)[:, by_patch]
     cos, sin = visual.rotary_pos_emb(hidden, get_vision_position_ids(grid, MERGE))
     cos, sin = cos[by_patch], sin[by_patch]
@@ -69,7 +69,7 @@ def _vision_attention(attention: Any, hidden: Tensor, cos: Tensor, sin: Tensor, 
     if isinstance(windows, int):
         query, key, value = (part.reshape(-1, windows, *part.shape[2:]) for part in (query, key, value))
     elif windows is not None:
-        window = torch.bucketize(torch.arange(count), windows[1:], right=True)
+        window = torch.bucketize(torch.arange(count, device=hidden.device), windows[1:], right=True)
         mask = window[:, None] == window
     mixed = functional.scaled_dot_product_attention(
         query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=mask
@@ -92,6 +92,15 @@ class Layout:
     image_mask: Tensor
     question_mask: Tensor
     image: int
+
+    def to(self, device: torch.device) -> "Layout":
+        """The same on another device."""
+        return replace(
+            self,
+            positions=self.positions.to(device),
+            image_mask=self.image_mask.to(device),
+            question_mask=self.question_mask.to(device),
+        )
 
 
 def make_layout(rows: int, cols: int, questions: int, length: int) -> Layout:
@@ -180,7 +189,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
 
 def _look(query: Tensor, key: Tensor, tokens: Tensor, image: int, length: int) -> Tensor:
     batch, heads, _, width = query.shape
-    index = tokens + torch.arange(tokens.shape[1]) * length + image
+    index = tokens + torch.arange(tokens.shape[1], device=tokens.device) * length + image
     asking = query.gather(2, index[:, None, :, None].expand(batch, heads, -1, width))
     scores = asking @ key[:, :, :image].transpose(2, 3) / width**0.5
     return functional.log_softmax(scores, dim=-1)[..., PREFIX:]

@@ -5,6 +5,7 @@ Beside the answers it is told where to look: two heads of two layers are pulled 
 the answer. Without that, connecting a name to its place takes many times as many questions.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -23,16 +24,12 @@ from vllm_crop.tinyvqa.training.forward import (
 )
 
 LOOKING_LAYERS = (3, 6)
-_layouts: dict[tuple[int, int, int], Layout] = {}
 
 
-def layout_of(task: Task) -> Layout:
+@cache
+def layout_of(side: int, questions: int, length: int, device: torch.device) -> Layout:
     """The layout of a task's batches, made once."""
-    key = (task.num_tokens, task.questions, task.length)
-    if key not in _layouts:
-        side, questions, length = key
-        _layouts[key] = make_layout(side, side, questions, length)
-    return _layouts[key]
+    return make_layout(side, side, questions, length).to(device)
 
 
 def answer_logits(
@@ -42,10 +39,12 @@ def answer_logits(
     side = task.num_tokens
     with torch.set_grad_enabled(train_vision and torch.is_grad_enabled()):
         features = vision_features(model.model.visual, image_patches(batch.images), side, side)
-    prefix = torch.tensor(tokenizer.convert_tokens_to_ids([words.START, words.VISION_START]))
+    prefix_ids = tokenizer.convert_tokens_to_ids([words.START, words.VISION_START])
+    prefix = torch.tensor(prefix_ids, device=batch.questions.device)
+    layout = layout_of(side, task.questions, task.length, prefix.device)
     looks = Looks(LOOKING_LAYERS, batch.answering)
     language = model.model.language_model
-    states, looked = language_states(language, prefix, features, batch.questions, layout_of(task), looks)
+    states, looked = language_states(language, prefix, features, batch.questions, layout, looks)
     return model.lm_head(states), looked
 
 

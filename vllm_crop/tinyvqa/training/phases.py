@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from vllm_crop.tinyvqa.training.batches import Task
 
 EVEN = {"read": 1.0, "relation": 1.0, "compare": 1.0, "search": 1.0, "count": 1.0}
-READ = {"read": 1.0}
-FIRST = {"read": 2.0, "search": 1.0, "count": 0.5, "relation": 0.5, "compare": 0.5}
+FIRST = {"read": 3.0, "search": 1.0, "count": 0.5, "relation": 1.0}
 
 
 @dataclass(frozen=True)
@@ -36,10 +35,10 @@ def _small(weights: dict[str, float], side: int = 4, num_things: tuple[int, int]
 
 PHASES = (
     Phase("tower", 2500, 2e-3),
-    Phase("small", 6000, 1.5e-3, (_small(FIRST), Task(8, (8, 12), 8, 16, FIRST, locate=True)), 0.5, 0.5),
+    Phase("small", 2000, 1.5e-3, (_small(FIRST), Task(8, (8, 12), 8, 16, FIRST, locate=True)), 0.5, 0.5),
     Phase(
         "large",
-        6000,
+        4000,
         1e-3,
         (
             _small(EVEN, 4, (4, 10)),
@@ -51,7 +50,7 @@ PHASES = (
     ),
     Phase(
         "all",
-        3000,
+        1000,
         3e-4,
         (Task(8, (8, 12), 3, 32, EVEN), Task(8, (8, 12), 8, 16, EVEN, locate=True)),
         0.02,

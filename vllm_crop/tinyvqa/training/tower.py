@@ -2,7 +2,7 @@
 """First stage: the vision tower learns to say, at each of its tokens, which thing the token belongs to."""
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,16 @@ class Labelled:
     digit: Tensor
     num_tokens: int
 
+    def to(self, device: torch.device) -> "Labelled":
+        """The same on another device."""
+        return replace(
+            self,
+            images=self.images.to(device),
+            colour=self.colour.to(device),
+            shape=self.shape.to(device),
+            digit=self.digit.to(device),
+        )
+
 
 def labelled_scenes(kind: str, seed: int) -> Labelled:
     """`"full"` pictures, or `"thumbnail"`s, whose digits nobody can read."""
@@ -78,7 +88,7 @@ def tower_loss(visual: Any, heads: TokenHeads, labelled: Labelled) -> tuple[Tens
     """The loss, and the share of tokens read right by what is read."""
     side = labelled.num_tokens
     features = vision_features(visual, image_patches(labelled.images), side, side)
-    loss, right = torch.zeros(()), {}
+    loss, right = features.new_zeros(()), {}
     for name in ("colour", "shape", "digit"):
         target = getattr(labelled, name)
         if bool((target != IGNORED).any()):

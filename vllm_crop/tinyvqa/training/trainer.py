@@ -28,12 +28,14 @@ SAVE_EVERY = 120.0  # seconds
 class Trainer:
     """Holds the model, the optimizer and where the training stands; `out/state.pt` keeps them."""
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, device: str) -> None:
         torch.manual_seed(SEED)
-        self.out = out
+        self.out, self.device = out, torch.device(device)
+        out.mkdir(parents=True, exist_ok=True)
         self.tokenizer = words.make_tokenizer()
         self.model: Any = Qwen2_5_VLForConditionalGeneration(checkpoint.make_config(self.tokenizer))
-        self.heads = TokenHeads(self.model.config.text_config.hidden_size)
+        self.model.to(self.device)
+        self.heads = TokenHeads(self.model.config.text_config.hidden_size).to(self.device)
         self.batches = BatchMaker(self.tokenizer)
         self.phase, self.step = 0, 0
         self.optimizer = self._new_optimizer()
@@ -41,30 +43,37 @@ class Trainer:
         if (out / "state.pt").exists():
             self._load()
 
+    def start_from(self, weights: Path, phase: str) -> None:
+        """Begin a phase with the weights of a checkpoint; a training that has been saved goes on instead."""
+        if not (self.out / "state.pt").exists():
+            self.model.load_state_dict(
+                Qwen2_5_VLForConditionalGeneration.from_pretrained(weights, dtype="float32").state_dict()
+            )
+            self.phase = [each.name for each in PHASES].index(phase)
+
     def run(self, minutes: float) -> None:
         """Train until done or so many minutes have passed, then save state and checkpoint."""
-        end = saved = time.monotonic()
-        end += 60 * minutes
+        end, saved = time.monotonic() + 60 * minutes, time.monotonic()
         columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         with Progress(*columns) as progress:
+            bars = [
+                progress.add_task(phase.name, total=phase.steps, completed=phase.steps * (index < self.phase))
+                for index, phase in enumerate(PHASES)
+            ]
             while self.phase < len(PHASES) and time.monotonic() < end:
-                phase = PHASES[self.phase]
-                bar = progress.add_task(phase.name, total=phase.steps, completed=self.step)
-                while self.step < phase.steps and time.monotonic() < end:
-                    self._train_step(phase)
-                    progress.update(bar, completed=self.step)
-                    if time.monotonic() - saved > SAVE_EVERY:
-                        self.save()
-                        saved = time.monotonic()
-                if self.step >= phase.steps:
-                    self.phase, self.step = self.phase + 1, 0
-                    self.optimizer = self._new_optimizer()
+                bar = bars[self.phase]
+                self.train_step()
+                progress.update(bar, completed=self.step or PHASES[self.phase - 1].steps)
+                if time.monotonic() - saved > SAVE_EVERY:
+                    self.save()
+                    saved = time.monotonic()
         self.save()
         checkpoint.save(self.out / "checkpoint", self.model, checkpoint.make_processor(self.tokenizer))
 
-    def _train_step(self, phase: Phase) -> None:
-        progress = self.step / phase.steps
-        falling = 0.5 * (1 + math.cos(math.pi * progress))
+    def train_step(self) -> None:
+        """One step; the last one of a phase begins the next."""
+        phase = PHASES[self.phase]
+        falling = 0.5 * (1 + math.cos(math.pi * self.step / phase.steps))
         rate = phase.final_rate + (1 - phase.final_rate) * falling
         for group in self.optimizer.param_groups:
             group["lr"] = phase.learning_rate * rate * min(1.0, (self.step + 1) / WARMUP)
@@ -77,25 +86,29 @@ class Trainer:
         self.step += 1
         if self.step % REPORT_EVERY == 0:
             self._report(phase)
+        if self.step >= phase.steps:
+            self.phase, self.step = self.phase + 1, 0
+            self.optimizer = self._new_optimizer()
 
     def _tower_step(self, seed: int) -> Tensor:
-        total = torch.zeros(())
+        total = torch.zeros((), device=self.device)
         for kind in ("full", "thumbnail"):
-            loss, right = tower_loss(self.model.model.visual, self.heads, labelled_scenes(kind, seed))
+            labelled = labelled_scenes(kind, seed).to(self.device)
+            loss, right = tower_loss(self.model.model.visual, self.heads, labelled)
             total = total + loss
-            self._note(f"{kind} loss", float(loss))
+            self._note(f"{kind} loss", float(loss.detach()))
             for name, share in right.items():
                 self._note(f"{kind} {name}", share)
         return total
 
     def _language_step(self, phase: Phase, seed: int) -> Tensor:
         task = phase.tasks[self.step % len(phase.tasks)]
-        batch = self.batches.make(task, seed)
+        batch = self.batches.make(task, seed).to(self.device)
         logits, looked = answer_logits(self.model, self.tokenizer, batch, task, phase.train_vision)
         loss, look = answer_loss(logits, batch), look_loss(looked, batch)
         kind = f"{'locate' if task.locate else 'answer'} {task.side}"
-        self._note(f"{kind} loss", float(loss))
-        self._note(f"{kind} look", float(look))
+        self._note(f"{kind} loss", float(loss.detach()))
+        self._note(f"{kind} look", float(look.detach()))
         for family, (right, asked) in right_answers(logits, batch).items():
             self._note(f"{kind} {family}", right / asked)
         return loss + phase.look_weight * (1 - self.step / phase.steps) * look
@@ -127,7 +140,7 @@ class Trainer:
         (self.out / "state.new").replace(self.out / "state.pt")
 
     def _load(self) -> None:
-        state = torch.load(self.out / "state.pt")
+        state = torch.load(self.out / "state.pt", map_location=self.device)
         self.model.load_state_dict(state["model"])
         self.heads.load_state_dict(state["heads"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training's own forward pass is that of transformers, and a training goes on where it stopped."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from vllm_crop.tinyvqa import checkpoint, words
+from vllm_crop.tinyvqa.questions import FAMILIES
+from vllm_crop.tinyvqa.training import trainer
+from vllm_crop.tinyvqa.training.batches import IGNORED, Batch, BatchMaker, Task
+from vllm_crop.tinyvqa.training.language import answer_logits, look_loss
+from vllm_crop.tinyvqa.training.phases import Phase
+
+EACH_FAMILY = dict.fromkeys(FAMILIES, 1.0)
+TASKS = {
+    "full": Task(3, (3, 6), 2, 4, EACH_FAMILY),
+    "thumbnail": Task(8, (8, 12), 2, 4, EACH_FAMILY, locate=True),  # whose windows are of unequal size
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return words.make_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer: Any) -> Any:
+    """Random weights, wide enough that logits depend on everything."""
+    torch.manual_seed(0)
+    made = Qwen2_5_VLForConditionalGeneration(checkpoint.make_config(tokenizer)).eval()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, parameter[0].numel() ** -0.5)
+    return made
+
+
+def alone(model: Any, tokenizer: Any, batch: Batch, scene: int, question: int) -> torch.Tensor:
+    """What transformers makes of one question and its answer: `[length, vocab]`, in double precision."""
+    text = tokenizer.decode(batch.questions[scene, question, 1:])
+    prompt = f"{words.START}{words.VISION_START}{words.IMAGE_PAD}{words.VISION_END}{text}"
+    picture = Image.fromarray(batch.images[scene].numpy())
+    inputs = checkpoint.make_processor(tokenizer)(text=[prompt], images=[picture], return_tensors="pt")
+    length = batch.questions.shape[-1]
+    assert inputs["input_ids"][0, -length:].tolist() == batch.questions[scene, question].tolist()
+    logits: torch.Tensor = model(**inputs, use_cache=False).logits[0, -length:]
+    return logits.double().log_softmax(-1)
+
+
+@pytest.mark.parametrize("name", TASKS)
+@torch.no_grad()
+def test_questions_that_share_an_image_are_answered_as_if_alone(
+    model: Any, tokenizer: Any, name: str
+) -> None:
+    task = TASKS[name]
+    batch = BatchMaker(tokenizer).make(task, seed=1)
+    logits, _ = answer_logits(model, tokenizer, batch, task, train_vision=False)
+    got = logits.double().log_softmax(-1)
+    for scene in range(task.scenes):
+        for question in range(task.questions):
+            expected = alone(model, tokenizer, batch, scene, question)
+            assert float((got[scene, question] - expected).abs().max()) <= 1e-5
+    other = alone(model, tokenizer, replace(batch, images=batch.images.flip(0)), 0, 0)
+    assert float((got[0, 0] - other).abs().max()) > 0.1  # another picture
+
+
+def test_targets_are_the_answers_tokens(tokenizer: Any) -> None:
+    for task in TASKS.values():
+        batch = BatchMaker(tokenizer).make(task, seed=2)
+        for ids, targets, before in zip(
+            batch.questions.flatten(0, 1),
+            batch.targets.flatten(0, 1),
+            batch.answering.flatten(),
+            strict=True,
+        ):
+            answer = targets[targets != IGNORED]
+            assert ids[before] == tokenizer.convert_tokens_to_ids(words.ANSWER)
+            assert ids[before + 1 :][: len(answer)].tolist() == answer.tolist()
+            assert tokenizer.decode(answer).endswith(words.END)
+
+
+@torch.no_grad()
+def test_looks_cover_what_decides(model: Any, tokenizer: Any) -> None:
+    task = replace(TASKS["full"], weights={"read": 1.0})
+    batch = BatchMaker(tokenizer).make(task, seed=3)
+    assert batch.looks.sum(-1).unique().tolist() == [9]  # one cell's tokens
+    _, looked = answer_logits(model, tokenizer, batch, task, train_vision=False)
+    everywhere = replace(batch, looks=torch.ones_like(batch.looks))
+    assert 0 < float(look_loss(looked, everywhere)) < float(look_loss(looked, batch))
+
+
+def test_a_training_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = Task(3, (3, 4), 1, 2, {"read": 1.0})
+    phases = (Phase("answers", 4, 1e-3, (task,), look_weight=0.1, train_vision=True),)
+    monkeypatch.setattr(trainer, "PHASES", phases)
+    monkeypatch.setattr(trainer, "REPORT_EVERY", 2)
+    whole = trainer.Trainer(tmp_path / "whole", "cpu")
+    whole.run(minutes=10)
+    first = trainer.Trainer(tmp_path / "parts", "cpu")
+    for _ in range(2):
+        first.train_step()
+    first.save()
+    second = trainer.Trainer(tmp_path / "parts", "cpu")
+    assert second.step == 2
+    second.run(minutes=10)
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, second.model.state_dict()[name]), name
+    assert (tmp_path / "parts" / "log.jsonl").read_text().count("\n") == 2
+    loaded = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "parts" / "checkpoint")
+    assert torch.equal(loaded.lm_head.weight, second.model.lm_head.weight)
+    third = trainer.Trainer(tmp_path / "third", "cpu")
+    third.start_from(tmp_path / "parts" / "checkpoint", "answers")
+    assert (third.phase, third.step) == (0, 0)
+    assert torch.equal(third.model.lm_head.weight, second.model.lm_head.weight)

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vllm serve` of a Qwen2.5-VL that is prepared to evict, asked through the `openai` client."""
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import openai
+import pytest
+
+from tests.conftest import CheckpointOf
+from tests.e2e.conftest import OPTIONS
+from tests.e2e.test_serve import FIRST, SECOND, chat, expected
+from tests.families import QWEN2_5_VL
+from tests.pictures import noise_image
+from tests.reference import HfReference
+from vllm_crop.benchmarking.server import Server, serve
+from vllm_crop.budget import Method
+
+pytestmark = pytest.mark.e2e
+
+RATE = 0.667
+CROP = {"method": "plc+ilp", "eviction_layers": [2], "pruning_rate": RATE}
+METHODS: tuple[Method, ...] = ("off", "plc", "ilp", "plc+ilp")
+WIDE, TALL = noise_image(80, 500, 400), noise_image(81, 300, 420)
+TOKENS = [18 * 14, 11 * 15]
+
+
+@pytest.fixture(scope="module")
+def server(checkpoint_of: CheckpointOf, logs: Path) -> Iterator[Server]:
+    checkpoint = checkpoint_of(QWEN2_5_VL, QWEN2_5_VL.deep)
+    options = ("--crop-config", json.dumps(CROP), "--mm-processor-cache-type", "shm")
+    with serve(str(checkpoint), *options, *OPTIONS, log_path=logs / "qwen.log") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.base_url}/v1", api_key="unused", max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def hf(checkpoint_of: CheckpointOf) -> HfReference:
+    return QWEN2_5_VL.reference(checkpoint_of(QWEN2_5_VL, QWEN2_5_VL.deep))
+
+
+def test_all_methods_at_once_about_images_of_two_sizes(client: openai.OpenAI, hf: HfReference) -> None:
+    def ask(method: Method) -> tuple[str, int]:
+        crop = {"regions": [FIRST.as_lists(), SECOND.as_lists()], "method": method}
+        response = chat(client, [WIDE, TALL], crop)
+        facts = json.loads(response.headers["x-crop-facts"])
+        assert [image["tokens"] for image in facts["images"]] == TOKENS
+        share = facts["tokens_avg"] / sum(TOKENS)
+        assert share == pytest.approx(1 if method == "off" else 1 - RATE, abs=0.01)
+        completion = response.parse()
+        return completion.choices[0].message.content, completion.usage.prompt_tokens
+
+    with ThreadPoolExecutor(len(METHODS)) as pool:
+        answers = list(pool.map(ask, METHODS))
+    for method, answer in zip(METHODS, answers, strict=True):
+        regions = [None, None] if method == "off" else [FIRST, SECOND]
+        stages = (2,) if "ilp" in method else ()
+        assert answer == expected(hf, [WIDE, TALL], regions, RATE, method=method, eviction_layers=stages)
+
+
+def test_a_bad_region_is_named_and_the_server_lives_on(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        chat(client, [WIDE], {"regions": [FIRST.as_lists(), None]})
+    assert caught.value.param == "crop.regions"
+    with pytest.raises(openai.BadRequestError, match="aspect ratio"):
+        chat(client, [noise_image(82, 2020, 10)], {"regions": FIRST.as_lists()})
+    assert chat(client, [], None).parse().choices[0].message.content

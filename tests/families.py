@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model families that parity tests run over: a new one needs an entry here, and a reference."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.reference import HfLlava, HfQwen2_5VL, HfReference
+from vllm_crop import dummy_llava, dummy_qwen2_5_vl
+from vllm_crop.dummy_llava import DEEP, TINY, DummySize
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model family.
+
+    Attributes:
+        name: of the module of its model class, vLLM's and ours.
+        make_checkpoint: writes a tiny one with random weights, whose logits depend on all of the input.
+        shallow, deep: the sizes for compression and for eviction.
+        reference: the same model in transformers.
+    """
+
+    name: str
+    make_checkpoint: Callable[[Path, DummySize], Path]
+    shallow: DummySize
+    deep: DummySize
+    reference: type[HfReference]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+LLAVA = Family("llava", dummy_llava.make_checkpoint, TINY, DEEP, HfLlava)
+QWEN2_5_VL = Family(
+    "qwen2_5_vl", dummy_qwen2_5_vl.make_checkpoint, dummy_qwen2_5_vl.TINY, dummy_qwen2_5_vl.TINY, HfQwen2_5VL
+)
+FAMILIES = (LLAVA, QWEN2_5_VL)
