@@ -5,6 +5,7 @@ import typer
 
 from vllm_crop.commands.bench import bench
 from vllm_crop.commands.check import check
+from vllm_crop.commands.eval import evaluate
 from vllm_crop.commands.plan import plan
 from vllm_crop.commands.preview import preview
 
@@ -16,3 +17,4 @@ app = typer.Typer(
 )
 for command in (check, plan, preview, bench):
     app.command()(command)
+app.command("eval")(evaluate)  # the function's own name would hide Python's

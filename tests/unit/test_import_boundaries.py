@@ -14,8 +14,8 @@ import pytest
 import vllm_crop
 
 LIBRARY = Path(vllm_crop.__file__).parent
-# The last for vLLM's own load generator.
-MAY_IMPORT_VLLM = ("models", "eviction", "frontend", "compat", "benchmarking")
+# The last two measure: with vLLM's own load generator, and answers of its engine.
+MAY_IMPORT_VLLM = ("models", "eviction", "frontend", "compat", "benchmarking", "evaluation")
 HEAVY = ("torch", "vllm")
 
 # What is run, and the packages or modules that must not be loaded by it.
@@ -36,6 +36,9 @@ LIGHT_IMPORTS = {
     "import vllm_crop.frontend.hf_overrides": HEAVY,
     "import vllm_crop.frontend.refusals": HEAVY,
     "import vllm_crop.compat.vllm": HEAVY,
+    "import vllm_crop.commands.eval": HEAVY,
+    "import vllm_crop.evaluation.session": HEAVY,
+    "import vllm_crop.evaluation.report": HEAVY,
     "import vllm_crop.compression.pool": ("vllm",),
     "import vllm_crop.compression.feature_cache": ("vllm",),
     "import vllm_crop_server.middleware": (*HEAVY, "vllm_crop.models", "vllm_crop.compat"),
@@ -98,7 +101,7 @@ def of_package(names: set[str], package: str) -> set[str]:
     return {name for name in names if f"{name}.".startswith(f"{package}.")}
 
 
-def test_only_models_frontend_compat_and_benchmarking_import_vllm() -> None:
+def test_only_models_frontend_compat_and_measurements_import_vllm() -> None:
     found = {
         str(source.relative_to(LIBRARY)): of_package(imports_of(source), "vllm")
         for source in sources("vllm_crop")

@@ -95,7 +95,7 @@ def request_for_image(
         "method": method,
         "pruning_rate": pruning_rate,
         "compression": compression,
-        "eviction_layers": _parse_layers(eviction_layers) if eviction_layers is not None else None,
+        "eviction_layers": parse_layers(eviction_layers) if eviction_layers is not None else None,
         "limits": {"max_boxes_per_image": MAX_BOXES},  # no operator has set one here
     }
     try:
@@ -168,7 +168,12 @@ def _parse_fractions(text: str) -> Region:
     return region
 
 
-def _parse_layers(text: str) -> list[int]:
+def parse_layers(text: str) -> list[int]:
+    """Eviction layers as an option names them.
+
+    Raises:
+        typer.BadParameter: no numbers.
+    """
     if not re.fullmatch(r"\s*\d{1,6}\s*(,\s*\d{1,6}\s*)*", text):
         raise typer.BadParameter(
             f"layer numbers such as 2 or 2,16 needed, got {text!r}", param_hint="--eviction-layers"

@@ -58,7 +58,7 @@ def make_scene(seed: int, side: int = GRID_CELLS, num_things: tuple[int, int] = 
     """The scene of a seed: the same for the same arguments.
 
     Args:
-        seed: training takes even ones, the evaluation odd ones (`TEST_SEEDS`).
+        seed: training takes even ones, the evaluation odd ones (`test_seed`).
         side: cells in a row and in a column.
         num_things: least and most, both included; no more than there are cells and names.
     """
@@ -72,6 +72,16 @@ def make_scene(seed: int, side: int = GRID_CELLS, num_things: tuple[int, int] = 
     cells = _cells(chance, side, count)
     things = [_thing(chance, *name, cell) for name, cell in zip(names, cells, strict=False)]
     return Scene(tuple(things), side, seed)
+
+
+def test_seed(seed: int, index: int) -> int:
+    """The seed of scene number `index` of the evaluation's test set `seed`."""
+    return 2 * ((seed << 20) + index) + 1
+
+
+def is_test_seed(seed: int) -> bool:
+    """Whether training never sees the scene of this seed."""
+    return seed % 2 == 1
 
 
 def _cells(chance: random.Random, side: int, count: int) -> list[Cell]:

@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The evaluation's runner against plain transformers, on a small random checkpoint of tinyvqa's shape."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from vllm_crop.budget import retained_count
+from vllm_crop.evaluation.asking import Answer, SceneTask
+from vllm_crop.evaluation.cells import LOCATE, OFF, GridCell
+from vllm_crop.evaluation.crop_pruning import crop_pruning
+from vllm_crop.evaluation.questions import TestScene, make_test_set
+from vllm_crop.evaluation.regions import regions_for
+from vllm_crop.evaluation.rivals.registry import RIVALS
+from vllm_crop.evaluation.runner.qwen import QwenRunner, Reply
+from vllm_crop.evaluation.runner.seam import Pruning, Seen
+from vllm_crop.evaluation.transformers_answers import TransformersAnswers
+from vllm_crop.plan import TokenPlan, make_plan
+from vllm_crop.tinyvqa import checkpoint, words
+
+RATES = (0.667, 0.889, 0.926)
+CLOSE = 2e-5  # nats, in float32; a mistake changes tenths
+LAYERS = 12
+INSIDE = ("fastv", "pyramiddrop", "vtw", "sparsevlm")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights larger than transformers' own, so that answers depend on what is seen."""
+    torch.manual_seed(0)
+    tokenizer = words.make_tokenizer()
+    model = Qwen2_5_VLForConditionalGeneration(checkpoint.make_config(tokenizer, hidden=64, layers=LAYERS))
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight.mul_(4)
+    folder = tmp_path_factory.mktemp("tiny")
+    checkpoint.save(folder, model, checkpoint.make_processor(tokenizer))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def answers(tiny: Path) -> TransformersAnswers:
+    return TransformersAnswers(tiny, (1,))
+
+
+@pytest.fixture(scope="module")
+def runner(answers: TransformersAnswers) -> QwenRunner:
+    return answers.runner
+
+
+@pytest.fixture(scope="module")
+def scene() -> TestScene:
+    return make_test_set(2)[0]
+
+
+@pytest.fixture(scope="module")
+def seen(runner: QwenRunner, scene: TestScene) -> Seen:
+    return runner.see(scene.picture())
+
+
+@pytest.fixture(scope="module")
+def texts(scene: TestScene) -> list[str]:
+    return [question.text for question in scene.questions]
+
+
+@pytest.fixture(scope="module")
+def unpruned(runner: QwenRunner, seen: Seen, texts: list[str]) -> list[Reply]:
+    return runner.answer([seen], texts)
+
+
+@pytest.fixture(scope="module")
+def plans(scene: TestScene, seen: Seen) -> dict[str, list[TokenPlan]]:
+    """Of the local questions, by method, at 0.889."""
+    regions = [question.region(8) for question in scene.questions if question.boxes]
+    return {
+        method: [make_plan(seen.grid, region, 0.889, "pool", method, LAYERS, layers) for region in regions]
+        for method, layers in (("plc", ()), ("ilp", (1,)), ("plc+ilp", (1, 5)))
+    }
+
+
+def worst(found: list[Reply], expected: list[Reply]) -> float:
+    pairs = zip(found, expected, strict=True)
+    return max(float((one.logprobs - other.logprobs).abs().max()) for one, other in pairs)
+
+
+@torch.inference_mode()
+def test_unpruned_it_is_plain_transformers(
+    runner: QwenRunner, scene: TestScene, texts: list[str], unpruned: list[Reply]
+) -> None:
+    """Questions of different lengths in one batch, against transformers' forward and generate, one by one."""
+    for text, reply in zip(texts, unpruned, strict=True):
+        content = [{"type": "image"}, {"type": "text", "text": text}]
+        messages = [{"role": "user", "content": content}]
+        prompt = runner.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        inputs = runner.processor(images=[scene.picture()], text=[prompt], return_tensors="pt")
+        length = inputs["input_ids"].shape[1]
+        logprobs = runner.model(**inputs).logits[0, -1].log_softmax(-1)
+        assert float((logprobs - reply.logprobs).abs().max()) < CLOSE
+        generated = runner.model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        assert runner._text(generated[0, length:].tolist()) == reply.text
+        assert reply.prompt_tokens == length
+
+
+@torch.inference_mode()
+def test_several_images_are_plain_transformers(runner: QwenRunner, scene: TestScene) -> None:
+    pictures = [scene.picture().resize((128, 96)), scene.picture().crop((0, 0, 64, 80))]
+    seen = [runner.see(picture, attention=False) for picture in pictures]
+    text = scene.questions[0].text
+    (reply,) = runner.answer(seen, [text])
+    content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": text}]
+    prompt = runner.processor.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+    )
+    inputs = runner.processor(images=pictures, text=[prompt], return_tensors="pt")
+    logprobs = runner.model(**inputs).logits[0, -1].log_softmax(-1)
+    assert float((logprobs - reply.logprobs).abs().max()) < CLOSE
+    assert reply.tokens_per_layer == (8 * 6 + 4 * 5,) * LAYERS
+
+
+@torch.inference_mode()
+def test_without_an_image_it_is_plain_transformers(runner: QwenRunner, texts: list[str]) -> None:
+    (reply,) = runner.answer([], texts[:1])
+    messages = [{"role": "user", "content": [{"type": "text", "text": texts[0]}]}]
+    prompt = runner.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    ids = runner.processor.tokenizer(prompt, add_special_tokens=False, return_tensors="pt")
+    logprobs = runner.model(**ids).logits[0, -1].log_softmax(-1)
+    assert float((logprobs - reply.logprobs).abs().max()) < CLOSE
+    assert reply.tokens_per_layer == (0,) * LAYERS
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_at_rate_zero_every_rival_is_the_unpruned_model(
+    name: str, runner: QwenRunner, seen: Seen, texts: list[str], unpruned: list[Reply]
+) -> None:
+    found = runner.answer([seen], texts, RIVALS[name](576, LAYERS, 0.0))
+    assert worst(found, unpruned) < CLOSE
+    assert [reply.text for reply in found] == [reply.text for reply in unpruned]
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_rivals_run_with_exactly_the_tokens_they_say(
+    name: str, runner: QwenRunner, seen: Seen, texts: list[str], unpruned: list[Reply]
+) -> None:
+    for rate in RATES if name not in INSIDE else (0.667, 0.889):
+        pruning = RIVALS[name](576, LAYERS, rate)
+        found = runner.answer([seen], texts[:3], pruning)
+        left, expected = 576 if pruning.before is None or pruning.stages else retained_count(576, rate), []
+        for layer in range(LAYERS):
+            left = pruning.stages.get(layer, left)
+            expected.append(left)
+        assert all(reply.tokens_per_layer == tuple(expected) for reply in found)
+        if name == "vtw":
+            assert set(expected) == {576, 0}
+        else:
+            assert abs(sum(expected) / LAYERS - 576 * (1 - rate)) <= 0.5
+        assert worst(found, unpruned[:3]) > 0.01  # it does change something
+
+
+def test_questions_do_not_see_each_other(runner: QwenRunner, seen: Seen, texts: list[str]) -> None:
+    """Neither in what is kept for them nor in what they answer."""
+    for name, make in RIVALS.items():
+        together = runner.answer([seen], texts, make(576, LAYERS, 0.889))
+        alone = [runner.answer([seen], [text], make(576, LAYERS, 0.889))[0] for text in texts[:2]]
+        assert worst(alone, together[:2]) < CLOSE, name
+
+
+@pytest.mark.parametrize("method", ["plc", "ilp", "plc+ilp"])
+@torch.inference_mode()
+def test_crops_plans_run_as_a_mask_over_the_unpruned_model_would(
+    method: str, runner: QwenRunner, seen: Seen, scene: TestScene, plans: dict[str, list[TokenPlan]]
+) -> None:
+    """Against transformers' own decoder layers, which see the rows that the plan leaves them."""
+    local = [question.text for question in scene.questions if question.boxes]
+    found = runner.answer([seen], local, crop_pruning(plans[method], LAYERS))
+    for text, plan, reply in zip(local, plans[method], found, strict=True):
+        assert reply.tokens_per_layer == tuple(plan.tokens_per_layer(LAYERS))
+        logprobs = by_transformers_layers(runner, seen, text, plan)
+        assert float((logprobs - reply.logprobs).abs().max()) < CLOSE
+
+
+def by_transformers_layers(runner: QwenRunner, seen: Seen, text: str, plan: TokenPlan) -> torch.Tensor:
+    """One prompt, one layer of transformers after the other, with an additive mask and no sharing."""
+    prompts = runner.prompts.make([seen.grid], [text])
+    rows = torch.stack([seen.features[list(e.tokens)].mean(0) for e in plan.embeddings])
+    ids, lead = prompts.texts.ids[0], prompts.lead
+    hidden = torch.cat(
+        [runner.language.embed_tokens(prompts.prefix[:lead]), rows, runner.language.embed_tokens(ids)]
+    )
+    kept = [lead + embedding.position for embedding in plan.embeddings]
+    after = prompts.next_position + torch.arange(len(ids)).expand(3, -1)
+    positions = torch.cat([prompts.positions[:, :lead], prompts.positions[:, kept], after], dim=1)
+    stays = [LAYERS] * lead + [e.evicted_from_layer or LAYERS for e in plan.embeddings] + [LAYERS] * len(ids)
+    for index, layer in enumerate(runner.language.layers):
+        present = torch.tensor([until > index for until in stays])
+        hidden, positions = hidden[present], positions[:, present]
+        stays = [until for until in stays if until > index]
+        mask = torch.full((len(stays), len(stays)), float("-inf")).triu(1)[None, None]
+        rotation = runner.language.rotary_emb(hidden[None], positions[:, None])
+        hidden = layer(hidden[None], attention_mask=mask, position_embeddings=rotation)[0]
+    logits: torch.Tensor = runner.model.lm_head(runner.language.norm(hidden[-1]))
+    return logits.log_softmax(-1)
+
+
+def test_prompts_end_where_the_answer_begins(runner: QwenRunner, seen: Seen, texts: list[str]) -> None:
+    prompts = runner.prompts.make([seen.grid], texts)
+    last = prompts.texts.ids[torch.arange(len(texts)), prompts.texts.lengths - 1]
+    assert set(last.tolist()) == {runner.processor.tokenizer.convert_tokens_to_ids(words.ANSWER)}
+
+
+def test_an_empty_pruning_changes_nothing(
+    runner: QwenRunner, seen: Seen, texts: list[str], unpruned: list[Reply]
+) -> None:
+    assert worst(runner.answer([seen], texts, Pruning()), unpruned) == 0
+
+
+@pytest.mark.parametrize(
+    ("cell", "visual"),
+    [
+        (OFF, {576.0}),
+        (GridCell(LOCATE), {64.0}),
+        (GridCell("no-image"), {0.0}),
+        (GridCell("resize", None, 0.889), {64.0}),
+        (GridCell("plc", "oracle", 0.889), {64.0, 576.0}),  # search and count are served whole
+        (GridCell("ilp", "oracle", 0.667), {2300 / 12, 576.0}),
+        (GridCell("plc+ilp", "whole", 0.926), {43.0}),
+        (GridCell("divprune", None, 0.778), {128.0}),
+    ],
+    ids=lambda value: value.slug if isinstance(value, GridCell) else "",
+)
+def test_cells_take_the_tokens_of_their_budget(
+    cell: GridCell, visual: set[float], answers: TransformersAnswers, scene: TestScene
+) -> None:
+    regions = regions_for(cell.region, [scene])[0] if cell.region else [None] * len(scene.questions)
+    (row,) = answers.answer(cell, [SceneTask(scene, tuple(regions))])
+    assert all(isinstance(answer, Answer) for answer in row)
+    assert {round(answer.visual_tokens) for answer in row} == {round(count) for count in visual}
+    for answer in row:
+        assert 5 < answer.kv_tokens - answer.visual_tokens < 40

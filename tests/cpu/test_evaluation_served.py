@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The evaluation asks a real engine what it asks plain transformers, and gets the same answers and counts."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+
+from tests.cpu import conftest
+from vllm_crop.config import CropConfig
+from vllm_crop.evaluation.asking import SceneTask, ask
+from vllm_crop.evaluation.cells import CROP_METHODS, LOCATE, OFF, GridCell
+from vllm_crop.evaluation.checkpoint_size import token_size
+from vllm_crop.evaluation.options import ARCHITECTURE
+from vllm_crop.evaluation.questions import make_test_set
+from vllm_crop.evaluation.regions import regions_for
+from vllm_crop.evaluation.served.accounting import Accounting, CountError
+from vllm_crop.evaluation.served.offline import EngineAnswers
+from vllm_crop.evaluation.transformers_answers import TransformersAnswers
+from vllm_crop.params import InvalidCropError
+from vllm_crop.tinyvqa import checkpoint, words
+from vllm_crop.vision_geometry import FAMILIES
+
+pytestmark = pytest.mark.vllm_runtime
+
+CELLS = (
+    OFF,
+    GridCell(LOCATE),
+    GridCell("no-image"),
+    GridCell("resize", None, 0.889),
+    GridCell("two-images", "oracle", 0.889),
+)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    tokenizer = words.make_tokenizer()
+    model = Qwen2_5_VLForConditionalGeneration(checkpoint.make_config(tokenizer, hidden=64, layers=4))
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight.mul_(4)
+    folder = tmp_path_factory.mktemp("served")
+    checkpoint.save(folder, model, checkpoint.make_processor(tokenizer))
+    return folder
+
+
+def start(tiny: Path, crop: dict[str, Any] | None) -> EngineAnswers:
+    processor = AutoProcessor.from_pretrained(tiny)
+    config = None if crop is None else CropConfig.from_mapping(crop)
+    engine = EngineAnswers(Accounting(str(tiny), processor, token_size(processor), config), crop)
+    conftest._KEPT.append(engine.llm)
+    return engine
+
+
+@pytest.fixture(scope="module")
+def engine(tiny: Path) -> EngineAnswers:
+    """Stock vLLM."""
+    return start(tiny, None)
+
+
+@pytest.fixture(scope="module")
+def crop_engine(tiny: Path) -> EngineAnswers:
+    """Prepared for every method."""
+    return start(tiny, {"method": "plc", "eviction_layers": [1], "position_ids": "original"})
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.slug)
+def test_the_engine_answers_as_transformers_does(cell: GridCell, tiny: Path, engine: EngineAnswers) -> None:
+    check(cell, tiny, engine)
+
+
+@pytest.mark.skipif(ARCHITECTURE not in FAMILIES, reason="the plugin does not serve Qwen2.5-VL yet")
+@pytest.mark.parametrize("method", CROP_METHODS)
+def test_crop_is_served_as_transformers_runs_its_plans(
+    method: str, tiny: Path, crop_engine: EngineAnswers
+) -> None:
+    check(GridCell(method, "oracle", 0.667), tiny, crop_engine)
+
+
+@pytest.mark.skipif(ARCHITECTURE not in FAMILIES, reason="the plugin does not serve Qwen2.5-VL yet")
+def test_a_rate_that_cannot_be_met_is_refused_before_anything_is_sent(crop_engine: EngineAnswers) -> None:
+    scene = make_test_set(1)[0]
+    regions = regions_for("oracle", [scene])[0]
+    with pytest.raises(InvalidCropError, match="pruning_rate"):
+        crop_engine.answer(GridCell("ilp", "oracle", 0.926), [SceneTask(scene, tuple(regions))])
+
+
+def check(cell: GridCell, tiny: Path, engine: EngineAnswers) -> None:
+    scenes = make_test_set(2)
+    regions = regions_for("oracle", scenes) if cell.region else [[None] * len(s.questions) for s in scenes]
+    tasks = [SceneTask(scene, tuple(row)) for scene, row in zip(scenes, regions, strict=True)]
+    expected = TransformersAnswers(tiny, (1,)).answer(cell, tasks)
+    for served, plain in zip(engine.answer(cell, tasks), expected, strict=True):
+        for one, other in zip(served, plain, strict=True):
+            assert one.text == other.text
+            counts = [(a.visual_tokens, a.kv_tokens, a.prompt_tokens) for a in (one, other)]
+            assert counts[0] == pytest.approx(counts[1])
+    assert engine.ttft_ms(cell, tasks * 2) > 0
+
+
+def test_a_prompt_of_another_length_than_planned_is_an_error(engine: EngineAnswers) -> None:
+    scene = make_test_set(1)[0]
+    (asked, *_) = ask(OFF, SceneTask(scene, (None,) * len(scene.questions)), engine.accounting.size)
+    with pytest.raises(CountError, match="planned are 576"):
+        engine.accounting.answer(asked, "7", 400)

@@ -1,0 +1,415 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parts of `vllm-crop eval` that need no model: questions, regions, statistics, controls, bookkeeping."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from rich.console import Console
+from typer.testing import CliRunner
+
+from vllm_crop.budget import BudgetError
+from vllm_crop.cli import app
+from vllm_crop.evaluation import session as sessions
+from vllm_crop.evaluation.asking import Answer, SceneTask, ask
+from vllm_crop.evaluation.cells import LOCATE, METHODS, OFF, RATES, GridCell, make_grid
+from vllm_crop.evaluation.comparisons import agreements, margins
+from vllm_crop.evaluation.controls import TokenSize, near_square, resized, thumbnail_and_crop
+from vllm_crop.evaluation.localizer_score import score_localizer
+from vllm_crop.evaluation.questions import TestScene, make_test_set
+from vllm_crop.evaluation.regions import SOURCES, area, cells_of, coverage, parse_location, regions_for
+from vllm_crop.evaluation.report import make_report, write_report
+from vllm_crop.evaluation.rivals.names import RIVAL_TITLES
+from vllm_crop.evaluation.rivals.registry import RIVALS
+from vllm_crop.evaluation.session import Session
+from vllm_crop.evaluation.stats import difference, retention, wilson
+from vllm_crop.evaluation.store import CellResult, Store
+from vllm_crop.evaluation.summary import summarize
+from vllm_crop.geometry import Region
+from vllm_crop.tinyvqa.questions import FAMILIES, boxes_region
+from vllm_crop.tinyvqa.scenes import is_test_seed
+
+SIZE = TokenSize(pixels=16, least=16)
+PER_FAMILY = 6
+
+
+@pytest.fixture(scope="module")
+def scenes() -> tuple[TestScene, ...]:
+    return make_test_set(PER_FAMILY)
+
+
+# --- the test set
+
+
+def test_every_family_is_asked_as_often_and_nothing_twice(scenes: tuple[TestScene, ...]) -> None:
+    asked = [(s.scene.seed, q.family, q.text) for s in scenes for q in s.questions]
+    assert len(set(asked)) == len(asked) == PER_FAMILY * len(FAMILIES)
+    for family in FAMILIES:
+        assert sum(one[1] == family for one in asked) == PER_FAMILY
+
+
+def test_training_never_sees_a_test_scene(scenes: tuple[TestScene, ...]) -> None:
+    # BatchMaker draws 2 * n.
+    assert all(is_test_seed(scene.scene.seed) for scene in scenes)
+    assert not is_test_seed(2 * 12345)
+
+
+def test_the_test_set_is_the_same_every_time_and_another_with_another_seed() -> None:
+    assert make_test_set(2) == make_test_set(2)
+    seeds = [{scene.scene.seed for scene in make_test_set(2, seed)} for seed in (0, 1)]
+    assert not seeds[0] & seeds[1]
+
+
+# --- regions
+
+
+@pytest.mark.parametrize(
+    ("said", "boxes"),
+    [("2335", [(2, 3, 3, 5)]), (" 0000", [(0, 0, 0, 0)]), ("00007777", [(0, 0, 0, 0), (7, 7, 7, 7)])],
+)
+def test_a_location_is_read_as_boxes_of_cells(said: str, boxes: list[tuple[int, int, int, int]]) -> None:
+    assert parse_location(said) == boxes_region(tuple(boxes), 8)
+
+
+def test_whole_is_the_whole_image() -> None:
+    assert parse_location("whole") == Region.whole()
+
+
+@pytest.mark.parametrize(
+    "said", ["", "233", "23355", "2385", "3325", "2533", "none", "whole 2335", "2335233"]
+)
+def test_what_is_no_location_is_none(said: str) -> None:
+    assert parse_location(said) is None
+
+
+@given(st.text())
+def test_no_answer_breaks_the_parser(said: str) -> None:
+    parse_location(said)
+
+
+def test_what_the_localizer_is_trained_to_say_gives_the_minimal_region(scenes: tuple[TestScene, ...]) -> None:
+    for scene in scenes:
+        for question in scene.questions:
+            region = parse_location(question.location)
+            assert region == question.region(scene.scene.side)
+            assert coverage(region, question, scene.scene.side) == 1
+
+
+@pytest.mark.parametrize("source", [one for one in SOURCES if one != "localizer"])
+def test_every_question_gets_a_region(source: str, scenes: tuple[TestScene, ...]) -> None:
+    rows = regions_for(source, scenes)
+    for scene, row in zip(scenes, rows, strict=True):
+        side = scene.scene.side
+        for question, region in zip(scene.questions, row, strict=True):
+            if source in ("oracle", "shuffled") and not question.boxes:
+                assert region is None  # the whole image: unpruned
+            elif source == "random" and question.boxes:
+                assert region is not None
+                # Two boxes may fall on each other.
+                assert area(region, side) <= area(question.region(side), side)
+    assert rows == regions_for(source, scenes)
+
+
+def test_shuffled_regions_are_those_of_other_scenes(scenes: tuple[TestScene, ...]) -> None:
+    others = regions_for("shuffled", scenes)
+    true = regions_for("oracle", scenes)
+    local = [(a, b) for x, y in zip(others, true, strict=True) for a, b in zip(x, y, strict=True) if b]
+    assert sum(other == own for other, own in local) <= len(local) / 4
+
+
+def test_the_localizers_regions_are_used_and_the_rest_is_served_whole(scenes: tuple[TestScene, ...]) -> None:
+    scene = scenes[0]
+    first, second = scene.questions[:2]
+    region = boxes_region(((1, 1, 2, 2),), 8)
+    located = {(scene.scene.seed, first.text): region, (scene.scene.seed, second.text): Region.whole()}
+    row = regions_for("localizer", scenes, located)[0]
+    assert row == [region] + [None] * (len(scene.questions) - 1)
+
+
+def test_cells_are_counted_once() -> None:
+    assert len(cells_of(boxes_region(((0, 0, 1, 1), (1, 1, 2, 2)), 8), 8)) == 7
+    assert area(None, 8) == 1
+
+
+# --- statistics
+
+
+def test_wilson_interval_by_hand() -> None:
+    # 8 of 10: (0.8 + z^2/20 +- z sqrt(0.016 + z^2/400)) / (1 + z^2/10)
+    found = wilson(8, 10)
+    assert (found.low, found.value, found.high) == pytest.approx((0.4901625, 0.8, 0.9433178), abs=1e-6)
+
+
+@given(st.integers(1, 500), st.data())
+def test_wilson_interval_contains_the_share(asked: int, data: st.DataObject) -> None:
+    right = data.draw(st.integers(0, asked))
+    found = wilson(right, asked)
+    assert 0 <= found.low <= found.value <= found.high <= 1
+    assert found.low < found.high  # all right is not certain either
+
+
+def test_wilson_needs_an_answer() -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        wilson(0, 0)
+
+
+def test_retention_is_paired() -> None:
+    base = [True] * 90 + [False] * 10
+    same = retention(base, base)
+    assert same is not None
+    assert (same.low, same.value, same.high) == (1, 1, 1)
+    fewer = retention([True] * 81 + [False] * 19, base)
+    assert fewer is not None
+    assert fewer.value == pytest.approx(0.9)
+    # Nine of the 90 lost: the spread of a share of 90.
+    assert fewer.high - fewer.value == pytest.approx(1.96 * math.sqrt(0.9 * 0.1 / 90), rel=0.02)
+    assert retention([True], [False]) is None
+
+
+def test_difference_is_paired_and_never_certain() -> None:
+    answers = [True, False] * 50
+    same = difference(answers, answers)
+    assert same.value == 0
+    assert same.low < 0 < same.high
+    assert difference([True] * 100, answers).low > 0
+
+
+# --- controls
+
+
+@given(st.integers(1, 600))
+def test_near_square_grids_are_near_the_budget(tokens: int) -> None:
+    rows, cols = near_square(tokens)
+    assert abs(rows - cols) <= 2
+    assert abs(rows * cols - tokens) <= math.sqrt(tokens) / 2 + 1
+
+
+@pytest.mark.parametrize(("tokens", "grid"), [(192, (14, 14)), (128, (11, 12)), (64, (8, 8)), (43, (6, 7))])
+def test_resized_pictures_have_the_budget(tokens: int, grid: tuple[int, int]) -> None:
+    found = SIZE.grid(resized(Image.new("RGB", (384, 384)), tokens, SIZE))
+    assert sorted((found.rows, found.cols)) == sorted(grid)
+
+
+def test_thumbnail_and_crop_share_the_budget(scenes: tuple[TestScene, ...]) -> None:
+    picture = scenes[0].picture()
+    for tokens in (192, 128, 64, 43):
+        for boxes in (((0, 0, 0, 0),), ((7, 7, 7, 7),), ((0, 0, 7, 7),), ((0, 0, 1, 0), (6, 7, 7, 7))):
+            images = thumbnail_and_crop(picture, boxes_region(boxes, 8), tokens, SIZE)
+            counts = [SIZE.grid(image).num_tokens for image in images]
+            assert abs(sum(counts) - tokens) <= 8, (tokens, boxes, counts)
+            assert min(counts) >= SIZE.least
+
+
+def test_a_small_crop_keeps_its_pixels() -> None:
+    picture = Image.effect_noise((384, 384), 50).convert("RGB")
+    _, crop = thumbnail_and_crop(picture, boxes_region(((3, 2, 3, 2),), 8), 192, SIZE)
+    assert crop.size == (64, 64)  # 48 pixels widened to the least
+    assert crop.tobytes() == picture.crop((144, 96, 208, 160)).tobytes()
+
+
+# --- the grid, and how cells ask
+
+
+def test_the_unpruned_model_comes_first_and_sources_that_cannot_help_run_once() -> None:
+    grid = make_grid(METHODS, RATES, SOURCES)
+    assert grid[0] == OFF
+    assert len(set(grid)) == len(grid)
+    assert len({cell.slug for cell in grid}) == len(grid)
+    assert {cell.region for cell in grid if cell.method == "ilp"} == {"localizer", "oracle"}
+    assert {cell.region for cell in grid if cell.method == "plc"} == set(SOURCES)
+    assert {cell.pruning_rate for cell in grid if cell.method == "fastv"} == set(RATES)
+
+
+def test_every_rival_has_a_name_and_a_method() -> None:
+    assert list(RIVALS) == list(RIVAL_TITLES)
+
+
+def test_cells_ask_what_they_are_to_measure(scenes: tuple[TestScene, ...]) -> None:
+    scene = scenes[0]
+    regions = tuple(regions_for("oracle", scenes)[0])
+    task = SceneTask(scene, regions)
+    tokens = {
+        cell: [sum(SIZE.grid(image).num_tokens for image in one.images) for one in ask(cell, task, SIZE)]
+        for cell in (OFF, GridCell("no-image"), GridCell("resize", None, 0.889), GridCell(LOCATE))
+    }
+    assert [set(counts) for counts in tokens.values()] == [{576}, {0}, {64}, {64}]
+    assert all(one.text.startswith("where:") for one in ask(GridCell(LOCATE), task, SIZE))
+    asked = ask(GridCell("plc", "oracle", 0.889), task, SIZE)
+    for one, region in zip(asked, regions, strict=True):
+        sent = [None if region is None else region.as_lists()]
+        assert one.crop == {"regions": sent, "pruning_rate": 0.889, "method": "plc"}
+
+
+# --- running, resuming, reporting
+
+
+class StandIn:
+    """Answers right as often as told; counts how often it was asked."""
+
+    name = "stand-in"
+
+    def __init__(self, wrong: dict[str, int]) -> None:
+        self.wrong, self.calls = wrong, 0
+
+    def answer(self, cell: GridCell, tasks: list[SceneTask]) -> list[list[Answer]]:
+        self.calls += 1
+        if cell.method == "ilp":
+            raise BudgetError("too few layers")
+        rows = []
+        for task in tasks:
+            row = []
+            for index, question in enumerate(task.scene.questions):
+                said = question.location if cell.method == LOCATE else question.answer
+                wrong = index < self.wrong.get(cell.method, 0)
+                row.append(Answer("?" if wrong else said, 64.0, 76.0, 76))
+            rows.append(row)
+        return rows
+
+    def ttft_ms(self, cell: GridCell, tasks: list[SceneTask]) -> float:
+        return 12.5
+
+
+def run(
+    folder: Path, scenes: tuple[TestScene, ...], answerer: StandIn, settings: object = 1
+) -> list[CellResult]:
+    grid = make_grid(["plc", "ilp", "fastv"], [0.889], ["localizer"])
+    store = Store(folder, {"settings": settings})
+    session = Session(scenes, lambda _: answerer, lambda _: "stand-in", store, Console(quiet=True))
+    return session.run(grid)
+
+
+def test_finished_cells_are_not_run_again(tmp_path: Path, scenes: tuple[TestScene, ...]) -> None:
+    first, second, third = StandIn({}), StandIn({}), StandIn({})
+    results = run(tmp_path, scenes, first)
+    assert [result.cell.method for result in results] == [LOCATE, "off", "plc", "ilp", "fastv"]
+    assert run(tmp_path, scenes, second) == results
+    assert (first.calls, second.calls) == (5, 0)
+    run(tmp_path, scenes, third, settings=2)  # never mixes what was set otherwise
+    assert third.calls == 5
+
+
+def test_questions_without_a_region_are_not_asked_twice(
+    tmp_path: Path, scenes: tuple[TestScene, ...]
+) -> None:
+    """They are the unpruned model's, and so are their answers."""
+    answerer = StandIn({"off": 99})
+    results = {result.cell.method: result for result in run(tmp_path, scenes, answerer)}
+    questions = [question for scene in scenes for question in scene.questions]
+    for question, answer in zip(questions, results["plc"].answers, strict=True):
+        assert answer.text == (question.answer if question.boxes else "?")
+
+
+def test_a_stopped_run_goes_on_with_the_first_unfinished_cell(
+    tmp_path: Path, scenes: tuple[TestScene, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sessions.Session, "_ttft", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, scenes, StandIn({}))
+    assert not list(tmp_path.glob("cells/*"))
+    results = run(tmp_path, scenes, StandIn({}))
+    assert len(list(tmp_path.glob("cells/*.json"))) == len(results)
+
+
+def test_the_table_counts_right_answers_and_margins(tmp_path: Path, scenes: tuple[TestScene, ...]) -> None:
+    results = run(tmp_path, scenes, StandIn({"fastv": 2}))
+    rows = {row.cell.method: row for row in summarize(scenes, results)}
+    assert rows["off"].groups["all"].accuracy.value == 1
+    assert rows["plc"].groups["local"].asked == 3 * PER_FAMILY
+    assert rows["ilp"].impossible == "too few layers"
+    lost = 2 * len(scenes) / (5 * PER_FAMILY)
+    assert rows["fastv"].groups["all"].accuracy.value == pytest.approx(1 - lost)
+    assert rows["fastv"].groups["all"].visual_tokens == 64
+    assert rows["fastv"].ttft_ms == 12.5
+    (margin,) = margins(scenes, results)
+    assert (margin.method, margin.against) == ("CROP plc, localizer", "FastV")
+    assert margin.gained.value == pytest.approx(1 - rows["fastv"].groups["local"].accuracy.value)
+
+
+def test_the_localizer_is_scored_by_cells(tmp_path: Path, scenes: tuple[TestScene, ...]) -> None:
+    score = score_localizer(scenes, run(tmp_path, scenes, StandIn({})))
+    assert score is not None
+    assert (score.covered.value, score.coverage, score.whole.value, score.unreadable) == (1, 1, 1, 0)
+    assert 1 / 64 <= score.area <= 4 / 64
+    broken = score_localizer(scenes, run(tmp_path / "broken", scenes, StandIn({LOCATE: 99})))
+    assert broken is not None
+    # Served whole: covered, but not cheap, and counted.
+    assert (broken.coverage, broken.area, broken.unreadable) == (1, 1, broken.asked)
+
+
+def test_the_page_needs_nothing_else(tmp_path: Path, scenes: tuple[TestScene, ...]) -> None:
+    pytest.importorskip("matplotlib")
+    results = run(tmp_path, scenes, StandIn({"fastv": 1}))
+    other = replace(results[1], engine="transformers", answers=tuple(reversed(results[1].answers)))
+    store = Store(tmp_path, {"settings": 1})
+    store.save(other)
+    agreed = agreements(results, store)
+    assert [(one.cell, one.engine, one.asked) for one in agreed] == [(OFF, "stand-in", 5 * PER_FAMILY)]
+    assert agreed[0].same < agreed[0].asked
+    report = make_report(scenes, results, agreed, {"git_revision": "<abc>"})
+    write_report(tmp_path, report)
+    page = (tmp_path / "index.html").read_text()
+    assert 'src="data:image/png;base64,' in page
+    assert "http" not in page
+    assert "&lt;abc&gt;" in page
+    assert "too few layers" in page
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert [row["cell"]["method"] for row in found["rows"]] == ["off", "plc", "ilp", "fastv"]
+    assert found["provenance"] == {"git_revision": "<abc>"}
+
+
+def test_results_survive_the_disk(tmp_path: Path) -> None:
+    store = Store(tmp_path, {"n": 1})
+    result = CellResult(
+        GridCell("plc", "oracle", 0.5), "vllm", (Answer("7", 1.5, 2.5, 3),), 1.0, None, None, "r"
+    )
+    store.save(result)
+    assert store.load(result.cell, "vllm") == result
+    assert store.load(result.cell, "transformers") is None
+    assert replace(store, settings={"n": 2}).load(result.cell, "vllm") is None
+
+
+# --- the command
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--methods", "plc,magic"], "magic"),
+        (["--rates", "1.0"], "fractions in [0, 1)"),
+        (["--rates", "high"], "fractions in [0, 1)"),
+        (["--regions", "nowhere"], "nowhere"),
+        (["--eviction-layers", "x"], "layer numbers"),
+    ],
+)
+def test_wrong_options_are_named(arguments: list[str], complaint: str) -> None:
+    pytest.importorskip("matplotlib")
+    finished = CliRunner().invoke(
+        app, ["eval", "--engine", "transformers", *arguments], env={"COLUMNS": "300"}
+    )
+    assert finished.exit_code == 2
+    assert complaint in finished.output
+
+
+def test_a_missing_checkpoint_is_said_with_what_to_do(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    finished = CliRunner().invoke(app, ["eval", "--engine", "transformers", "--model", str(tmp_path)])
+    assert finished.exit_code == 1
+    assert "vllm_crop.tinyvqa.training" in finished.output
+
+
+def test_another_architecture_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "config.json").write_text('{"architectures": ["LlavaForConditionalGeneration"]}')
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    finished = CliRunner().invoke(app, ["eval", "--engine", "transformers", "--model", str(tmp_path)])
+    assert finished.exit_code == 1
+    assert "Qwen2_5_VLForConditionalGeneration" in finished.output

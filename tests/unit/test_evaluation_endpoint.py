@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Asking over HTTP, with a stand-in for the server."""
+
+import base64
+import io
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, ClassVar
+
+import pytest
+from PIL import Image
+
+from vllm_crop.evaluation.asking import Answer, Asked, SceneTask, ask
+from vllm_crop.evaluation.cells import OFF, GridCell
+from vllm_crop.evaluation.controls import TokenSize
+from vllm_crop.evaluation.questions import make_test_set
+from vllm_crop.evaluation.served.endpoint import EndpointAnswers, EndpointError
+
+openai = pytest.importorskip("openai")
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers with the question's last word; refuses `crop` when told to."""
+
+    received: ClassVar[list[dict[str, Any]]] = []
+    refuses: ClassVar[bool] = False
+
+    def do_GET(self) -> None:
+        self.reply(200, {"object": "list", "data": [{"id": "tiny", "object": "model"}]})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.received.append(body)
+        if self.refuses and "crop" in body:
+            self.reply(400, {"error": {"message": "crop: unknown field"}})
+            return
+        word = body["messages"][0]["content"][-1]["text"].split()[-1]
+        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": word}}
+        usage = {"prompt_tokens": 99, "completion_tokens": 1, "total_tokens": 100}
+        self.reply(200, {"id": "1", "object": "chat.completion", "choices": [choice], "usage": usage})
+
+    def reply(self, status: int, body: dict[str, Any]) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class Counts:
+    """Stands in for Accounting."""
+
+    size = TokenSize(16, 16)
+
+    def check(self, asked: list[Asked]) -> None:
+        assert asked
+
+    def answer(self, asked: Asked, text: str, prompt_tokens: int) -> Answer:
+        return Answer(text, 1.0, 2.0, prompt_tokens)
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    Handler.received, Handler.refuses = [], False
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1"
+    server.shutdown()
+
+
+@pytest.fixture
+def tasks() -> list[SceneTask]:
+    return [SceneTask(s, tuple(q.region(8) for q in s.questions)) for s in make_test_set(2)]
+
+
+def test_questions_are_sent_as_images_words_and_crop(url: str, tasks: list[SceneTask]) -> None:
+    cell = GridCell("plc", "oracle", 0.889)
+    endpoint = EndpointAnswers(Counts(), url)  # type: ignore[arg-type]
+    rows = endpoint.answer(cell, tasks)
+    assert [[answer.text for answer in row] for row in rows] == [
+        [question.text.split()[-1] for question in task.scene.questions] for task in tasks
+    ]
+    sent = {json.dumps(body["crop"]): body for body in Handler.received}
+    for task in tasks:
+        for asked in ask(cell, task, Counts.size):
+            body = sent[json.dumps(asked.crop)]
+            assert (body["model"], body["temperature"], body["max_tokens"]) == ("tiny", 0, asked.steps)
+    image_url = Handler.received[0]["messages"][0]["content"][0]["image_url"]["url"]
+    picture = Image.open(io.BytesIO(base64.b64decode(image_url.partition(",")[2])))
+    assert picture.size == (384, 384)
+
+
+def test_unpruned_questions_carry_no_crop(url: str, tasks: list[SceneTask]) -> None:
+    EndpointAnswers(Counts(), url).answer(OFF, tasks)  # type: ignore[arg-type]
+    assert not any("crop" in body for body in Handler.received)
+
+
+def test_a_refusal_says_what_may_be_missing(url: str, tasks: list[SceneTask]) -> None:
+    Handler.refuses = True
+    endpoint = EndpointAnswers(Counts(), url)  # type: ignore[arg-type]
+    with pytest.raises(EndpointError, match="--plugin crop"):
+        endpoint.answer(GridCell("plc", "oracle", 0.889), tasks)
+
+
+def test_nobody_at_the_address() -> None:
+    with pytest.raises(EndpointError, match="is it up"):
+        EndpointAnswers(Counts(), "http://127.0.0.1:9/v1")  # type: ignore[arg-type]

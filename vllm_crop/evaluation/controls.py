@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a user would do without pruning: a smaller picture, or a thumbnail with the part that matters."""
+
+import math
+from dataclasses import dataclass
+
+from PIL import Image
+
+from vllm_crop.geometry import Region, TokenGrid
+
+
+@dataclass(frozen=True)
+class TokenSize:
+    """How the checkpoint's image processor turns pixels into tokens.
+
+    Attributes:
+        pixels: the side of a visual token.
+        least: visual tokens of the smallest image; smaller ones are enlarged.
+    """
+
+    pixels: int
+    least: int
+
+    def grid(self, image: Image.Image) -> TokenGrid:
+        """The tokens of an image whose sides are whole tokens."""
+        rows, cols = image.height / self.pixels, image.width / self.pixels
+        assert rows.is_integer(), f"{image.height} pixels are no whole tokens"
+        assert cols.is_integer(), f"{image.width} pixels are no whole tokens"
+        return TokenGrid(int(rows), int(cols))
+
+
+def near_square(tokens: int, aspect: float = 1.0) -> tuple[int, int]:
+    """Rows and columns nearest to `tokens` in number, of about the aspect (width by height)."""
+    ideal = math.sqrt(tokens / aspect)
+    candidates = {
+        (rows, cols)
+        for rows in (max(1, math.floor(ideal)), math.ceil(ideal))
+        for cols in (max(1, math.floor(rows * aspect)), math.ceil(rows * aspect), round(rows * aspect) + 1)
+    }
+    return min(candidates, key=lambda size: (abs(size[0] * size[1] - tokens), size))
+
+
+def resized(picture: Image.Image, tokens: int, size: TokenSize) -> Image.Image:
+    """The picture at about this many visual tokens."""
+    rows, cols = near_square(max(tokens, size.least), picture.width / picture.height)
+    return picture.resize((cols * size.pixels, rows * size.pixels), Image.Resampling.BOX)
+
+
+def thumbnail_and_crop(
+    picture: Image.Image, region: Region, tokens: int, size: TokenSize
+) -> list[Image.Image]:
+    """Two images of about `tokens` visual tokens together: the whole, and the region's bounding box.
+
+    The box keeps its resolution unless it would take more than half of the tokens. It is never smaller than
+    the processor allows.
+    """
+    crop = _crop(picture, region, size)
+    wanted = size.grid(crop).num_tokens
+    if wanted > tokens / 2:
+        crop = resized(crop, max(size.least, tokens // 2), size)
+        wanted = size.grid(crop).num_tokens
+    return [resized(picture, tokens - wanted, size), crop]
+
+
+def _crop(picture: Image.Image, region: Region, size: TokenSize) -> Image.Image:
+    grid = size.grid(picture)
+    spans = [grid.span(box) for box in region.boxes]
+    side = math.ceil(math.sqrt(size.least))
+    top, bottom = _widened(min(s[0] for s in spans), max(s[1] for s in spans), side, grid.rows)
+    left, right = _widened(min(s[2] for s in spans), max(s[3] for s in spans), side, grid.cols)
+    edges = (left, top, right, bottom)
+    x0, y0, x1, y1 = (size.pixels * edge for edge in edges)
+    return picture.crop((x0, y0, x1, y1))
+
+
+def _widened(first: int, last: int, least: int, total: int) -> tuple[int, int]:
+    """At least `least` of `total` tokens, around the same middle."""
+    missing = max(0, least - (last - first))
+    first = max(0, min(first - missing // 2, total - least))
+    return first, max(last, first + least)

@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rivals' names, for those who need no torch."""
+
+RIVAL_TITLES = {
+    "fastv": "FastV",
+    "pyramiddrop": "PyramidDrop",
+    "vtw": "VTW",
+    "sparsevlm": "SparseVLM",
+    "visionzip": "VisionZip",
+    "divprune": "DivPrune",
+    "cdpruner": "CDPruner",
+    "ivc-prune": "IVC-Prune",
+    "evs": "EVS-style",
+}

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Any OpenAI-compatible server that serves the checkpoint; with the plugin, if CROP is to be measured."""
+
+import base64
+import io
+import os
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+from statistics import median
+from typing import Any
+
+from PIL import Image
+
+from vllm_crop.errors import CropError
+from vllm_crop.evaluation.asking import Answer, Asked, SceneTask, ask
+from vllm_crop.evaluation.cells import LOCATE, GridCell
+from vllm_crop.evaluation.served.accounting import Accounting
+
+IN_FLIGHT = 16
+
+
+class EndpointError(CropError):
+    """The endpoint did not answer."""
+
+
+class EndpointAnswers:
+    """An Answerer over HTTP."""
+
+    name = "endpoint"
+
+    def __init__(self, accounting: Accounting, base_url: str) -> None:
+        from openai import OpenAI, OpenAIError
+
+        self.accounting, self.base_url = accounting, base_url
+        self.client: Any = OpenAI(base_url=base_url, api_key=os.environ.get("OPENAI_API_KEY", "unused"))
+        try:
+            self.served = self.client.models.list().data[0].id
+        except (OpenAIError, IndexError) as error:
+            raise EndpointError(
+                f"{base_url} does not answer as an OpenAI-compatible server ({error}): is it up, and does "
+                "the address end in /v1?"
+            ) from None
+
+    def answer(self, cell: GridCell, tasks: Sequence[SceneTask]) -> list[list[Answer]]:
+        """Per scene and question, several in flight."""
+        asked = [ask(cell, task, self.accounting.size) for task in tasks]
+        self.accounting.check(list(chain.from_iterable(asked)))
+        with ThreadPoolExecutor(IN_FLIGHT) as pool:
+            answers = iter(list(pool.map(self._answer, chain.from_iterable(asked))))
+        return [[next(answers) for _ in questions] for questions in asked]
+
+    def ttft_ms(self, cell: GridCell, tasks: Sequence[SceneTask]) -> float:
+        """Median time to the first streamed token, of the localizer to the last, one request at a time."""
+        times = []
+        for task in tasks:
+            (first, *_) = ask(cell, task, self.accounting.size)
+            start = time.perf_counter()
+            with self._complete(first, stream=True) as stream:
+                chunks = (chunk for chunk in stream if chunk.choices)
+                deque(chunks, maxlen=0) if cell.method == LOCATE else next(chunks)
+            times.append(1e3 * (time.perf_counter() - start))
+        return median(times[1:])  # the first one warms up
+
+    def _answer(self, asked: Asked) -> Answer:
+        response = self._complete(asked)
+        text = response.choices[0].message.content or ""
+        return self.accounting.answer(asked, text, response.usage.prompt_tokens)
+
+    def _complete(self, asked: Asked, **options: Any) -> Any:
+        from openai import OpenAIError
+
+        content = [_image_part(image) for image in asked.images] + [{"type": "text", "text": asked.text}]
+        try:
+            return self.client.chat.completions.create(
+                model=self.served,
+                messages=[{"role": "user", "content": content}],
+                temperature=0,
+                max_tokens=asked.steps,
+                extra_body={} if asked.crop is None else {"crop": asked.crop},
+                **options,
+            )
+        except OpenAIError as error:
+            hint = " Does it run with --plugin crop?" if asked.crop else ""
+            raise EndpointError(f"{self.base_url} refused a question: {error}.{hint}") from None
+
+
+def _image_part(image: Image.Image) -> dict[str, Any]:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}

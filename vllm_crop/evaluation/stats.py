@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shares with intervals. Pure Python: a table must be checkable with a pocket calculator."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+Z = 1.959964  # standard normal: 95 percent of it lie within
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its 95 percent interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def wilson(right: int, asked: int) -> Estimate:
+    """The share `right / asked` with Wilson's score interval (1927).
+
+    Raises:
+        ValueError: nothing was asked.
+    """
+    if asked <= 0:
+        raise ValueError("a share needs at least one answer")
+    share, spread = right / asked, Z * Z / asked
+    middle = (share + spread / 2) / (1 + spread)
+    half = Z * math.sqrt(share * (1 - share) / asked + spread / (4 * asked)) / (1 + spread)
+    # Rounding must not push the interval off its own value.
+    return Estimate(share, min(share, max(0.0, middle - half)), max(share, min(1.0, middle + half)))
+
+
+def retention(pruned: Sequence[bool], unpruned: Sequence[bool]) -> Estimate | None:
+    """Accuracy as a share of the unpruned model's, on the same questions in the same order.
+
+    The interval is that of the ratio of two paired means (delta method): questions that both answer alike add
+    nothing to it. None if the unpruned model answers nothing right.
+    """
+    if len(pruned) != len(unpruned):
+        raise ValueError(f"not paired: {len(pruned)} and {len(unpruned)} answers")
+    count, base = len(unpruned), sum(unpruned)
+    if not base:
+        return None
+    ratio = sum(pruned) / base
+    variance = sum((after - ratio * before) ** 2 for after, before in zip(pruned, unpruned, strict=True))
+    half = Z * math.sqrt(variance / max(1, count - 1) * count) / base
+    return Estimate(ratio, max(0.0, ratio - half), ratio + half)
+
+
+def difference(one: Sequence[bool], other: Sequence[bool]) -> Estimate:
+    """How much more of the same questions the first answers right than the second, paired.
+
+    Never narrower than a single differing answer would make it: no difference in a sample is not none at all.
+    """
+    if len(one) != len(other) or not one:
+        raise ValueError(f"not paired: {len(one)} and {len(other)} answers")
+    count = len(one)
+    gaps = [int(first) - int(second) for first, second in zip(one, other, strict=True)]
+    mean = sum(gaps) / count
+    variance = max(sum((gap - mean) ** 2 for gap in gaps), 1.0)
+    half = Z * math.sqrt(variance) / count
+    return Estimate(mean, mean - half, mean + half)
