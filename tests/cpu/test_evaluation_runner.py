@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Qwen2_5_VLForConditionalGeneration
 
+from tests.untrained_tinyvqa import make_untrained
 from vllm_crop.budget import retained_count
 from vllm_crop.evaluation.asking import Answer, SceneTask
 from vllm_crop.evaluation.cells import LOCATE, OFF, GridCell
@@ -18,7 +18,7 @@ from vllm_crop.evaluation.runner.qwen import QwenRunner, Reply
 from vllm_crop.evaluation.runner.seam import Pruning, Seen
 from vllm_crop.evaluation.transformers_answers import TransformersAnswers
 from vllm_crop.plan import TokenPlan, make_plan
-from vllm_crop.tinyvqa import checkpoint, words
+from vllm_crop.tinyvqa import words
 
 RATES = (0.667, 0.889, 0.926)
 CLOSE = 2e-5  # nats, in float32; a mistake changes tenths
@@ -28,17 +28,7 @@ INSIDE = ("fastv", "pyramiddrop", "vtw", "sparsevlm")
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights larger than transformers' own, so that answers depend on what is seen."""
-    torch.manual_seed(0)
-    tokenizer = words.make_tokenizer()
-    model = Qwen2_5_VLForConditionalGeneration(checkpoint.make_config(tokenizer, hidden=64, layers=LAYERS))
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.ndim > 1:
-                weight.mul_(4)
-    folder = tmp_path_factory.mktemp("tiny")
-    checkpoint.save(folder, model, checkpoint.make_processor(tokenizer))
-    return folder
+    return make_untrained(tmp_path_factory.mktemp("tiny"), LAYERS)
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoProcessor
 
 from tests.cpu import conftest
+from tests.untrained_tinyvqa import make_untrained
 from vllm_crop.config import CropConfig
 from vllm_crop.evaluation.asking import SceneTask, ask
 from vllm_crop.evaluation.cells import CROP_METHODS, LOCATE, OFF, GridCell
@@ -20,7 +20,6 @@ from vllm_crop.evaluation.served.accounting import Accounting, CountError
 from vllm_crop.evaluation.served.offline import EngineAnswers
 from vllm_crop.evaluation.transformers_answers import TransformersAnswers
 from vllm_crop.params import InvalidCropError
-from vllm_crop.tinyvqa import checkpoint, words
 from vllm_crop.vision_geometry import FAMILIES
 
 pytestmark = pytest.mark.vllm_runtime
@@ -36,16 +35,7 @@ CELLS = (
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    tokenizer = words.make_tokenizer()
-    model = Qwen2_5_VLForConditionalGeneration(checkpoint.make_config(tokenizer, hidden=64, layers=4))
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.ndim > 1:
-                weight.mul_(4)
-    folder = tmp_path_factory.mktemp("served")
-    checkpoint.save(folder, model, checkpoint.make_processor(tokenizer))
-    return folder
+    return make_untrained(tmp_path_factory.mktemp("served"), layers=4)
 
 
 def start(tiny: Path, crop: dict[str, Any] | None) -> EngineAnswers:

@@ -74,6 +74,11 @@ def make_scene(seed: int, side: int = GRID_CELLS, num_things: tuple[int, int] = 
     return Scene(tuple(things), side, seed)
 
 
+def training_seed(chance: random.Random) -> int:
+    """The seed of any scene that training may see."""
+    return 2 * chance.randrange(2**40)
+
+
 def test_seed(seed: int, index: int) -> int:
     """The seed of scene number `index` of the evaluation's test set `seed`."""
     return 2 * ((seed << 20) + index) + 1

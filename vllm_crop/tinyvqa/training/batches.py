@@ -13,7 +13,7 @@ from torch import Tensor
 from vllm_crop.tinyvqa import words
 from vllm_crop.tinyvqa.drawing import draw_scene, thumbnail
 from vllm_crop.tinyvqa.questions import Question, ask
-from vllm_crop.tinyvqa.scenes import Cell, Scene, make_scene
+from vllm_crop.tinyvqa.scenes import Cell, Scene, make_scene, training_seed
 
 IGNORED = -100
 
@@ -79,6 +79,14 @@ class Batch:
         )
 
 
+def draw_all(scenes: Sequence[Scene], thumbnails: bool) -> Tensor:
+    """`[scenes, height, width, 3]` bytes."""
+    pictures = [draw_scene(scene) for scene in scenes]
+    if thumbnails:
+        pictures = [thumbnail(picture) for picture in pictures]
+    return torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
+
+
 class BatchMaker:
     """Makes batches; each seed makes its own, training seeds are even."""
 
@@ -98,16 +106,11 @@ class BatchMaker:
     def make(self, task: Task, seed: int) -> Batch:
         """The batch of a seed."""
         chance = random.Random(seed)
-        scenes = [
-            make_scene(2 * chance.randrange(2**40), task.side, task.num_things) for _ in range(task.scenes)
-        ]
-        pictures = [draw_scene(scene) for scene in scenes]
-        if task.locate:
-            pictures = [thumbnail(picture) for picture in pictures]
+        scenes = [make_scene(training_seed(chance), task.side, task.num_things) for _ in range(task.scenes)]
         asked = [_ask_many(scene, task, chance) for scene in scenes]
         rows = [[self._row(question, task) for question in questions] for questions in asked]
         return Batch(
-            images=torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])),
+            images=draw_all(scenes, thumbnails=task.locate),
             questions=torch.tensor([[row[0] for row in scene] for scene in rows]),
             targets=torch.tensor([[row[1] for row in scene] for scene in rows]),
             answering=torch.tensor([[row[2] for row in scene] for scene in rows]),

@@ -29,19 +29,21 @@ class Phase:
     train_vision: bool = False
 
 
-def _small(weights: dict[str, float], side: int = 4, num_things: tuple[int, int] = (3, 6)) -> Task:
-    return Task(side, num_things, scenes=8, questions=16, weights=weights)
+def _small(weights: dict[str, float], num_things: tuple[int, int]) -> Task:
+    return Task(4, num_things, scenes=8, questions=16, weights=weights)
 
 
 PHASES = (
     Phase("tower", 2500, 2e-3),
-    Phase("small", 2000, 1.5e-3, (_small(FIRST), Task(8, (8, 12), 8, 16, FIRST, locate=True)), 0.5, 0.5),
+    Phase(
+        "small", 2000, 1.5e-3, (_small(FIRST, (3, 6)), Task(8, (8, 12), 8, 16, FIRST, locate=True)), 0.5, 0.5
+    ),
     Phase(
         "large",
         4000,
         1e-3,
         (
-            _small(EVEN, 4, (4, 10)),
+            _small(EVEN, (4, 10)),
             Task(8, (8, 12), 4, 24, EVEN),
             Task(8, (8, 12), 8, 16, EVEN, locate=True),
         ),

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vllm_crop.tinyvqa.drawing import draw_scene, thumbnail
-from vllm_crop.tinyvqa.scenes import COLOURS, DIGITS, SHAPES, Scene, make_scene
-from vllm_crop.tinyvqa.training.batches import IGNORED
+from vllm_crop.tinyvqa.checkpoint import TOKEN
+from vllm_crop.tinyvqa.scenes import COLOURS, DIGITS, SHAPES, Scene, make_scene, training_seed
+from vllm_crop.tinyvqa.training.batches import IGNORED, draw_all
 from vllm_crop.tinyvqa.training.forward import image_patches, vision_features
 
 FULL_SIDE = 4  # cells: enough neighbours to tell apart, and cheap
@@ -56,16 +56,13 @@ def labelled_scenes(kind: str, seed: int) -> Labelled:
     """`"full"` pictures, or `"thumbnail"`s, whose digits nobody can read."""
     chance = random.Random(seed)
     side, count = (FULL_SIDE, FULL_SCENES) if kind == "full" else (8, THUMBNAIL_SCENES)
-    scenes = [make_scene(2 * chance.randrange(2**40), side, NUM_THINGS[kind]) for _ in range(count)]
-    pictures = [draw_scene(scene) for scene in scenes]
-    if kind == "thumbnail":
-        pictures = [thumbnail(picture) for picture in pictures]
-    num_tokens = 3 * side if kind == "full" else side
+    scenes = [make_scene(training_seed(chance), side, NUM_THINGS[kind]) for _ in range(count)]
+    images = draw_all(scenes, thumbnails=kind == "thumbnail")
+    num_tokens = images.shape[1] // TOKEN
     labels = np.stack([_labels(scene, num_tokens) for scene in scenes])
     if kind == "thumbnail":
         labels[:, 2] = IGNORED
     colour, shape, digit = torch.from_numpy(labels).flatten(2).unbind(1)
-    images = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
     return Labelled(images, colour, shape, digit, num_tokens)
 
 
