@@ -18,7 +18,7 @@ from vllm_crop.eviction.decoder import EvictingDecoder
 
 pytestmark = pytest.mark.vllm_runtime
 
-NAMES = (*("ilp: one image", "plc+ilp: two images", "plc: one image", "ilp: image last", "off", "text only"),)
+NAMES = ("ilp: one image", "plc+ilp: two images", "plc: one image", "ilp: image last", "off", "text only")
 ASKED = {name: SCENARIOS[name] for name in NAMES}
 
 
