@@ -13,8 +13,10 @@ TOKEN = PATCH * MERGE  # pixels of a visual token's side
 LARGEST_SIDE = 768  # pixels of an image that is not scaled down
 HEAD_DIM = 32
 # M-RoPE gives columns the slowest rotations. With the usual base they would turn by less than a degree per
-# token, and the model could not tell left from right.
-ROPE_THETA = 20.0
+# token, and the model could not tell left from right; with a much smaller one nothing would stay in place,
+# and it could hardly compare what tokens show.
+ROPE_THETA = 100.0
+MROPE_SECTION = (4, 4, 8)
 
 
 def make_config(tokenizer: Any, hidden: int = 128, layers: int = 12, vision_layers: int = 4) -> Any:
@@ -46,7 +48,11 @@ def make_config(tokenizer: Any, hidden: int = 128, layers: int = 12, vision_laye
         "num_key_value_heads": hidden // HEAD_DIM,
         "vocab_size": words.VOCAB_SIZE,
         "max_position_embeddings": words.MAX_POSITIONS,
-        "rope_parameters": {"rope_type": "default", "rope_theta": ROPE_THETA, "mrope_section": [4, 6, 6]},
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": ROPE_THETA,
+            "mrope_section": list(MROPE_SECTION),
+        },
         "bos_token_id": None,
         "eos_token_id": ids[words.END],
         "pad_token_id": ids["<|pad|>"],

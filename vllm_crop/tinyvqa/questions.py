@@ -26,6 +26,7 @@ class Question:
 
     Attributes:
         boxes: the minimal region, one box or two in the order of the question; none: the whole image.
+        named: cells of the things the question speaks of, in its order.
         decisive: cells whose things decide the answer, in the order of the question.
     """
 
@@ -33,6 +34,7 @@ class Question:
     text: str
     answer: str
     boxes: tuple[CellBox, ...]
+    named: tuple[Cell, ...]
     decisive: tuple[Cell, ...]
 
     @property
@@ -61,7 +63,7 @@ def _around(*cells: Cell) -> CellBox:
 def _read(scene: Scene, chance: random.Random) -> Question:
     thing = chance.choice(scene.things)
     text = f"what number is on the {thing.name}?"
-    return Question("read", text, thing.digit, (_around(thing.cell),), (thing.cell,))
+    return Question("read", text, thing.digit, (_around(thing.cell),), (thing.cell,), (thing.cell,))
 
 
 def _relation(scene: Scene, chance: random.Random) -> Question | None:
@@ -75,7 +77,8 @@ def _relation(scene: Scene, chance: random.Random) -> Question | None:
         return None
     thing, where, other = chance.choice(pairs)
     text = f"what number is {where} the {thing.name}?"
-    return Question("relation", text, other.digit, (_around(thing.cell, other.cell),), (other.cell,))
+    box = _around(thing.cell, other.cell)
+    return Question("relation", text, other.digit, (box,), (thing.cell,), (other.cell,))
 
 
 def _compare(scene: Scene, chance: random.Random) -> Question | None:
@@ -87,8 +90,8 @@ def _compare(scene: Scene, chance: random.Random) -> Question | None:
         first, second = second, first
     larger = first if first.digit > second.digit else second
     text = f"which number is larger, on the {first.name} or the {second.name}?"
-    boxes = (_around(first.cell), _around(second.cell))
-    return Question("compare", text, larger.name, boxes, (first.cell, second.cell))
+    cells = (first.cell, second.cell)
+    return Question("compare", text, larger.name, (_around(cells[0]), _around(cells[1])), cells, cells)
 
 
 def _search(scene: Scene, chance: random.Random) -> Question | None:
@@ -99,7 +102,7 @@ def _search(scene: Scene, chance: random.Random) -> Question | None:
     thing = chance.choice(found)
     kind, answer = chance.choice((("colour", thing.colour), ("shape", thing.shape)))
     text = f"what {kind} has the number {thing.digit}?"
-    return Question("search", text, answer, (), (thing.cell,))
+    return Question("search", text, answer, (), (thing.cell,), (thing.cell,))
 
 
 def _count(scene: Scene, chance: random.Random) -> Question:
@@ -111,7 +114,7 @@ def _count(scene: Scene, chance: random.Random) -> Question:
         shape = chance.choice(SHAPES)
         asked = f"{_plural(shape)}", lambda thing: thing.shape == shape
     cells = tuple(thing.cell for thing in scene.things if asked[1](thing))
-    return Question("count", f"how many {asked[0]}?", DIGITS[len(cells)], (), cells)
+    return Question("count", f"how many {asked[0]}?", DIGITS[len(cells)], (), cells, cells)
 
 
 def _plural(shape: str) -> str:

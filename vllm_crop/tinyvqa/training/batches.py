@@ -13,7 +13,7 @@ from torch import Tensor
 from vllm_crop.tinyvqa import words
 from vllm_crop.tinyvqa.drawing import draw_scene, thumbnail
 from vllm_crop.tinyvqa.questions import Question, ask
-from vllm_crop.tinyvqa.scenes import Cell, Scene, make_scene, training_seed
+from vllm_crop.tinyvqa.scenes import Scene, make_scene, training_seed
 
 IGNORED = -100
 
@@ -56,7 +56,8 @@ class Batch:
         questions: `[scenes, questions, length]` token ids, answers included.
         targets: the same shape: the token that must follow, `IGNORED` where it is not part of an answer.
         answering: `[scenes, questions]` index of the token before the answer.
-        looks: `[scenes, 2, questions, tokens]` whether an image token shows the first or the second place.
+        looks: `[stages, scenes, heads, questions, tokens]` whether an image token shows what to look at:
+            first the things named, then those that decide; a head for the first thing and one for the second.
         families: per scene and question.
     """
 
@@ -114,7 +115,7 @@ class BatchMaker:
             questions=torch.tensor([[row[0] for row in scene] for scene in rows]),
             targets=torch.tensor([[row[1] for row in scene] for scene in rows]),
             answering=torch.tensor([[row[2] for row in scene] for scene in rows]),
-            looks=torch.stack([_looks(questions, task) for questions in asked]),
+            looks=torch.stack([_looks(questions, task) for questions in asked], dim=1),
             families=[[question.family for question in questions] for questions in asked],
         )
 
@@ -143,22 +144,15 @@ def _ask_many(scene: Scene, task: Task, chance: random.Random) -> list[Question]
 
 
 def _looks(questions: Sequence[Question], task: Task) -> Tensor:
-    """`[2, questions, tokens]`: one head looks at the first place, the other at the second."""
+    """`[2, 2, questions, tokens]`; a place is found by the things named alone, the whole by none."""
     side, scale = task.side, task.num_tokens // task.side
-    looks = torch.zeros(2, len(questions), side, side, dtype=torch.bool)
+    looks = torch.zeros(2, 2, len(questions), side, side, dtype=torch.bool)
     for index, question in enumerate(questions):
-        cells = _cells(question) if task.locate else question.decisive
-        first, second = (cells[:1], cells[1:]) if question.family == "compare" else (cells, cells)
-        for head, seen in enumerate((first, second)):
-            for row, col in seen:
-                looks[head, index, row, col] = True
-    return looks.repeat_interleave(scale, 2).repeat_interleave(scale, 3).flatten(2)
-
-
-def _cells(question: Question) -> tuple[Cell, ...]:
-    return tuple(
-        (row, col)
-        for x0, y0, x1, y1 in question.boxes
-        for row in range(y0, y1 + 1)
-        for col in range(x0, x1 + 1)
-    )
+        if task.locate and not question.boxes:
+            continue
+        for stage, cells in enumerate((question.named, question.named if task.locate else question.decisive)):
+            first, second = (cells[:1], cells[1:]) if question.family == "compare" else (cells, cells)
+            for head, seen in enumerate((first, second)):
+                for row, col in seen:
+                    looks[stage, head, index, row, col] = True
+    return looks.repeat_interleave(scale, 3).repeat_interleave(scale, 4).flatten(3)

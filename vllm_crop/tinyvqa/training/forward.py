@@ -5,7 +5,7 @@ transformers would run the language model over the image once per question. Here
 share it: each sees the image and itself, at the positions it would have alone. Same weights, same result.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -80,40 +80,24 @@ def _vision_attention(attention: Any, hidden: Tensor, cos: Tensor, sin: Tensor, 
 
 @dataclass(frozen=True)
 class Layout:
-    """Which token sees which, and where it stands: for images of one size with questions of one length.
+    """Where tokens stand: for images of one size with questions of one length.
 
     Attributes:
         positions: `[3, tokens]`.
-        image_mask: `[image, image]`, true where seen; `image` counts the prefix too.
-        question_mask: `[questions * length, tokens]`.
+        image: tokens of the image, the prefix counted too.
     """
 
     positions: Tensor
-    image_mask: Tensor
-    question_mask: Tensor
     image: int
 
-    def to(self, device: torch.device) -> "Layout":
-        """The same on another device."""
-        return replace(
-            self,
-            positions=self.positions.to(device),
-            image_mask=self.image_mask.to(device),
-            question_mask=self.question_mask.to(device),
-        )
 
-
-def make_layout(rows: int, cols: int, questions: int, length: int) -> Layout:
+def make_layout(rows: int, cols: int, questions: int, length: int, device: torch.device) -> Layout:
     """For `questions` of `length` tokens each about an image of `rows` x `cols` tokens."""
-    image = PREFIX + rows * cols
     row, col = torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij")
     grid = torch.stack([torch.zeros_like(row), row, col]).flatten(1) + PREFIX
     text = PREFIX + max(rows, cols) + torch.arange(length).repeat(questions)
     positions = torch.cat([torch.arange(PREFIX).expand(3, -1), grid, text.expand(3, -1)], dim=1)
-    own = torch.kron(torch.eye(questions), torch.ones(length, length).tril()).bool()
-    seen = torch.ones(questions * length, image, dtype=torch.bool)
-    image_mask = torch.ones(image, image).tril().bool()
-    return Layout(positions, image_mask, torch.cat([seen, own], dim=1), image)
+    return Layout(positions.to(device), PREFIX + rows * cols)
 
 
 @dataclass(frozen=True)
@@ -167,13 +151,7 @@ def language_states(
             known = hidden[:, PREFIX : layout.image]
         if index in probes.layers:
             looked.append(_look(query, key, probes.tokens, layout.image, length))
-        mixed = torch.cat(
-            [
-                _attend(query[:, :, : layout.image], key, value, layout.image_mask),
-                _attend(query[:, :, layout.image :], key, value, layout.question_mask),
-            ],
-            dim=2,
-        )
+        mixed = _attend(query, key, value, layout.image, length)
         hidden = hidden + layer.self_attn.o_proj(mixed.transpose(1, 2).flatten(2))
         hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
     states = language.norm(hidden[:, layout.image :])
@@ -190,11 +168,24 @@ def _projected(attention: Any, hidden: Tensor, cos: Tensor, sin: Tensor) -> tupl
     return query, key, value
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    seen = mask.shape[1]
-    return functional.scaled_dot_product_attention(
-        query, key[:, :, :seen], value[:, :, :seen], attn_mask=mask, enable_gqa=query.shape[1] != key.shape[1]
+def _attend(query: Tensor, key: Tensor, value: Tensor, image: int, length: int) -> Tensor:
+    """The image sees itself, a question the image and itself; each token only what comes before it."""
+    batch, heads, _, width = query.shape
+    (looking, asking), (shown, asked), (seen, said) = (
+        (part[:, :, :image], part[:, :, image:]) for part in (query, key, value)
     )
+    mixed = functional.scaled_dot_product_attention(looking, shown, seen, is_causal=True)
+    asking = asking / width**0.5
+    own_query, own_key, own_value = (
+        part.reshape(batch, heads, -1, length, width) for part in (asking, asked, said)
+    )
+    later = torch.ones(length, length, dtype=torch.bool, device=query.device).triu(1)
+    of_image = (asking @ shown.transpose(2, 3)).view(batch, heads, -1, length, image)
+    of_own = (own_query @ own_key.transpose(3, 4)).masked_fill(later, float("-inf"))
+    weights = torch.cat([of_image, of_own], dim=-1).softmax(-1).to(value.dtype)
+    to_image = weights[..., :image].reshape(batch, heads, -1, image)
+    answered = to_image @ seen + (weights[..., image:] @ own_value).flatten(2, 3)
+    return torch.cat([mixed, answered], dim=2)
 
 
 def _look(query: Tensor, key: Tensor, tokens: Tensor, image: int, length: int) -> Tensor:

@@ -26,13 +26,13 @@ from vllm_crop.tinyvqa.training.forward import (
     vision_features,
 )
 
-LOOKING_LAYERS = (3, 6)
+LOOKING_LAYERS = (3, 7)  # one for each stage of looking
 
 
 @cache
 def layout_of(side: int, questions: int, length: int, device: torch.device) -> Layout:
     """The layout of a task's batches, made once."""
-    return make_layout(side, side, questions, length).to(device)
+    return make_layout(side, side, questions, length, device)
 
 
 def answer_states(model: Any, tokenizer: Any, batch: Batch, task: Task, train_vision: bool) -> States:
@@ -72,12 +72,11 @@ def answer_loss(logits: Tensor, batch: Batch) -> Tensor:
 
 
 def look_loss(looked: list[Tensor], batch: Batch) -> Tensor:
-    """Mean of minus the log of the attention that the places to look at get."""
-    asked = batch.looks.any(-1)
+    """Mean of minus the log of the attention that the places to look at get, stage by stage."""
     losses = []
-    for log_attention in looked:
-        mass = log_attention[:, :2].masked_fill(~batch.looks, float("-inf")).logsumexp(-1)
-        losses.append(-mass[asked].mean())
+    for log_attention, looks in zip(looked, batch.looks, strict=True):
+        mass = log_attention[:, :2].masked_fill(~looks, float("-inf")).logsumexp(-1)
+        losses.append(-mass[looks.any(-1)].mean())
     return torch.stack(losses).mean()
 
 

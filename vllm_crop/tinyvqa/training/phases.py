@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from vllm_crop.tinyvqa.training.batches import Task
 
 EVEN = {"read": 1.0, "relation": 1.0, "compare": 1.0, "search": 1.0, "count": 1.0}
-FIRST = {"read": 3.0, "search": 1.0, "count": 0.5, "relation": 1.0}
+FIRST = {"read": 2.0, "relation": 1.0, "compare": 1.0, "search": 1.0, "count": 0.5}
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,19 @@ def _small(weights: dict[str, float], num_things: tuple[int, int]) -> Task:
 
 
 PHASES = (
-    Phase("tower", 2500, 2e-3),
+    Phase("tower", 5500, 2e-3),
     Phase(
-        "small", 2000, 1.5e-3, (_small(FIRST, (3, 6)), Task(8, (8, 12), 8, 16, FIRST, locate=True)), 0.5, 0.5
+        "small",
+        1500,
+        3e-3,
+        (_small(FIRST, (3, 6)), Task(8, (8, 12), 8, 16, FIRST, locate=True)),
+        0.5,
+        0.5,
     ),
     Phase(
         "large",
-        4000,
-        1e-3,
+        2500,
+        2e-3,
         (
             _small(EVEN, (4, 10)),
             Task(8, (8, 12), 4, 24, EVEN),

@@ -23,11 +23,12 @@ from vllm_crop.tinyvqa.training.language import (
     place_loss,
     right_answers,
 )
+from vllm_crop.tinyvqa.training.optimizers import Optimizers
 from vllm_crop.tinyvqa.training.phases import PHASES, Phase
 from vllm_crop.tinyvqa.training.tower import TokenHeads, labelled_scenes, tower_loss
 
 SEED = 20261121
-WARMUP = 100  # steps
+WARMUP = 50  # steps
 REPORT_EVERY = 50  # steps
 SAVE_EVERY = 120.0  # seconds
 
@@ -47,7 +48,7 @@ class Trainer:
         self.heads: Any = torch.nn.ModuleDict(heads).to(self.device)
         self.batches = BatchMaker(self.tokenizer)
         self.phase, self.step = 0, 0
-        self.optimizer = self._new_optimizer()
+        self.optimizer = Optimizers(self.model, self.heads)
         self._window: dict[str, list[float]] = defaultdict(list)
         if (out / "state.pt").exists():
             self._load()
@@ -84,20 +85,18 @@ class Trainer:
         phase = PHASES[self.phase]
         falling = 0.5 * (1 + math.cos(math.pi * self.step / phase.steps))
         rate = phase.final_rate + (1 - phase.final_rate) * falling
-        for group in self.optimizer.param_groups:
-            group["lr"] = phase.learning_rate * rate * min(1.0, (self.step + 1) / WARMUP)
+        self.optimizer.set_rate(phase.learning_rate * rate * min(1.0, (self.step + 1) / WARMUP))
         seed = SEED + 1_000_003 * self.phase + self.step
-        loss = self._tower_step(seed) if not phase.tasks else self._language_step(phase, seed)
-        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(self.device.type, torch.bfloat16):
+            loss = self._language_step(phase, seed) if phase.tasks else self._tower_step(seed)
         loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(self._parameters(), 1.0)
         self.optimizer.step()
         self.step += 1
         if self.step % REPORT_EVERY == 0:
             self._report(phase)
         if self.step >= phase.steps:
             self.phase, self.step = self.phase + 1, 0
-            self.optimizer = self._new_optimizer()
+            self.optimizer = Optimizers(self.model, self.heads)
 
     def _tower_step(self, seed: int) -> Tensor:
         total = torch.zeros((), device=self.device)
@@ -121,21 +120,9 @@ class Trainer:
         self._note(f"{kind} look", float(look.detach()))
         for family, (right, asked) in right_answers(logits, batch).items():
             self._note(f"{kind} {family}", right / asked)
-        hint = look
-        if task.locate:
-            place = place_loss(self.heads["place"], states, task)
-            self._note(f"{kind} place", float(place.detach()))
-            hint = hint + place
-        return loss + phase.look_weight * (1 - self.step / phase.steps) * hint
-
-    def _parameters(self) -> list[Tensor]:
-        return [*self.model.parameters(), *self.heads.parameters()]
-
-    def _new_optimizer(self) -> torch.optim.Optimizer:
-        matrices = [parameter for parameter in self._parameters() if parameter.ndim > 1]
-        others = [parameter for parameter in self._parameters() if parameter.ndim <= 1]
-        groups = [{"params": matrices, "weight_decay": 0.02}, {"params": others, "weight_decay": 0.0}]
-        return torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98))
+        place = place_loss(self.heads["place"], states, task)
+        self._note(f"{kind} place", float(place.detach()))
+        return loss + phase.look_weight * (1 - self.step / phase.steps) * (look + place)
 
     def _note(self, name: str, value: float) -> None:
         self._window[name].append(value)
