@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from vllm_crop.budget import Method, method_evicts
 from vllm_crop.errors import UnsupportedFlagError
+from vllm_crop.localizers.settings import LocalizerConfig
 from vllm_crop.plan import Compression
 
 PositionIds = Literal["renumbered", "original"]
@@ -75,6 +76,9 @@ class CropConfig(BaseModel):
         "tower. MiB per worker; 0 switches it off.",
     )
     limits: CropLimits = Field(default=CropLimits(), description="What one request may ask for.")
+    localizer: LocalizerConfig = Field(
+        default=LocalizerConfig(), description="Who finds the region of a question that comes without one."
+    )
 
     @field_validator("eviction_layers")
     @classmethod

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from vllm_crop.geometry import Region
+from vllm_crop.localizers.decision import Localization
 
-Source = Literal["request", "none", "off", "out_of_view"]
+Source = Literal["request", "engine", "openai", "none", "off", "out_of_view"]
 MAX_HEADER_BYTES = 4096
 
 
@@ -22,6 +23,7 @@ class ImageFacts:
         tokens_avg: embeddings a decoder layer runs with, averaged over layers.
         region: the region asked for, in fractions of the image as sent.
         source: where the region came from; "none" and "out_of_view" images are served whole.
+        localization: what the server's own localizer did, if it was asked.
     """
 
     tokens: int
@@ -29,6 +31,7 @@ class ImageFacts:
     tokens_avg: float
     region: Region | None
     source: Source
+    localization: Localization | None = None
 
     @property
     def pruned(self) -> bool:
@@ -45,6 +48,7 @@ class ImageFacts:
             "tokens_avg": round(self.tokens_avg, 2),
             **region,
             "source": self.source,
+            **({"localizer": _localization_json(self.localization)} if self.localization else {}),
         }
 
 
@@ -54,7 +58,7 @@ def facts_header(images: Sequence[ImageFacts]) -> str:
         "tokens": sum(image.tokens for image in images),
         "tokens_after_plc": sum(image.tokens_after_plc for image in images),
         "tokens_avg": round(sum(image.tokens_avg for image in images), 2),
-        "localizer_ms": None,
+        "localizer_ms": _localizer_ms(images),
     }
     for with_region in (True, False):
         described = [image.to_json(with_region) for image in images]
@@ -62,3 +66,19 @@ def facts_header(images: Sequence[ImageFacts]) -> str:
         if len(header) <= MAX_HEADER_BYTES:
             return header
     return json.dumps({**totals, "num_images": len(images)}, separators=(",", ":"))
+
+
+def _localization_json(localization: Localization) -> dict[str, Any]:
+    confidence = localization.confidence
+    return {
+        "outcome": localization.outcome,
+        "confidence": None if confidence is None else round(confidence, 4),
+        "ms": round(1000 * localization.seconds, 1),
+        "cached": localization.cached,
+    }
+
+
+def _localizer_ms(images: Sequence[ImageFacts]) -> float | None:
+    """Images are localized side by side: the request waits for the slowest."""
+    seconds = [image.localization.seconds for image in images if image.localization is not None]
+    return round(1000 * max(seconds), 1) if seconds else None

@@ -4,9 +4,13 @@
 from collections.abc import Sequence
 from functools import lru_cache
 
-from prometheus_client import Counter
+from prometheus_client import Counter, Histogram
 
 from vllm_crop.facts import ImageFacts
+from vllm_crop.localizers.decision import FALLBACKS, Localization
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+_CONFIDENCE = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
 
 
 class CropMetrics:
@@ -23,12 +27,45 @@ class CropMetrics:
         )
         self.images = Counter(
             "crop:images",
-            "Served images by where their region came from: request, none, off, out_of_view.",
+            "Served images by where their region came from: request, engine, openai, none, off, out_of_view.",
             ["model_name", "source"],
         )
         self.requests = Counter(
             "crop:requests", "Requests with images by outcome: pruned, whole.", ["model_name", "outcome"]
         )
+
+        labels = ["model_name", "localizer"]
+        self.localizations = Counter(
+            "crop:localizations",
+            f"Images localized by the server, by outcome; fallbacks to the whole: {', '.join(FALLBACKS)}.",
+            [*labels, "outcome"],
+        )
+        self.localizer_cache_hits = Counter(
+            "crop:localizer_cache_hits", "Localized images whose region was known.", labels
+        )
+        self.localizer_seconds = Histogram(
+            "crop:localizer_seconds",
+            "Seconds that images waited for their region; known ones apart.",
+            labels,
+            buckets=_SECONDS,
+        )
+        self.localizer_confidence = Histogram(
+            "crop:localizer_confidence",
+            "Probability the localizer gave its own answer.",
+            labels,
+            buckets=_CONFIDENCE,
+        )
+
+    def record_localization(self, model_name: str, localization: Localization) -> None:
+        """Count one image that the server has localized, whatever becomes of the request."""
+        labels = model_name, localization.localizer
+        self.localizations.labels(*labels, localization.outcome).inc()
+        if localization.cached:
+            self.localizer_cache_hits.labels(*labels).inc()
+        else:
+            self.localizer_seconds.labels(*labels).observe(localization.seconds)
+        if localization.confidence is not None:
+            self.localizer_confidence.labels(*labels).observe(localization.confidence)
 
     def record(self, model_name: str, images: Sequence[ImageFacts]) -> None:
         """Count one request's images."""

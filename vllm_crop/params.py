@@ -11,6 +11,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from vllm_crop.budget import Method, method_evicts
 from vllm_crop.config import LONGEST_KEY, CropConfig, describe_errors, shorten
 from vllm_crop.geometry import Box, Region
+from vllm_crop.localizers.questions import LONGEST_QUESTION
+from vllm_crop.localizers.settings import Pinning
 from vllm_crop.plan import Compression
 
 MAX_IMAGES = 1024  # a bound for the list's length before anything is known of the request's images
@@ -77,6 +79,17 @@ class CropParams(BaseModel):
         default=None,
         description="'plc' compresses visual tokens before the language model, 'ilp' evicts them inside it, "
         "'plc+ilp' does both, 'off' leaves the images as they are.",
+    )
+
+    localize: Pinning | None = Field(
+        default=None,
+        description="Which question an image's region is found for, where the server finds regions: 'pinned' "
+        "that of the message the image came with, 'latest' the conversation's last one, 'off' none.",
+    )
+    question: Annotated[str, Field(min_length=1, max_length=LONGEST_QUESTION)] | None = Field(
+        default=None,
+        description="The question to find regions for, where the prompt does not show which it is or the "
+        "localizer should be asked another.",
     )
 
     @classmethod

@@ -7,7 +7,8 @@ looked at when the route itself reads it, which is after authentication, and sta
 """
 
 import json
-from typing import NoReturn
+from collections.abc import Mapping
+from typing import Any, NoReturn
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -56,7 +57,7 @@ class _Exchange:
         self.scope = scope
         self.receive = receive
         self.send = send
-        self.context = RequestContext()
+        self.context = RequestContext(adapters=_loaded_adapters(scope))
         self.rejection: tuple[int, InvalidCropError] | None = None
         self.rejected = False
         self.chunks: list[bytes] = []
@@ -162,3 +163,9 @@ def _is_json_post(scope: Scope) -> bool:
         return False
     media_type = Headers(scope=scope).get("content-type", "").partition(";")[0].strip().lower()
     return media_type == "application/json" or media_type.endswith("+json")
+
+
+def _loaded_adapters(scope: Scope) -> Mapping[str, Any]:
+    """The server's LoRA adapters by name, which the localizer may answer with."""
+    models = getattr(scope["app"].state, "openai_serving_models", None) if "app" in scope else None
+    return getattr(models, "lora_requests", {})

@@ -63,8 +63,10 @@ def test_a_fine_installation() -> None:
 def test_every_setting_is_listed_with_its_default() -> None:
     listed = {setting["key"]: setting for setting in report(0)["config"]}
     plain = CropConfig().model_dump()
-    limits = plain.pop("limits")
-    expected = {**plain, **{f"limits.{name}": value for name, value in limits.items()}}
+    nested = {name: plain.pop(name) for name in ("limits", "localizer")}
+    expected = plain | {
+        f"{name}.{key}": value for name, keys in nested.items() for key, value in keys.items()
+    }
     assert {key: setting["default"] for key, setting in listed.items()} == expected
     assert all(setting["description"] for setting in listed.values())
 

@@ -83,12 +83,11 @@ def describe_config(settings: type[BaseModel], prefix: str = "") -> list[dict[st
     """Every key of a configuration with default and description, nested keys as `limits.max_...`."""
     described = []
     for name, field in settings.model_fields.items():
-        if isinstance(field.default, BaseModel):
-            described += describe_config(type(field.default), f"{prefix}{name}.")
+        default = field.get_default(call_default_factory=True)
+        if isinstance(default, BaseModel):
+            described += describe_config(type(default), f"{prefix}{name}.")
         else:
-            described.append(
-                {"key": f"{prefix}{name}", "default": field.default, "description": field.description}
-            )
+            described.append({"key": f"{prefix}{name}", "default": default, "description": field.description})
     return described
 
 

@@ -4,6 +4,7 @@
 import importlib
 import inspect
 from collections.abc import Callable, Iterable
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -11,7 +12,7 @@ from packaging.specifiers import SpecifierSet
 
 from vllm_crop.compat.eviction_points import EVICTION_POINTS
 from vllm_crop.compat.import_hooks import when_imported
-from vllm_crop.compat.patches import cli_flags, input_processor, model_config
+from vllm_crop.compat.patches import cli_flags, engine, input_processor, model_config
 from vllm_crop.compat.points import UpstreamPoint
 from vllm_crop.config import CropConfig
 from vllm_crop.errors import UnsupportedVersionError
@@ -103,6 +104,33 @@ UPSTREAM_POINTS = (
         "the same for the API server",
     ),
     UpstreamPoint(
+        "vllm.renderers.base",
+        "BaseRenderer.render_messages",
+        ("self", "messages", "params"),
+        "sees the messages that a question is taken from",
+    ),
+    UpstreamPoint(
+        "vllm.renderers.base",
+        "BaseRenderer.render_chat_async",
+        ("self", "conversations", "chat_params"),
+        "makes the localizer's own prompt",
+    ),
+    UpstreamPoint("vllm.v1.engine.async_llm", "AsyncLLM.__init__", ("self", "vllm_config"), engine.REASON),
+    UpstreamPoint(
+        "vllm.v1.engine.async_llm",
+        "AsyncLLM.generate",
+        ("self", "prompt", "sampling_params", "request_id"),
+        "answers the localizer's own request",
+    ),
+    UpstreamPoint("vllm.v1.engine.llm_engine", "LLMEngine.__init__", ("self", "vllm_config"), engine.REASON),
+    UpstreamPoint(
+        "vllm.v1.engine.llm_engine",
+        "LLMEngine.add_request",
+        ("self", "request_id", "prompt", "params"),
+        "answers the localizer's own request offline",
+    ),
+    UpstreamPoint("vllm.v1.engine.llm_engine", "LLMEngine.step", ("self",), "the same"),
+    UpstreamPoint(
         "vllm.model_executor.models.llava",
         "LlavaForConditionalGeneration.embed_multimodal",
         ("self", "kwargs"),
@@ -160,6 +188,8 @@ def install() -> None:
         "vllm.model_executor.models.registry": _register_models,
         "vllm.model_executor.models.config": _register_config_hooks,
         "vllm.v1.engine.input_processor": _patch_input_processor,
+        "vllm.v1.engine.async_llm": _patch_async_llm,
+        "vllm.v1.engine.llm_engine": _patch_llm_engine,
     }
     for module_name, hook in hooks.items():
         when_imported(module_name, hook)
@@ -176,6 +206,20 @@ def _require_supported_for(config: CropConfig) -> None:
 
 def _patch_input_processor(module: ModuleType) -> None:
     input_processor.patch(module.InputProcessor)
+
+
+def _patch_async_llm(module: ModuleType) -> None:
+    engine.patch(module.AsyncLLM, partial(_attach, "ServingEngine"))
+
+
+def _patch_llm_engine(module: ModuleType) -> None:
+    engine.patch(module.LLMEngine, partial(_attach, "OfflineEngine"))
+
+
+def _attach(kind: str, made: Any) -> None:
+    attach = getattr(made.renderer, "attach_engine", None)  # our renderer's only
+    if attach is not None:
+        attach(getattr(importlib.import_module("vllm_crop.frontend.engines"), kind), made)
 
 
 def _register_models(registry: ModuleType) -> None:

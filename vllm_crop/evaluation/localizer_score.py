@@ -10,7 +10,7 @@ from vllm_crop.evaluation.questions import TestScene
 from vllm_crop.evaluation.regions import area, coverage, parse_location
 from vllm_crop.evaluation.stats import Estimate, wilson
 from vllm_crop.evaluation.store import CellResult
-from vllm_crop.tinyvqa.questions import WHOLE
+from vllm_crop.localizers.dialects import WHOLE
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,14 @@
 """Where a question's region comes from: the truth, the model itself, or a control that should not help."""
 
 import random
-import re
 from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 from vllm_crop.evaluation.questions import TestScene
-from vllm_crop.geometry import GRID_CELLS, Box, Region
-from vllm_crop.tinyvqa.questions import WHOLE, CellBox, Question, boxes_region
+from vllm_crop.geometry import Box, Region
+from vllm_crop.localizers.base import UnreadableAnswerError
+from vllm_crop.localizers.dialects import read_cells
+from vllm_crop.tinyvqa.questions import CellBox, Question
 
 Source = Literal["oracle", "localizer", "random", "centre", "shuffled", "whole"]
 SOURCES: tuple[str, ...] = get_args(Source)
@@ -20,25 +21,17 @@ DESCRIPTIONS: dict[str, str] = {
     "shuffled": "the true region of another question of the family, about another scene",
     "whole": "the whole image, pruned evenly",
 }
-_BOX = re.compile(rf"(?:[0-{GRID_CELLS - 1}]{{4}}){{1,2}}")
 
 
 def parse_location(text: str) -> Region | None:
     """What the localizer said, as a region; the whole image, where it said so.
 
-    "2335" is columns 2 to 3 and rows 3 to 5 of 8x8 cells; a second box may follow. None for everything else:
-    the image is then served whole, and counted.
+    None for what cannot be read: the image is then served whole, and counted.
     """
-    said = text.strip()
-    if said == WHOLE:
-        return Region.whole()
-    if not _BOX.fullmatch(said):
+    try:
+        return read_cells(text) or Region.whole()
+    except UnreadableAnswerError:
         return None
-    numbers = [int(digit) for digit in said]
-    boxes = [(numbers[i], numbers[i + 1], numbers[i + 2], numbers[i + 3]) for i in range(0, len(numbers), 4)]
-    if any(x0 > x1 or y0 > y1 for x0, y0, x1, y1 in boxes):
-        return None
-    return boxes_region(tuple(boxes), GRID_CELLS)
 
 
 def regions_for(

@@ -10,13 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from vllm_crop.geometry import Box, Region
+from vllm_crop.localizers.dialects import WHOLE
 from vllm_crop.tinyvqa.scenes import COLOURS, DIGITS, SHAPES, Cell, Scene, Thing, neighbours
 
 LOCAL = ("read", "relation", "compare")
 GLOBAL = ("search", "count")
 FAMILIES = LOCAL + GLOBAL
-WHOLE = "whole"  # what the localizer says where no region would do
-
 CellBox = tuple[int, int, int, int]  # first column, first row, last column, last row: both ends included
 
 
@@ -39,7 +38,7 @@ class Question:
 
     @property
     def location(self) -> str:
-        """What the localizer answers: "2335" is columns 2 to 3, rows 3 to 5; two boxes follow each other."""
+        """What the localizer answers, in the dialect "cells"."""
         return "".join(str(number) for box in self.boxes for number in box) or WHOLE
 
     def region(self, side: int) -> Region:

@@ -4,7 +4,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from vllm_crop.tinyvqa.questions import WHOLE
+from vllm_crop.localizers.dialects import WHOLE
 from vllm_crop.tinyvqa.scenes import COLOURS, SHAPES
 
 START, END = "<|im_start|>", "<|im_end|>"

@@ -13,7 +13,7 @@ from torch import Tensor
 from vllm_crop.tinyvqa import words
 from vllm_crop.tinyvqa.drawing import draw_scene, thumbnail
 from vllm_crop.tinyvqa.questions import Question, ask
-from vllm_crop.tinyvqa.scenes import Scene, make_scene, training_seed
+from vllm_crop.tinyvqa.scenes import Cell, Scene, make_scene, training_seed
 
 IGNORED = -100
 
@@ -58,6 +58,7 @@ class Batch:
         answering: `[scenes, questions]` index of the token before the answer.
         looks: `[stages, scenes, heads, questions, tokens]` whether an image token shows what to look at:
             first the things named, then those that decide; a head for the first thing and one for the second.
+        places: `[scenes, questions, 2]` row and column of the cell to look at, `IGNORED` where it is not one.
         families: per scene and question.
     """
 
@@ -66,6 +67,7 @@ class Batch:
     targets: Tensor
     answering: Tensor
     looks: Tensor
+    places: Tensor
     families: list[list[str]]
 
     def to(self, device: torch.device) -> "Batch":
@@ -77,6 +79,7 @@ class Batch:
             targets=self.targets.to(device),
             answering=self.answering.to(device),
             looks=self.looks.to(device),
+            places=self.places.to(device),
         )
 
 
@@ -116,6 +119,7 @@ class BatchMaker:
             targets=torch.tensor([[row[1] for row in scene] for scene in rows]),
             answering=torch.tensor([[row[2] for row in scene] for scene in rows]),
             looks=torch.stack([_looks(questions, task) for questions in asked], dim=1),
+            places=torch.tensor([[_place(question, task) for question in questions] for questions in asked]),
             families=[[question.family for question in questions] for questions in asked],
         )
 
@@ -143,14 +147,24 @@ def _ask_many(scene: Scene, task: Task, chance: random.Random) -> list[Question]
     return questions
 
 
+def _stages(question: Question, task: Task) -> tuple[tuple[Cell, ...], tuple[Cell, ...]]:
+    """What to look at first and then."""
+    if not task.locate:
+        return question.named, question.decisive
+    return (question.named,) * 2 if question.boxes else ((), ())
+
+
+def _place(question: Question, task: Task) -> Cell:
+    cells = _stages(question, task)[1]
+    return cells[0] if len(cells) == 1 else (IGNORED, IGNORED)
+
+
 def _looks(questions: Sequence[Question], task: Task) -> Tensor:
     """`[2, 2, questions, tokens]`; a place is found by the things named alone, the whole by none."""
     side, scale = task.side, task.num_tokens // task.side
     looks = torch.zeros(2, 2, len(questions), side, side, dtype=torch.bool)
     for index, question in enumerate(questions):
-        if task.locate and not question.boxes:
-            continue
-        for stage, cells in enumerate((question.named, question.named if task.locate else question.decisive)):
+        for stage, cells in enumerate(_stages(question, task)):
             first, second = (cells[:1], cells[1:]) if question.family == "compare" else (cells, cells)
             for head, seen in enumerate((first, second)):
                 for row, col in seen:

@@ -105,7 +105,7 @@ class Probes:
     """What to bring back from within the language model.
 
     Attributes:
-        layers: the layers whose attention is asked for; image states are taken before the first of them.
+        layers: the layers whose attention is asked for; states are taken before each of them.
         tokens: `[batch, questions]` index of the answering token within the question.
     """
 
@@ -121,12 +121,14 @@ class States:
         last: `[batch, questions, length, hidden]`, after the last layer.
         looked: for each probed layer the log attention `[batch, heads, questions, rows * cols]` that the
             answering tokens pay to the image's tokens.
-        image: `[batch, rows * cols, hidden]`, the image's tokens before the first probed layer.
+        image: for each probed layer `[batch, rows * cols, hidden]`, the image's tokens before it.
+        asking: for each probed layer `[batch, questions, hidden]`, the answering tokens before it.
     """
 
     last: Tensor
     looked: list[Tensor]
-    image: Tensor
+    image: list[Tensor]
+    asking: list[Tensor]
 
 
 def language_states(
@@ -143,19 +145,21 @@ def language_states(
     before = language.embed_tokens(prefix).expand(batch, -1, -1)
     hidden = torch.cat([before, image, language.embed_tokens(questions.flatten(1))], dim=1)
     cos, sin = language.rotary_emb(hidden, layout.positions[:, None])
+    at = layout.image + torch.arange(count, device=hidden.device) * length + probes.tokens
     looked: list[Tensor] = []
-    known = image
+    shown: list[Tensor] = []
+    asking: list[Tensor] = []
     for index, layer in enumerate(language.layers):
         query, key, value = _projected(layer.self_attn, layer.input_layernorm(hidden), cos, sin)
-        if index == probes.layers[0]:
-            known = hidden[:, PREFIX : layout.image]
         if index in probes.layers:
-            looked.append(_look(query, key, probes.tokens, layout.image, length))
+            looked.append(_look(query, key, at, layout.image))
+            shown.append(hidden[:, PREFIX : layout.image])
+            asking.append(hidden.gather(1, at[:, :, None].expand(-1, -1, hidden.shape[-1])))
         mixed = _attend(query, key, value, layout.image, length)
         hidden = hidden + layer.self_attn.o_proj(mixed.transpose(1, 2).flatten(2))
         hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
     states = language.norm(hidden[:, layout.image :])
-    return States(states.view(batch, count, length, -1), looked, known)
+    return States(states.view(batch, count, length, -1), looked, shown, asking)
 
 
 def _projected(attention: Any, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -188,9 +192,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, image: int, length: int) 
     return torch.cat([mixed, answered], dim=2)
 
 
-def _look(query: Tensor, key: Tensor, tokens: Tensor, image: int, length: int) -> Tensor:
+def _look(query: Tensor, key: Tensor, at: Tensor, image: int) -> Tensor:
     batch, heads, _, width = query.shape
-    index = tokens + torch.arange(tokens.shape[1], device=tokens.device) * length + image
-    asking = query.gather(2, index[:, None, :, None].expand(batch, heads, -1, width))
+    asking = query.gather(2, at[:, None, :, None].expand(batch, heads, -1, width))
     scores = asking @ key[:, :, :image].transpose(2, 3) / width**0.5
     return functional.log_softmax(scores, dim=-1)[..., PREFIX:]

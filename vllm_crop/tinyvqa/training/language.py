@@ -48,22 +48,33 @@ def answer_states(model: Any, tokenizer: Any, batch: Batch, task: Task, train_vi
 
 
 class PlaceHeads(nn.Module):
-    """Read the row and the column off an image token's state. Thrown away after the training."""
+    """Read the row and the column off a token's state. Thrown away after the training."""
 
     def __init__(self, hidden: int) -> None:
         super().__init__()
         self.row = nn.Linear(hidden, GRID_CELLS)
         self.column = nn.Linear(hidden, GRID_CELLS)
 
+    def loss(self, states: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """Cross entropy of `[..., hidden]` states against `[...]` cells."""
+        row, column = self.row(states).flatten(0, -2), self.column(states).flatten(0, -2)
+        return functional.cross_entropy(row, rows.flatten(), ignore_index=IGNORED) + functional.cross_entropy(
+            column, columns.flatten(), ignore_index=IGNORED
+        )
 
-def place_loss(heads: PlaceHeads, states: States, task: Task) -> Tensor:
-    """Cross entropy of the cell that each token of an image belongs to: rotations alone hardly tell."""
-    cells = torch.arange(task.num_tokens, device=states.image.device) * task.side // task.num_tokens
-    row, column = torch.meshgrid(cells, cells, indexing="ij")
-    scenes = len(states.image)
-    return functional.cross_entropy(
-        heads.row(states.image).flatten(0, 1), row.flatten().repeat(scenes)
-    ) + functional.cross_entropy(heads.column(states.image).flatten(0, 1), column.flatten().repeat(scenes))
+
+def place_loss(heads: PlaceHeads, states: States, batch: Batch, task: Task) -> tuple[Tensor, Tensor]:
+    """How well tokens tell where they are, and answering tokens where to look next.
+
+    Image tokens are to know their cell, which rotations alone hardly tell. An answering token is to know the
+    cell that decides before the layer that looks at it; the same heads read both, so that the two can meet.
+    """
+    cells = torch.arange(task.num_tokens, device=batch.places.device) * task.side // task.num_tokens
+    row, column = (
+        part.flatten().repeat(len(batch.places)) for part in torch.meshgrid(cells, cells, indexing="ij")
+    )
+    own = torch.stack([heads.loss(state, row, column) for state in states.image]).mean()
+    return own, heads.loss(states.asking[-1], batch.places[..., 0], batch.places[..., 1])
 
 
 def answer_loss(logits: Tensor, batch: Batch) -> Tensor:

@@ -37,7 +37,7 @@ PHASES = (
     Phase("tower", 5500, 2e-3),
     Phase(
         "small",
-        1500,
+        2000,
         3e-3,
         (_small(FIRST, (3, 6)), Task(8, (8, 12), 8, 16, FIRST, locate=True)),
         0.5,

@@ -120,9 +120,10 @@ class Trainer:
         self._note(f"{kind} look", float(look.detach()))
         for family, (right, asked) in right_answers(logits, batch).items():
             self._note(f"{kind} {family}", right / asked)
-        place = place_loss(self.heads["place"], states, task)
+        place, target = place_loss(self.heads["place"], states, batch, task)
         self._note(f"{kind} place", float(place.detach()))
-        return loss + phase.look_weight * (1 - self.step / phase.steps) * (look + place)
+        self._note(f"{kind} target", float(target.detach()))
+        return loss + phase.look_weight * (1 - self.step / phase.steps) * (look + place + target)
 
     def _note(self, name: str, value: float) -> None:
         self._window[name].append(value)

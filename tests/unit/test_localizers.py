@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Localizers: what answers mean, what is made of them, which question an image has, and asking once."""
+
+import asyncio
+import itertools
+import re
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from pydantic import ValidationError
+
+from tests.unit.strategies import boxes
+from vllm_crop.geometry import Box, Region, TokenGrid
+from vllm_crop.localizers.base import Located, UnreadableAnswerError
+from vllm_crop.localizers.decision import settle
+from vllm_crop.localizers.dialects import DIALECTS, WHOLE, read_cells, read_pixels, read_thousandths
+from vllm_crop.localizers.questions import LONGEST_QUESTION, normalised, questions_of
+from vllm_crop.localizers.settings import LocalizerConfig
+from vllm_crop.localizers.shared import SharedAnswers
+from vllm_crop.localizers.thumbnails import as_image, image_key, shrink, size_for_tokens
+from vllm_crop.smart_resize import SmartResize
+
+CELLS = "".join(map(str, range(8)))
+
+
+def test_the_regex_allows_every_legal_box_and_nothing_else() -> None:
+    regex = re.compile(DIALECTS["cells"].regex)
+    for x0, y0, x1, y1 in itertools.product(CELLS, repeat=4):
+        legal = x0 <= x1 and y0 <= y1
+        assert bool(regex.fullmatch(x0 + y0 + x1 + y1)) == legal
+        if legal:
+            assert read_cells(x0 + y0 + x1 + y1) == Region.from_grid_cells(int(x0), int(y0), int(x1), int(y1))
+    assert regex.fullmatch(WHOLE)
+    assert regex.fullmatch("23350077")
+    for wrong in ("", "233", "23353", "2335 0077", "whole2335", "8000", "233500772335"):
+        assert not regex.fullmatch(wrong)
+
+
+def test_two_boxes_of_cells_and_the_whole_image() -> None:
+    two = read_cells(" 00112335\n")
+    assert two is not None
+    assert two.as_lists() == [[0, 0, 0.25, 0.25], [0.25, 0.375, 0.5, 0.75]]
+    assert read_cells("whole") is None
+
+
+@pytest.mark.parametrize("said", ["", "WHOLE", "the red one", "5233", "2335 ", "23358", "٢٣٣٥", "9" * 10**6])
+def test_what_is_no_box_of_cells_cannot_be_read(said: str) -> None:
+    if said == "2335 ":
+        assert read_cells(said) is not None  # spaces around it are nothing
+        return
+    with pytest.raises(UnreadableAnswerError):
+        read_cells(said)
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("[10, 20, 110, 220]", [[0.05, 0.05, 0.55, 0.55]]),
+        ('{"bbox_2d": [10, 20, 110, 220]}', [[0.05, 0.05, 0.55, 0.55]]),
+        ('```json\n[{"bbox_2d": [0, 0, 200, 400], "label": "a sign"}]\n```', [[0, 0, 1, 1]]),
+        ("[[0, 0, 100, 100], [100, 200, 205, 401]]", [[0, 0, 0.5, 0.25], [0.5, 0.5, 1, 1]]),
+        ("[]", None),
+    ],
+)
+def test_json_boxes_are_fractions_of_the_image_shown(said: str, expected: Any) -> None:
+    region = read_pixels(said, (200, 400))
+    assert (region and region.as_lists()) == expected
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "I think it is at the top",
+        "[1, 2, 3]",
+        '[{"label": "no box"}]',
+        "[10, 10, 10, 50]",
+        "[300, 300, 400, 500]",
+        "[NaN, 0, 1, 1]",
+        "[true, 0, 1, 1]",
+        '["0", "0", "9", "9"]',
+        "null",
+        "[" * 2000,
+        str([[0, 0, 9, 9]] * 17),
+        "[0, 0, 1" + "0" * 5000 + ", 1]",
+    ],
+)
+def test_what_is_no_json_box_cannot_be_read(said: str) -> None:
+    with pytest.raises(UnreadableAnswerError):
+        read_pixels(said, (200, 400))
+
+
+def test_thousandths_do_not_depend_on_the_image() -> None:
+    region = read_thousandths("[250, 500, 500, 1000]", (77, 13))
+    assert region is not None
+    assert region.as_lists() == [[0.25, 0.5, 0.5, 1.0]]
+
+
+@pytest.mark.parametrize("name", ["pixels", "thousandths"])
+def test_the_json_regex_allows_what_can_be_read(name: str) -> None:
+    regex = re.compile(DIALECTS[name].regex)
+    one, two = '{"bbox_2d": [1, 2, 30, 400]}', '{"bbox_2d": [5, 6, 7, 8]}'
+    for said in ("[]", f"[{one}]", f"[{one}, {two}]"):
+        assert regex.fullmatch(said)
+        DIALECTS[name].read(said, (1000, 1000))
+    assert not regex.fullmatch("[1, 2, 3, 4]")
+
+
+def located(confidence: float | None, box: Box | None = None) -> Located:
+    return Located(Region((box or Box(0.25, 0.25, 0.5, 0.5),)), confidence)
+
+
+def test_the_thresholds_decide_between_region_wider_region_and_whole_image() -> None:
+    config = LocalizerConfig(whole_below=0.3, widen_below=0.6, widen_by=0.125)
+    assert settle(located(0.29), config) == (None, "low_confidence")
+    region, outcome = settle(located(0.3), config)
+    assert (region and region.as_lists(), outcome) == ([[0.125, 0.125, 0.625, 0.625]], "widened")
+    assert settle(located(0.6), config) == (located(0.6).region, "region")
+    assert settle(located(None), config) == (located(None).region, "region")
+    assert settle(Located(None, 0.01), config) == (None, "global")
+
+
+@given(box=boxes(), area=st.integers(0, 100), margin=st.integers(0, 50))
+def test_regions_grow_within_the_image_and_around_the_box(box: Box, area: int, margin: int) -> None:
+    config = LocalizerConfig(min_area=area / 100, margin=margin / 100)
+    region, _ = settle(located(None, box), config)
+    assert region is not None
+    (grown,) = region.boxes
+    assert grown.x0 <= box.x0 + 1e-9
+    assert grown.y0 <= box.y0 + 1e-9
+    assert grown.x1 >= box.x1 - 1e-9
+    assert grown.y1 >= box.y1 - 1e-9
+    assert min(grown.x0, grown.y0, 1 - grown.x1, 1 - grown.y1) >= 0
+    assert (grown.x1 - grown.x0) * (grown.y1 - grown.y0) >= config.min_area - 1e-9
+
+
+def test_a_configuration_that_cannot_work_is_refused() -> None:
+    with pytest.raises(ValidationError, match="base_url"):
+        LocalizerConfig(kind="openai", model="m")
+    with pytest.raises(ValidationError, match="question"):
+        LocalizerConfig(prompt="Where?")
+    with pytest.raises(ValidationError):
+        LocalizerConfig(kind="psychic")  # type: ignore[arg-type]
+
+
+def user(text: str | None, images: int = 0) -> dict[str, Any]:
+    parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": "data:"}}] * images
+    return {"role": "user", "content": parts + ([] if text is None else [{"type": "text", "text": text}])}
+
+
+FIRST = [
+    {"role": "system", "content": "Be brief."},
+    user("What number is on the circle?", images=2),
+    {"role": "assistant", "content": "Four."},
+]
+
+
+def test_an_image_keeps_the_question_it_came_with() -> None:
+    followed = [*FIRST, user("And on the square?", images=1)]
+    asked = "What number is on the circle?"
+    assert questions_of(FIRST, "pinned") == [asked, asked]
+    assert questions_of(followed, "pinned") == [asked, asked, "And on the square?"]
+    assert questions_of(followed, "latest") == ["And on the square?"] * 3
+    assert questions_of(followed, "off") == [None] * 3
+
+
+def test_an_image_without_words_belongs_to_the_next_question_or_the_last() -> None:
+    assert questions_of([user(None, 1), user("Which?")], "pinned") == ["Which?"]
+    assert questions_of([user("Which?"), user(None, 1)], "pinned") == ["Which?"]
+    assert questions_of([user(None, 1)], "pinned") == [None]
+    assert questions_of([{"role": "tool", "content": user(None, 1)["content"]}, user("Q?")], "pinned") == [
+        "Q?"
+    ]
+
+
+def test_every_shape_of_a_message_is_understood() -> None:
+    images = [{"image_url": "data:"}, {"type": "input_image", "image_url": "data:"}]
+    message = {"role": "user", "content": [*images, "which", {"text": " one?"}]}
+    assert questions_of([message], "pinned") == ["which one?"] * 2
+    empty = [{"role": "user", "content": None}, {"role": "user", "content": "text"}]
+    assert questions_of(empty, "pinned") == []
+
+
+def test_a_long_question_keeps_its_end() -> None:
+    assert normalised(f"{'x ' * LONGEST_QUESTION}\n\t why?").endswith("x why?")
+    assert len(normalised("x" * 10**5)) == LONGEST_QUESTION
+
+
+def resize_geometry() -> Any:
+    return SmartResize(token_side=16, min_pixels=64 * 64, max_pixels=768 * 768)
+
+
+@given(width=st.integers(20, 2000), height=st.integers(20, 2000), most=st.integers(16, 300))
+def test_thumbnails_cost_no_more_than_allowed(width: int, height: int, most: int) -> None:
+    if max(width, height) > 100 * min(width, height):
+        return
+    size = size_for_tokens(resize_geometry(), width, height, most)
+    if size is not None:
+        assert resize_geometry().grid(*size).num_tokens <= most
+        assert size[0] <= width
+        assert size[1] <= height
+
+
+def test_a_thumbnail_of_384_pixels_has_64_tokens_of_them() -> None:
+    assert size_for_tokens(resize_geometry(), 384, 384, 64) == (128, 128)
+    assert size_for_tokens(resize_geometry(), 100, 100, 64) == (100, 100)
+
+
+def test_where_every_image_costs_the_same_none_is_smaller() -> None:
+    class Fixed:
+        def grid(self, width: int, height: int) -> TokenGrid:
+            return TokenGrid(24, 24)
+
+    assert size_for_tokens(Fixed(), 500, 300, 64) is None  # type: ignore[arg-type]
+
+
+def test_pictures_are_known_by_what_they_show() -> None:
+    red, blue = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
+    assert image_key(red) == image_key(red.copy())
+    assert len({image_key(red), image_key(blue), image_key(red.resize((4, 16))), image_key(red, b"png")}) == 4
+    assert as_image(red) is red
+    assert as_image({"image_embeds": 1}) is None
+    assert as_image(None) is None
+    assert shrink(Image.new("CMYK", (64, 64)), (16, 16)).mode == "RGB"
+
+
+class Work:
+    """Work that can be let go, and counts."""
+
+    def __init__(self, fail: bool = False) -> None:
+        self.started = self.cancelled = 0
+        self.done, self.fail = asyncio.Event(), fail
+
+    async def __call__(self) -> str:
+        self.started += 1
+        try:
+            await self.done.wait()
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        if self.fail:
+            raise ValueError("no")
+        return f"answer {self.started}"
+
+
+def test_those_who_ask_together_share_one_answer() -> None:
+    async def scenario() -> None:
+        answers, work = SharedAnswers[str](10), Work()
+        tasks = [asyncio.ensure_future(answers.make("key", work)) for _ in range(5)]
+        await asyncio.sleep(0)
+        tasks[0].cancel()  # who asked first goes away
+        work.done.set()
+        assert await asyncio.gather(*tasks[1:]) == ["answer 1"] * 4
+        assert tasks[0].cancelled()
+        assert await answers.make("key", work) == "answer 1"
+        assert (work.started, work.cancelled) == (1, 0)
+
+    asyncio.run(scenario())
+
+
+def test_work_nobody_waits_for_is_cancelled_and_begun_anew_when_asked_again() -> None:
+    async def scenario() -> None:
+        answers, work = SharedAnswers[str](10), Work()
+        tasks = [asyncio.ensure_future(answers.make("key", work)) for _ in range(2)]
+        await asyncio.sleep(0)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        again = asyncio.ensure_future(answers.make("key", work))  # before the cancelled work has ended
+        await asyncio.sleep(0)
+        work.done.set()
+        assert await again == "answer 2"
+        assert (work.started, work.cancelled) == (2, 1)
+        assert not answers._running
+
+    asyncio.run(scenario())
+
+
+def test_failures_reach_all_who_wait_and_are_not_remembered() -> None:
+    async def scenario() -> None:
+        answers, work = SharedAnswers[str](10), Work(fail=True)
+        work.done.set()
+        failed = await asyncio.gather(*(answers.make("key", work) for _ in range(3)), return_exceptions=True)
+        assert [type(one) for one in failed] == [ValueError] * 3
+        work.fail = False
+        assert await answers.make("key", work) == "answer 2"
+
+    asyncio.run(scenario())
+
+
+def test_the_answer_not_asked_for_the_longest_is_forgotten() -> None:
+    answers = SharedAnswers[str](2)
+    answers.put("a", "1")
+    answers.put("b", "2")
+    assert answers.get("a") == "1"
+    answers.put("c", "3")
+    assert [answers.get(key) for key in "abc"] == ["1", None, "3"]
+    nothing = SharedAnswers[str](0)
+    nothing.put("a", "1")
+    assert nothing.get("a") is None

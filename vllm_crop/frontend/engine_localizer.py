@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The served model finds the region itself: one short request with a thumbnail before the real one."""
+
+import asyncio
+import math
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+from vllm.renderers.params import ChatParams
+from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
+
+from vllm_crop.frontend.engines import OfflineEngine, ServingEngine
+from vllm_crop.geometry import Region
+from vllm_crop.localizers.base import Asked, LocalizerError, Located
+from vllm_crop.localizers.dialects import DIALECTS
+from vllm_crop.localizers.settings import LocalizerConfig
+from vllm_crop.localizers.thumbnails import shrink, size_for_tokens
+from vllm_crop.params import CropParams
+from vllm_crop.request_context import RequestContext, current_request
+from vllm_crop.vision_geometry import VisionGeometry
+
+
+@dataclass(frozen=True)
+class _Glance:
+    """What the model is shown, and what is done with its tokens."""
+
+    picture: Image.Image
+    params: CropParams
+
+
+class EngineLocalizer:
+    """A Localizer that is the served model."""
+
+    name: Asked = "engine"
+
+    def __init__(self, renderer: Any, geometry: VisionGeometry, config: LocalizerConfig) -> None:
+        """`renderer`: the server's CropRenderer, whose `engine` answers."""
+        self.renderer, self.geometry, self.config = renderer, geometry, config
+        self.dialect = DIALECTS[config.dialect]
+        self.prompt = config.prompt or self.dialect.prompt
+        self.version = f"engine {config.adapter} {config.dialect} {config.thumbnail_tokens} {self.prompt}"
+
+    async def locate(self, image: Image.Image, question: str) -> Located:
+        """Ask the engine as one more request; cancelling this aborts it."""
+        engine, options = self._engine(ServingEngine), self._options()
+        glance = await asyncio.to_thread(self._glance, image)
+        with _inner_request(glance.params):
+            _, prompts = await self.renderer.render_chat_async(
+                [self._messages(glance, question)], self._chat_params()
+            )
+            output = await engine.generate(prompts[0], self._sampling(), options)
+        return self._read(output, glance)
+
+    def locate_now(self, image: Image.Image, question: str) -> Located:
+        """The same for the offline `LLM`, whose other requests wait meanwhile."""
+        engine, options = self._engine(OfflineEngine), self._options()
+        glance = self._glance(image)
+        with _inner_request(glance.params):
+            _, prompts = self.renderer.render_chat([self._messages(glance, question)], self._chat_params())
+            output = engine.generate(prompts[0], self._sampling(), options)
+        return self._read(output, glance)
+
+    def _engine(self, kind: type) -> Any:
+        engine = self.renderer.engine
+        if not isinstance(engine, kind):
+            raise LocalizerError("this process has no engine to ask")
+        return engine
+
+    def _glance(self, image: Image.Image) -> _Glance:
+        size = size_for_tokens(self.geometry, *image.size, self.config.thumbnail_tokens)
+        if size is not None:
+            return _Glance(shrink(image, size), CropParams(method="off"))
+        # Every image costs the same here: average its tokens over the whole image instead.
+        full = self.geometry.grid(*image.size).num_tokens
+        rate = 1 - self.config.thumbnail_tokens / full
+        return _Glance(image, CropParams(regions=[Region.whole()], pruning_rate=rate, method="plc"))
+
+    def _messages(self, glance: _Glance, question: str) -> list[Any]:
+        text = self.prompt.replace("{question}", question)
+        image = {"type": "image_pil", "image_pil": glance.picture}
+        content = [image, {"type": "text", "text": text}]
+        return [{"role": "user", "content": content}]
+
+    def _chat_params(self) -> ChatParams:
+        given = {"add_generation_prompt": True, "tokenize": False, **self.config.chat_template_kwargs}
+        return ChatParams(chat_template=self.renderer.chat_template, chat_template_kwargs=given)
+
+    def _sampling(self) -> SamplingParams:
+        return SamplingParams(
+            temperature=0.0,
+            max_tokens=self.dialect.max_tokens,
+            logprobs=0,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            structured_outputs=StructuredOutputsParams(regex=self.dialect.regex),
+        )
+
+    def _options(self) -> dict[str, Any]:
+        request_id = f"crop-localizer-{uuid.uuid4().hex}"
+        return {
+            "request_id": request_id,
+            "priority": self.config.priority,
+            "lora_request": self._adapter(),
+        }
+
+    def _adapter(self) -> Any:
+        name, context = self.config.adapter, current_request.get()
+        if name is None:
+            return None
+        adapters = context.adapters if context is not None else {}
+        if name not in adapters:
+            raise LocalizerError(f"LoRA adapter {name!r} is not loaded")
+        return adapters[name]
+
+    def _read(self, output: Any, glance: _Glance) -> Located:
+        said = output.outputs[0]
+        logprob = said.cumulative_logprob
+        confidence = None if logprob is None else math.exp(min(0.0, logprob))
+        return Located(self.dialect.read(said.text, glance.picture.size), confidence)
+
+
+@contextmanager
+def _inner_request(params: CropParams) -> Iterator[None]:
+    """The localizer's own request: its image is not localized again, and counts for nobody."""
+    token = current_request.set(RequestContext(params=params, inner=True))
+    try:
+        yield
+    finally:
+        current_request.reset(token)

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a localizer is: image and question in, region and confidence out."""
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from PIL import Image
+
+from vllm_crop.geometry import Region
+
+Asked = Literal["engine", "openai"]
+
+
+class LocalizerError(Exception):
+    """The localizer could not be asked, or failed: the image is served whole."""
+
+
+class UnreadableAnswerError(LocalizerError):
+    """What it said is no location."""
+
+
+@dataclass(frozen=True)
+class Located:
+    """What a localizer says.
+
+    Attributes:
+        region: in fractions of the image; None for "this question needs the whole image".
+        confidence: the probability the localizer gave its own words, in [0, 1]; None where it is unknown.
+    """
+
+    region: Region | None
+    confidence: float | None
+
+
+class Localizer(Protocol):
+    """Finds the region of an image that a question is about.
+
+    Attributes:
+        name: as metrics and facts call it.
+        version: changes whenever the same image and question could get another answer; part of the key of
+            every cache of regions.
+    """
+
+    name: Asked
+    version: str
+
+    async def locate(self, image: Image.Image, question: str) -> Located:
+        """Find the region.
+
+        Args:
+            image: as the client sent it, decoded.
+
+        Raises:
+            LocalizerError: with the reason, for the log.
+        """
+        ...
+
+    def locate_now(self, image: Image.Image, question: str) -> Located:
+        """The same without an event loop, for the offline `LLM`."""
+        ...

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From what a localizer says to the region an image is served with."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from vllm_crop.geometry import Box, Region
+from vllm_crop.localizers.base import Asked, Located
+from vllm_crop.localizers.settings import LocalizerConfig
+
+Outcome = Literal[
+    "region",
+    "widened",
+    "global",
+    "low_confidence",
+    "timeout",
+    "error",
+    "unreadable",
+    "no_question",
+    "no_image",
+    "not_asked",
+]
+FALLBACKS: tuple[Outcome, ...] = (
+    "low_confidence",
+    "timeout",
+    "error",
+    "unreadable",
+    "no_question",
+    "no_image",
+)
+
+
+@dataclass(frozen=True)
+class Localization:
+    """What became of one image's question.
+
+    Attributes:
+        region: None serves the image whole.
+        outcome: "global" is the localizer's own answer; FALLBACKS are not; "not_asked" is a tokenized
+            prompt nobody will answer.
+        localizer: its name.
+        confidence: None where it is unknown.
+        seconds: from the question to the decision, waiting included.
+        cached: whether the answer was known.
+    """
+
+    region: Region | None
+    outcome: Outcome
+    localizer: Asked
+    confidence: float | None = None
+    seconds: float = 0.0
+    cached: bool = False
+
+
+def settle(located: Located, config: LocalizerConfig) -> tuple[Region | None, Outcome]:
+    """The region an image is served with, by the thresholds of the configuration.
+
+    An unknown confidence counts as certain.
+    """
+    if located.region is None:
+        return None, "global"
+    confidence = 1.0 if located.confidence is None else located.confidence
+    if confidence < config.whole_below:
+        return None, "low_confidence"
+    widened = confidence < config.widen_below
+    margin = config.margin + (config.widen_by if widened else 0.0)
+    boxes = tuple(_grown(_widened(box, margin), config.min_area) for box in located.region.boxes)
+    return Region(boxes), "widened" if widened else "region"
+
+
+def _widened(box: Box, margin: float) -> Box:
+    return Box(
+        max(0.0, box.x0 - margin),
+        max(0.0, box.y0 - margin),
+        min(1.0, box.x1 + margin),
+        min(1.0, box.y1 + margin),
+    )
+
+
+def _grown(box: Box, min_area: float) -> Box:
+    """At least so large, around the same middle as far as the image allows; narrow boxes become wider."""
+    width, height = box.x1 - box.x0, box.y1 - box.y0
+    if width * height >= min_area:
+        return box
+    side = min_area**0.5
+    width, height = (
+        max(width, min_area / max(height, side)),
+        max(height, min_area / max(width, side)),
+    )
+    x0, y0 = _around(box.x0, box.x1, width), _around(box.y0, box.y1, height)
+    return Box(x0, y0, min(1.0, x0 + width), min(1.0, y0 + height))
+
+
+def _around(first: float, last: float, length: float) -> float:
+    return min(max(0.0, (first + last - length) / 2), 1.0 - length)

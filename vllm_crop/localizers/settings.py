@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LocalizerConfig: who finds regions, and what is made of the answer."""
+
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from vllm_crop.localizers.dialects import DialectName
+
+Kind = Literal["request", "engine", "openai"]
+Pinning = Literal["pinned", "latest", "off"]
+
+
+class LocalizerConfig(BaseModel):
+    """`localizer` in the server's configuration."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    kind: Kind = Field(
+        default="request",
+        description="Who finds the region of a question: 'request' leaves it to the client; 'engine' asks "
+        "the served model itself, with a thumbnail; 'openai' asks another OpenAI-compatible server.",
+    )
+    conversation: Pinning = Field(
+        default="pinned",
+        description="Which question an image's region answers: 'pinned' that of the message the image came "
+        "with, so that the prefix cache keeps working; 'latest' the conversation's last one; 'off' none. A "
+        "request's `crop.localize` overrides it.",
+    )
+    dialect: DialectName = Field(
+        default="cells",
+        description="How the localizer says where: 'cells' of an 8x8 grid as digits, 'pixels' as JSON boxes "
+        "(Qwen2.5-VL), 'thousandths' as JSON boxes from 0 to 1000 (Qwen3-VL).",
+    )
+    prompt: str | None = Field(
+        default=None,
+        max_length=4000,
+        description="What the localizer is asked, {question} standing for the question. Left out: the "
+        "dialect's own words.",
+    )
+    thumbnail_tokens: int = Field(
+        default=64, ge=4, description="Most visual tokens of the image that kind 'engine' looks at."
+    )
+    thumbnail_side: int = Field(
+        default=768, ge=56, le=4096, description="Longer side in pixels of the image sent to kind 'openai'."
+    )
+    margin: float = Field(
+        default=0.0,
+        ge=0,
+        le=0.5,
+        description="Added around every box, as a fraction of the image's sides.",
+    )
+    min_area: float = Field(
+        default=0.0, ge=0, le=1, description="Boxes are grown to at least this fraction of the image."
+    )
+    whole_below: float = Field(
+        default=0.0, ge=0, le=1, description="Serve the image whole if the localizer's confidence is less."
+    )
+    widen_below: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Widen the region by widen_by if the localizer's confidence is less.",
+    )
+    widen_by: float = Field(
+        default=0.125,
+        ge=0,
+        le=0.5,
+        description="How far, as a fraction of the image's sides; a cell is 0.125.",
+    )
+    timeout_s: float = Field(
+        default=5.0, gt=0, le=600, description="Seconds until the image is served whole instead."
+    )
+    max_running: int = Field(
+        default=64, ge=1, description="Localizations at once in one API server; the others wait their turn."
+    )
+    cache_entries: int = Field(
+        default=8192, ge=0, description="Regions remembered by image and question, for retries."
+    )
+    priority: int = Field(
+        default=0,
+        description="Priority of kind 'engine', with --scheduling-policy priority; lower is earlier.",
+    )
+    adapter: str | None = Field(
+        default=None,
+        description="Name of a loaded LoRA adapter (--lora-modules) that kind 'engine' answers with.",
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict,
+        description="For the chat template, such as {'enable_thinking': false}; kind 'engine'.",
+    )
+    base_url: str | None = Field(
+        default=None, description="Of kind 'openai', such as http://localizer:8000/v1."
+    )
+    model: str | None = Field(default=None, description="Of kind 'openai': the model's name.")
+    api_key_env: str = Field(
+        default="OPENAI_API_KEY", description="Environment variable with the key for kind 'openai'."
+    )
+    max_retries: int = Field(
+        default=1, ge=0, le=10, description="Of kind 'openai', within timeout_s and only where it may help."
+    )
+    logprobs: bool = Field(
+        default=True,
+        description="Ask kind 'openai' for logprobs, which its confidence is read from.",
+    )
+    extra_body: dict[str, Any] = Field(
+        default_factory=dict, description="More fields of the request to kind 'openai'."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.kind == "openai" and not (self.base_url and self.model):
+            raise ValueError("localizer.kind 'openai' needs localizer.base_url and localizer.model")
+        if self.prompt is not None and "{question}" not in self.prompt:
+            raise ValueError("localizer.prompt must contain {question}")
+        return self
+
+    @property
+    def localizes(self) -> bool:
+        """Whether the server finds regions by itself."""
+        return self.kind != "request"
