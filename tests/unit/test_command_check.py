@@ -64,10 +64,9 @@ def test_every_setting_is_listed_with_its_default() -> None:
     listed = {setting["key"]: setting for setting in report(0)["config"]}
     plain = CropConfig().model_dump()
     nested = {name: plain.pop(name) for name in ("limits", "localizer")}
-    expected = plain | {
-        f"{name}.{key}": value for name, keys in nested.items() for key, value in keys.items()
-    }
-    assert {key: setting["default"] for key, setting in listed.items()} == expected
+    for name, keys in nested.items():
+        plain |= {f"{name}.{key}": value for key, value in keys.items()}
+    assert {key: setting["default"] for key, setting in listed.items()} == plain
     assert all(setting["description"] for setting in listed.values())
 
 

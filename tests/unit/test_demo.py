@@ -1,59 +1,87 @@
 # SPDX-License-Identifier: Apache-2.0
 """The parts of `make demo` that need no server."""
 
-import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from vllm_crop.budget import retained_per_stage
 from vllm_crop.demo.client import Answer
-from vllm_crop.demo.report import table
-from vllm_crop.demo.rows import crop_fields, kv_mib, row
-from vllm_crop.demo.setting import EVICTION_LAYERS, PRUNING_RATE, SIGN
-from vllm_crop.dummy_llava import DEMO
-from vllm_crop.geometry import TokenGrid
-
-ANSWER = Answer("words", 617, {"tokens_after_plc": 576, "tokens_avg": 127.67}, math.nan, kv_blocks=35)
-
-
-def test_rows_are_off_and_every_method_at_one_rate() -> None:
-    off, *pruned = crop_fields()
-    assert off == {"method": "off"}
-    assert [field["method"] for field in pruned] == ["plc", "ilp", "plc+ilp"]
-    assert {field["pruning_rate"] for field in pruned} == {PRUNING_RATE}
+from vllm_crop.demo.report import answers_table, costs_table, shares_table
+from vllm_crop.demo.rows import METHODS, WRONG, Asked, Measured, kv_mib, rows, shares, wrong_region
+from vllm_crop.demo.setting import EVICTION_LAYERS, PRUNING_RATE
+from vllm_crop.evaluation.questions import make_test_set
+from vllm_crop.evaluation.regions import cells_of
+from vllm_crop.tinyvqa.checkpoint import LAYERS
+from vllm_crop.tinyvqa.questions import FAMILIES, LOCAL
 
 
-def test_every_method_meets_the_budget_and_keeps_the_sign() -> None:
-    sign = len(TokenGrid(24, 24).tokens_in(SIGN))
+def answer(text: str, tokens: int, ttft_ms: float) -> Answer:
+    facts: dict[str, Any] = {"tokens_after_plc": tokens, "tokens_avg": 63.67, "localizer_ms": 1020.4}
+    return Answer(text, tokens + 12, facts, ttft_ms)
+
+
+@pytest.fixture(scope="module")
+def measured() -> Measured:
+    asked = []
+    for scene in make_test_set(2):
+        for question in scene.questions:
+            columns = (*METHODS, WRONG) if question.boxes else METHODS
+            said = {column: "no" if column == WRONG else question.answer for column in columns}
+            asked.append(
+                Asked(
+                    scene,
+                    question,
+                    {column: answer(said[column], 576, 1098.0 + len(asked)) for column in columns},
+                )
+            )
+    return Measured(tuple(asked), dict.fromkeys(METHODS, 35))
+
+
+def test_every_method_meets_the_budget() -> None:
     for method in ("plc", "ilp", "plc+ilp"):
-        counts = retained_per_stage(576, PRUNING_RATE, method, DEMO.layers, EVICTION_LAYERS)  # type: ignore[arg-type]
-        assert counts[-1] >= sign
+        counts = retained_per_stage(576, PRUNING_RATE, method, LAYERS, EVICTION_LAYERS)  # type: ignore[arg-type]
+        assert counts[-1] >= 9, "not one cell's tokens"
 
 
-def test_row_has_what_scripts_rely_on() -> None:
-    field = crop_fields()[2]
-    line = row(field, ANSWER, [98.0, 94.0, 99.0])
-    assert list(line) == [
-        *("method", "regions", "pruning_rate", "image_tokens", "tokens_avg", "prompt_tokens"),
-        *("kv_blocks", "kv_mib", "ttft_ms_median", "ttft_ms_range", "answer"),
+def test_a_wrong_region_shows_nothing_that_is_needed() -> None:
+    for scene in make_test_set(20):
+        for question in scene.questions:
+            if question.boxes:
+                wrong = cells_of(wrong_region(question), 8)
+                assert not wrong & cells_of(question.region(8), 8)
+
+
+def test_rows_have_what_scripts_rely_on(measured: Measured) -> None:
+    lines = rows(measured)
+    assert [line["method"] for line in lines] == list(METHODS)
+    assert list(lines[0]) == [
+        *("method", "image_tokens", "tokens_avg", "prompt_tokens", "kv_blocks", "kv_mib"),
+        *("ttft_ms_median", "ttft_ms_range", "localizer_ms_median"),
     ]
-    assert line["regions"] == [SIGN.as_lists()]
-    assert (line["image_tokens"], line["tokens_avg"], line["kv_blocks"]) == (576, 127.67, 35)
-    assert (line["ttft_ms_median"], line["ttft_ms_range"]) == (98.0, [94.0, 99.0])
-    assert line["kv_mib"] == pytest.approx(kv_mib(35), abs=0.01)
+    assert (lines[1]["image_tokens"], lines[1]["tokens_avg"], lines[1]["kv_blocks"]) == (576, 63.7, 35)
+    assert lines[1]["ttft_ms_range"] == [1098.0, 1103.0]
+    assert lines[1]["kv_mib"] == pytest.approx(kv_mib(35), abs=0.01)
+
+
+def test_wrong_answers_are_counted_as_such(measured: Measured) -> None:
+    table = shares(measured)
+    assert table["ilp"] == {family: [2, 2] for family in FAMILIES}
+    assert table[WRONG] == {family: [0, 2] for family in LOCAL}
 
 
 def test_kv_memory_of_a_whole_request() -> None:
-    # 20 blocks of 32 tokens in each of 6 layers, 512 keys and 512 values of 4 bytes each.
-    assert kv_mib(20 * 6) == 20 * 32 * 6 * 2 * 512 * 4 / 2**20
+    # 20 blocks of 32 tokens in each of 12 layers, 128 keys and 128 values of 4 bytes each.
+    assert kv_mib(20 * 12) == 20 * 32 * 12 * 2 * 128 * 4 / 2**20
 
 
-def test_table_fits_a_terminal_of_80_columns(tmp_path: Path) -> None:
-    console = Console(width=80, record=True, file=(tmp_path / "out").open("w"))
-    lines = [row(field, ANSWER, [1098.0, 1094.0, 1099.0]) for field in crop_fields()]
-    console.print(table(lines))
+def test_tables_fit_a_terminal_of_100_columns(measured: Measured, tmp_path: Path) -> None:
+    console = Console(width=100, record=True, file=(tmp_path / "out").open("w"))
+    for table in (answers_table(measured.asked), shares_table(measured), costs_table(rows(measured))):
+        console.print(table)
     text = console.export_text()
-    assert "1098 (1094-1099) 1.00x" in text
+    assert "1.00x" in text
+    assert "no ✗" in text
     assert "…" not in text

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`make demo`: a small model served by vLLM, the same question asked with every method."""
+"""`make demo`: this repository's trained checkpoint, served by vLLM and asked with every method."""

@@ -2,7 +2,7 @@
 """What the demo prints and writes."""
 
 import json
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -11,47 +11,72 @@ from rich.table import Table
 
 from vllm_crop.benchmarking.machine import provenance
 from vllm_crop.checkpoint_files import load_geometry
-from vllm_crop.demo.client import QUESTION
-from vllm_crop.demo.setting import (
-    BUILD,
-    EVICTION_LAYERS,
-    PICTURE_SIZE,
-    PRUNING_RATE,
-    REPEATS,
-    SERVER_OPTIONS,
-    SIGN,
-)
-from vllm_crop.dummy_llava import DEMO
+from vllm_crop.demo.rows import METHODS, WRONG, Asked, Measured, rows, shares
+from vllm_crop.demo.setting import BUILD, EVICTION_LAYERS, MODEL, PRUNING_RATE, SERVER_OPTIONS
+from vllm_crop.geometry import Box, Region
 from vllm_crop.image_plan import plan_image
 from vllm_crop.params import ImageRequest
 from vllm_crop.preview import draw_preview
-from vllm_crop.sample_picture import draw_sample_picture
+from vllm_crop.tinyvqa.checkpoint import LAYERS
+from vllm_crop.tinyvqa.questions import FAMILIES
 
 
-def report(rows: list[dict[str, Any]], model: Path, console: Console) -> None:
-    """Print the table, write summary.json and preview.png."""
-    console.print(table(rows))
+def report(measured: Measured, console: Console) -> None:
+    """Print the tables, write summary.json and preview.png."""
+    first = [one for one in measured.asked if one.scene == measured.asked[0].scene]
+    console.print(answers_table(first))
+    console.print(shares_table(measured))
+    console.print(costs_table(rows(measured)))
     console.print(
-        f"Pruning rate {PRUNING_RATE}; ilp evicts from layer {EVICTION_LAYERS[0]} of {DEMO.layers} on. KV: "
-        "what the request held while it was answered. TTFT, time to first token: median (range) of "
-        f"{REPEATS} pictures each, asked in turn, on this machine. The weights are random, so the answers "
-        "mean nothing; see summary.json."
+        f"Pruning rate {PRUNING_RATE}; ilp evicts from layer {EVICTION_LAYERS[0]} of {LAYERS} on. The model found "
+        "every region itself, on a thumbnail; its time is part of the time to first token (median and range "
+        "over the local questions, a new picture each time, on this machine). Search and count need the whole "
+        "image: there the localizer says so and nothing is pruned."
     )
     summary = {
-        "rows": rows,
+        "rows": rows(measured),
+        "right": shares(measured),
+        "answers": [answer_json(one) for one in measured.asked],
         "server_options": list(SERVER_OPTIONS),
-        "ttft_repeats": REPEATS,
         "provenance": provenance(),
     }
     (BUILD / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    save_preview(model)
+    save_preview(first[0])
     console.print(f"Wrote {BUILD / 'summary.json'} and {BUILD / 'preview.png'}")
 
 
-def table(rows: list[dict[str, Any]]) -> Table:
+def answers_table(asked: Sequence[Asked]) -> Table:
+    """What was answered about one scene; wrong answers in red."""
+    shown = Table(title="One scene, found by the model itself", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    shown.add_column("question")
+    for heading in ("truth", *METHODS, WRONG):
+        shown.add_column(heading)
+    for one in asked:
+        cells = [_marked(one, column) if column in one.answers else "" for column in (*METHODS, WRONG)]
+        shown.add_row(one.question.text, one.question.answer, *cells)
+    return shown
+
+
+def shares_table(measured: Measured) -> Table:
+    """Right answers by family."""
+    table = shares(measured)
+    shown = Table(title="Right answers", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    shown.add_column("")
+    for family in FAMILIES:
+        shown.add_column(family, justify="right")
+    for column, families in table.items():
+        shown.add_row(
+            column, *("/".join(map(str, families[each])) if each in families else "" for each in FAMILIES)
+        )
+    return shown
+
+
+def costs_table(lines: Sequence[dict[str, Any]]) -> Table:
     """A line per method, with what it saves against the first one."""
-    full = rows[0]
-    shown = Table(title=f"One picture, one question: {QUESTION!r}", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    full = lines[0]
+    shown = Table(
+        title="What a question about a part of the image costs", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
     shown.add_column("method", no_wrap=True)
     for heading in (
         "image\ntokens",
@@ -59,29 +84,50 @@ def table(rows: list[dict[str, Any]]) -> Table:
         "prompt\ntokens",
         "KV MiB",
         "TTFT ms",
+        "localizer\nms",
     ):
         shown.add_column(heading, justify="right", no_wrap=True)
-    for line in rows:
+    for line in lines:
         low, high = line["ttft_ms_range"]
+        wait = line["localizer_ms_median"]
         shown.add_row(
             line["method"],
-            str(line["image_tokens"]),
+            f"{line['image_tokens']:.0f}",
             f"{line['tokens_avg']:.0f}",
-            str(line["prompt_tokens"]),
+            f"{line['prompt_tokens']:.0f}",
             f"{line['kv_mib']:.1f}" + ("" if line is full else _share(line, full, "kv_mib")),
             f"{line['ttft_ms_median']:.0f} ({low:.0f}-{high:.0f})"
             + ("" if line is full else _share(line, full, "ttft_ms_median")),
+            "" if wait is None else f"{wait:.0f}",
         )
     return shown
 
 
-def save_preview(model: Path) -> None:
-    """Draw what "plc+ilp" leaves of the picture."""
-    geometry = load_geometry(str(model))
-    request = ImageRequest(SIGN, PRUNING_RATE, "pool", "plc+ilp", EVICTION_LAYERS)
-    planned = plan_image(geometry, *PICTURE_SIZE, request)
-    picture, view = draw_sample_picture(size=PICTURE_SIZE), geometry.view(*PICTURE_SIZE)
-    draw_preview(picture, view, planned.tokens, SIGN, geometry.num_layers).save(BUILD / "preview.png")
+def answer_json(one: Asked) -> dict[str, Any]:
+    """A question with all its answers, for scripts."""
+    return {
+        "family": one.question.family,
+        "question": one.question.text,
+        "truth": one.question.answer,
+        "scene": one.scene.scene.seed,
+        "answers": {column: answer.text for column, answer in one.answers.items()},
+        "found": one.answers["plc"].facts["images"][0],
+    }
+
+
+def save_preview(one: Asked) -> None:
+    """Draw what "plc" leaves of the first picture, with the region the model found."""
+    found = one.answers["plc"].facts["images"][0]["region"]
+    region = Region(tuple(Box(*box) for box in found)) if found else Region.whole()
+    geometry, picture = load_geometry(str(MODEL)), one.scene.picture()
+    planned = plan_image(geometry, *picture.size, ImageRequest(region, PRUNING_RATE, "pool", "plc"))
+    view = geometry.view(*picture.size)
+    draw_preview(picture, view, planned.tokens, region, geometry.num_layers).save(BUILD / "preview.png")
+
+
+def _marked(one: Asked, column: str) -> str:
+    text = one.answers[column].text
+    return f"[green]{text}[/green]" if one.right(column) else f"[red]{text} ✗[/red]"
 
 
 def _share(line: dict[str, Any], full: dict[str, Any], key: str) -> str:

@@ -11,6 +11,8 @@ PATCH = 8
 MERGE = 2
 TOKEN = PATCH * MERGE  # pixels of a visual token's side
 LARGEST_SIDE = 768  # pixels of an image that is not scaled down
+HIDDEN = 128
+LAYERS = 12
 HEAD_DIM = 32
 # M-RoPE gives columns the slowest rotations. With the usual base they would turn by less than a degree per
 # token, and the model could not tell left from right; with a much smaller one nothing would stay in place,
@@ -19,7 +21,7 @@ ROPE_THETA = 100.0
 MROPE_SECTION = (4, 4, 8)
 
 
-def make_config(tokenizer: Any, hidden: int = 128, layers: int = 12, vision_layers: int = 4) -> Any:
+def make_config(tokenizer: Any, hidden: int = HIDDEN, layers: int = LAYERS, vision_layers: int = 4) -> Any:
     """The Qwen2_5_VLConfig.
 
     The vision tower looks within windows of one cell, and at the whole image in its last layer. The language
@@ -87,7 +89,14 @@ def make_processor(tokenizer: Any) -> Any:
 
 
 def save(folder: Path, model: Any, processor: Any) -> None:
-    """Write what `from_pretrained` and `vllm serve` read."""
-    model.save_pretrained(folder)
+    """Write what `from_pretrained` and `vllm serve` read; weights in half precision, to run in any."""
+    import torch
+
+    weights = {
+        name: tensor.to(torch.float16)
+        for name, tensor in model.state_dict().items()
+        if name != "lm_head.weight"  # tied to the embeddings
+    }
+    model.save_pretrained(folder, state_dict=weights)
     processor.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
