@@ -13,7 +13,8 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from vllm_crop.tinyvqa import checkpoint, words
 from vllm_crop.tinyvqa.questions import FAMILIES
 from vllm_crop.tinyvqa.training import trainer
-from vllm_crop.tinyvqa.training.batches import IGNORED, Batch, BatchMaker, Task
+from vllm_crop.tinyvqa.training.batches import Batch, BatchMaker, Task
+from vllm_crop.tinyvqa.training.labels import IGNORED
 from vllm_crop.tinyvqa.training.language import answer_states, look_loss
 from vllm_crop.tinyvqa.training.phases import Phase
 

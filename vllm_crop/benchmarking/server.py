@@ -62,6 +62,7 @@ def serve(
     env: Mapping[str, str] | None = None,
     ready_timeout_s: float = 600.0,
     console: Console | None = None,
+    port: int | None = None,
 ) -> Iterator[Server]:
     """Run `vllm serve model *args` on a free port of the loopback interface until the block ends.
 
@@ -72,11 +73,12 @@ def serve(
         env: variables set on top of this process's.
         ready_timeout_s: how long it may take until `/health` answers.
         console: where the progress line goes; standard error by default.
+        port: another than any free one.
 
     Raises:
         ServerError: the server ended or did not get healthy in time.
     """
-    port = _free_port()
+    port = port or free_port()
     command = ("serve", model, "--host", HOST, "--port", str(port), *args)
     log_path.parent.mkdir(parents=True, exist_ok=True)
     with log_path.open("wb") as log, _stopped_by_sigterm():
@@ -179,7 +181,8 @@ def _exit(signum: int, _frame: FrameType | None) -> None:
     raise SystemExit(128 + signum)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of the loopback interface that nobody uses now."""
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         return int(probe.getsockname()[1])

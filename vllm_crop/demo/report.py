@@ -28,10 +28,10 @@ def report(measured: Measured, console: Console) -> None:
     console.print(shares_table(measured))
     console.print(costs_table(rows(measured)))
     console.print(
-        f"Pruning rate {PRUNING_RATE}; ilp evicts from layer {EVICTION_LAYERS[0]} of {LAYERS} on. The model found "
-        "every region itself, on a thumbnail; its time is part of the time to first token (median and range "
-        "over the local questions, a new picture each time, on this machine). Search and count need the whole "
-        "image: there the localizer says so and nothing is pruned."
+        f"Pruning rate {PRUNING_RATE}; ilp evicts from layer {EVICTION_LAYERS[0]} of {LAYERS} on. The model "
+        "found every region itself, on a thumbnail; its time is part of the time to first token (median and "
+        "range over the local questions, a new picture each time, on this machine). Search and count need "
+        "the whole image: there the localizer says so and nothing is pruned."
     )
     summary = {
         "rows": rows(measured),

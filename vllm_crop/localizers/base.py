@@ -25,7 +25,8 @@ class Located:
 
     Attributes:
         region: in fractions of the image; None for "this question needs the whole image".
-        confidence: the probability the localizer gave its own words, in [0, 1]; None where it is unknown.
+        confidence: the probability the localizer gave its own words, in [0, 1], among the legal ones where it
+            could say no others; None where it is unknown.
     """
 
     region: Region | None

@@ -13,9 +13,8 @@ from torch import Tensor
 from vllm_crop.tinyvqa import words
 from vllm_crop.tinyvqa.drawing import draw_scene, thumbnail
 from vllm_crop.tinyvqa.questions import Question, ask
-from vllm_crop.tinyvqa.scenes import Cell, Scene, make_scene, training_seed
-
-IGNORED = -100
+from vllm_crop.tinyvqa.scenes import DIGITS, Cell, Scene, make_scene, training_seed
+from vllm_crop.tinyvqa.training.labels import IGNORED, token_labels
 
 
 @dataclass(frozen=True)
@@ -59,6 +58,8 @@ class Batch:
         looks: `[stages, scenes, heads, questions, tokens]` whether an image token shows what to look at:
             first the things named, then those that decide; a head for the first thing and one for the second.
         places: `[scenes, questions, 2]` row and column of the cell to look at, `IGNORED` where it is not one.
+        digits: `[scenes, tokens]` the digit an image token shows, `IGNORED` where it shows none.
+        asked_digits: `[scenes, questions]` the digit asked for, `IGNORED` where none is.
         families: per scene and question.
     """
 
@@ -68,6 +69,8 @@ class Batch:
     answering: Tensor
     looks: Tensor
     places: Tensor
+    digits: Tensor
+    asked_digits: Tensor
     families: list[list[str]]
 
     def to(self, device: torch.device) -> "Batch":
@@ -80,6 +83,8 @@ class Batch:
             answering=self.answering.to(device),
             looks=self.looks.to(device),
             places=self.places.to(device),
+            digits=self.digits.to(device),
+            asked_digits=self.asked_digits.to(device),
         )
 
 
@@ -120,6 +125,8 @@ class BatchMaker:
             answering=torch.tensor([[row[2] for row in scene] for scene in rows]),
             looks=torch.stack([_looks(questions, task) for questions in asked], dim=1),
             places=torch.tensor([[_place(question, task) for question in questions] for questions in asked]),
+            digits=_digits(scenes, task),
+            asked_digits=torch.tensor([[_asked_digit(question, task) for question in row] for row in asked]),
             families=[[question.family for question in questions] for questions in asked],
         )
 
@@ -170,3 +177,15 @@ def _looks(questions: Sequence[Question], task: Task) -> Tensor:
                 for row, col in seen:
                     looks[stage, head, index, row, col] = True
     return looks.repeat_interleave(scale, 3).repeat_interleave(scale, 4).flatten(3)
+
+
+def _digits(scenes: Sequence[Scene], task: Task) -> Tensor:
+    labels = [token_labels(scene, task.num_tokens)[2].flatten() for scene in scenes]
+    digits = torch.from_numpy(np.stack(labels))
+    return torch.full_like(digits, IGNORED) if task.locate else digits  # no thumbnail shows them
+
+
+def _asked_digit(question: Question, task: Task) -> int:
+    if question.family != "search" or task.locate:
+        return IGNORED
+    return next(DIGITS.index(letter) for letter in question.text if letter in DIGITS)

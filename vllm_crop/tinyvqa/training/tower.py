@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vllm_crop.tinyvqa.checkpoint import TOKEN
-from vllm_crop.tinyvqa.scenes import COLOURS, DIGITS, SHAPES, Scene, make_scene, training_seed
-from vllm_crop.tinyvqa.training.batches import IGNORED, draw_all
+from vllm_crop.tinyvqa.scenes import COLOURS, DIGITS, SHAPES, make_scene, training_seed
+from vllm_crop.tinyvqa.training.batches import draw_all
 from vllm_crop.tinyvqa.training.forward import image_patches, vision_features
+from vllm_crop.tinyvqa.training.labels import IGNORED, token_labels
 
 FULL_SIDE = 4  # cells: enough neighbours to tell apart, and cheap
 FULL_SCENES, THUMBNAIL_SCENES = 6, 6
 NUM_THINGS = {"full": (6, 14), "thumbnail": (12, 24)}
-NOTHING = len(COLOURS)
 
 
 class TokenHeads(nn.Module):
@@ -59,26 +59,11 @@ def labelled_scenes(kind: str, seed: int) -> Labelled:
     scenes = [make_scene(training_seed(chance), side, NUM_THINGS[kind]) for _ in range(count)]
     images = draw_all(scenes, thumbnails=kind == "thumbnail")
     num_tokens = images.shape[1] // TOKEN
-    labels = np.stack([_labels(scene, num_tokens) for scene in scenes])
+    labels = np.stack([token_labels(scene, num_tokens) for scene in scenes])
     if kind == "thumbnail":
         labels[:, 2] = IGNORED
     colour, shape, digit = torch.from_numpy(labels).flatten(2).unbind(1)
     return Labelled(images, colour, shape, digit, num_tokens)
-
-
-def _labels(scene: Scene, num_tokens: int) -> Any:
-    """`[3, num_tokens, num_tokens]`: colour, shape and digit of the thing that covers a token's centre."""
-    labels = np.full((3, num_tokens, num_tokens), IGNORED)
-    labels[0] = NOTHING
-    centres = (np.arange(num_tokens) + 0.5) * scene.side / num_tokens
-    for thing in scene.things:
-        (row, col), (dx, dy) = thing.cell, thing.offset
-        rows = abs(centres - (row + 0.5 + dy)) <= thing.size / 2
-        cols = abs(centres - (col + 0.5 + dx)) <= thing.size / 2
-        values = (COLOURS.index(thing.colour), SHAPES.index(thing.shape), DIGITS.index(thing.digit))
-        for plane, value in zip(labels, values, strict=True):
-            plane[np.ix_(rows, cols)] = value
-    return labels
 
 
 def tower_loss(visual: Any, heads: TokenHeads, labelled: Labelled) -> tuple[Tensor, dict[str, float]]:

@@ -19,6 +19,7 @@ from vllm_crop.tinyvqa.training.language import (
     PlaceHeads,
     answer_loss,
     answer_states,
+    digit_loss,
     look_loss,
     place_loss,
     right_answers,
@@ -123,7 +124,9 @@ class Trainer:
         place, target = place_loss(self.heads["place"], states, batch, task)
         self._note(f"{kind} place", float(place.detach()))
         self._note(f"{kind} target", float(target.detach()))
-        return loss + phase.look_weight * (1 - self.step / phase.steps) * (look + place + target)
+        digit = digit_loss(self.heads["place"], states, batch)
+        self._note(f"{kind} digit", float(digit.detach()))
+        return loss + phase.look_weight * (1 - self.step / phase.steps) * (look + place + target + digit)
 
     def _note(self, name: str, value: float) -> None:
         self._window[name].append(value)

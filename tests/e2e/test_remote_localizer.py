@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Regions from another server: a real `vllm serve`, killed and back again, and ones that misbehave."""
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from tests.e2e.conftest import MODEL, OPTIONS, metric
+from tests.tinyvqa import CHECKPOINT, ask, crop_options, found
+from vllm_crop.benchmarking.server import HOST, Server, free_port, get_text, serve
+from vllm_crop.evaluation.questions import make_test_set
+from vllm_crop.tinyvqa.drawing import THUMBNAIL
+
+pytestmark = pytest.mark.e2e
+
+SCENES = make_test_set(4, seed=4)
+LOCAL = [(scene, q.text) for scene in SCENES for q in scene.questions if q.boxes]
+DEADLINE_S = 2.0
+KEY_VARIABLE, KEY = "LOCALIZER_KEY", "localizer-sekret"
+
+
+class Misbehaving:
+    """An HTTP server that answers as it is told: `mode` is a status with a body, or how it goes wrong."""
+
+    def __init__(self) -> None:
+        self.mode: Any = "slow"
+        self.seen: list[tuple[str, dict[str, str]]] = []
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                self.rfile.read(int(self.headers["Content-Length"]))
+                outer.seen.append((self.path, dict(self.headers)))
+                outer.answer(self)
+
+            def log_message(self, *args: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer((HOST, 0), Handler)
+        self.server.daemon_threads = True
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://{HOST}:{self.server.server_address[1]}/v1"
+
+    def answer(self, handler: BaseHTTPRequestHandler) -> None:
+        if self.mode == "slow":
+            time.sleep(3 * DEADLINE_S)
+            return
+        if self.mode == "redirecting":
+            handler.send_response(307)
+            handler.send_header("Location", f"{self.url}/elsewhere")
+            handler.end_headers()
+            return
+        status, body = self.mode
+        handler.send_response(status)
+        handler.send_header("Content-Type", "application/json")
+        handler.send_header("Content-Length", str(len(body)))
+        handler.end_headers()
+        handler.wfile.write(body)
+
+
+def completion(text: Any, **more: Any) -> bytes:
+    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop", **more}
+    return json.dumps(
+        {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]}
+    ).encode()
+
+
+@contextmanager
+def served_with(url: str, log: Path, **localizer: Any) -> Iterator[tuple[Server, openai.OpenAI]]:
+    """A server whose localizer is at `url`."""
+    settings = {
+        "kind": "openai",
+        "base_url": url,
+        "model": "localizer",
+        "prompt": "where:{question}",
+        "thumbnail_side": 8 * THUMBNAIL,
+        "timeout_s": DEADLINE_S,
+        "api_key_env": KEY_VARIABLE,
+        **localizer,
+    }
+    environment = {KEY_VARIABLE: KEY}
+    with serve(str(CHECKPOINT), *crop_options(settings), *OPTIONS, log_path=log, env=environment) as running:
+        yield running, openai.OpenAI(base_url=f"{running.base_url}/v1", api_key="unused", max_retries=0)
+
+
+@contextmanager
+def localizer(port: int, log: Path) -> Iterator[Server]:
+    """A `vllm serve` of the same checkpoint, without the plugin."""
+    options = ("--served-model-name", "localizer", "--api-key", KEY, "--dtype", "float32", "--enforce-eager")
+    with serve(str(CHECKPOINT), *options, "--max-model-len", "2048", log_path=log, port=port) as running:
+        yield running
+
+
+def test_right_regions_killed_and_back(logs: Path) -> None:
+    port = free_port()
+    scene, question = LOCAL[0]
+    with served_with(f"http://{HOST}:{port}/v1", logs / "with_remote.log") as (server, client):
+        with localizer(port, logs / "localizer_1.log"):
+            first = [found(ask(client, scene.picture(), question)) for scene, question in LOCAL]
+            for image, (_, text) in zip(first, LOCAL, strict=True):
+                assert image["source"] == "openai"
+                assert image["localizer"]["outcome"] in ("region", "global"), text
+                assert 0 < image["localizer"]["confidence"] <= 1
+            truth = {q.text: q for scene in SCENES for q in scene.questions}
+            exact = [
+                image["region"] == [[pytest.approx(s, abs=1e-4) for s in box] for box in _boxes(truth[text])]
+                for image, (_, text) in zip(first, LOCAL, strict=True)
+            ]
+            assert sum(exact) >= 0.6 * len(exact)
+        failed = metric(server, "crop:localizations_total", outcome="error")
+        picture = scene.picture()
+        picture.putpixel((0, 0), (1, 2, 3))
+        start = time.monotonic()
+        image = found(ask(client, picture, question))
+        assert time.monotonic() - start < DEADLINE_S + 3
+        assert image["localizer"]["outcome"] == "error"
+        assert image["tokens_after_plc"] == 576
+        assert metric(server, "crop:localizations_total", outcome="error") == failed + 1
+        assert found(ask(client, scene.picture(), question))["localizer"]["cached"]  # known before
+        with localizer(port, logs / "localizer_2.log"):
+            assert found(ask(client, picture, question))["region"] == first[0]["region"]
+
+
+def _boxes(question: Any) -> list[list[float]]:
+    boxes: list[list[float]] = question.region(8).as_lists()
+    return boxes
+
+
+BAD: dict[str, tuple[Any, str]] = {
+    "slow": ("slow", "timeout"),
+    "redirecting": ("redirecting", "error"),
+    "html": ((200, b"<html>hello</html>"), "error"),
+    "an empty body": ((200, b""), "error"),
+    "bytes": ((200, bytes(range(256)) * 40), "error"),
+    "an empty object": ((200, b"{}"), "error"),
+    "a list": ((200, b"[1, 2]"), "error"),
+    "no choices": ((200, b'{"choices": []}'), "error"),
+    "no text": ((200, completion(None)), "error"),
+    "a number for text": ((200, completion(5)), "error"),
+    "prose": ((200, completion("It is near the top.")), "unreadable"),
+    "a megabyte": ((200, completion("0" * 1_000_000)), "unreadable"),
+    "cells that are none": ((200, completion("9999")), "unreadable"),
+    "logprobs of another shape": ((200, completion("2335", logprobs={"content": [5]})), "error"),
+    "out of order": ((500, b"oops"), "error"),
+    "busy": ((429, b"{}"), "error"),
+    "another key": ((401, b"{}"), "error"),
+}
+
+
+@pytest.fixture(scope="module")
+def misbehaving() -> Iterator[Misbehaving]:
+    remote = Misbehaving()
+    yield remote
+    remote.server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def served(misbehaving: Misbehaving, logs: Path) -> Iterator[tuple[Server, openai.OpenAI]]:
+    with served_with(misbehaving.url, logs / "misbehaving.log") as running:
+        yield running
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_remote_that_misbehaves_costs_its_deadline_at_most(
+    served: tuple[Server, openai.OpenAI], misbehaving: Misbehaving, name: str
+) -> None:
+    server, client = served
+    misbehaving.mode, outcome = BAD[name]
+    misbehaving.seen.clear()
+    before = metric(server, "crop:localizations_total", outcome=outcome)
+    picture = LOCAL[0][0].picture()
+    picture.putpixel((0, 0), (list(BAD).index(name), 0, 0))
+    start = time.monotonic()
+    response = ask(client, picture, LOCAL[0][1])
+    assert time.monotonic() - start < DEADLINE_S + 3
+    assert response.parse().choices[0].message.content
+    image = found(response)
+    assert (image["localizer"]["outcome"], image["region"]) == (outcome, None)
+    assert image["tokens_after_plc"] == 576
+    assert metric(server, "crop:localizations_total", outcome=outcome) == before + 1
+    assert {path for path, _ in misbehaving.seen} == {"/v1/chat/completions"}, "a redirect was followed"
+    get_text(f"{server.base_url}/health")
+
+
+def test_a_remote_that_behaves_again_is_believed(
+    served: tuple[Server, openai.OpenAI], misbehaving: Misbehaving
+) -> None:
+    _, client = served
+    misbehaving.mode = 200, completion("2335")
+    misbehaving.seen.clear()
+    picture = LOCAL[0][0].picture()
+    picture.putpixel((0, 0), (255, 0, 0))
+    image = found(ask(client, picture, LOCAL[0][1]))
+    assert image["region"] == [[0.25, 0.375, 0.5, 0.75]]
+    assert image["localizer"]["confidence"] is None
+    ((_, headers),) = misbehaving.seen
+    assert headers["authorization" if "authorization" in headers else "Authorization"] == f"Bearer {KEY}"
+
+
+def test_the_key_is_in_no_log(served: tuple[Server, openai.OpenAI], logs: Path) -> None:
+    server, _ = served
+    assert MODEL in server.log_path.read_text()
+    assert KEY not in server.log_path.read_text()
