@@ -3,6 +3,7 @@
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,9 +18,11 @@ from PIL import Image
 from tests.e2e.conftest import API_KEY, MODEL, OPTIONS, metric
 from tests.tinyvqa import CHECKPOINT, ENGINE, ask, crop_options, facts, found, said_of_thumbnail
 from vllm_crop.benchmarking.server import Server, get_text, serve
-from vllm_crop.demo.client import data_url, question_about
+from vllm_crop.data_url import data_url
+from vllm_crop.demo.client import question_about
 from vllm_crop.evaluation.questions import TestScene, make_test_set
 from vllm_crop.geometry import Region
+from vllm_crop.localizers.decision import FALLBACKS
 
 pytestmark = pytest.mark.e2e
 
@@ -293,3 +296,22 @@ def test_regions_are_boxes_of_cells(client: openai.OpenAI) -> None:
     region = found(ask(client, scene.picture(), question))["region"]
     assert Region.from_grid_cells(*(0, 0, 7, 7)) == Region.whole()
     assert all(8 * side == pytest.approx(round(8 * side), abs=1e-3) for box in region for side in box)
+
+
+DASHBOARD = Path(__file__).parents[2] / "deploy" / "grafana" / "vllm-crop.json"
+
+
+def test_the_dashboard_shows_what_the_server_exports(server: Server, client: openai.OpenAI) -> None:
+    ask(client, LOCAL[0][0].picture(), LOCAL[0][1])
+    exported = get_text(f"{server.base_url}/metrics")
+    dashboard = json.loads(DASHBOARD.read_text())
+    expressions = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", ())]
+    assert len(expressions) > 10
+    for expression in expressions:
+        for name, matchers in re.findall(r"((?:crop|vllm):\w+)\{([^}]*)\}", expression):
+            samples = re.findall(rf"^{name}\{{(.*)\}} ", exported, re.MULTILINE)
+            assert samples, f"{name} is not exported"
+            labels = re.findall(r"(\w+)=~", matchers) + re.findall(r"sum by \((\w+)\)", expression)
+            assert all(f'{label}="' in samples[0] for label in labels), (name, labels)
+    outcomes = next(re.findall(r'outcome=~"([^"]*)"', e) for e in expressions if "outcome=~" in e)
+    assert outcomes == ["|".join(FALLBACKS)]

@@ -12,7 +12,7 @@ import pytest
 from tests.e2e.conftest import MODEL, OPTIONS
 from tests.pictures import noise_image
 from vllm_crop.benchmarking.server import Server, serve
-from vllm_crop.demo.client import data_url
+from vllm_crop.data_url import data_url
 
 pytestmark = pytest.mark.e2e
 

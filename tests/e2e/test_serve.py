@@ -18,7 +18,7 @@ from tests.pictures import noise_image
 from tests.reference import HfLlava, HfReference
 from vllm_crop.benchmarking.server import Server, get_text
 from vllm_crop.budget import Method
-from vllm_crop.demo.client import data_url
+from vllm_crop.data_url import data_url
 from vllm_crop.geometry import Region
 from vllm_crop.plan import Compression
 

@@ -10,6 +10,7 @@ from strategies import regions
 
 from vllm_crop.facts import MAX_HEADER_BYTES, ImageFacts, Source, facts_header
 from vllm_crop.geometry import Box, Region
+from vllm_crop.localizers.decision import Localization
 
 SOURCES: list[Source] = ["request", "none", "off", "out_of_view"]
 PRUNED = ImageFacts(576, 128, 128.0, Region((Box(0.1, 0.2, 0.3, 0.4),)), "request")
@@ -96,3 +97,19 @@ def test_a_header_of_exactly_the_limit_is_sent_in_full(monkeypatch: pytest.Monke
 @pytest.mark.parametrize(("tokens_avg", "pruned"), [(575.5, True), (576.0, False), (1.0, True)])
 def test_an_image_is_pruned_if_layers_run_with_fewer_tokens(tokens_avg: float, pruned: bool) -> None:
     assert ImageFacts(576, 576, tokens_avg, None, "request").pruned is pruned
+
+
+def test_the_localizer_is_reported_with_the_slowest_images_time() -> None:
+    region = Region.from_grid_cells(2, 3, 3, 5)
+    found = Localization(region, "region", "engine", 0.98765, 0.0421)
+    failed = Localization(None, "timeout", "engine", None, 5.00004)
+    images = [
+        ImageFacts(576, 64, 64.0, region, "engine", found),
+        ImageFacts(576, 576, 576.0, None, "engine", failed),
+    ]
+    header = json.loads(facts_header(images))
+    assert header["localizer_ms"] == 5000.0
+    assert [image["localizer"] for image in header["images"]] == [
+        {"outcome": "region", "confidence": 0.9877, "ms": 42.1, "cached": False},
+        {"outcome": "timeout", "confidence": None, "ms": 5000.0, "cached": False},
+    ]

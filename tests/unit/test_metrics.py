@@ -6,6 +6,7 @@ from prometheus_client import REGISTRY, generate_latest
 
 from vllm_crop.facts import ImageFacts, Source
 from vllm_crop.geometry import Region
+from vllm_crop.localizers.decision import Localization
 from vllm_crop.metrics import crop_metrics
 
 
@@ -52,3 +53,18 @@ def test_counters_are_exposed_under_the_documented_names() -> None:
     exposed = generate_latest(REGISTRY).decode()
     for name in ("visual_tokens", "visual_tokens_retained", "images", "requests"):
         assert f'\ncrop:{name}_total{{model_name="exposed"' in exposed
+
+
+def test_localizations_are_counted_by_outcome_and_timed_unless_known() -> None:
+    metrics = crop_metrics()
+    labels = {"model_name": "localized", "localizer": "engine"}
+    metrics.record_localization("localized", Localization(Region.whole(), "region", "engine", 0.95, 0.03))
+    metrics.record_localization("localized", Localization(None, "timeout", "engine", None, 5.0))
+    metrics.record_localization("localized", Localization(None, "global", "engine", 0.7, 0.0, cached=True))
+    for outcome, count in {"region": 1, "timeout": 1, "global": 1, "error": 0}.items():
+        assert value("localizations", **labels, outcome=outcome) == count
+    assert value("localizer_cache_hits", **labels) == 1
+    assert REGISTRY.get_sample_value("crop:localizer_seconds_sum", labels) == pytest.approx(5.03)
+    assert REGISTRY.get_sample_value("crop:localizer_seconds_count", labels) == 2
+    assert REGISTRY.get_sample_value("crop:localizer_confidence_bucket", {**labels, "le": "0.9"}) == 1
+    assert REGISTRY.get_sample_value("crop:localizer_confidence_count", labels) == 2

@@ -9,7 +9,8 @@ from transformers import LlavaConfig
 
 from vllm_crop.config import CropConfig
 from vllm_crop.errors import UnsupportedFlagError
-from vllm_crop.frontend.refusals import REFUSED, refuse_flags, refuse_model
+from vllm_crop.frontend.refusals import REFUSED, refuse_flags, refuse_localizer, refuse_model
+from vllm_crop.localizers.settings import LocalizerConfig
 
 
 def engine_args(**changes: Any) -> SimpleNamespace:
@@ -103,3 +104,11 @@ def test_renumbered_positions_need_no_room() -> None:
 
 def test_every_refusal_gives_its_reason() -> None:
     assert all(len(reason.split()) > 3 for reason in REFUSED.values())
+
+
+def test_a_localizer_that_could_never_answer_is_refused() -> None:
+    adapter = LocalizerConfig(kind="engine", adapter="locate")
+    with pytest.raises(UnsupportedFlagError, match="--enable-lora"):
+        refuse_localizer(SimpleNamespace(enable_lora=False), adapter)
+    refuse_localizer(SimpleNamespace(enable_lora=True), adapter)
+    refuse_localizer(SimpleNamespace(enable_lora=False), LocalizerConfig(kind="engine"))

@@ -2,11 +2,13 @@
 """`vllm-crop preview`: a picture of what pruning leaves of an image."""
 
 from pathlib import Path
-from typing import Annotated
+from statistics import fmean
+from typing import Annotated, Any
 
 import typer
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from vllm_crop.commands.preview_server import ServerAnswer, ask_server
 from vllm_crop.commands.region_options import (
     DEFAULTS,
     CellsOption,
@@ -21,6 +23,7 @@ from vllm_crop.commands.region_options import (
     request_for_image,
     why_whole,
 )
+from vllm_crop.image_plan import ImagePlan
 from vllm_crop.plan_summary import PlanSummary
 from vllm_crop.preview import draw_preview
 from vllm_crop.vision_geometry import VisionGeometry, geometry_from_configs
@@ -34,9 +37,22 @@ _LLAVA_PROCESSOR = {"size": {"shortest_edge": 336}, "crop_size": {"height": 336,
 
 def preview(
     image: Annotated[Path, typer.Argument(help="The picture, in any format Pillow reads.")],
+    question: Annotated[
+        str | None, typer.Argument(help="What to ask the server at --base-url about it.")
+    ] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="Directory of a checkpoint, or its name on the Hub; LLaVA-1.5 where left out."),
+        typer.Option(
+            help="Directory of a checkpoint, or its name on the Hub. Left out: what the server at --base-url "
+            "serves, else LLaVA-1.5."
+        ),
+    ] = None,
+    base_url: Annotated[
+        str | None,
+        typer.Option(
+            help="Ask this server, such as http://localhost:8000/v1, and draw the region it finds; its key "
+            "from OPENAI_API_KEY."
+        ),
     ] = None,
     region: RegionOption = None,
     cells: CellsOption = None,
@@ -48,13 +64,29 @@ def preview(
         "preview.png"
     ),
 ) -> None:
-    """Draw which parts of an image the model keeps, pools, evicts and never sees, and print the counts."""
-    asked = parse_regions(region, cells)
+    """Draw which parts of an image the model keeps, pools, evicts and never sees, and print the counts.
+
+    \b
+    For a region you know, without a server:
+      vllm-crop preview photo.jpg --region 0.54,0.17,0.79,0.42
+    For the region a server finds, with its answer:
+      vllm-crop preview photo.jpg "What does the sign say?" --base-url http://localhost:8000/v1
+    """
+    if (question is None) != (base_url is None):
+        raise typer.BadParameter("a question and --base-url need each other", param_hint="QUESTION")
+    asked, picture, answer = parse_regions(region, cells), _open(image), None
+    if base_url is not None and question is not None:
+        crop: dict[str, Any] = {"method": method, "pruning_rate": pruning_rate}
+        crop |= {"regions": [asked.as_lists()]} if asked else {}
+        answer = ask_server(base_url, picture, question, crop)
+        asked, model = answer.region, model or answer.checkpoint
     request = request_for_image(asked, pruning_rate, compression, method, eviction_layers)
     geometry = geometry_of(model) if model is not None else assumed_llava()
-    picture = _open(image)
     planned = plan_for_image(geometry, *picture.size, request)
     view, num_layers = geometry.view(*picture.size), geometry.num_layers
+    if answer is not None:
+        _check(answer, planned, num_layers)
+        typer.echo(f"{answer.text}\n({answer.describe()})")
     drawing = draw_preview(picture, view, planned.tokens, asked, num_layers)
     try:
         drawing.save(output, format="PNG")
@@ -70,6 +102,23 @@ def preview(
     if counts.evicted:
         typer.echo(counts.describe_layers())
     typer.echo(f"Written to {output}")
+
+
+def _check(answer: ServerAnswer, planned: ImagePlan, num_layers: int) -> None:
+    """Refuse to draw another plan than the server's."""
+    average = fmean(planned.tokens.tokens_per_layer(num_layers))
+    if planned.tokens.grid.num_tokens != answer.tokens:
+        raise typer.BadParameter(
+            f"the server counts {answer.tokens} visual tokens, this checkpoint has "
+            f"{planned.tokens.grid.num_tokens}: give the one it serves",
+            param_hint="--model",
+        )
+    if abs(average - answer.tokens_avg) > 0.01:
+        raise typer.BadParameter(
+            f"the server's layers run with {answer.tokens_avg} tokens on average, and not {average:.2f}: "
+            "give the layers it evicts at",
+            param_hint="--eviction-layers",
+        )
 
 
 def assumed_llava() -> VisionGeometry:

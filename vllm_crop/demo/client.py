@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Asks a running server through the `openai` client and measures what the answer cost."""
 
-import base64
-import io
 import json
 import math
 import time
@@ -14,6 +12,7 @@ from openai import OpenAI
 from PIL import Image
 
 from vllm_crop.benchmarking.kv import KVCapacity, blocks_in_use
+from vllm_crop.data_url import data_url
 from vllm_crop.demo.setting import KV_TOKENS
 
 
@@ -89,10 +88,3 @@ def question_about(picture: Image.Image, question: str) -> list[Any]:
         {"type": "text", "text": question},
     ]
     return [{"role": "user", "content": content}]
-
-
-def data_url(picture: Image.Image) -> str:
-    """The picture as a PNG data URL."""
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

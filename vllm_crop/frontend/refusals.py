@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 from vllm_crop.budget import BudgetError, check_eviction_layers, retained_per_stage
 from vllm_crop.config import CONFIG_KEY, CropConfig
 from vllm_crop.errors import UnsupportedFlagError
+from vllm_crop.localizers.settings import LocalizerConfig
 from vllm_crop.vision_geometry import geometry_from_configs
 
 REFUSED = {
@@ -19,6 +20,7 @@ REFUSED = {
     "--tokenizer-mode other than auto|hf|slow": "another renderer would ignore the request's `crop`",
     "--enable-scale-out, --tokens-only": "prompts and image features come in past our processor",
     "vllm run-batch": "it has no HTTP layer to take the field `crop` off a request",
+    "localizer.adapter without --enable-lora": "the localizer could not answer with its adapter",
     "position_ids=original without room in the model's positions": "set a smaller --max-model-len",
 }
 
@@ -41,6 +43,16 @@ def refuse_flags(engine_args: Any) -> None:
         refuse("--compilation-config cudagraph_mm_encoder")
     if CONFIG_KEY in (engine_args.mm_processor_kwargs or {}):
         refuse("--mm-processor-kwargs '{\"crop\": ...}'")
+
+
+def refuse_localizer(engine_args: Any, config: LocalizerConfig) -> None:
+    """Refuse a localizer that could never answer.
+
+    Raises:
+        UnsupportedFlagError: naming what is missing.
+    """
+    if config.kind == "engine" and config.adapter is not None and not engine_args.enable_lora:
+        refuse("localizer.adapter without --enable-lora")
 
 
 def refuse_model(model_config: Any, config: CropConfig) -> None:

@@ -2,8 +2,6 @@
 """Asks another OpenAI-compatible server, such as a `vllm serve` of a model trained to locate."""
 
 import asyncio
-import base64
-import io
 import math
 import os
 from collections.abc import Iterator
@@ -12,6 +10,7 @@ from typing import Any
 
 from PIL import Image
 
+from vllm_crop.data_url import data_url
 from vllm_crop.localizers.base import Asked, LocalizerError, Located
 from vllm_crop.localizers.dialects import DIALECTS
 from vllm_crop.localizers.settings import LocalizerConfig
@@ -114,6 +113,4 @@ def _picture(image: Image.Image, config: LocalizerConfig) -> tuple[str, tuple[in
     scale = min(1.0, config.thumbnail_side / max(image.size))
     unit = _WHOLE_PATCHES if config.dialect == "pixels" else 1
     width, height = (max(unit, round(side * scale / unit) * unit) for side in image.size)
-    buffer = io.BytesIO()
-    shrink(image, (width, height)).save(buffer, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}", (width, height)
+    return data_url(shrink(image, (width, height))), (width, height)

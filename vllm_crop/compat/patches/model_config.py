@@ -18,7 +18,7 @@ from vllm_crop.config import CONFIG_KEY, CropConfig
 from vllm_crop.errors import CropError, UnsupportedFlagError
 from vllm_crop.eviction.start import attach_eviction
 from vllm_crop.frontend.hf_overrides import compose_hf_overrides
-from vllm_crop.frontend.refusals import refuse_flags, refuse_model
+from vllm_crop.frontend.refusals import refuse_flags, refuse_localizer, refuse_model
 
 REASON = "selects the Crop architectures through hf_overrides when additional_config.crop is set"
 STOCK_RENDERER = ("vllm.renderers.hf", "HfRenderer")
@@ -43,6 +43,7 @@ def patch(engine_args: Any, require_supported: Callable[[CropConfig], None]) -> 
         config = CropConfig.from_mapping(settings)
         require_supported(config)
         refuse_flags(self)
+        refuse_localizer(self, config.localizer)
         user_overrides = self.hf_overrides
         self.hf_overrides = compose_hf_overrides(config.model_dump(), user_overrides)
         try:

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Any OpenAI-compatible server that serves the checkpoint; with the plugin, if CROP is to be measured."""
 
-import base64
-import io
 import os
 import time
 from collections import deque
@@ -14,6 +12,7 @@ from typing import Any
 
 from PIL import Image
 
+from vllm_crop.data_url import data_url
 from vllm_crop.errors import CropError
 from vllm_crop.evaluation.asking import Answer, Asked, SceneTask, ask
 from vllm_crop.evaluation.cells import LOCATE, GridCell
@@ -88,7 +87,4 @@ class EndpointAnswers:
 
 
 def _image_part(image: Image.Image) -> dict[str, Any]:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
+    return {"type": "image_url", "image_url": {"url": data_url(image)}}
