@@ -92,7 +92,7 @@ def test_looks_cover_what_decides(model: Any, tokenizer: Any) -> None:
     batch = BatchMaker(tokenizer).make(task, seed=3)
     assert batch.looks.sum(-1).unique().tolist() == [9]  # one cell's tokens
     looked = answer_states(model, tokenizer, batch, task, train_vision=False).looked
-    everywhere = replace(batch, looks=torch.ones_like(batch.looks))
+    everywhere = replace(batch, looks=torch.ones_like(batch.looks))  # the prefix gets the rest
     assert 0 < float(look_loss(looked, everywhere)) < float(look_loss(looked, batch))
 
 

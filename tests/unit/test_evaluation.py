@@ -30,6 +30,7 @@ from vllm_crop.evaluation.session import Session
 from vllm_crop.evaluation.stats import difference, retention, wilson
 from vllm_crop.evaluation.store import CellResult, Store
 from vllm_crop.evaluation.summary import summarize
+from vllm_crop.evaluation.thresholds import THRESHOLDS, sweep
 from vllm_crop.geometry import Region
 from vllm_crop.tinyvqa.questions import FAMILIES, boxes_region
 from vllm_crop.tinyvqa.scenes import is_test_seed
@@ -413,3 +414,23 @@ def test_another_architecture_is_refused(tmp_path: Path) -> None:
     finished = CliRunner().invoke(app, ["eval", "--engine", "transformers", "--model", str(tmp_path)])
     assert finished.exit_code == 1
     assert "Qwen2_5_VLForConditionalGeneration" in finished.output
+
+
+def test_doubtful_regions_are_replaced_by_the_unpruned_answer() -> None:
+    scenes = make_test_set(2)
+    truth = [question.answer for scene in scenes for question in scene.questions]
+    sure = [0.1, 0.6, 0.95, 0.3, 0.8] * (len(truth) // 5)
+    whole = CellResult(OFF, "vllm", tuple(Answer(text, 576, 590, 590) for text in truth))
+    pruned = CellResult(
+        GridCell("plc", "localizer", 0.889), "vllm", tuple(Answer("no", 64, 78, 78) for _ in truth)
+    )
+    located = CellResult(GridCell(LOCATE), "vllm", tuple(Answer("whole", 64, 78, 78, p) for p in sure))
+    rows = sweep(scenes, [whole, located, pruned])
+    assert [row.whole_below for row in rows] == list(THRESHOLDS)
+    for row in rows:
+        used = sum(p >= row.whole_below for p in sure) / len(sure)
+        assert row.used == used
+        assert row.groups["all"].accuracy.value == pytest.approx(1 - used)
+        assert row.groups["all"].visual_tokens == pytest.approx(64 * used + 576 * (1 - used))
+    unknown = replace(located, answers=tuple(replace(one, confidence=None) for one in located.answers))
+    assert sweep(scenes, [whole, unknown, pruned]) == []

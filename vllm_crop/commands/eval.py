@@ -22,7 +22,7 @@ DEFAULT_RATES = ",".join(f"{rate:g}" for rate in RATES)
 def evaluate(
     model: Annotated[
         Path, typer.Option(help="Folder of the checkpoint, which must know the scenes of tinyvqa.")
-    ] = Path("build/tinyvqa/checkpoint"),
+    ] = Path("models/tinyvqa"),
     n: Annotated[int, typer.Option("--n", min=1, help="Questions of each of the five families.")] = 500,
     methods: Annotated[
         str, typer.Option(metavar="A,B,...", help=f"What to measure, of {', '.join(METHODS)}.")

@@ -41,12 +41,14 @@ class Answer:
     Attributes:
         visual_tokens: averaged over decoder layers.
         kv_tokens: of the whole prompt, averaged over decoder layers.
+        confidence: the probability the model gave its words; known of the localizer's only.
     """
 
     text: str
     visual_tokens: float
     kv_tokens: float
     prompt_tokens: int
+    confidence: float | None = None
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from vllm_crop.evaluation.report import Report, describe_localizer, interval, table_cells
 from vllm_crop.evaluation.summary import Row
+from vllm_crop.evaluation.thresholds import ThresholdRow
 from vllm_crop.tinyvqa.questions import FAMILIES
 
 _STYLE = """
@@ -59,6 +60,10 @@ def _parts(report: Report, curves: Path) -> Iterator[str]:
         yield "<h2>CROP's margin on local questions</h2>"
         headings = ("CROP", "rate", "against", "more right answers, points")
         yield _table(headings, [_margin_cells(report, index) for index in range(len(report.margins))])
+    if report.thresholds:
+        yield "<h2>Doubtful regions: the whole image below a confidence</h2>"
+        columns = ("CROP", "rate", "whole below", "regions used", *_COLUMNS[2:6])
+        yield _table(columns, [_threshold_cells(row) for row in report.thresholds])
     if report.agreements:
         yield "<h2>Answers that plain transformers give too, word for word</h2>"
         rows = [[one.cell.slug, one.engine, f"{one.same} of {one.asked}"] for one in report.agreements]
@@ -78,6 +83,20 @@ def _cells(row: Row) -> list[str]:
 def _margin_cells(report: Report, index: int) -> list[str]:
     margin = report.margins[index]
     return [margin.method, f"{margin.pruning_rate:g}", margin.against, interval(margin.gained)]
+
+
+def _threshold_cells(row: ThresholdRow) -> list[str]:
+    local, every = row.groups["local"], row.groups["all"]
+    return [
+        row.method,
+        f"{row.pruning_rate:g}",
+        f"{row.whole_below:g}",
+        f"{100 * row.used:.0f} %",
+        f"{local.visual_tokens:.0f} / {every.visual_tokens:.0f}",
+        interval(local.accuracy),
+        interval(local.retained),
+        interval(every.accuracy),
+    ]
 
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -18,6 +18,7 @@ from vllm_crop.evaluation.questions import TestScene
 from vllm_crop.evaluation.stats import Estimate
 from vllm_crop.evaluation.store import CellResult
 from vllm_crop.evaluation.summary import Row, summarize
+from vllm_crop.evaluation.thresholds import ThresholdRow, sweep
 
 _SHORT_COLUMNS = {"rate": 5, "tokens": 6, "local %": 10, "retained %": 10, "all %": 10, "TTFT\nms": 4}
 
@@ -30,6 +31,7 @@ class Report:
     margins: tuple[Margin, ...]
     agreements: tuple[Agreement, ...]
     localizer: LocalizerScore | None
+    thresholds: tuple[ThresholdRow, ...]
     provenance: Mapping[str, Any]
 
 
@@ -45,6 +47,7 @@ def make_report(
         tuple(margins(scenes, results)),
         tuple(agreed),
         score_localizer(scenes, results),
+        tuple(sweep(scenes, results)),
         provenance,
     )
 
@@ -56,6 +59,7 @@ def write_report(folder: Path, report: Report) -> None:
     numbers = {
         "provenance": report.provenance,
         "localizer": report.localizer and asdict(report.localizer),
+        "thresholds": [asdict(row) for row in report.thresholds],
         "rows": [{"row": row.cell.row, **asdict(row)} for row in report.rows],
         "margins": [asdict(margin) for margin in report.margins],
         "agreements": [asdict(one) for one in report.agreements],

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Any OpenAI-compatible server that serves the checkpoint; with the plugin, if CROP is to be measured."""
 
+import math
 import os
 import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from itertools import chain
 from statistics import median
 from typing import Any
@@ -48,7 +51,8 @@ class EndpointAnswers:
         asked = [ask(cell, task, self.accounting.size) for task in tasks]
         self.accounting.check(list(chain.from_iterable(asked)))
         with ThreadPoolExecutor(IN_FLIGHT) as pool:
-            answers = iter(list(pool.map(self._answer, chain.from_iterable(asked))))
+            answer = partial(self._answer, logprobs=cell.method == LOCATE)
+            answers = iter(list(pool.map(answer, chain.from_iterable(asked))))
         return [[next(answers) for _ in questions] for questions in asked]
 
     def ttft_ms(self, cell: GridCell, tasks: Sequence[SceneTask]) -> float:
@@ -63,10 +67,13 @@ class EndpointAnswers:
             times.append(1e3 * (time.perf_counter() - start))
         return median(times[1:])  # the first one warms up
 
-    def _answer(self, asked: Asked) -> Answer:
-        response = self._complete(asked)
-        text = response.choices[0].message.content or ""
-        return self.accounting.answer(asked, text, response.usage.prompt_tokens)
+    def _answer(self, asked: Asked, logprobs: bool) -> Answer:
+        response = self._complete(asked, **({"logprobs": True} if logprobs else {}))
+        choice = response.choices[0]
+        answer = self.accounting.answer(asked, choice.message.content or "", response.usage.prompt_tokens)
+        if not logprobs:
+            return answer
+        return replace(answer, confidence=math.exp(sum(token.logprob for token in choice.logprobs.content)))
 
     def _complete(self, asked: Asked, **options: Any) -> Any:
         from openai import OpenAIError

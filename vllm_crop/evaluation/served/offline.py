@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A vLLM engine in this process: what a server would answer, without HTTP."""
 
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -44,7 +45,7 @@ class EngineAnswers:
         asked = [ask(cell, task, self.accounting.size) for task in tasks]
         flat = list(chain.from_iterable(asked))
         self.accounting.check(flat)
-        outputs = iter(self._generate(flat))
+        outputs = iter(self._generate(flat, logprobs=0 if cell.method == LOCATE else None))
         return [[self._answer(one, next(outputs)) for one in questions] for questions in asked]
 
     def ttft_ms(self, cell: GridCell, tasks: Sequence[SceneTask]) -> float:
@@ -58,10 +59,10 @@ class EngineAnswers:
             times.append(1e3 * (time.perf_counter() - start))
         return median(times[1:])  # the first one warms up
 
-    def _generate(self, asked: Sequence[Asked]) -> list[Any]:
+    def _generate(self, asked: Sequence[Asked], logprobs: int | None = None) -> list[Any]:
         from vllm import SamplingParams
 
-        sampling = [SamplingParams(temperature=0, max_tokens=one.steps) for one in asked]
+        sampling = [SamplingParams(temperature=0, max_tokens=one.steps, logprobs=logprobs) for one in asked]
         prompts = [self._prompt(one) for one in asked]
         return list(self.llm.generate(prompts, sampling, use_tqdm=False))
 
@@ -74,4 +75,7 @@ class EngineAnswers:
         return prompt
 
     def _answer(self, asked: Asked, output: Any) -> Answer:
-        return self.accounting.answer(asked, output.outputs[0].text, len(output.prompt_token_ids))
+        said = output.outputs[0]
+        answer = self.accounting.answer(asked, said.text, len(output.prompt_token_ids))
+        logprob = said.cumulative_logprob
+        return answer if logprob is None else replace(answer, confidence=math.exp(logprob))

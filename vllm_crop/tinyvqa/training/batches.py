@@ -60,6 +60,8 @@ class Batch:
         places: `[scenes, questions, 2]` row and column of the cell to look at, `IGNORED` where it is not one.
         digits: `[scenes, tokens]` the digit an image token shows, `IGNORED` where it shows none.
         asked_digits: `[scenes, questions]` the digit asked for, `IGNORED` where none is.
+        counting: `[scenes, questions]` whether things are to be counted.
+        counted: `[scenes, questions, tokens]` the middle of each of these things.
         families: per scene and question.
     """
 
@@ -71,6 +73,8 @@ class Batch:
     places: Tensor
     digits: Tensor
     asked_digits: Tensor
+    counting: Tensor
+    counted: Tensor
     families: list[list[str]]
 
     def to(self, device: torch.device) -> "Batch":
@@ -85,6 +89,8 @@ class Batch:
             places=self.places.to(device),
             digits=self.digits.to(device),
             asked_digits=self.asked_digits.to(device),
+            counting=self.counting.to(device),
+            counted=self.counted.to(device),
         )
 
 
@@ -127,6 +133,8 @@ class BatchMaker:
             places=torch.tensor([[_place(question, task) for question in questions] for questions in asked]),
             digits=_digits(scenes, task),
             asked_digits=torch.tensor([[_asked_digit(question, task) for question in row] for row in asked]),
+            counting=torch.tensor([[_counts(question, task) for question in row] for row in asked]),
+            counted=torch.stack([_middles(questions, task) for questions in asked]),
             families=[[question.family for question in questions] for questions in asked],
         )
 
@@ -156,9 +164,9 @@ def _ask_many(scene: Scene, task: Task, chance: random.Random) -> list[Question]
 
 def _stages(question: Question, task: Task) -> tuple[tuple[Cell, ...], tuple[Cell, ...]]:
     """What to look at first and then."""
-    if not task.locate:
-        return question.named, question.decisive
-    return (question.named,) * 2 if question.boxes else ((), ())
+    if _counts(question, task) or (task.locate and not question.boxes):
+        return (), ()
+    return question.named, question.named if task.locate else question.decisive
 
 
 def _place(question: Question, task: Task) -> Cell:
@@ -189,3 +197,18 @@ def _asked_digit(question: Question, task: Task) -> int:
     if question.family != "search" or task.locate:
         return IGNORED
     return next(DIGITS.index(letter) for letter in question.text if letter in DIGITS)
+
+
+def _counts(question: Question, task: Task) -> bool:
+    return question.family == "count" and not task.locate
+
+
+def _middles(questions: Sequence[Question], task: Task) -> Tensor:
+    """`[questions, tokens]`: one token of each thing to count, however many it covers."""
+    scale = task.num_tokens // task.side
+    middles = torch.zeros(len(questions), task.num_tokens, task.num_tokens)
+    for index, question in enumerate(questions):
+        if _counts(question, task):
+            for row, col in question.named:
+                middles[index, row * scale + scale // 2, col * scale + scale // 2] = 1
+    return middles.flatten(1)

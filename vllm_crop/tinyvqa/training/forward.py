@@ -119,8 +119,8 @@ class States:
 
     Attributes:
         last: `[batch, questions, length, hidden]`, after the last layer.
-        looked: for each probed layer the log attention `[batch, heads, questions, rows * cols]` that the
-            answering tokens pay to the image's tokens.
+        looked: for each probed layer the log attention `[batch, heads, questions, PREFIX + rows * cols]` that
+            the answering tokens pay to the prefix and the image's tokens.
         image: for each probed layer `[batch, rows * cols, hidden]`, the image's tokens before it.
         asking: for each probed layer `[batch, questions, hidden]`, the answering tokens before it.
     """
@@ -196,4 +196,4 @@ def _look(query: Tensor, key: Tensor, at: Tensor, image: int) -> Tensor:
     batch, heads, _, width = query.shape
     asking = query.gather(2, at[:, None, :, None].expand(batch, heads, -1, width))
     scores = asking @ key[:, :, :image].transpose(2, 3) / width**0.5
-    return functional.log_softmax(scores, dim=-1)[..., PREFIX:]
+    return functional.log_softmax(scores, dim=-1)

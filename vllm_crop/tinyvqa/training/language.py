@@ -18,6 +18,7 @@ from vllm_crop.tinyvqa import words
 from vllm_crop.tinyvqa.scenes import DIGITS
 from vllm_crop.tinyvqa.training.batches import Batch, Task
 from vllm_crop.tinyvqa.training.forward import (
+    PREFIX,
     Layout,
     Probes,
     States,
@@ -103,9 +104,24 @@ def look_loss(looked: list[Tensor], batch: Batch) -> Tensor:
     """Mean of minus the log of the attention that the places to look at get, stage by stage."""
     losses = []
     for log_attention, looks in zip(looked, batch.looks, strict=True):
-        mass = log_attention[:, :2].masked_fill(~looks, float("-inf")).logsumexp(-1)
+        mass = log_attention[:, :2, :, PREFIX:].masked_fill(~looks, float("-inf")).logsumexp(-1)
         losses.append(-mass[looks.any(-1)].mean())
     return torch.stack(losses).mean()
+
+
+def count_loss(states: States, batch: Batch) -> Tensor:
+    """How well the first looking layer shares its attention out between the things to count and the prefix.
+
+    Attention averages, so it cannot add up. But where each of n things gets as much as the prefix, the prefix
+    gets 1 / (n + 1), and that can be read.
+    """
+    if not bool(batch.counting.any()):
+        return states.last.new_zeros(())
+    log_attention = states.looked[0][:, :2].transpose(1, 2)[batch.counting]  # [n, heads, tokens]
+    counted = batch.counted[batch.counting][:, None]
+    mass = log_attention[..., :PREFIX].logsumexp(-1) + (log_attention[..., PREFIX:] * counted).sum(-1)
+    share: Tensor = -(mass / (counted.sum(-1) + 1)).mean()
+    return share
 
 
 def right_answers(logits: Tensor, batch: Batch) -> dict[str, tuple[int, int]]:

@@ -19,6 +19,7 @@ from vllm_crop.tinyvqa.training.language import (
     PlaceHeads,
     answer_loss,
     answer_states,
+    count_loss,
     digit_loss,
     look_loss,
     place_loss,
@@ -126,7 +127,10 @@ class Trainer:
         self._note(f"{kind} target", float(target.detach()))
         digit = digit_loss(self.heads["place"], states, batch)
         self._note(f"{kind} digit", float(digit.detach()))
-        return loss + phase.look_weight * (1 - self.step / phase.steps) * (look + place + target + digit)
+        count = count_loss(states, batch)
+        self._note(f"{kind} sharing", float(count.detach()))
+        hints = look + place + target + digit + count
+        return loss + phase.look_weight * (1 - self.step / phase.steps) * hints
 
     def _note(self, name: str, value: float) -> None:
         self._window[name].append(value)
