@@ -82,7 +82,7 @@ def test_a_global_question_gets_the_whole_image(client: openai.OpenAI) -> None:
     whole = [image for image in outcomes if image["localizer"]["outcome"] == "global"]
     assert len(whole) >= 0.9 * len(outcomes)
     for image in whole:
-        assert image["region"] is None
+        assert (image["source"], image["region"]) == ("engine", None)
         assert image["tokens_after_plc"] == 576
 
 

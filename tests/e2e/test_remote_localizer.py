@@ -105,12 +105,16 @@ def localizer(port: int, log: Path) -> Iterator[Server]:
 def test_right_regions_killed_and_back(logs: Path) -> None:
     port = free_port()
     scene, question = LOCAL[0]
-    with served_with(f"http://{HOST}:{port}/v1", logs / "with_remote.log") as (server, client):
+    patience_s = 10.0  # the first request of a server takes long
+    with served_with(f"http://{HOST}:{port}/v1", logs / "with_remote.log", timeout_s=patience_s) as (
+        server,
+        client,
+    ):
         with localizer(port, logs / "localizer_1.log"):
             first = [found(ask(client, scene.picture(), question)) for scene, question in LOCAL]
             for image, (_, text) in zip(first, LOCAL, strict=True):
                 assert image["source"] == "openai"
-                assert image["localizer"]["outcome"] in ("region", "global"), text
+                assert image["localizer"]["outcome"] in ("region", "global"), (text, image)
                 assert 0 < image["localizer"]["confidence"] <= 1
             truth = {q.text: q for scene in SCENES for q in scene.questions}
             exact = [
@@ -123,7 +127,7 @@ def test_right_regions_killed_and_back(logs: Path) -> None:
         picture.putpixel((0, 0), (1, 2, 3))
         start = time.monotonic()
         image = found(ask(client, picture, question))
-        assert time.monotonic() - start < DEADLINE_S + 3
+        assert time.monotonic() - start < patience_s + 3
         assert image["localizer"]["outcome"] == "error"
         assert image["tokens_after_plc"] == 576
         assert metric(server, "crop:localizations_total", outcome="error") == failed + 1
@@ -186,7 +190,7 @@ def test_a_remote_that_misbehaves_costs_its_deadline_at_most(
     assert time.monotonic() - start < DEADLINE_S + 3
     assert response.parse().choices[0].message.content
     image = found(response)
-    assert (image["localizer"]["outcome"], image["region"]) == (outcome, None)
+    assert (image["source"], image["localizer"]["outcome"], image["region"]) == ("openai", outcome, None)
     assert image["tokens_after_plc"] == 576
     assert metric(server, "crop:localizations_total", outcome=outcome) == before + 1
     assert {path for path, _ in misbehaving.seen} == {"/v1/chat/completions"}, "a redirect was followed"

@@ -151,18 +151,21 @@ def _image_facts(
 ) -> ImageFacts:
     plan = decision.plan
     assert plan is None or plan.num_embeddings == num_placeholders
-    source: Source = "request" if localization is None else localization.localizer
+    region = decision.request.region
+    source: Source = "request"
     if decision.request.off:
         source = "off"
-    elif decision.request.region is None and localization is None:
-        source = "none"
-    elif plan is None and num_placeholders == decision.full_tokens:
+    elif region is not None and plan is None and num_placeholders == decision.full_tokens:
         source = "out_of_view"
+    elif localization is not None:
+        source = localization.localizer
+    elif region is None:
+        source = "none"
     return ImageFacts(
         tokens=decision.full_tokens,
         tokens_after_plc=num_placeholders,
         tokens_avg=fmean(plan.tokens_per_layer(num_layers)) if plan else float(num_placeholders),
-        region=decision.request.region,
+        region=region,
         source=source,
         localization=localization,
     )

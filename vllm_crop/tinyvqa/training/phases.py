@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from vllm_crop.tinyvqa.training.batches import Task
 
 # What is learnt last is asked most.
-ANSWERED = {"read": 0.7, "relation": 1.2, "compare": 1.2, "search": 1.8, "count": 1.2}
+ANSWERED = {"read": 0.6, "relation": 1.2, "compare": 1.6, "search": 0.8, "count": 2.2}
 LOCATED = {"read": 1.0, "relation": 1.2, "compare": 1.5, "search": 0.3, "count": 0.3}
 FIRST = {"read": 2.0, "relation": 1.0, "compare": 1.0, "search": 1.0, "count": 0.5}
 

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The offline `LLM` that finds regions itself, in the midst of other requests."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client import REGISTRY
+
+from tests.conftest import CheckpointOf
+from tests.cpu.conftest import Engine, Question
+from tests.families import LLAVA, QWEN2_5_VL
+from tests.pictures import noise_image
+from tests.tinyvqa import CHECKPOINT, ENGINE
+from vllm_crop.evaluation.questions import TestScene, make_test_set
+from vllm_crop.geometry import Region
+from vllm_crop.localizers.dialects import DIALECTS, read_cells
+from vllm_crop.tinyvqa import words
+from vllm_crop.tinyvqa.drawing import thumbnail
+
+pytestmark = pytest.mark.vllm_runtime
+
+SCENES = make_test_set(4, seed=5)
+ASKED = [(scene, question) for scene in SCENES for question in scene.questions]
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    crop = {"pruning_rate": 0.889, "localizer": ENGINE}
+    return Engine(CHECKPOINT, crop, QWEN2_5_VL, enable_prefix_caching=False)
+
+
+def conversation(picture: Any, text: str) -> list[Any]:
+    content = [{"type": "image_pil", "image_pil": picture}, {"type": "text", "text": text}]
+    return [{"role": "user", "content": content}]
+
+
+def chat(
+    engine: Engine, conversations: list[Any], crop: Any = None, **sampling: Any
+) -> list[tuple[str, int]]:
+    """Texts and prompt lengths."""
+    from vllm import SamplingParams
+
+    outputs = engine.llm.chat(
+        conversations,
+        SamplingParams(**{"temperature": 0, "max_tokens": 5, **sampling}),
+        use_tqdm=False,
+        mm_processor_kwargs=None if crop is None else {"crop": crop},
+    )
+    return [(output.outputs[0].text, len(output.prompt_token_ids)) for output in outputs]
+
+
+def said_of_thumbnail(engine: Engine, scene: TestScene, text: str) -> Region | None:
+    from vllm.sampling_params import StructuredOutputsParams
+
+    legal = StructuredOutputsParams(regex=DIALECTS["cells"].regex)
+    asked = [conversation(thumbnail(scene.picture()), words.LOCATE + text)]
+    ((said, _),) = chat(engine, asked, {"method": "off"}, max_tokens=12, structured_outputs=legal)
+    return read_cells(said)
+
+
+def outcomes() -> dict[str, float]:
+    """Localizations so far."""
+    return {
+        f"{sample.labels['model_name']} {sample.labels['outcome']}": sample.value
+        for metric in REGISTRY.collect()
+        if metric.name == "crop:localizations"
+        for sample in metric.samples
+        if sample.name.endswith("_total")
+    }
+
+
+def test_answers_are_those_with_the_region_the_model_names(engine: Engine) -> None:
+    together = chat(engine, [conversation(scene.picture(), q.text) for scene, q in ASKED])
+    for (scene, question), answer in zip(ASKED, together, strict=True):
+        region = said_of_thumbnail(engine, scene, question.text)
+        crop = {"method": "off"} if region is None else {"regions": [region.as_lists()]}
+        assert chat(engine, [conversation(scene.picture(), question.text)], crop) == [answer], question.text
+    lengths = {question.family: length for (_, question), (_, length) in zip(ASKED, together, strict=True)}
+    assert lengths["read"] < 100 < 576 < lengths["count"]
+
+
+def test_outputs_of_other_requests_are_not_lost(engine: Engine) -> None:
+    before = Question(
+        (SCENES[0].picture(),), {"method": "off"}, "<|im_start|>{images}how many?<|answer|>", ""
+    )
+    added = [engine.add(f"other-{index}", before, steps=2) for index in range(3)]
+    picture = SCENES[1].picture()
+    picture.putpixel((0, 0), (1, 2, 3))  # not known: it is localized while the others run
+    prompt = engine.llm._preprocess_chat_one(conversation(picture, SCENES[1].questions[0].text))
+    assert len(prompt["prompt_token_ids"]) < 576
+    finished: set[str] = set()
+    while engine.llm.llm_engine.has_unfinished_requests():
+        finished |= {output.request_id for output in engine.llm.llm_engine.step()}
+    assert finished == {f"other-{index}" for index in range(3)}, added
+
+
+def test_prompts_that_are_text_name_their_question(engine: Engine) -> None:
+    scene, question = ASKED[0]
+    text = f"<|im_start|>{{images}}{question.text}<|answer|>"
+    known = said_of_thumbnail(engine, scene, question.text)
+    assert known is not None
+    wanted, *others = engine.ask(
+        Question((scene.picture(),), {"regions": [known.as_lists()]}, text, ""),
+        Question((scene.picture(),), {"question": question.text}, text, ""),
+        Question((scene.picture(),), None, text, ""),
+        steps=2,
+    )
+    assert others[0].prompt_token_ids == wanted.prompt_token_ids
+    assert (
+        others[0].logprobs.equal(wanted.logprobs)
+        or float((others[0].logprobs - wanted.logprobs).abs().max()) < 1e-5
+    )
+    assert others[1].num_prompt_tokens > 576  # nobody says what is asked
+
+
+def test_a_localizer_that_fails_costs_the_saving_only(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    localizer = engine.llm.llm_engine.renderer._localizing.localizer
+    scene, question = ASKED[0]
+    picture = scene.picture()
+    picture.putpixel((0, 0), (3, 2, 1))
+    before = outcomes()
+
+    def fail(*args: Any) -> None:
+        raise RuntimeError("out of order")
+
+    monkeypatch.setattr(localizer, "_read", fail)
+    ((_, length),) = chat(engine, [conversation(picture, question.text)])
+    assert length > 576
+    failed = {name for name, count in outcomes().items() if count > before.get(name, 0)}
+    assert [name.rpartition(" ")[2] for name in failed] == ["error"]
+    monkeypatch.undo()
+    ((_, length),) = chat(engine, [conversation(picture, question.text)])
+    assert length < 100  # a failure is not remembered
+
+
+@pytest.fixture
+def added(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Requests and prompt lengths as engines get them."""
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    seen: list[tuple[str, int]] = []
+    add_request = LLMEngine.add_request
+
+    def noted(self: Any, request_id: str, prompt: Any, params: Any, **kwargs: Any) -> str:
+        seen.append((request_id, len(prompt["prompt_token_ids"])))
+        return add_request(self, request_id, prompt, params, **kwargs)
+
+    monkeypatch.setattr(LLMEngine, "add_request", noted)
+    return seen
+
+
+def test_where_all_images_cost_the_same_the_glance_is_averaged(
+    checkpoint_of: CheckpointOf, added: list[tuple[str, int]]
+) -> None:
+    checkpoint: Path = checkpoint_of(LLAVA, LLAVA.deep)
+    llava = Engine(checkpoint, {"localizer": {"kind": "engine"}, "pruning_rate": 0.8333}, LLAVA)
+    content = [{"type": "image_pil", "image_pil": noise_image(900)}, {"type": "text", "text": "What is it?"}]
+    ((_, length),) = chat(llava, [[{"role": "user", "content": content}]])
+    (glance_id, glance), (_, answered) = added
+    assert glance_id.startswith("crop-localizer-")
+    words_of_prompt = glance - 64
+    assert 0 < words_of_prompt < 300
+    assert answered == length
+    assert length < 576 or "whole" in str(outcomes())
