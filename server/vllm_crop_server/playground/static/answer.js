@@ -62,7 +62,7 @@ export class Answer {
     this.#row("image-tokens", "Image tokens in the prompt", image && `${image.tokens_after_plc} of ${image.tokens}`);
     this.#row("average", "Image tokens per layer, average", image && averageOf(image));
     this.#row("first-token", "Time to first token, in this browser", milliseconds(firstTokenMs));
-    this.#row("localizer", "Localizer, on the server (part of it)", localizer ? timeOf(localizer) : "not asked");
+    this.#row("localizer", "Localizer’s part of it, by the server", localizer ? timeOf(localizer) : "not asked");
     this.#row("confidence", "Confidence", localizer ? confidenceOf(localizer) : "–");
     this.#row("source", "Region", image && (SOURCES[image.source] ?? OUTCOMES[localizer?.outcome] ?? image.source));
   }

@@ -34,8 +34,8 @@ export class Server {
     return this.#json("plugins/crop/settings");
   }
 
-  plan(body, signal) {
-    return this.#json("plugins/crop/plan", body, signal);
+  plan(body) {
+    return this.#json("plugins/crop/plan", body);
   }
 
   /**
@@ -64,8 +64,8 @@ export class Server {
     return { facts, usage, firstTokenMs };
   }
 
-  async #json(path, body, signal) {
-    return (await this.#fetch(path, body, signal)).json();
+  async #json(path, body) {
+    return (await this.#fetch(path, body)).json();
   }
 
   async #fetch(path, body, signal) {
@@ -84,7 +84,7 @@ async function reach(url, options) {
     return await fetch(url, options);
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    if (/ISO-8859-1|ByteString/.test(error.message)) throw new Failure("The API key has letters no key can have.");
+    if (/ISO-8859-1|ByteString/.test(error.message)) throw new Failure("The API key has letters no key can have.", 401);
     throw new Failure("The server cannot be reached. Is it running?");
   }
 }

@@ -17,6 +17,7 @@ const planView = new PlanView(find, server, stage, pruning, box);
 const answers = [new Answer(find("with")), new Answer(find("without"))];
 const asking = new Asking(server, pruning, box, answers, planView);
 let connecting = null; // the promise of the model's name
+let attempts = 0; // to connect; only the last one counts
 let running = null; // the AbortController of the question being asked
 
 function say(status, problem = "") {
@@ -31,20 +32,23 @@ function boxDone() {
 
 /** Ask the server what it serves; says in words why not, and then gives null. */
 async function connect() {
+  const attempt = ++attempts;
+  const key = find("key");
   try {
-    if (!find("key").value && (await server.keyNeeded())) throw new Failure("This server asks for an API key.", 401);
+    if (!key.value && (await server.keyNeeded()) && !key.value) throw new Failure("This server asks for an API key.", 401);
     const [model, settings] = [await server.model(), await server.settings()];
     find("server").textContent = `Model ${model}`;
-    find("key").setAttribute("aria-invalid", "false");
+    key.setAttribute("aria-invalid", "false");
     pruning.offer(settings);
     if (!running) say("");
     planView.connected = true;
     planView.refresh();
     return model;
   } catch (failure) {
+    if (attempt !== attempts) return connecting; // another key has been typed
     connecting = null; // asked again by the next question
     find("server").textContent = "Not connected";
-    find("key").setAttribute("aria-invalid", String(failure.status === 401));
+    key.setAttribute("aria-invalid", String(failure.status === 401));
     say("", failure.message);
     return null;
   }
@@ -55,7 +59,7 @@ function missing() {
   if (!stage.picture) return [find("file"), "Choose an image first."];
   if (!find("question").value.trim()) return [find("question"), "Type a question first."];
   if (box.problem) return [box.fields[0], `The region is no box: ${box.problem}`];
-  if (!find("longest").checkValidity()) return [find("longest"), "The longest answer must be a whole number from 1."];
+  if (!find("longest").checkValidity()) return [find("longest"), "The answer needs room: a whole number of tokens from 1."];
   return null;
 }
 
@@ -86,8 +90,8 @@ async function ask() {
 function setBusy(busy) {
   const stopHadFocus = document.activeElement === find("stop");
   find("stop").hidden = !busy;
-  find("ask").disabled = busy;
-  if (!busy && (stopHadFocus || document.activeElement === document.body)) find("ask").focus({ preventScroll: true });
+  find("ask").setAttribute("aria-disabled", String(busy)); // and not disabled, which would lose the focus
+  if (stopHadFocus) find("ask").focus();
 }
 
 takePictures(find("file"), find("stage"), (picture) => {

@@ -9,7 +9,7 @@ export class PlanView {
   connected = false;
   found = null; // boxes the server found, until the picture or the box changes
   #timer = null;
-  #request = null;
+  #latest = 0; // the number of the last plan asked for
 
   constructor(find, server, stage, pruning, box) {
     Object.assign(this, { server, stage, pruning, box });
@@ -44,15 +44,14 @@ export class PlanView {
   }
 
   async #load() {
-    this.#request?.abort();
-    this.#request = new AbortController();
+    const request = ++this.#latest;
     const { boxes, picture } = this.stage;
     const body = { image_size: picture.size, region: boxes.length ? boxes : null, ...this.pruning.value };
     try {
-      const plan = await this.server.plan(body, this.#request.signal);
-      this.#show(plan, boxes.length > 0);
+      const plan = await this.server.plan(body);
+      if (request === this.#latest) this.#show(plan, boxes.length > 0);
     } catch (failure) {
-      if (failure.name === "AbortError") return;
+      if (request !== this.#latest) return; // overtaken by another
       this.#show(null, false);
       this.planText.textContent = failure.message;
     }
@@ -64,7 +63,8 @@ export class PlanView {
     showLegend(this.legend, plan, outlined);
     const [rows, cols] = plan?.grid ?? [];
     const unseen = plan && outlined && !plan.region_in_view ? " The model sees nothing of the region." : "";
-    this.planText.textContent = plan ? describe(plan) + unseen : "";
+    const condition = plan && !outlined ? "Without a region: " : "";
+    this.planText.textContent = plan ? condition + describe(plan) + unseen : "";
     this.described.textContent = plan ? `Grid of ${rows} × ${cols} visual tokens.` : "";
   }
 }

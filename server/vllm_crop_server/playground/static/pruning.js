@@ -1,8 +1,8 @@
 // The choices of method and pruning rate, as far as the server offers them.
 
 const METHODS = {
-  plc: "plc: compress before the language model",
-  ilp: "ilp: evict inside the language model",
+  plc: "plc: compress",
+  ilp: "ilp: evict",
   "plc+ilp": "plc+ilp: both",
 };
 const HINTS = {

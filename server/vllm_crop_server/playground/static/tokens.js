@@ -44,7 +44,7 @@ export function countsOf(plan) {
 /** One sentence, such as "576 tokens become 64: 36 kept, 28 pooled from 540". */
 export function describe(plan) {
   const counts = countsOf(plan);
-  if (counts.average === counts.tokens) return `All ${counts.tokens} tokens are kept.`;
+  if (counts.average === counts.tokens) return `${counts.tokens} tokens, all kept.`;
   const parts = [`${counts.kept} kept`];
   if (counts.pooled) parts.push(`${counts.pooled} pooled from ${counts.pooledTokens}`);
   for (const { layer, count } of counts.evicted) parts.push(`${count} evicted from layer ${layer} on`);
