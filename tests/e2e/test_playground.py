@@ -303,9 +303,7 @@ def test_a_wrong_key_is_said_and_a_right_one_mends_it(
     reader.context.close()
 
 
-def test_the_servers_refusal_and_its_absence_are_said(
-    server: Server, browser: Browser, picture: Path
-) -> None:
+def test_refusals_absence_and_stopping_are_said(server: Server, browser: Browser, picture: Path) -> None:
     reader = Reader(browser, server.base_url)
     reader.open(API_KEY)
     reader.prepare(picture, QUESTION.text)
@@ -320,6 +318,12 @@ def test_the_servers_refusal_and_its_absence_are_said(
     reader["ask"].click()
     expect(reader["problem"]).to_have_text("The server cannot be reached. Is it running?")
     reader.context.set_offline(False)
+    reader.page.route("**/chat/completions", lambda route: None)
+    reader["ask"].click()
+    reader["stop"].click()
+    expect(reader["status"]).to_have_text("Stopped.")
+    expect(reader["ask"]).to_be_focused()
+    reader.page.unroute("**/chat/completions")
     reader["rate"].fill("0.5")
     reader.ask()
     reader.context.close()
