@@ -41,7 +41,6 @@ class Reader:
         self.page: Page = self.context.new_page()
         self.complaints: list[str] = []
         self.chats: list[Request] = []
-        self.events: list[str] = []
         self.page.on("console", self._hear)
         # Playwright waits for file dialogs only once someone listens, and does not wait for that itself.
         self.page.on("filechooser", lambda chooser: None)
@@ -51,7 +50,6 @@ class Reader:
             lambda request: self.complaints.append(f"failed: {request.url} {request.failure}"),
         )
         self.page.on("request", self._sent)
-        self.page.on("requestfinished", lambda request: self._note("end", request))
 
     def _hear(self, message: Any) -> None:
         if message.type in ("error", "warning"):
@@ -60,13 +58,8 @@ class Reader:
     def _sent(self, request: Request) -> None:
         if not request.url.startswith((self.base_url, "data:", "blob:")):
             self.complaints.append(f"another origin: {request.url}")
-        self._note("begin", request)
-
-    def _note(self, what: str, request: Request) -> None:
         if request.url.endswith("/chat/completions"):
-            self.events.append(what)
-            if what == "begin":
-                self.chats.append(request)
+            self.chats.append(request)
 
     def check_quiet(self) -> None:
         """No error on the console, no failed request, no other origin."""
@@ -95,12 +88,19 @@ class Reader:
 
     def answers(self) -> list[Any]:
         """Wait for both answers; the facts headers that came with them."""
-        expect(self["status"]).to_contain_text("Asking")
+        # The status of an earlier question was overwritten while the click or key was handled.
         expect(self["status"]).to_contain_text("Answered", timeout=ANSWER_MS)
-        expect(self["ask"]).to_be_enabled()
+        expect(self["ask"]).to_have_attribute("aria-disabled", "false")
         assert self["problem"].inner_text() == ""
         headers = [request.response().headers for request in self.chats[-2:]]  # type: ignore[union-attr]
         return [json.loads(each["x-crop-facts"]) for each in headers]
+
+    def chat_times(self) -> list[list[float]]:
+        """Beginning and end of every question's requests, in milliseconds, by the browser's clock."""
+        script = """() => performance.getEntriesByType("resource")
+            .filter((entry) => entry.name.endsWith("/chat/completions"))
+            .map((entry) => [entry.startTime, entry.responseEnd])"""
+        return list(self.page.evaluate(script))
 
     def fact(self, side: str, name: str) -> str:
         """A cell of the table of `with` or `without`."""

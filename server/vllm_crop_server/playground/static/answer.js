@@ -52,12 +52,16 @@ export class Answer {
     this.words.classList.remove("quiet");
   }
 
-  /** facts: the header, null without one; usage and firstTokenMs null where the stream did not tell. */
-  finish({ facts, usage, firstTokenMs }) {
+  /**
+   * asked: the field `crop` of the request; facts: the header, null without one; usage and firstTokenMs: null where
+   * the stream did not tell.
+   */
+  finish(asked, { facts, usage, firstTokenMs }) {
     this.article.setAttribute("aria-busy", "false");
     if (!this.text) this.words.textContent = "(an empty answer)";
     const image = facts?.images?.[0];
     const localizer = image?.localizer;
+    this.#row("asked", "Asked for", pruningOf(asked));
     this.#row("prompt-tokens", "Prompt tokens", usage?.prompt_tokens);
     this.#row("image-tokens", "Image tokens in the prompt", image && `${image.tokens_after_plc} of ${image.tokens}`);
     this.#row("average", "Image tokens per layer, average", image && averageOf(image));
@@ -83,6 +87,10 @@ export class Answer {
     cell.dataset.fact = name;
     cell.textContent = value ?? "unknown";
   }
+}
+
+function pruningOf({ method, pruning_rate: rate }) {
+  return method === "off" ? "method off" : `method ${method}, ${number(100 * rate)} % pruned`;
 }
 
 function averageOf(image) {

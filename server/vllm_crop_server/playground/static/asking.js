@@ -21,7 +21,7 @@ export class Asking {
   async #fill(answer, body, signal, onFacts) {
     answer.begin();
     try {
-      answer.finish(await this.server.chat(body, signal, onFacts, (text) => answer.add(text)));
+      answer.finish(body.crop, await this.server.chat(body, signal, onFacts, (text) => answer.add(text)));
     } catch (failure) {
       answer.abandon();
       throw failure;

@@ -19,7 +19,7 @@ export class Box {
     this.shownProblem = find("box-problem");
     this.clearButton = find("clear");
     Object.assign(this, { stage, onChange, onDone });
-    for (const field of this.fields) field.addEventListener("input", () => this.#typed());
+    for (const field of this.fields) field.addEventListener("input", () => this.#typed(field));
     this.clearButton.addEventListener("click", () => {
       this.clear();
       this.fields[0].focus(); // a disabled button would lose the focus to nowhere
@@ -40,11 +40,12 @@ export class Box {
     this.#show();
   }
 
-  #typed() {
+  #typed(current) {
     const start = this.value ?? this.#suggested ?? WHOLE;
     this.value = this.fields.map((field, index) => {
-      if (field.value === "") field.value = percent(start[index]);
-      return fraction(field.valueAsNumber / 100);
+      // The field itself may be empty for a moment, before another number is typed into it.
+      if (field.value === "" && field !== current) field.value = percent(start[index]);
+      return field.value === "" ? null : fraction(field.valueAsNumber / 100);
     });
     this.#check();
     this.onDone();
@@ -93,7 +94,7 @@ export class Box {
 }
 
 function problemOf([x0, y0, x1, y1]) {
-  if (![x0, y0, x1, y1].every((side) => side >= 0 && side <= 1)) return "All four must be from 0 to 100 %.";
+  if (![x0, y0, x1, y1].every((side) => side !== null && side >= 0 && side <= 1)) return "All four must be from 0 to 100 %.";
   if (x0 >= x1) return "Right must be more than left.";
   return y0 >= y1 ? "Bottom must be more than top." : "";
 }
