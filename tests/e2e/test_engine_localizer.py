@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import anthropic
+import httpx2
 import openai
 import pytest
 from PIL import Image
@@ -115,6 +116,22 @@ def test_every_api_finds_the_same_region(server: Server, client: openai.OpenAI) 
         extra_body={"temperature": 0},
     )
     assert found(message)["region"] == expected
+
+
+def test_conversations_of_a_batch_are_localized_apart(client: openai.OpenAI) -> None:
+    cases = [LOCAL[0], LOCAL[7]]
+    body = {
+        "model": MODEL,
+        "messages": [question_about(scene.picture(), question) for scene, question in cases],
+        "max_tokens": 5,
+        "temperature": 0,
+    }
+    headers = {"Authorization": f"Bearer {API_KEY}"}
+    response = httpx2.post(f"{client.base_url}chat/completions/batch", json=body, headers=headers, timeout=60)
+    assert response.status_code == 200, response.text
+    regions = [image["region"] for image in facts(response)["images"]]
+    alone = [found(ask(client, scene.picture(), question))["region"] for scene, question in cases]
+    assert sorted(map(str, regions)) == sorted(map(str, alone))
 
 
 def test_every_method_takes_the_region(client: openai.OpenAI) -> None:

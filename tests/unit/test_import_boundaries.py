@@ -42,6 +42,7 @@ LIGHT_IMPORTS = {
     "import vllm_crop.compression.pool": ("vllm",),
     "import vllm_crop.compression.feature_cache": ("vllm",),
     "import vllm_crop_server.middleware": (*HEAVY, "vllm_crop.models", "vllm_crop.compat"),
+    "import vllm_crop_server.playground": (*HEAVY, "vllm_crop.models", "vllm_crop.compat"),
 }
 ON_THEIR_OWN = ("vllm_crop.geometry", "vllm_crop.errors")
 

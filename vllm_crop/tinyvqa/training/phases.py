@@ -47,7 +47,7 @@ PHASES = (
     ),
     Phase(
         "large",
-        3000,
+        2500,
         2e-3,
         (
             _small(ANSWERED, (4, 10)),
@@ -59,7 +59,7 @@ PHASES = (
     ),
     Phase(
         "all",
-        400,
+        300,
         3e-4,
         (Task(8, (8, 12), 3, 32, ANSWERED), Task(8, (8, 12), 8, 16, LOCATED, locate=True)),
         0.02,

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the server would do with an image of some size: the plan behind the playground's overlay."""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Protocol, Self, runtime_checkable
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from vllm_crop.budget import Method
+from vllm_crop.config import CropConfig, describe_errors
+from vllm_crop.errors import UnsupportedImageError
+from vllm_crop.geometry import Region
+from vllm_crop.image_plan import plan_image
+from vllm_crop.params import CropParams, InvalidCropError, image_requests, parse_region
+from vllm_crop.vision_geometry import VisionGeometry
+
+LONGEST_SIDE = 65535  # in pixels, as JPEG has it
+_FIELDS = {"crop.regions": "region", "crop.pruning_rate": "pruning_rate", "crop.method": "method"}
+
+Side = Annotated[int, Field(ge=1, le=LONGEST_SIDE)]
+
+
+@runtime_checkable
+class PlanningProcessor(Protocol):
+    """The part of our multimodal processors (vllm_crop/models/processing.py) that decides."""
+
+    @property
+    def crop_config(self) -> CropConfig:
+        """The server's settings."""
+        ...
+
+    @property
+    def geometry(self) -> VisionGeometry:
+        """Grid and view of the served model."""
+        ...
+
+
+class PlanRequest(BaseModel):
+    """Body of the plan route; what it leaves out, the server's configuration decides."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    image_size: tuple[Side, Side] = Field(description="Width and height in pixels, upright.")
+    region: Annotated[Region | None, BeforeValidator(parse_region)] = Field(
+        default=None, description="As an entry of `crop.regions`: null, one box or a list of boxes."
+    )
+    pruning_rate: float | None = Field(default=None, ge=0, lt=1, allow_inf_nan=False)
+    method: Method | None = None
+
+    @classmethod
+    def parse(cls, body: bytes) -> Self:
+        """Validate a JSON body.
+
+        Raises:
+            InvalidCropError: naming every wrong field.
+        """
+        try:
+            return cls.model_validate_json(body)
+        except ValidationError as error:
+            place = error.errors(include_url=False)[0]["loc"]
+            field = str(place[0])[:40] if place else "body"
+            raise InvalidCropError(describe_errors(error, "body", cls), field) from None
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Plans with the geometry and the settings of the served model, as its requests are planned."""
+
+    geometry: VisionGeometry
+    config: CropConfig
+
+    @classmethod
+    def of_processor(cls, processor: Any) -> Self | None:
+        """That of a vLLM multimodal processor; None if it is not one of ours, or the model sees no images."""
+        if not isinstance(processor, PlanningProcessor):
+            return None
+        return cls(processor.geometry, processor.crop_config)
+
+    def plan(self, asked: PlanRequest) -> dict[str, Any]:
+        """The plan as `vllm-crop plan --json` prints it, and what of the image the model sees.
+
+        Raises:
+            InvalidCropError: naming the field of the request that cannot be met.
+        """
+        params = CropParams(regions=[asked.region], pruning_rate=asked.pruning_rate, method=asked.method)
+        width, height = asked.image_size
+        try:
+            (request,) = image_requests(params, self.config, num_images=1)
+            planned = plan_image(self.geometry, width, height, request)
+        except InvalidCropError as error:
+            _, _, reason = str(error).partition(": ")
+            field = _FIELDS[error.parameter]
+            raise InvalidCropError(f"{field}: {reason}", field) from None
+        except UnsupportedImageError as error:
+            raise InvalidCropError(f"image_size: {error}", "image_size") from None
+        return {
+            **planned.tokens.to_json(self.geometry.num_layers),
+            "method": request.method,
+            "region_in_view": planned.region is not None,
+            "window": self.geometry.view(width, height).window.as_list(),
+        }
+
+    def settings(self) -> dict[str, Any]:
+        """What requests to this server can choose from."""
+        methods: list[Method] = ["plc", "ilp", "plc+ilp"] if self.config.stages else ["plc"]
+        default = self.config.method if self.config.method in methods else methods[0]
+        return {
+            "methods": methods,
+            "method": default,
+            "pruning_rate": min(self.config.pruning_rate, self.config.limits.max_pruning_rate),
+            "max_pruning_rate": self.config.limits.max_pruning_rate,
+            "localizer": self.config.localizer.kind,
+            "num_layers": self.geometry.num_layers,
+            "eviction_layers": list(self.config.stages),
+        }

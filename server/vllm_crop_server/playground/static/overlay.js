@@ -1,0 +1,108 @@
+// Draws a plan on the part of the image that the model sees. Looks and colours are those of `vllm-crop preview`
+// (vllm_crop/preview_tokens.py and preview_legend.py).
+import { assignmentOf, evictionLayers, looksOf } from "./tokens.js";
+
+export const REGION_COLOUR = "rgb(255, 45, 120)";
+const LEFT_OUT_LINE = ["rgba(255, 255, 255, 0.16)", 1];
+const KEPT_LINE = ["rgba(255, 255, 255, 0.39)", 1];
+const PATCH_LINE = ["rgba(20, 24, 32, 0.75)", 2];
+const LINES = [LEFT_OUT_LINE, KEPT_LINE, PATCH_LINE];
+const PATCH_OPACITY = 0.86; // a trace of the picture shows what was averaged
+const PALE = "rgba(216, 219, 224, 0.72)";
+const EVICTED_FIRST = [44, 30, 138, 0.8];
+const EVICTED_LAST = [158, 122, 246, 0.6];
+
+/** The violet of tokens evicted at `stage` of `stages`: the darker the fewer layers see them. */
+export function shade(stage, stages) {
+  const lateness = stage / Math.max(1, stages - 1);
+  const [red, green, blue, opacity] = EVICTED_FIRST.map((from, i) => from + (EVICTED_LAST[i] - from) * lateness);
+  return `rgba(${Math.round(red)}, ${Math.round(green)}, ${Math.round(blue)}, ${opacity})`;
+}
+
+/** Draw tokens into `place` = [x, y, width, height]; `source` is the same part in pixels of the image. */
+export function drawTokens(context, image, source, place, plan) {
+  const [rows, cols] = plan.grid;
+  const colours = meanColours(image, source, rows, cols);
+  const looks = looksOf(plan);
+  const stages = evictionLayers(plan).length;
+  const assigned = assignmentOf(plan);
+  const patches = plan.embeddings.map(({ tokens }) => mean(tokens.map((token) => colours[token])));
+  assigned.forEach((index, token) => {
+    const cell = cellOf(place, rows, cols, token);
+    const look = looks[index];
+    if (!look) drawPale(context, image, source, place, cell);
+    if (look?.pooled) fill(context, `rgba(${patches[index].join()}, ${PATCH_OPACITY})`, cell);
+    if (look && look.stage !== null) fill(context, shade(look.stage, stages), cell);
+  });
+  const strengths = assigned.map((index) => (looks[index] ? (looks[index].pooled ? 2 : 1) : 0));
+  drawLines(context, place, rows, cols, assigned, strengths);
+}
+
+/** What preprocessing cuts away: dark and hatched. */
+export function drawUnseen(context, [x, y, width, height]) {
+  context.save();
+  context.beginPath();
+  context.rect(x, y, width, height);
+  context.clip();
+  fill(context, "rgba(20, 23, 29, 0.72)", [x, y, width, height]);
+  context.strokeStyle = "rgba(120, 128, 140, 0.45)";
+  context.lineWidth = 2;
+  context.beginPath();
+  for (let start = -height; start < width; start += 18) {
+    context.moveTo(x + start, y + height);
+    context.lineTo(x + start + height, y);
+  }
+  context.stroke();
+  context.restore();
+}
+
+function drawPale(context, image, source, place, cell) {
+  const [scaleX, scaleY] = [source[2] / place[2], source[3] / place[3]];
+  const [x, y, width, height] = cell;
+  const from = [source[0] + (x - place[0]) * scaleX, source[1] + (y - place[1]) * scaleY];
+  context.filter = "grayscale(1)"; // a browser without filters shows it pale in colour
+  context.drawImage(image, ...from, width * scaleX, height * scaleY, x, y, width, height);
+  context.filter = "none";
+  fill(context, PALE, cell);
+}
+
+/** Lines between neighbours that are not part of the same embedding. */
+function drawLines(context, place, rows, cols, assigned, strengths) {
+  const paths = LINES.map(() => new Path2D());
+  assigned.forEach((index, token) => {
+    const [x, y, width, height] = cellOf(place, rows, cols, token);
+    const apart = (other) => index < 0 || assigned[other] !== index;
+    const path = (other) => paths[Math.max(strengths[token], strengths[other])];
+    if ((token + 1) % cols && apart(token + 1)) path(token + 1).rect(x + width, y, 0, height);
+    if (token + cols < rows * cols && apart(token + cols)) path(token + cols).rect(x, y + height, width, 0);
+  });
+  LINES.forEach(([colour, width], strength) => {
+    context.strokeStyle = colour;
+    context.lineWidth = width * window.devicePixelRatio;
+    context.stroke(paths[strength]);
+  });
+}
+
+function cellOf([x, y, width, height], rows, cols, token) {
+  const [row, col] = [Math.floor(token / cols), token % cols];
+  const [left, right] = [col, col + 1].map((edge) => Math.round((edge * width) / cols));
+  const [top, bottom] = [row, row + 1].map((edge) => Math.round((edge * height) / rows));
+  return [x + left, y + top, right - left, bottom - top];
+}
+
+function meanColours(image, source, rows, cols) {
+  const small = new OffscreenCanvas(cols, rows).getContext("2d", { willReadFrequently: true });
+  small.imageSmoothingQuality = "high";
+  small.drawImage(image, ...source, 0, 0, cols, rows);
+  const { data } = small.getImageData(0, 0, cols, rows);
+  return Array.from({ length: rows * cols }, (_, token) => [...data.slice(4 * token, 4 * token + 3)]);
+}
+
+function mean(colours) {
+  return [0, 1, 2].map((i) => Math.round(colours.reduce((sum, colour) => sum + colour[i], 0) / colours.length));
+}
+
+function fill(context, colour, rectangle) {
+  context.fillStyle = colour;
+  context.fillRect(...rectangle);
+}
