@@ -59,11 +59,11 @@ PHASES = (
     ),
     Phase(
         "all",
-        300,
-        3e-4,
+        500,
+        5e-4,
         (Task(8, (8, 12), 3, 32, ANSWERED), Task(8, (8, 12), 8, 16, LOCATED, locate=True)),
-        0.02,
-        0.0,
+        0.05,
+        0.3,
         True,
     ),
 )
