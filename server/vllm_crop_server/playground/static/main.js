@@ -9,7 +9,8 @@ import { Pruning } from "./pruning.js";
 import { Stage } from "./stage.js";
 
 const find = (id) => document.getElementById(id);
-const server = new Server(() => find("key").value.trim());
+let apiKey = ""; // once it is typed to its end, and not letter by letter
+const server = new Server(() => apiKey);
 const stage = new Stage(find("stage"), find("canvas"), find("empty"));
 const pruning = new Pruning(find, () => planView.refresh());
 const box = new Box(find, stage, () => planView.outline(), boxDone);
@@ -35,7 +36,7 @@ async function connect() {
   const attempt = ++attempts;
   const key = find("key");
   try {
-    if (!key.value && (await server.keyNeeded()) && !key.value) throw new Failure("This server asks for an API key.", 401);
+    if (!apiKey && (await server.keyNeeded())) throw new Failure("This server asks for an API key.", 401);
     const [model, settings] = [await server.model(), await server.settings()];
     find("server").textContent = `Model ${model}`;
     key.setAttribute("aria-invalid", "false");
@@ -115,7 +116,10 @@ find("question").addEventListener("keydown", (event) => {
 });
 find("stop").addEventListener("click", () => running?.abort());
 find("finger").hidden = !navigator.maxTouchPoints;
-find("key").addEventListener("change", () => (connecting = connect()));
+find("key").addEventListener("change", (event) => {
+  apiKey = event.target.value.trim();
+  connecting = connect();
+});
 find("show-tokens").addEventListener("change", (event) => {
   stage.showTokens = event.target.checked;
   stage.draw();
