@@ -11,6 +11,7 @@ from vllm_crop.localizers.decision import Localization
 
 Source = Literal["request", "engine", "openai", "none", "off", "out_of_view"]
 MAX_HEADER_BYTES = 4096
+_DECIMALS = 8  # enough to find the same tokens again from them
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class ImageFacts:
 
     def to_json(self, with_region: bool = True) -> dict[str, Any]:
         """Plain values, without the boxes where they would take too much room."""
-        boxes = self.region and [[round(side, 4) for side in box] for box in self.region.as_lists()]
+        boxes = self.region and [[round(side, _DECIMALS) for side in box] for box in self.region.as_lists()]
         region = {"region": boxes} if with_region else {}
         return {
             "tokens": self.tokens,
