@@ -59,7 +59,7 @@ PHASES = (
     ),
     Phase(
         "all",
-        500,
+        750,
         5e-4,
         (Task(8, (8, 12), 3, 32, ANSWERED), Task(8, (8, 12), 8, 16, LOCATED, locate=True)),
         0.05,
