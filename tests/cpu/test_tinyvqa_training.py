@@ -71,6 +71,32 @@ def test_questions_that_share_an_image_are_answered_as_if_alone(
     assert float((got[0, 0] - other).abs().max()) > 0.1  # another picture
 
 
+@torch.no_grad()
+def test_pictures_with_fewer_tokens_keep_the_places_of_those_left(model: Any, tokenizer: Any) -> None:
+    task = Task(4, (4, 6), 2, 2, {"read": 1.0}, views=6, pruning_rate=0.75)
+    batch = BatchMaker(tokenizer).make(task, seed=5)
+    assert batch.kept.shape == (12, 36)
+    assert batch.images.shape[0] == 2
+    dropping = (batch.assignment < 0).any(1)
+    assert dropping.any()
+    assert not dropping.all()  # the others are pooled
+    full = replace(task, pruning_rate=0.0, views=1, questions=12)
+    everything = replace(
+        batch,
+        questions=batch.questions.view(2, 12, -1),
+        answering=batch.answering.view(2, 12),
+        assignment=torch.arange(144).expand(2, -1),
+        kept=torch.arange(144).expand(2, -1),
+    )
+    expected = answer_states(model, tokenizer, everything, full, train_vision=False).last
+    nothing_lost = answer_states(
+        model, tokenizer, everything, replace(full, pruning_rate=0.1), train_vision=False
+    ).last
+    assert float((nothing_lost - expected).abs().max()) <= 1e-4
+    fewer = answer_states(model, tokenizer, batch, task, train_vision=False).last
+    assert float((fewer.view_as(expected) - expected).abs().max()) > 0.01
+
+
 def test_targets_are_the_answers_tokens(tokenizer: Any) -> None:
     for task in TASKS.values():
         batch = BatchMaker(tokenizer).make(task, seed=2)

@@ -14,6 +14,7 @@ from vllm_crop.tinyvqa import words
 from vllm_crop.tinyvqa.drawing import draw_scene, thumbnail
 from vllm_crop.tinyvqa.questions import Question, ask
 from vllm_crop.tinyvqa.scenes import DIGITS, Cell, Scene, make_scene, training_seed
+from vllm_crop.tinyvqa.training.fewer import choose_tokens
 from vllm_crop.tinyvqa.training.labels import IGNORED, token_labels
 
 
@@ -24,7 +25,9 @@ class Task:
     Attributes:
         locate: ask where, on thumbnails, instead of what, on full pictures.
         weights: how often each family is asked.
-        questions: asked about one picture.
+        questions: asked about one picture, or one view of it.
+        views: rows of the batch that share a picture, each with questions of its own.
+        pruning_rate: of the picture's visual tokens, see `fewer`.
     """
 
     side: int
@@ -33,6 +36,8 @@ class Task:
     questions: int
     weights: dict[str, float]
     locate: bool = False
+    views: int = 1
+    pruning_rate: float = 0.0
 
     @property
     def num_tokens(self) -> int:
@@ -62,6 +67,7 @@ class Batch:
         asked_digits: `[scenes, questions]` the digit asked for, `IGNORED` where none is.
         counting: `[scenes, questions]` whether things are to be counted.
         counted: `[scenes, questions, tokens]` the middle of each of these things.
+        assignment, kept: see `choose_tokens`; empty where all tokens are left.
         families: per scene and question.
     """
 
@@ -75,6 +81,8 @@ class Batch:
     asked_digits: Tensor
     counting: Tensor
     counted: Tensor
+    assignment: Tensor
+    kept: Tensor
     families: list[list[str]]
 
     def to(self, device: torch.device) -> "Batch":
@@ -91,6 +99,8 @@ class Batch:
             asked_digits=self.asked_digits.to(device),
             counting=self.counting.to(device),
             counted=self.counted.to(device),
+            assignment=self.assignment.to(device),
+            kept=self.kept.to(device),
         )
 
 
@@ -121,11 +131,15 @@ class BatchMaker:
     def make(self, task: Task, seed: int) -> Batch:
         """The batch of a seed."""
         chance = random.Random(seed)
-        scenes = [make_scene(training_seed(chance), task.side, task.num_things) for _ in range(task.scenes)]
+        pictures = [make_scene(training_seed(chance), task.side, task.num_things) for _ in range(task.scenes)]
+        scenes = [scene for scene in pictures for _ in range(task.views)]
         asked = [_ask_many(scene, task, chance) for scene in scenes]
         rows = [[self._row(question, task) for question in questions] for questions in asked]
+        assignment = kept = torch.empty(0, dtype=torch.long)
+        if task.pruning_rate:
+            assignment, kept = choose_tokens(asked, task.side, task.num_tokens, task.pruning_rate, chance)
         return Batch(
-            images=draw_all(scenes, thumbnails=task.locate),
+            images=draw_all(pictures, thumbnails=task.locate),
             questions=torch.tensor([[row[0] for row in scene] for scene in rows]),
             targets=torch.tensor([[row[1] for row in scene] for scene in rows]),
             answering=torch.tensor([[row[2] for row in scene] for scene in rows]),
@@ -135,6 +149,8 @@ class BatchMaker:
             asked_digits=torch.tensor([[_asked_digit(question, task) for question in row] for row in asked]),
             counting=torch.tensor([[_counts(question, task) for question in row] for row in asked]),
             counted=torch.stack([_middles(questions, task) for questions in asked]),
+            assignment=assignment,
+            kept=kept,
             families=[[question.family for question in questions] for questions in asked],
         )
 

@@ -83,7 +83,7 @@ class Layout:
     """Where tokens stand: for images of one size with questions of one length.
 
     Attributes:
-        positions: `[3, tokens]`.
+        positions: `[3, batch or 1, tokens]`.
         image: tokens of the image, the prefix counted too.
     """
 
@@ -97,7 +97,16 @@ def make_layout(rows: int, cols: int, questions: int, length: int, device: torch
     grid = torch.stack([torch.zeros_like(row), row, col]).flatten(1) + PREFIX
     text = PREFIX + max(rows, cols) + torch.arange(length).repeat(questions)
     positions = torch.cat([torch.arange(PREFIX).expand(3, -1), grid, text.expand(3, -1)], dim=1)
-    return Layout(positions.to(device), PREFIX + rows * cols)
+    return Layout(positions[:, None].to(device), PREFIX + rows * cols)
+
+
+def keep_tokens(layout: Layout, kept: Tensor) -> Layout:
+    """The layout of what is left of images; `kept`: `[batch, left]` tokens, whose places stay theirs."""
+    before, after = layout.positions[..., :PREFIX], layout.positions[..., layout.image :]
+    image = layout.positions[..., PREFIX : layout.image]
+    batch = len(kept)
+    parts = [before.expand(-1, batch, -1), image[:, 0, kept], after.expand(-1, batch, -1)]
+    return Layout(torch.cat(parts, dim=2), PREFIX + kept.shape[1])
 
 
 @dataclass(frozen=True)
@@ -144,7 +153,7 @@ def language_states(
     batch, count, length = questions.shape
     before = language.embed_tokens(prefix).expand(batch, -1, -1)
     hidden = torch.cat([before, image, language.embed_tokens(questions.flatten(1))], dim=1)
-    cos, sin = language.rotary_emb(hidden, layout.positions[:, None])
+    cos, sin = language.rotary_emb(hidden, layout.positions)
     at = layout.image + torch.arange(count, device=hidden.device) * length + probes.tokens
     looked: list[Tensor] = []
     shown: list[Tensor] = []

@@ -17,12 +17,14 @@ from vllm_crop.geometry import GRID_CELLS
 from vllm_crop.tinyvqa import words
 from vllm_crop.tinyvqa.scenes import DIGITS
 from vllm_crop.tinyvqa.training.batches import Batch, Task
+from vllm_crop.tinyvqa.training.fewer import reduce_features
 from vllm_crop.tinyvqa.training.forward import (
     PREFIX,
     Layout,
     Probes,
     States,
     image_patches,
+    keep_tokens,
     language_states,
     make_layout,
     vision_features,
@@ -46,6 +48,8 @@ def answer_states(model: Any, tokenizer: Any, batch: Batch, task: Task, train_vi
     prefix_ids = tokenizer.convert_tokens_to_ids([words.START, words.VISION_START])
     prefix = torch.tensor(prefix_ids, device=batch.questions.device)
     layout = layout_of(side, task.questions, task.length, prefix.device)
+    if task.pruning_rate:
+        features, layout = reduce_features(features, batch.assignment), keep_tokens(layout, batch.kept)
     probes = Probes(LOOKING_LAYERS, batch.answering)
     return language_states(model.model.language_model, prefix, features, batch.questions, layout, probes)
 

@@ -31,6 +31,11 @@ class Phase:
     train_vision: bool = False
 
 
+def _fewer(rate: float) -> Task:
+    weights = {"read": 0.6, "relation": 1.2, "compare": 1.2}
+    return Task(8, (8, 12), scenes=4, questions=2, weights=weights, views=8, pruning_rate=rate)
+
+
 def _small(weights: dict[str, float], num_things: tuple[int, int]) -> Task:
     return Task(4, num_things, scenes=8, questions=16, weights=weights)
 
@@ -65,5 +70,19 @@ PHASES = (
         0.05,
         0.3,
         True,
+    ),
+    Phase(
+        "fewer",
+        500,
+        5e-4,
+        (
+            _fewer(0.889),
+            Task(8, (8, 12), 4, 24, ANSWERED),
+            _fewer(0.778),
+            Task(8, (8, 12), 8, 16, LOCATED, locate=True),
+            _fewer(0.926),
+        ),
+        0.05,
+        0.3,
     ),
 )

@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from vllm_crop.tinyvqa import checkpoint, words
-from vllm_crop.tinyvqa.training.batches import BatchMaker
+from vllm_crop.tinyvqa.training.batches import Batch, BatchMaker, Task
+from vllm_crop.tinyvqa.training.forward import States
 from vllm_crop.tinyvqa.training.language import (
     PlaceHeads,
     answer_loss,
@@ -116,21 +117,30 @@ class Trainer:
         batch = self.batches.make(task, seed).to(self.device)
         states = answer_states(self.model, self.tokenizer, batch, task, phase.train_vision)
         logits = self.model.lm_head(states.last)
-        loss, look = answer_loss(logits, batch), look_loss(states.looked, batch)
+        loss = answer_loss(logits, batch)
         kind = f"{'locate' if task.locate else 'answer'} {task.side}"
+        kind += f" -{task.pruning_rate:g}" if task.pruning_rate else ""
         self._note(f"{kind} loss", float(loss.detach()))
-        self._note(f"{kind} look", float(look.detach()))
         for family, (right, asked) in right_answers(logits, batch).items():
             self._note(f"{kind} {family}", right / asked)
+        if task.pruning_rate:  # hints speak of all tokens
+            return loss
+        fading = phase.look_weight * (1 - self.step / phase.steps)
+        return loss + fading * self._hints(kind, states, batch, task)
+
+    def _hints(self, kind: str, states: States, batch: Batch, task: Task) -> Tensor:
+        """What the model is told beside answers: where to look, and what it sees there."""
         place, target = place_loss(self.heads["place"], states, batch, task)
-        self._note(f"{kind} place", float(place.detach()))
-        self._note(f"{kind} target", float(target.detach()))
-        digit = digit_loss(self.heads["place"], states, batch)
-        self._note(f"{kind} digit", float(digit.detach()))
-        count = count_loss(states, batch)
-        self._note(f"{kind} sharing", float(count.detach()))
-        hints = look + place + target + digit + count
-        return loss + phase.look_weight * (1 - self.step / phase.steps) * hints
+        hints = {
+            "look": look_loss(states.looked, batch),
+            "place": place,
+            "target": target,
+            "digit": digit_loss(self.heads["place"], states, batch),
+            "sharing": count_loss(states, batch),
+        }
+        for name, hint in hints.items():
+            self._note(f"{kind} {name}", float(hint.detach()))
+        return torch.stack(list(hints.values())).sum()
 
     def _note(self, name: str, value: float) -> None:
         self._window[name].append(value)
