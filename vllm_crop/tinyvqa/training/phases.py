@@ -73,13 +73,14 @@ PHASES = (
     ),
     Phase(
         "fewer",
-        500,
+        1000,
         5e-4,
         (
             _fewer(0.889),
             Task(8, (8, 12), 4, 24, ANSWERED),
-            _fewer(0.778),
             Task(8, (8, 12), 8, 16, LOCATED, locate=True),
+            _fewer(0.778),
+            Task(8, (8, 12), 4, 24, ANSWERED),
             _fewer(0.926),
         ),
         0.05,
