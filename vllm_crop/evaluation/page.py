@@ -30,8 +30,9 @@ _NOTES = (
     "whose honest region is the whole image; where a source says so, the image is served unpruned, and its "
     "tokens count.",
     "Tokens are visual tokens, averaged over decoder layers and questions. KV tokens count the whole prompt.",
-    "The checkpoint has learnt full-size pictures and thumbnails, one image at a time. Other sizes "
-    "(iso-token resize) and two images are new to it: a model trained on them would do better there.",
+    "The checkpoint has learnt full-size pictures and thumbnails, one image at a time, and in its last phase "
+    "pictures with fewer tokens, dropped at random or pooled around what is asked. Other sizes (iso-token "
+    "resize) and two images are new to it: a model trained on them would do better there.",
     "Times per question are those of this harness, which shares work between questions and does not ask "
     "twice what is served unpruned. TTFT is of the engine, one request at a time, without the localizer's "
     "own request.",
