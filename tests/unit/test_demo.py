@@ -77,8 +77,8 @@ def test_kv_memory_of_a_whole_request() -> None:
     assert kv_mib(20 * 12) == 20 * 32 * 12 * 2 * 128 * 4 / 2**20
 
 
-def test_tables_fit_a_terminal_of_100_columns(measured: Measured, tmp_path: Path) -> None:
-    console = Console(width=100, record=True, file=(tmp_path / "out").open("w"))
+def test_tables_fit_a_terminal_of_80_columns(measured: Measured, tmp_path: Path) -> None:
+    console = Console(width=80, record=True, file=(tmp_path / "out").open("w"))
     for table in (answers_table(measured.asked), shares_table(measured), costs_table(rows(measured))):
         console.print(table)
     text = console.export_text()

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from vllm_crop.benchmarking.machine import provenance
 from vllm_crop.checkpoint_files import load_geometry
-from vllm_crop.demo.rows import METHODS, WRONG, Asked, Measured, rows, shares
+from vllm_crop.demo.rows import WRONG, Asked, Measured, rows, shares
 from vllm_crop.demo.setting import BUILD, EVICTION_LAYERS, MODEL, PRUNING_RATE, SERVER_OPTIONS
 from vllm_crop.geometry import Box, Region
 from vllm_crop.image_plan import plan_image
@@ -19,6 +19,8 @@ from vllm_crop.params import ImageRequest
 from vllm_crop.preview import draw_preview
 from vllm_crop.tinyvqa.checkpoint import LAYERS
 from vllm_crop.tinyvqa.questions import FAMILIES
+
+_SHOWN = ("off", "plc", WRONG)  # what fits a terminal; summary.json has all
 
 
 def report(measured: Measured, console: Console) -> None:
@@ -49,10 +51,10 @@ def answers_table(asked: Sequence[Asked]) -> Table:
     """What was answered about one scene; wrong answers in red."""
     shown = Table(title="One scene, found by the model itself", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     shown.add_column("question")
-    for heading in ("truth", *METHODS, WRONG):
+    for heading in ("truth", *_SHOWN):
         shown.add_column(heading)
     for one in asked:
-        cells = [_marked(one, column) if column in one.answers else "" for column in (*METHODS, WRONG)]
+        cells = [_marked(one, column) if column in one.answers else "" for column in _SHOWN]
         shown.add_row(one.question.text, one.question.answer, *cells)
     return shown
 
