@@ -52,7 +52,7 @@ def answers_table(asked: Sequence[Asked]) -> Table:
     shown = Table(title="One scene, found by the model itself", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     shown.add_column("question")
     for heading in ("truth", *_SHOWN):
-        shown.add_column(heading)
+        shown.add_column(heading, overflow="fold")
     for one in asked:
         cells = [_marked(one, column) if column in one.answers else "" for column in _SHOWN]
         shown.add_row(one.question.text, one.question.answer, *cells)
@@ -86,7 +86,7 @@ def costs_table(lines: Sequence[dict[str, Any]]) -> Table:
         "prompt\ntokens",
         "KV MiB",
         "TTFT ms",
-        "localizer\nms",
+        "region\nms",
     ):
         shown.add_column(heading, justify="right", no_wrap=True)
     for line in lines:
