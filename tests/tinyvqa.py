@@ -10,7 +10,7 @@ import openai
 from PIL import Image
 
 from tests.e2e.conftest import MODEL
-from vllm_crop.demo.client import question_about
+from vllm_crop.data_url import question_about
 from vllm_crop.geometry import Region
 from vllm_crop.localizers.dialects import DIALECTS, read_cells
 from vllm_crop.tinyvqa import words

@@ -3,6 +3,7 @@
 
 import base64
 import io
+from typing import Any
 
 from PIL import Image
 
@@ -12,3 +13,12 @@ def data_url(picture: Image.Image) -> str:
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def question_about(picture: Image.Image, question: str) -> list[Any]:
+    """The messages of a question."""
+    content = [
+        {"type": "image_url", "image_url": {"url": data_url(picture)}},
+        {"type": "text", "text": question},
+    ]
+    return [{"role": "user", "content": content}]

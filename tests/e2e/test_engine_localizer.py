@@ -19,8 +19,7 @@ from PIL import Image
 from tests.e2e.conftest import API_KEY, MODEL, OPTIONS, metric
 from tests.tinyvqa import CHECKPOINT, ENGINE, ask, crop_options, facts, found, said_of_thumbnail
 from vllm_crop.benchmarking.server import Server, get_text, serve
-from vllm_crop.data_url import data_url
-from vllm_crop.demo.client import question_about
+from vllm_crop.data_url import data_url, question_about
 from vllm_crop.evaluation.questions import TestScene, make_test_set
 from vllm_crop.geometry import Region
 from vllm_crop.localizers.decision import FALLBACKS

@@ -9,7 +9,7 @@ from typing import Any
 import typer
 from PIL import Image
 
-from vllm_crop.data_url import data_url
+from vllm_crop.data_url import question_about
 from vllm_crop.geometry import Box, Region
 
 ANSWER_TOKENS = 64
@@ -68,7 +68,7 @@ def ask_server(base_url: str, picture: Image.Image, question: str, crop: dict[st
         model = client.models.list().data[0]
         response = client.chat.completions.with_raw_response.create(
             model=model.id,
-            messages=_messages(picture, question),
+            messages=question_about(picture.convert("RGB"), question),
             max_tokens=ANSWER_TOKENS,
             temperature=0,
             extra_body={"crop": crop},
@@ -93,9 +93,3 @@ def ask_server(base_url: str, picture: Image.Image, question: str, crop: dict[st
         source=image["source"],
         localizer=image.get("localizer"),
     )
-
-
-def _messages(picture: Image.Image, question: str) -> Any:
-    image = {"type": "image_url", "image_url": {"url": data_url(picture.convert("RGB"))}}
-    content = [image, {"type": "text", "text": question}]
-    return [{"role": "user", "content": content}]

@@ -9,7 +9,8 @@ import typer
 from rich.console import Console
 
 from vllm_crop.benchmarking.server import Server, ServerError, serve
-from vllm_crop.demo.client import Client, question_about
+from vllm_crop.data_url import question_about
+from vllm_crop.demo.client import Client
 from vllm_crop.demo.report import report
 from vllm_crop.demo.rows import measure
 from vllm_crop.demo.setting import BUILD, MODEL, SERVER_ENVIRONMENT, SERVER_OPTIONS

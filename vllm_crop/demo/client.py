@@ -12,7 +12,7 @@ from openai import OpenAI
 from PIL import Image
 
 from vllm_crop.benchmarking.kv import KVCapacity, blocks_in_use
-from vllm_crop.data_url import data_url
+from vllm_crop.data_url import question_about
 from vllm_crop.demo.setting import KV_TOKENS
 
 
@@ -79,12 +79,3 @@ class Client:
             stream_options={"include_usage": True},
             extra_body={"crop": crop, **extra},
         )
-
-
-def question_about(picture: Image.Image, question: str) -> list[Any]:
-    """The messages of a question."""
-    content = [
-        {"type": "image_url", "image_url": {"url": data_url(picture)}},
-        {"type": "text", "text": question},
-    ]
-    return [{"role": "user", "content": content}]

@@ -16,7 +16,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOu
 from vllm_crop.frontend.engines import OfflineEngine, ServingEngine
 from vllm_crop.geometry import Region
 from vllm_crop.localizers.base import Asked, LocalizerError, Located
-from vllm_crop.localizers.dialects import DIALECTS
+from vllm_crop.localizers.dialects import dialect_with
 from vllm_crop.localizers.settings import LocalizerConfig
 from vllm_crop.localizers.thumbnails import shrink, size_for_tokens
 from vllm_crop.params import CropParams
@@ -40,9 +40,10 @@ class EngineLocalizer:
     def __init__(self, renderer: Any, geometry: VisionGeometry, config: LocalizerConfig) -> None:
         """`renderer`: the server's CropRenderer, whose `engine` answers."""
         self.renderer, self.geometry, self.config = renderer, geometry, config
-        self.dialect = DIALECTS[config.dialect]
-        self.prompt = config.prompt or self.dialect.prompt
-        self.version = f"engine {config.adapter} {config.dialect} {config.thumbnail_tokens} {self.prompt}"
+        self.dialect = dialect_with(config.dialect, config.prompt)
+        self.version = (
+            f"engine {config.adapter} {config.dialect} {config.thumbnail_tokens} {self.dialect.prompt}"
+        )
 
     async def locate(self, image: Image.Image, question: str) -> Located:
         """Ask the engine as one more request; cancelling this aborts it."""
@@ -80,9 +81,8 @@ class EngineLocalizer:
         return _Glance(image, CropParams(regions=[Region.whole()], pruning_rate=rate, method="plc"))
 
     def _messages(self, glance: _Glance, question: str) -> list[Any]:
-        text = self.prompt.replace("{question}", question)
         image = {"type": "image_pil", "image_pil": glance.picture}
-        content = [image, {"type": "text", "text": text}]
+        content = [image, {"type": "text", "text": self.dialect.ask(question)}]
         return [{"role": "user", "content": content}]
 
     def _chat_params(self) -> ChatParams:

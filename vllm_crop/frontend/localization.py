@@ -46,6 +46,13 @@ class Sought:
     encoded: bytes | None
     question: str | None
 
+    @property
+    def known(self) -> tuple[Image.Image, str]:
+        """Image and question, where neither is missing."""
+        assert self.image is not None
+        assert self.question is not None
+        return self.image, self.question
+
 
 class Localizing:
     """Asks the server's localizer, in time or not at all."""
@@ -104,25 +111,20 @@ class Localizing:
         cached = located is not None
         try:
             if located is None:
-                assert sought.image is not None
-                assert sought.question is not None
-                located = self.localizer.locate_now(sought.image, sought.question)
+                located = self.localizer.locate_now(*sought.known)
                 self.answers.put(key, located)
         except Exception as error:
             return self._without(_failure(error), start)
         return self._settled(located, start, cached)
 
     async def _locate(self, sought: Sought) -> Located:
-        assert sought.image is not None
-        assert sought.question is not None
         async with self._slots:
-            return await self.localizer.locate(sought.image, sought.question)
+            return await self.localizer.locate(*sought.known)
 
     def _key(self, sought: Sought) -> tuple[str, str, str]:
-        assert sought.image is not None
-        assert sought.question is not None
-        question = hashlib.blake2b(sought.question.encode(), digest_size=20).hexdigest()
-        return image_key(sought.image, sought.encoded), question, self.localizer.version
+        image, question = sought.known
+        digest = hashlib.blake2b(question.encode(), digest_size=20).hexdigest()
+        return image_key(image, sought.encoded), digest, self.localizer.version
 
     def _settled(self, located: Located, start: float, cached: bool) -> Localization:
         region, outcome = settle(located, self.config)

@@ -2,32 +2,15 @@
 """From what a localizer says to the region an image is served with."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from vllm_crop.geometry import Box, Region
 from vllm_crop.localizers.base import Asked, Located
 from vllm_crop.localizers.settings import LocalizerConfig
 
-Outcome = Literal[
-    "region",
-    "widened",
-    "global",
-    "low_confidence",
-    "timeout",
-    "error",
-    "unreadable",
-    "no_question",
-    "no_image",
-    "not_asked",
-]
-FALLBACKS: tuple[Outcome, ...] = (
-    "low_confidence",
-    "timeout",
-    "error",
-    "unreadable",
-    "no_question",
-    "no_image",
-)
+Fallback = Literal["low_confidence", "timeout", "error", "unreadable", "no_question", "no_image"]
+Outcome = Literal["region", "widened", "global", "not_asked"] | Fallback
+FALLBACKS: tuple[str, ...] = get_args(Fallback)
 
 
 @dataclass(frozen=True)

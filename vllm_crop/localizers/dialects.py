@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from vllm_crop.geometry import GRID_CELLS, Box, Region
@@ -38,6 +38,10 @@ class Dialect:
     regex: str
     read: Callable[[str, Size], Region | None]
     max_tokens: int
+
+    def ask(self, question: str) -> str:
+        """The prompt about a question."""
+        return self.prompt.replace("{question}", question)
 
 
 def read_cells(text: str, size: Size = (1, 1)) -> Region | None:
@@ -141,3 +145,9 @@ DIALECTS: dict[str, Dialect] = {
     "pixels": Dialect(_JSON_PROMPT, _JSON_REGEX, read_pixels, 160),
     "thousandths": Dialect(_JSON_PROMPT, _JSON_REGEX, read_thousandths, 160),
 }
+
+
+def dialect_with(name: DialectName, prompt: str | None) -> Dialect:
+    """A dialect, in other words where they are given."""
+    dialect = DIALECTS[name]
+    return dialect if prompt is None else replace(dialect, prompt=prompt)

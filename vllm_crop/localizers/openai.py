@@ -12,7 +12,7 @@ from PIL import Image
 
 from vllm_crop.data_url import data_url
 from vllm_crop.localizers.base import Asked, LocalizerError, Located
-from vllm_crop.localizers.dialects import DIALECTS
+from vllm_crop.localizers.dialects import dialect_with
 from vllm_crop.localizers.settings import LocalizerConfig
 from vllm_crop.localizers.thumbnails import shrink
 
@@ -35,9 +35,8 @@ class OpenAILocalizer:
         except ImportError:
             raise LocalizerError("localizer.kind 'openai' needs: pip install openai") from None
         self.config = config
-        self.dialect = DIALECTS[config.dialect]
-        self.prompt = config.prompt or self.dialect.prompt
-        self.version = f"openai {config.base_url} {config.model} {config.dialect} {self.prompt}"
+        self.dialect = dialect_with(config.dialect, config.prompt)
+        self.version = f"openai {config.base_url} {config.model} {config.dialect} {self.dialect.prompt}"
         options: dict[str, Any] = {
             "base_url": config.base_url,
             "api_key": os.environ.get(config.api_key_env) or "none",
@@ -67,8 +66,8 @@ class OpenAILocalizer:
         return self._read(completion, size)
 
     def _request(self, url: str, question: str) -> dict[str, Any]:
-        text = self.prompt.replace("{question}", question)
-        content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": text}]
+        image = {"type": "image_url", "image_url": {"url": url}}
+        content = [image, {"type": "text", "text": self.dialect.ask(question)}]
         return {
             "model": self.config.model,
             "messages": [{"role": "user", "content": content}],

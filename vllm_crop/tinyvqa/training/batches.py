@@ -4,7 +4,7 @@
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +16,9 @@ from vllm_crop.tinyvqa.questions import Question, ask
 from vllm_crop.tinyvqa.scenes import DIGITS, Cell, Scene, make_scene, training_seed
 from vllm_crop.tinyvqa.training.fewer import choose_tokens
 from vllm_crop.tinyvqa.training.labels import IGNORED, token_labels
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 @dataclass(frozen=True)
@@ -85,23 +88,14 @@ class Batch:
     kept: Tensor
     families: list[list[str]]
 
-    def to(self, device: torch.device) -> "Batch":
-        """The same on another device."""
-        return replace(
-            self,
-            images=self.images.to(device),
-            questions=self.questions.to(device),
-            targets=self.targets.to(device),
-            answering=self.answering.to(device),
-            looks=self.looks.to(device),
-            places=self.places.to(device),
-            digits=self.digits.to(device),
-            asked_digits=self.asked_digits.to(device),
-            counting=self.counting.to(device),
-            counted=self.counted.to(device),
-            assignment=self.assignment.to(device),
-            kept=self.kept.to(device),
-        )
+
+Tensors = TypeVar("Tensors", bound="DataclassInstance")
+
+
+def moved(value: Tensors, device: torch.device) -> Tensors:
+    """A dataclass with all of its tensors on another device."""
+    fields = vars(value).items()
+    return replace(value, **{name: part.to(device) for name, part in fields if isinstance(part, Tensor)})
 
 
 def draw_all(scenes: Sequence[Scene], thumbnails: bool) -> Tensor:

@@ -2,7 +2,7 @@
 """First stage: the vision tower learns to say, at each of its tokens, which thing the token belongs to."""
 
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -40,16 +40,6 @@ class Labelled:
     shape: Tensor
     digit: Tensor
     num_tokens: int
-
-    def to(self, device: torch.device) -> "Labelled":
-        """The same on another device."""
-        return replace(
-            self,
-            images=self.images.to(device),
-            colour=self.colour.to(device),
-            shape=self.shape.to(device),
-            digit=self.digit.to(device),
-        )
 
 
 def labelled_scenes(kind: str, seed: int) -> Labelled:

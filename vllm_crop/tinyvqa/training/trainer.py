@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from vllm_crop.tinyvqa import checkpoint, words
-from vllm_crop.tinyvqa.training.batches import Batch, BatchMaker, Task
+from vllm_crop.tinyvqa.training.batches import Batch, BatchMaker, Task, moved
 from vllm_crop.tinyvqa.training.forward import States
 from vllm_crop.tinyvqa.training.language import (
     PlaceHeads,
@@ -104,7 +104,7 @@ class Trainer:
     def _tower_step(self, seed: int) -> Tensor:
         total = torch.zeros((), device=self.device)
         for kind in ("full", "thumbnail"):
-            labelled = labelled_scenes(kind, seed).to(self.device)
+            labelled = moved(labelled_scenes(kind, seed), self.device)
             loss, right = tower_loss(self.model.model.visual, self.heads["token"], labelled)
             total = total + loss
             self._note(f"{kind} loss", float(loss.detach()))
@@ -114,7 +114,7 @@ class Trainer:
 
     def _language_step(self, phase: Phase, seed: int) -> Tensor:
         task = phase.tasks[self.step % len(phase.tasks)]
-        batch = self.batches.make(task, seed).to(self.device)
+        batch = moved(self.batches.make(task, seed), self.device)
         states = answer_states(self.model, self.tokenizer, batch, task, phase.train_vision)
         logits = self.model.lm_head(states.last)
         loss = answer_loss(logits, batch)
