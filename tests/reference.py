@@ -16,12 +16,14 @@ from transformers import (
     AutoProcessor,
     DynamicCache,
     LlavaForConditionalGeneration,
+    LlavaNextForConditionalGeneration,
     Qwen2_5_VLForConditionalGeneration,
 )
 
 from vllm_crop.budget import Method
 from vllm_crop.geometry import Region, TokenGrid
 from vllm_crop.plan import Compression, TokenPlan, make_plan, whole_image_plan
+from vllm_crop.token_grids import ImageTokens
 from vllm_crop.vision_geometry import geometry_from_configs
 
 
@@ -80,10 +82,10 @@ class HfReference:
     # What differs between families.
 
     def features(self, image: Image.Image) -> torch.Tensor:
-        """The image's visual tokens, row by row, `[num_tokens, hidden]`."""
+        """The image's visual tokens in the order of the prompt, `[num_tokens, hidden]`."""
         raise NotImplementedError
 
-    def image_positions(self, grid: TokenGrid) -> tuple[torch.Tensor, int]:
+    def image_positions(self, grid: ImageTokens) -> tuple[torch.Tensor, int]:
         """Position ids of an unpruned image that begins at 0, `[1 or 3, num_tokens]`, and what follows it."""
         raise NotImplementedError
 
@@ -248,11 +250,24 @@ class HfLlava(HfReference):
         features = getattr(features, "pooler_output", features)
         return features[0] if not isinstance(features, torch.Tensor) or features.ndim == 3 else features
 
-    def image_positions(self, grid: TokenGrid) -> tuple[torch.Tensor, int]:
+    def image_positions(self, grid: ImageTokens) -> tuple[torch.Tensor, int]:
         return torch.arange(grid.num_tokens)[None], grid.num_tokens
 
     def position_ids(self, positions: torch.Tensor) -> torch.Tensor:
         return positions
+
+
+class HfLlavaNext(HfLlava):
+    """LLaVA-NeXT: the whole image and its tiles, numbered one after another, newlines included."""
+
+    model_class = LlavaNextForConditionalGeneration
+
+    def features(self, image: Image.Image) -> torch.Tensor:
+        inputs = self.processor.image_processor(image.convert("RGB"), return_tensors="pt")
+        found = self.model.get_image_features(
+            pixel_values=inputs["pixel_values"], image_sizes=inputs["image_sizes"]
+        )
+        return found.pooler_output[0]
 
 
 class HfQwen2_5VL(HfReference):
@@ -268,7 +283,8 @@ class HfQwen2_5VL(HfReference):
         )
         return found.pooler_output[0]
 
-    def image_positions(self, grid: TokenGrid) -> tuple[torch.Tensor, int]:
+    def image_positions(self, grid: ImageTokens) -> tuple[torch.Tensor, int]:
+        assert isinstance(grid, TokenGrid)
         coordinates = [(0, row, col) for row in range(grid.rows) for col in range(grid.cols)]
         return torch.tensor(coordinates).T, max(grid.rows, grid.cols)
 

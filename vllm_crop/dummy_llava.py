@@ -136,17 +136,22 @@ def make_checkpoint(folder: Path, size: DummySize = TINY, seed: int = 0, weights
     processor.save_pretrained(folder)
     config.save_pretrained(folder)
     if weights:
-        _save_weights(folder, config, size, seed)
+        _make_weights(folder, config, size, seed)
     return folder
 
 
-def _save_weights(folder: Path, config: Any, size: DummySize, seed: int) -> None:
+def _make_weights(folder: Path, config: Any, size: DummySize, seed: int) -> None:
     import torch
-    from safetensors.torch import save_file
     from transformers import LlavaForConditionalGeneration
 
     torch.manual_seed(seed)
-    model = scale_weights(LlavaForConditionalGeneration(config), size)
+    save_weights(folder, scale_weights(LlavaForConditionalGeneration(config), size))
+
+
+def save_weights(folder: Path, model: Any) -> None:
+    """Write the weights of a LLaVA of transformers under the names of published checkpoints."""
+    from safetensors.torch import save_file
+
     tensors = {name: tensor.contiguous() for name, tensor in _published_names(model.state_dict())}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 

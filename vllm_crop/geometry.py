@@ -6,6 +6,7 @@ Coordinates are fractions of the image, x to the right and y down, half-open: [x
 
 import math
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 GRID_CELLS = 8  # CROP's localizer speaks of an 8x8 grid (paper section 3.1)
 _EDGE_TOLERANCE = 1e-6  # of a token: 1/3 of 24 columns is column 8, not 7.999
@@ -94,6 +95,80 @@ class TokenGrid:
             touched.update(row * self.cols + col for row in range(row0, row1) for col in range(col0, col1))
         return tuple(sorted(touched))
 
+    def place(self, token: int) -> "Place":
+        """Where a token is."""
+        return Place(0, *divmod(token, self.cols))
+
+    @property
+    def parts(self) -> "tuple[GridPart, ...]":
+        """The grid as the only one of its image; see vllm_crop/token_grids.py for several."""
+        return (GridPart(self),)
+
+    def describe(self) -> str:
+        """Such as "24 x 24"."""
+        return f"{self.rows} x {self.cols}"
+
+    def to_json(self) -> dict[str, Any]:
+        """The grid as plans are printed with it."""
+        return {"grid": [self.rows, self.cols]}
+
+
+class Place(NamedTuple):
+    """Where a token is. Only tokens of one group are neighbours and averaged with each other."""
+
+    group: int
+    row: int
+    col: int
+
+
+@dataclass(frozen=True)
+class GridPart:
+    """A grid among the tokens of an image.
+
+    Attributes:
+        grid: its tokens that show something.
+        window: what they show, in fractions of what the model sees.
+        first: the index of its first token among all of the image.
+        newlines: after each row comes one more token, which shows nothing.
+    """
+
+    grid: TokenGrid
+    window: Box = Box(0.0, 0.0, 1.0, 1.0)
+    first: int = 0
+    newlines: bool = False
+
+    @property
+    def row_length(self) -> int:
+        """Tokens of a row, with its newline."""
+        return self.grid.cols + self.newlines
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the image that belong to this grid."""
+        return self.grid.rows * self.row_length
+
+    def token(self, row: int, col: int) -> int:
+        """The index among the image's tokens; a row's newline is its last column."""
+        return self.first + row * self.row_length + col
+
+    def cell(self, token: int) -> tuple[int, int] | None:
+        """Row and column of an image's token; None for newlines and tokens of other grids."""
+        row, col = divmod(token - self.first, self.row_length)
+        return (row, col) if 0 <= row < self.grid.rows and col < self.grid.cols else None
+
+    def tokens_in(self, region: Region) -> set[int]:
+        """The tokens that the region touches, and the newlines of their rows."""
+        seen = ImageView(self.window).project(region)
+        if seen is None or not self.grid.num_tokens:
+            return set()
+        spans = [self.grid.span(box) for box in seen.boxes]
+        return {
+            self.token(row, col)
+            for row0, row1, col0, col1 in spans
+            for row in range(row0, row1)
+            for col in [*range(col0, col1), *range(self.grid.cols, self.row_length)]
+        }
+
 
 @dataclass(frozen=True)
 class ImageView:
@@ -108,6 +183,19 @@ class ImageView:
         """The region in fractions of the view; None when the model sees nothing of it."""
         boxes = tuple(projected for box in region.boxes if (projected := self._project_box(box)))
         return Region(boxes) if boxes else None
+
+    def within(self, window: Box) -> "ImageView":
+        """A part of the view, `window` in fractions of it, as a view of the image."""
+        left, top = self.window.x0, self.window.y0
+        width, height = self.window.x1 - left, self.window.y1 - top
+        return ImageView(
+            Box(
+                left + window.x0 * width,
+                top + window.y0 * height,
+                left + window.x1 * width,
+                top + window.y1 * height,
+            )
+        )
 
     def _project_box(self, box: Box) -> Box | None:
         window = self.window

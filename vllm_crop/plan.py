@@ -12,11 +12,11 @@ from functools import lru_cache
 from typing import Any, Literal
 
 from vllm_crop.budget import Method, retained_per_stage
-from vllm_crop.geometry import Region, TokenGrid
+from vllm_crop.geometry import Region
+from vllm_crop.patches import even_patches, middle
+from vllm_crop.token_grids import ImageTokens
 
 Compression = Literal["pool", "prune"]
-
-_SIMILAR = 1.2  # how much larger the patches on one side of a cut may be, on average
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class PlannedEmbedding:
     """One embedding the language model receives.
 
     Attributes:
-        tokens: ascending grid indices averaged into it; a single one is kept as it is.
-        position: the grid index whose position id it carries when original positions are kept.
+        tokens: ascending token indices averaged into it; a single one is kept as it is.
+        position: the token whose position id it carries when original positions are kept.
         evicted_from_layer: the first decoder layer that runs without it; None if all layers see it.
     """
 
@@ -38,7 +38,7 @@ class PlannedEmbedding:
 class TokenPlan:
     """What becomes of one image's visual tokens, embeddings in prompt order."""
 
-    grid: TokenGrid
+    grid: ImageTokens
     pruning_rate: float
     embeddings: tuple[PlannedEmbedding, ...]
 
@@ -58,7 +58,7 @@ class TokenPlan:
         return any(embedding.evicted_from_layer is not None for embedding in self.embeddings)
 
     def assignment(self) -> list[int]:
-        """For each grid token the index of the embedding it becomes part of, -1 if none."""
+        """For each token the index of the embedding it becomes part of, -1 if none."""
         assigned = [-1] * self.grid.num_tokens
         for index, embedding in enumerate(self.embeddings):
             for token in embedding.tokens:
@@ -82,7 +82,7 @@ class TokenPlan:
     def to_json(self, num_layers: int) -> dict[str, Any]:
         """The plan as `vllm-crop plan --json` prints it."""
         return {
-            "grid": [self.grid.rows, self.grid.cols],
+            **self.grid.to_json(),
             "pruning_rate": self.pruning_rate,
             "pruning_rate_got": round(self.pruning_rate_got(num_layers), 6),
             "embeddings": [
@@ -98,7 +98,7 @@ class TokenPlan:
 
 
 @lru_cache(maxsize=256)
-def whole_image_plan(grid: TokenGrid, pruning_rate: float = 0.0) -> TokenPlan:
+def whole_image_plan(grid: ImageTokens, pruning_rate: float = 0.0) -> TokenPlan:
     """The plan that leaves an image as it is, whatever `pruning_rate` was asked for."""
     kept = tuple(PlannedEmbedding((token,), token) for token in range(grid.num_tokens))
     return TokenPlan(grid, pruning_rate, kept)
@@ -106,7 +106,7 @@ def whole_image_plan(grid: TokenGrid, pruning_rate: float = 0.0) -> TokenPlan:
 
 @lru_cache(maxsize=128)  # bridges the steps of one request; clients choose the keys
 def make_plan(
-    grid: TokenGrid,
+    grid: ImageTokens,
     region: Region,
     pruning_rate: float,
     compression: Compression,
@@ -144,7 +144,7 @@ def make_plan(
 
 
 def _compressed(
-    grid: TokenGrid, inside: Collection[int], count: int, compression: Compression
+    grid: ImageTokens, inside: Collection[int], count: int, compression: Compression
 ) -> list[PlannedEmbedding]:
     """The `count` embeddings the language model receives, in prompt order."""
     tokens = range(grid.num_tokens)
@@ -153,14 +153,14 @@ def _compressed(
     kept = [PlannedEmbedding((token,), token) for token in inside]
     context = [token for token in tokens if token not in inside]
     pooled = [
-        PlannedEmbedding(tuple(sorted(patch)), _middle(grid, patch))
-        for patch in _even_patches(grid, context, count - len(kept))
+        PlannedEmbedding(tuple(sorted(patch)), middle(grid, patch))
+        for patch in even_patches(grid, context, count - len(kept))
     ]
     return sorted(kept + pooled, key=lambda embedding: embedding.position)
 
 
 def _evictions(
-    grid: TokenGrid, inside: Collection[int], positions: Sequence[int], counts: dict[int, int]
+    grid: ImageTokens, inside: Collection[int], positions: Sequence[int], counts: dict[int, int]
 ) -> dict[int, int]:
     """The layer at which each position leaves that does; `counts` are the survivors by eviction layer."""
     evicted = {}
@@ -171,7 +171,7 @@ def _evictions(
     return evicted
 
 
-def _region_first(grid: TokenGrid, inside: Collection[int], tokens: Sequence[int], count: int) -> list[int]:
+def _region_first(grid: ImageTokens, inside: Collection[int], tokens: Sequence[int], count: int) -> list[int]:
     """`count` of the tokens, ascending: those inside the region before others, spread evenly."""
     region = [token for token in tokens if token in inside]
     if len(region) >= count:
@@ -180,49 +180,5 @@ def _region_first(grid: TokenGrid, inside: Collection[int], tokens: Sequence[int
     return sorted(region + _spread(grid, context, count - len(region)))
 
 
-def _spread(grid: TokenGrid, tokens: Sequence[int], count: int) -> list[int]:
-    return sorted(_middle(grid, patch) for patch in _even_patches(grid, tokens, count))
-
-
-def _even_patches(grid: TokenGrid, tokens: Sequence[int], count: int) -> list[list[int]]:
-    """Split `tokens` into `count` compact patches of similar size, by halving across the longer side.
-
-    Needs `0 <= count <= len(tokens)`; works for any shape, holes included.
-    """
-    if count <= 1:
-        return [list(tokens)] if count else []
-    if count == len(tokens):
-        return [[token] for token in tokens]
-    rows = [token // grid.cols for token in tokens]
-    cols = [token % grid.cols for token in tokens]
-    lines = rows if max(rows) - min(rows) >= max(cols) - min(cols) else cols
-    ordered = sorted(zip(lines, tokens, strict=True))
-    order = [token for _, token in ordered]
-    cut, first = _halve([line for line, _ in ordered], count)
-    return _even_patches(grid, order[:cut], first) + _even_patches(grid, order[cut:], count - first)
-
-
-def _halve(lines: Sequence[int], count: int) -> tuple[int, int]:
-    """Where to cut tokens sorted by line, and how many of `count` patches go before the cut.
-
-    Between two lines if that leaves patches of similar size on both sides, which keeps them in one piece;
-    else in the middle of a line, exactly in proportion.
-    """
-    total = len(lines)
-    borders = [index for index in range(1, total) if lines[index] != lines[index - 1]]
-    for cut in sorted(borders, key=lambda index: (abs(2 * index - total), index)):
-        if abs(2 * cut - total) > total / 2:
-            break
-        before = min(max(round(count * cut / total), 1, count - (total - cut)), cut, count - 1)
-        sizes = cut / before, (total - cut) / (count - before)
-        if max(sizes) <= _SIMILAR * min(sizes):
-            return cut, before
-    before = count // 2
-    return round(total * before / count), before
-
-
-def _middle(grid: TokenGrid, patch: Sequence[int]) -> int:
-    """The token of a patch nearest to its centroid; the first one on a tie."""
-    row = sum(token // grid.cols for token in patch) / len(patch)
-    col = sum(token % grid.cols for token in patch) / len(patch)
-    return min(patch, key=lambda t: ((t // grid.cols - row) ** 2 + (t % grid.cols - col) ** 2, t))
+def _spread(grid: ImageTokens, tokens: Sequence[int], count: int) -> list[int]:
+    return sorted(middle(grid, patch) for patch in even_patches(grid, tokens, count))

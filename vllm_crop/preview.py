@@ -6,16 +6,17 @@ from typing import Self
 
 from PIL import Image, ImageDraw, ImageOps
 
-from vllm_crop.geometry import Box, ImageView, Region
+from vllm_crop.geometry import Box, GridPart, ImageView, Region
 from vllm_crop.plan import TokenPlan
 from vllm_crop.plan_summary import PlanSummary
 from vllm_crop.preview_caption import add_caption
-from vllm_crop.preview_legend import REGION_COLOUR, legend_of, unseen
+from vllm_crop.preview_legend import BAR_COLOUR, REGION_COLOUR, legend_of, unseen
 from vllm_crop.preview_tokens import PixelBox, draw_tokens
 
 LONG_SIDE = 1000  # of the drawing, in pixels
 SHORT_VIEW = 480  # what the model sees is drawn at least this large, so that the grid stays readable
 MAX_SIDE = 2400
+_GAP = 12  # between the grids of one image
 _WHITE = (255, 255, 255)
 _PADDING_COLOUR = (127, 127, 127)
 _WHITES: dict[str, tuple[float, ...]] = {
@@ -27,7 +28,7 @@ _WHITES: dict[str, tuple[float, ...]] = {
 def draw_preview(
     image: Image.Image, view: ImageView, plan: TokenPlan, region: Region | None, num_layers: int = 1
 ) -> Image.Image:
-    """The picture with its plan drawn in, above a caption with the counts and a legend.
+    """The picture with its plan drawn in, once for each grid, above a caption with the counts and a legend.
 
     Args:
         image: as it is sent to the model; of any size and mode.
@@ -40,20 +41,46 @@ def draw_preview(
         ValueError: the plan evicts at a layer beyond `num_layers`.
     """
     picture = as_rgb(image)
-    layout = _Layout.of(picture, view)
+    # A grid that an extremely narrow image leaves without columns has nothing to draw.
+    parts = [part for part in plan.grid.parts if part.grid.num_tokens]
+    scenes = [_draw_part(picture, view, plan, part, region) for part in parts]
+    drawing = _side_by_side([scene for scene, _ in scenes])
+    summary = PlanSummary.of(plan, view.project(region) if region else None, num_layers)
+    cut_away = all(cut for _, cut in scenes)
+    return add_caption(drawing, summary, plan, legend_of(summary, region is not None, cut_away))
+
+
+def _draw_part(
+    picture: Image.Image, view: ImageView, plan: TokenPlan, part: GridPart, region: Region | None
+) -> tuple[Image.Image, bool]:
+    """The picture with one of the plan's grids on it, and whether this grid shows not all of the picture."""
+    layout = _Layout.of(picture, view.within(part.window))
     scene = layout.scene(picture)
     seen = scene.crop(layout.view_box)
     drawing = unseen(scene)
-    drawing.paste(draw_tokens(seen, plan), layout.view_box[:2])
+    drawing.paste(draw_tokens(seen, plan, part), layout.view_box[:2])
     _outline(drawing, layout.view_box, _WHITE, 1)
     if region:
         boxes = [layout.place(box) for box in region.boxes]
         for colour, width, grow in ((_WHITE, 7, 5), (REGION_COLOUR, 5, 4)):
             for box in boxes:
                 _outline(drawing, box, colour, width, grow)
-    summary = PlanSummary.of(plan, view.project(region) if region else None, num_layers)
-    legend = legend_of(summary, outlined=region is not None, cut_away=seen.size != scene.size)
-    return add_caption(drawing, summary, plan, legend)
+    return drawing, seen.size != scene.size
+
+
+def _side_by_side(drawings: list[Image.Image]) -> Image.Image:
+    """One drawing as it is; several beside or above each other, whichever is less stretched."""
+    if len(drawings) == 1:
+        return drawings[0]
+    widths, heights = [one.width for one in drawings], [one.height for one in drawings]
+    gaps = _GAP * (len(drawings) - 1)
+    beside = max(heights) >= max(widths)
+    size = (sum(widths) + gaps, max(heights)) if beside else (max(widths), sum(heights) + gaps)
+    joined, x, y = Image.new("RGB", size, BAR_COLOUR), 0, 0
+    for one in drawings:
+        joined.paste(one, (x, y))
+        x, y = (x + one.width + _GAP, 0) if beside else (0, y + one.height + _GAP)
+    return joined
 
 
 def as_rgb(image: Image.Image) -> Image.Image:

@@ -2,13 +2,15 @@
 """The part of the preview the model sees, drawn token by token."""
 
 from collections.abc import Iterator
+from itertools import product
 
 from PIL import Image, ImageDraw, ImageOps
 
-from vllm_crop.geometry import TokenGrid
+from vllm_crop.geometry import GridPart, TokenGrid
 from vllm_crop.plan import TokenPlan
 
 PixelBox = tuple[int, int, int, int]
+Cell = tuple[int, int]  # row, column
 
 # Colour with opacity, and width in pixels, from the weakest line to the strongest.
 LEFT_OUT_LINE = ((255, 255, 255, 40), 1)
@@ -21,30 +23,35 @@ _EVICTED_FIRST = (44, 30, 138), 0.8
 _EVICTED_LAST = (158, 122, 246), 0.6
 
 
-def draw_tokens(seen: Image.Image, plan: TokenPlan) -> Image.Image:
+def draw_tokens(seen: Image.Image, plan: TokenPlan, part: GridPart | None = None) -> Image.Image:
     """What the model sees: kept tokens sharp, pooled ones in their mean colour, left out ones faded.
 
-    Evicted ones lie in a violet shade, the darker the fewer layers see them.
+    Evicted ones lie in a violet shade, the darker the fewer layers see them. Newlines show nothing.
 
     Args:
-        seen: the model's view of the picture, RGB, of any size.
+        seen: the part's view of the picture, RGB, of any size.
         plan: what becomes of its tokens.
+        part: which of the plan's grids; the first if left out.
     """
-    grid = plan.grid
+    part = part or plan.grid.parts[0]
+    grid = part.grid
     means = seen.resize((grid.cols, grid.rows), Image.Resampling.BOX)
     drawing = faded(seen)
     stages = sorted({e.evicted_from_layer for e in plan.embeddings if e.evicted_from_layer is not None})
     for embedding in plan.embeddings:
-        colour = _mean_colour(means, embedding.tokens)
-        for token in embedding.tokens:
-            box = _cell(seen, grid, token)
+        places = [place for token in embedding.tokens if (place := part.cell(token))]
+        if not places:
+            continue
+        colour = _mean_colour(means, places)
+        for place in places:
+            box = _cell(seen, grid, place)
             cell = seen.crop(box)
             if len(embedding.tokens) > 1:
                 cell = Image.blend(cell, Image.new("RGB", cell.size, colour), _PATCH_OPACITY)
             if embedding.evicted_from_layer is not None:
                 cell = shaded(cell, stages.index(embedding.evicted_from_layer), len(stages))
             drawing.paste(cell, box[:2])
-    return _with_lines(drawing, plan)
+    return _with_lines(drawing, plan, part)
 
 
 def faded(picture: Image.Image) -> Image.Image:
@@ -61,35 +68,35 @@ def shaded(picture: Image.Image, stage: int, num_stages: int) -> Image.Image:
     return Image.blend(picture, shade, first_opacity + (last_opacity - first_opacity) * lateness)
 
 
-def _cell(seen: Image.Image, grid: TokenGrid, token: int) -> PixelBox:
-    row, col = divmod(token, grid.cols)
+def _cell(seen: Image.Image, grid: TokenGrid, place: Cell) -> PixelBox:
+    row, col = place
     left, right = (round(edge * seen.width / grid.cols) for edge in (col, col + 1))
     top, bottom = (round(edge * seen.height / grid.rows) for edge in (row, row + 1))
     return left, top, right, bottom
 
 
-def _mean_colour(means: Image.Image, tokens: tuple[int, ...]) -> tuple[int, int, int]:
+def _mean_colour(means: Image.Image, places: list[Cell]) -> tuple[int, int, int]:
     totals = [0.0, 0.0, 0.0]
-    for token in tokens:
-        row, col = divmod(token, means.width)
+    for row, col in places:
         pixel = means.getpixel((col, row))
         assert isinstance(pixel, tuple)  # RGB
         totals = [total + value for total, value in zip(totals, pixel, strict=True)]
-    red, green, blue = (round(total / len(tokens)) for total in totals)
+    red, green, blue = (round(total / len(places)) for total in totals)
     return red, green, blue
 
 
-def _with_lines(drawing: Image.Image, plan: TokenPlan) -> Image.Image:
+def _with_lines(drawing: Image.Image, plan: TokenPlan, part: GridPart) -> Image.Image:
     """Lines between neighbours that are not part of the same embedding."""
     assigned = plan.assignment()
     sizes = [len(embedding.tokens) for embedding in plan.embeddings]
     kinds = [0 if index < 0 else min(sizes[index], 2) for index in assigned]
     lines: list[list[PixelBox]] = [[] for _ in _LINES]
-    for token, neighbour in _neighbours(plan.grid):
+    for place, beside in _neighbours(part.grid):
+        token, neighbour = part.token(*place), part.token(*beside)
         if assigned[token] == assigned[neighbour] >= 0:
             continue
-        left, top, _, _ = _cell(drawing, plan.grid, neighbour)
-        _, _, right, bottom = _cell(drawing, plan.grid, token)
+        left, top, _, _ = _cell(drawing, part.grid, beside)
+        _, _, right, bottom = _cell(drawing, part.grid, place)
         # The edge both share: the neighbour starts where the token ends, in one of the two directions.
         lines[max(kinds[token], kinds[neighbour])].append((left, top, right, bottom))
     overlay = Image.new("RGBA", drawing.size)
@@ -100,10 +107,10 @@ def _with_lines(drawing: Image.Image, plan: TokenPlan) -> Image.Image:
     return Image.alpha_composite(drawing.convert("RGBA"), overlay).convert("RGB")
 
 
-def _neighbours(grid: TokenGrid) -> Iterator[tuple[int, int]]:
-    """Every token with the one to its right and the one below."""
-    for token in range(grid.num_tokens):
-        if (token + 1) % grid.cols:
-            yield token, token + 1
-        if token + grid.cols < grid.num_tokens:
-            yield token, token + grid.cols
+def _neighbours(grid: TokenGrid) -> Iterator[tuple[Cell, Cell]]:
+    """Every place with the one to its right and the one below."""
+    for row, col in product(range(grid.rows), range(grid.cols)):
+        if col + 1 < grid.cols:
+            yield (row, col), (row, col + 1)
+        if row + 1 < grid.rows:
+            yield (row, col), (row + 1, col)

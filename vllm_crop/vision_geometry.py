@@ -9,10 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self
 
+from vllm_crop.anyres import AnyResolution
 from vllm_crop.errors import UnsupportedModelError
 from vllm_crop.geometry import Box, ImageView, TokenGrid
 from vllm_crop.preprocessing import ClipPreprocessing
 from vllm_crop.smart_resize import SmartResize
+from vllm_crop.token_grids import ImageTokens
 
 # transformers' defaults for what a config.json may leave out.
 _DEFAULT_LAYERS = {"llama": 32, "mistral": 32, "qwen2": 32, "qwen2_5_vl": 80, "qwen2_5_vl_text": 80}
@@ -38,7 +40,7 @@ class VisionGeometry(Protocol):
         """Visual tokens of the largest image: what is settled before any image is seen counts with them."""
         ...
 
-    def grid(self, width: int, height: int) -> TokenGrid:
+    def grid(self, width: int, height: int) -> ImageTokens:
         """The visual tokens of an image of this size in pixels."""
         ...
 
@@ -46,7 +48,7 @@ class VisionGeometry(Protocol):
         """The part of an image of this size that the model sees."""
         ...
 
-    def position_span(self, grid: TokenGrid) -> int:
+    def position_span(self, grid: ImageTokens) -> int:
         """How many position ids an unpruned image takes."""
         ...
 
@@ -68,18 +70,7 @@ class LlavaGeometry:
         Raises:
             UnsupportedModelError: another vision tower than CLIP, or its class token is kept.
         """
-        vision = model.get("vision_config") or _DEFAULT_VISION
-        tower = vision.get("model_type", "clip_vision_model")
-        if tower != "clip_vision_model":
-            raise UnsupportedModelError(
-                f"vision tower {tower!r} is not supported: LLaVA needs 'clip_vision_model'"
-            )
-        strategy = model.get("vision_feature_select_strategy", "default")
-        if strategy != "default":
-            raise UnsupportedModelError(
-                f"vision_feature_select_strategy={strategy!r} is not supported, only 'default'"
-            )
-        side = vision.get("image_size", 224) // vision.get("patch_size", 32)
+        _, side = _clip_sides(model)
         preprocessing = ClipPreprocessing.from_settings(preprocessor)
         return cls(TokenGrid(side, side), preprocessing, decoder_layers(model.get("text_config") or {}))
 
@@ -96,7 +87,46 @@ class LlavaGeometry:
         """The centre crop."""
         return self.preprocessing.view(width, height)
 
-    def position_span(self, grid: TokenGrid) -> int:
+    def position_span(self, grid: ImageTokens) -> int:
+        """One per token."""
+        return grid.num_tokens
+
+
+@dataclass(frozen=True)
+class LlavaNextGeometry:
+    """LLaVA-NeXT: the whole image in one square tile, then larger in several, each row with a newline."""
+
+    uses_mrope: ClassVar[bool] = False
+
+    tiling: AnyResolution
+    num_layers: int
+
+    @classmethod
+    def from_configs(cls, model: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> Self:
+        """Read `config.json` and the image processor's settings.
+
+        Raises:
+            UnsupportedModelError: another vision tower than CLIP, its class token is kept, or the two do not
+                fit each other.
+        """
+        pinpoints = model.get("image_grid_pinpoints")
+        tiling = AnyResolution.from_settings(preprocessor, *_clip_sides(model), pinpoints)
+        return cls(tiling, decoder_layers(model.get("text_config") or {}))
+
+    @property
+    def max_tokens(self) -> int:
+        """Those of an image that fills the largest resolution."""
+        return self.tiling.max_tokens
+
+    def grid(self, width: int, height: int) -> ImageTokens:
+        """The tile of the whole image, then the grid of the others without their padding."""
+        return self.tiling.tokens(width, height)
+
+    def view(self, width: int, height: int) -> ImageView:
+        """All of the image."""
+        return ImageView(Box(0.0, 0.0, 1.0, 1.0))
+
+    def position_span(self, grid: ImageTokens) -> int:
         """One per token."""
         return grid.num_tokens
 
@@ -136,9 +166,31 @@ class Qwen2_5VLGeometry:
         """All of the image."""
         return ImageView(Box(0.0, 0.0, 1.0, 1.0))
 
-    def position_span(self, grid: TokenGrid) -> int:
+    def position_span(self, grid: ImageTokens) -> int:
         """As many as the longer side has tokens."""
-        return max(grid.rows, grid.cols)
+        (part,) = grid.parts
+        return max(part.grid.rows, part.grid.cols)
+
+
+def _clip_sides(model: Mapping[str, Any]) -> tuple[int, int]:
+    """Pixels and tokens along the side of a LLaVA's vision tower.
+
+    Raises:
+        UnsupportedModelError: another vision tower than CLIP, or its class token is kept.
+    """
+    vision = model.get("vision_config") or _DEFAULT_VISION
+    tower = vision.get("model_type", "clip_vision_model")
+    if tower != "clip_vision_model":
+        raise UnsupportedModelError(
+            f"vision tower {tower!r} is not supported: LLaVA needs 'clip_vision_model'"
+        )
+    strategy = model.get("vision_feature_select_strategy", "default")
+    if strategy != "default":
+        raise UnsupportedModelError(
+            f"vision_feature_select_strategy={strategy!r} is not supported, only 'default'"
+        )
+    pixels = vision.get("image_size", 224)
+    return pixels, pixels // vision.get("patch_size", 32)
 
 
 def decoder_layers(text_config: Mapping[str, Any]) -> int:
@@ -150,8 +202,9 @@ def decoder_layers(text_config: Mapping[str, Any]) -> int:
     return int(layers)
 
 
-FAMILIES: dict[str, type[LlavaGeometry | Qwen2_5VLGeometry]] = {
+FAMILIES: dict[str, type[LlavaGeometry | LlavaNextGeometry | Qwen2_5VLGeometry]] = {
     "LlavaForConditionalGeneration": LlavaGeometry,
+    "LlavaNextForConditionalGeneration": LlavaNextGeometry,
     "Qwen2_5_VLForConditionalGeneration": Qwen2_5VLGeometry,
 }
 

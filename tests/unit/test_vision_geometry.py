@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoConfig, LlavaConfig, Qwen2_5_VLConfig
+from transformers import AutoConfig, LlavaConfig, LlavaNextConfig, LlavaNextImageProcessor, Qwen2_5_VLConfig
 
 from vllm_crop.errors import UnsupportedModelError
 from vllm_crop.geometry import Box, TokenGrid
 from vllm_crop.vision_geometry import (
     FAMILIES,
     LlavaGeometry,
+    LlavaNextGeometry,
     Qwen2_5VLGeometry,
     decoder_layers,
     geometry_from_configs,
@@ -54,8 +55,30 @@ QWEN2_5_VL_PREPROCESSOR = {
     "merge_size": 2,
     "image_processor_type": "Qwen2VLImageProcessor",
 }
+# As published with llava-hf/llava-v1.6-mistral-7b-hf.
+LLAVA_NEXT_7B = {
+    "architectures": ["LlavaNextForConditionalGeneration"],
+    "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
+    "image_token_index": 32000,
+    "model_type": "llava_next",
+    "text_config": {
+        "architectures": ["MistralForCausalLM"],
+        "model_type": "mistral",
+        "sliding_window": None,
+        "vocab_size": 32064,
+    },
+    "vision_config": {"image_size": 336, "model_type": "clip_vision_model", "patch_size": 14},
+    "vision_feature_layer": -2,
+    "vision_feature_select_strategy": "default",
+}
+LLAVA_NEXT_PREPROCESSOR = {
+    **LLAVA_PREPROCESSOR,
+    "image_grid_pinpoints": LLAVA_NEXT_7B["image_grid_pinpoints"],
+    "image_processor_type": "LlavaNextImageProcessor",
+}
 PUBLISHED = {
     "LlavaForConditionalGeneration": (LLAVA_7B, LLAVA_PREPROCESSOR),
+    "LlavaNextForConditionalGeneration": (LLAVA_NEXT_7B, LLAVA_NEXT_PREPROCESSOR),
     "Qwen2_5_VLForConditionalGeneration": (QWEN2_5_VL_7B, QWEN2_5_VL_PREPROCESSOR),
 }
 
@@ -69,6 +92,30 @@ def test_published_qwen_has_a_token_per_28_pixels_and_28_layers() -> None:
     assert geometry.grid(3584, 3584) == TokenGrid(128, 128)
     assert geometry.view(640, 480).window == Box(0.0, 0.0, 1.0, 1.0)
     assert geometry.position_span(TokenGrid(17, 23)) == 23
+
+
+def test_published_llava_next_has_a_tile_of_the_whole_image_and_a_grid_of_the_others() -> None:
+    geometry = geometry_from_configs(LLAVA_NEXT_7B, LLAVA_NEXT_PREPROCESSOR)
+    assert isinstance(geometry, LlavaNextGeometry)
+    assert (geometry.num_layers, geometry.max_tokens) == (32, 2928)
+    whole, tiles = geometry.grid(640, 480).parts
+    assert (whole.grid, tiles.grid) == (TokenGrid(24, 24), TokenGrid(36, 48))
+    assert (whole.newlines, tiles.newlines, tiles.first) == (False, True, 576)
+    assert geometry.grid(640, 480).num_tokens == geometry.position_span(geometry.grid(640, 480)) == 2340
+    assert geometry.view(640, 480).window == Box(0.0, 0.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize("from_file", [True, False])
+def test_the_loaded_config_of_llava_next_gives_the_same_geometry(tmp_path: Path, from_file: bool) -> None:
+    config = LlavaNextConfig(**LLAVA_NEXT_7B)
+    config.save_pretrained(tmp_path)
+    loaded = LlavaNextConfig.get_config_dict(tmp_path)[0] if from_file else config.to_dict()
+    published = geometry_from_configs(LLAVA_NEXT_7B, LLAVA_NEXT_PREPROCESSOR)
+    assert geometry_from_configs(loaded, LLAVA_NEXT_PREPROCESSOR) == published
+    assert (
+        geometry_from_configs(loaded, LlavaNextImageProcessor(**LLAVA_NEXT_PREPROCESSOR).to_dict())
+        == published
+    )
 
 
 @pytest.mark.parametrize("from_file", [True, False])
@@ -133,7 +180,7 @@ def test_our_own_architecture_names_are_recognised(architecture: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "architectures", [None, [], ["LlamaForCausalLM"], ["LlavaNextForConditionalGeneration"]]
+    "architectures", [None, [], ["LlamaForCausalLM"], ["LlavaNextVideoForConditionalGeneration"]]
 )
 def test_other_architectures_are_refused_naming_the_supported_ones(architectures: Any) -> None:
     with pytest.raises(UnsupportedModelError, match="LlavaForConditionalGeneration"):

@@ -79,10 +79,10 @@ def _print_model(console: Console, model: Mapping[str, Any]) -> None:
     if not model["supported"]:
         console.print(f"  [red]not supported[/red]: {escape(model['reason'])}", soft_wrap=True)
         return
-    (rows, cols), (width, height) = model["grid"], model["image_size"]
+    width, height = model["image_size"]
     console.print(
         f"  [green]supported[/green]: {model['tokens_per_image']} tokens for an image of {width}x{height} "
-        f"({rows} x {cols}), {model['num_layers']} decoder layers",
+        f"({model['layout']}), {model['num_layers']} decoder layers",
         soft_wrap=True,
     )
 

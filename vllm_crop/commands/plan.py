@@ -24,7 +24,7 @@ from vllm_crop.commands.region_options import (
     request_for_image,
     why_whole,
 )
-from vllm_crop.geometry import Region
+from vllm_crop.geometry import Place, Region
 from vllm_crop.plan import TokenPlan
 from vllm_crop.plan_summary import PlanSummary
 
@@ -75,10 +75,9 @@ def _parse_size(text: str) -> tuple[int, int]:
 
 def _summary(token_plan: TokenPlan, region: Region | None, asked: float, num_layers: int) -> Table:
     counts = PlanSummary.of(token_plan, region, num_layers)
-    grid = token_plan.grid
     table = Table.grid(padding=(0, 2))
     table.add_row("visual tokens", f"{counts.tokens} -> {counts.after}  ({counts.change})")
-    table.add_row("grid", f"{grid.rows} x {grid.cols}, {num_layers} decoder layers")
+    table.add_row("grid", f"{token_plan.grid.describe()}, {num_layers} decoder layers")
     if counts.region_tokens is not None:
         table.add_row("region", f"{counts.region_kept} of {counts.region_tokens} tokens kept")
         table.add_row(
@@ -95,23 +94,29 @@ def _summary(token_plan: TokenPlan, region: Region | None, asked: float, num_lay
 
 
 def _drawing(token_plan: TokenPlan, region: Region) -> Text:
-    """The grid, two characters a token, and what they mean."""
-    grid = token_plan.grid
-    inside = set(grid.tokens_in(region))
+    """The grids, two characters a token, newlines at the end of their rows, and what they mean."""
+    inside, assigned = set(token_plan.grid.tokens_in(region)), token_plan.assignment()
     stages = sorted({e.evicted_from_layer for e in token_plan.embeddings if e.evicted_from_layer is not None})
     patches = _patch_cells(token_plan)
     drawing, shown = Text(), set()
-    for token, index in enumerate(token_plan.assignment()):
-        layer = token_plan.embeddings[index].evicted_from_layer if index >= 0 else None
+
+    def cell_of(token: int) -> Cell:
+        index = assigned[token]
         if index < 0:
-            cell = _LEFT_OUT_CELL
-        elif layer is not None:
-            cell = _EVICTED_CELLS[stages.index(layer)]
-        else:
-            cell = patches.get(index, _REGION_CELL if token in inside else _KEPT_CELL)
-        shown.add(cell)
-        _append(drawing, cell)
-        if (token + 1) % grid.cols == 0:
+            return _LEFT_OUT_CELL
+        layer = token_plan.embeddings[index].evicted_from_layer
+        if layer is not None:
+            return _EVICTED_CELLS[stages.index(layer)]
+        return patches.get(index, _REGION_CELL if token in inside else _KEPT_CELL)
+
+    for part in token_plan.grid.parts:
+        if part.first:
+            drawing.append("\n")
+        for row in range(part.grid.rows):
+            for col in range(part.row_length):
+                cell = cell_of(part.token(row, col))
+                shown.add(cell)
+                _append(drawing, cell)
             drawing.append("\n")
     meanings = {_REGION_CELL: "region, kept", _KEPT_CELL: "kept", _LEFT_OUT_CELL: "left out"}
     evicted = [f"evicted from layer {layer}" for layer in stages]
@@ -135,17 +140,16 @@ def _append(drawing: Text, cell: Cell) -> None:
 
 def _patch_cells(token_plan: TokenPlan) -> dict[int, Cell]:
     """A cell for each pooled embedding, another one than its neighbours have where that is possible."""
-    grid, assigned = token_plan.grid, token_plan.assignment()
+    grid = token_plan.grid
+    held = {grid.place(token): index for token, index in enumerate(token_plan.assignment())}
     chosen: dict[int, Cell] = {}
     for index, embedding in enumerate(token_plan.embeddings):
         if len(embedding.tokens) == 1:
             continue
         taken = set()
-        for token in embedding.tokens:
-            row, col = divmod(token, grid.cols)
-            for near_row, near_col in ((row - 1, col), (row + 1, col), (row, col - 1), (row, col + 1)):
-                if 0 <= near_row < grid.rows and 0 <= near_col < grid.cols:
-                    taken.add(chosen.get(assigned[near_row * grid.cols + near_col]))
+        for group, row, col in map(grid.place, embedding.tokens):
+            for near in ((row - 1, col), (row + 1, col), (row, col - 1), (row, col + 1)):
+                taken.add(chosen.get(held.get(Place(group, *near), -1)))
         free = [cell for cell in _PATCH_CELLS if cell not in taken]
         chosen[index] = free[0] if free else _PATCH_CELLS[index % len(_PATCH_CELLS)]
     return chosen

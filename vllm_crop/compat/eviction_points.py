@@ -103,6 +103,12 @@ EVICTION_POINTS = (
         "runs layers in stages",
     ),
     UpstreamPoint(
+        "vllm.model_executor.models.mistral",
+        "MistralDecoderLayer.forward",
+        ("self", "positions", "hidden_states", "residual"),
+        "the same",
+    ),
+    UpstreamPoint(
         "vllm.compilation.decorators",
         "support_torch_compile",
         ("cls", "dynamic_arg_dims"),

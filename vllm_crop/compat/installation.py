@@ -73,7 +73,8 @@ def describe_checkpoint(model: str) -> dict[str, Any]:
         "name": model,
         "supported": True,
         "image_size": list(_EXAMPLE_SIZE),
-        "grid": [grid.rows, grid.cols],
+        **grid.to_json(),
+        "layout": grid.describe(),
         "tokens_per_image": grid.num_tokens,
         "num_layers": geometry.num_layers,
     }

@@ -22,6 +22,7 @@ from vllm_crop.vision_geometry import FAMILIES
 SUPPORTED_VERSIONS = SpecifierSet(">=0.32.0,<0.33")
 MODEL_MODULES = {
     "LlavaForConditionalGeneration": "vllm_crop.models.llava",
+    "LlavaNextForConditionalGeneration": "vllm_crop.models.llava_next",
     "Qwen2_5_VLForConditionalGeneration": "vllm_crop.models.qwen2_5_vl",
 }
 
@@ -133,6 +134,12 @@ UPSTREAM_POINTS = (
     UpstreamPoint(
         "vllm.model_executor.models.llava",
         "LlavaForConditionalGeneration.embed_multimodal",
+        ("self", "kwargs"),
+        "returns compressed embeddings",
+    ),
+    UpstreamPoint(
+        "vllm.model_executor.models.llava_next",
+        "LlavaNextForConditionalGeneration.embed_multimodal",
         ("self", "kwargs"),
         "returns compressed embeddings",
     ),

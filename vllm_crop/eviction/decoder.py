@@ -24,7 +24,7 @@ from vllm_crop.eviction.settings import EvictionSettings
 from vllm_crop.eviction.start_report import expected_grouping
 
 # Decoders whose forward is: embed, then `layer(positions, hidden_states, residual)` each, then the norm.
-DECODERS = ("LlamaModel", "Qwen2Model")
+DECODERS = ("LlamaModel", "MistralModel", "Qwen2Model")
 
 
 class StagedAttention(Attention):

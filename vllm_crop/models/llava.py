@@ -10,10 +10,8 @@ from vllm.model_executor.models import llava as stock
 from vllm.model_executor.models.interfaces import SupportsMRoPE
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from vllm_crop.eviction.decoder import DroppingStep
-from vllm_crop.models.positions import original_positions
+from vllm_crop.models.plain_rope import PlainRopeMixin
 from vllm_crop.models.processing import CropProcessorMixin
-from vllm_crop.models.pruned import PrunedModelMixin
 from vllm_crop.vision_geometry import geometry_from_configs
 
 
@@ -26,12 +24,8 @@ class LlavaMultiModalProcessor(CropProcessorMixin, stock.LlavaMultiModalProcesso
     info=stock.LlavaProcessingInfo,
     dummy_inputs=stock.LlavaDummyInputsBuilder,
 )
-class LlavaForConditionalGeneration(PrunedModelMixin, stock.LlavaForConditionalGeneration, SupportsMRoPE):
-    """The stock model, fed compressed embeddings. Named like it, as speculative decoding compares names.
-
-    M-RoPE is how vLLM lets a model choose position ids: used with `position_ids: "original"` only, when
-    frontend/hf_overrides.py switches it on. The language model keeps its plain RoPE.
-    """
+class LlavaForConditionalGeneration(PlainRopeMixin, stock.LlavaForConditionalGeneration, SupportsMRoPE):
+    """The stock model, fed compressed embeddings. Named like it, as speculative decoding compares names."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
@@ -52,19 +46,3 @@ class LlavaForConditionalGeneration(PrunedModelMixin, stock.LlavaForConditionalG
     def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Vision tower and projector: `[images, 3, height, width]` -> `[images, num_tokens, hidden]`."""
         return super().embed_multimodal(pixel_values=pixel_values)
-
-    def get_mrope_input_positions(self, input_tokens: list[int], mm_features: Any) -> Any:
-        """Position ids of the unpruned prompt, `[3, num_tokens]` with equal rows, and their excess."""
-        return original_positions(len(input_tokens), mm_features)
-
-    def forward(
-        self,
-        input_ids: torch.Tensor | None,
-        positions: torch.Tensor,
-        *args: Any,
-        dropping: DroppingStep | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """As upstream, with one row of M-RoPE positions where there are three."""
-        positions = positions if positions.ndim == 1 else positions[0]
-        return super().forward(input_ids, positions, *args, dropping=dropping, **kwargs)
