@@ -294,7 +294,7 @@ def reference_by(hf: HfReference) -> ReferenceFor:
         )
         if original_positions is None and config.position_ids == "original":
             original_positions = True
-        pictures = tuple(image.tobytes() for image in question.images)
+        pictures = tuple((image.size, image.tobytes()) for image in question.images)
         text = question.prompt(hf.image)["prompt"]
         key = (text, pictures, tuple(requests), original_positions, steps)
         if key not in known:
