@@ -34,7 +34,7 @@ def _bar(width: int, summary: PlanSummary, plan: TokenPlan, legend: list[LegendE
     for line in lines:
         draw.text((MARGIN, y), line, fill=TEXT_COLOUR, font=small)
         y += 30
-    grid = f"{plan.grid.describe()} grid, pruning rate {plan.pruning_rate:.4g}"
+    grid = f"grid {plan.grid.describe()}, pruning rate {plan.pruning_rate:.4g}"
     if small.getlength(lines[-1]) + small.getlength(grid) + 3 * MARGIN <= width:
         draw.text((width - MARGIN, y - 30), grid, fill=_QUIET, font=small, anchor="ra")
     else:

@@ -15,11 +15,12 @@ from vllm_crop_server.playground import NO_ENGINE, NOT_PRUNING, Playground
 from vllm_crop_server.playground.pages import STATIC
 from vllm_crop_server.playground.plan_route import MAX_BODY_BYTES, PLAN_PATH, SETTINGS_PATH
 
+from vllm_crop.anyres import DEFAULT_RESOLUTIONS, AnyResolution
 from vllm_crop.config import CropConfig
 from vllm_crop.geometry import Region, TokenGrid
 from vllm_crop.plan import make_plan
 from vllm_crop.preprocessing import ClipPreprocessing
-from vllm_crop.vision_geometry import LlavaGeometry, Qwen2_5VLGeometry, VisionGeometry
+from vllm_crop.vision_geometry import LlavaGeometry, LlavaNextGeometry, Qwen2_5VLGeometry, VisionGeometry
 
 LLAVA = LlavaGeometry(
     TokenGrid(24, 24),
@@ -29,6 +30,7 @@ LLAVA = LlavaGeometry(
     num_layers=8,
 )
 QWEN = Qwen2_5VLGeometry.from_configs({"num_hidden_layers": 8}, {"min_pixels": 3136, "max_pixels": 1003520})
+LLAVA_NEXT = LlavaNextGeometry(AnyResolution(336, 24, DEFAULT_RESOLUTIONS), num_layers=8)
 BOX = [0.5, 0.25, 0.75, 0.5]
 
 
@@ -137,6 +139,12 @@ def test_the_view_is_what_the_model_sees(client: TestClient) -> None:
 def test_grids_of_any_size() -> None:
     plan = plan_of(client_of(QWEN), image_size=[560, 280], region=[BOX, [0.0, 0.0, 0.1, 0.1]])
     assert plan["grid"] == [10, 20]
+    assert plan["window"] == [0, 0, 1, 1]
+
+
+def test_an_image_in_several_grids() -> None:
+    plan = plan_of(client_of(LLAVA_NEXT), image_size=[640, 480], region=BOX)
+    assert [grid["grid"] for grid in plan["grids"]] == [[24, 24], [36, 48]]
     assert plan["window"] == [0, 0, 1, 1]
 
 

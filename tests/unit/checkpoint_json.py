@@ -20,6 +20,14 @@ QWEN2_5_VL = {
 }
 QWEN2_5_VL_PROCESSOR = {"min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14, "merge_size": 2}
 
+LLAVA_NEXT = {
+    "architectures": ["LlavaNextForConditionalGeneration"],
+    "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
+    "vision_config": {"model_type": "clip_vision_model", "image_size": 336, "patch_size": 14},
+    "text_config": {"model_type": "mistral"},
+}
+LLAVA_NEXT_PROCESSOR = {**PROCESSOR, "image_grid_pinpoints": LLAVA_NEXT["image_grid_pinpoints"]}
+
 
 def write_json(folder: Path, **files: Any) -> str:
     """Write `config=...` to config.json and so on, text as it is; returns the folder's name."""
@@ -37,3 +45,8 @@ def write_llava(folder: Path) -> str:
 def write_qwen2_5_vl(folder: Path) -> str:
     """Qwen2.5-VL-7B's geometry: a token per 28 x 28 pixels, 28 decoder layers."""
     return write_json(folder, config=QWEN2_5_VL, preprocessor_config=QWEN2_5_VL_PROCESSOR)
+
+
+def write_llava_next(folder: Path) -> str:
+    """LLaVA-v1.6-Mistral-7B's geometry: a tile of 24 x 24 tokens, then the tiles, 32 decoder layers."""
+    return write_json(folder, config=LLAVA_NEXT, preprocessor_config=LLAVA_NEXT_PROCESSOR)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import typer
-from checkpoint_json import write_json, write_llava
+from checkpoint_json import write_json, write_llava, write_llava_next
 from typer.testing import CliRunner
 
 from vllm_crop.commands.check import check
@@ -169,3 +169,14 @@ def test_an_unsupported_checkpoint(tmp_path: Path) -> None:
 def test_the_real_entry_point_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     assert installation._found_entry_points().get("crop") == "vllm_crop:register"
+
+
+def test_a_checkpoint_with_several_grids(tmp_path: Path) -> None:
+    model = write_llava_next(tmp_path)
+    described = report(0, "--model", model)["model"]
+    assert [one["grid"] for one in described["grids"]] == [[24, 24], [36, 48]]
+    assert described["tokens_per_image"] == 2340
+    said = run("--model", model).stdout
+    assert (
+        "2340 tokens for an image of 640x480 (24 x 24 and 36 x 48 with newlines), 32 decoder layers" in said
+    )

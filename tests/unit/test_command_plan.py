@@ -2,19 +2,21 @@
 """`vllm-crop plan`."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
-from checkpoint_json import write_json, write_llava, write_qwen2_5_vl
+from checkpoint_json import write_json, write_llava, write_llava_next, write_qwen2_5_vl
 from typer.testing import CliRunner
 
 from vllm_crop.budget import retained_count
 from vllm_crop.commands.plan import plan
 from vllm_crop.config import CropConfig
-from vllm_crop.geometry import Box, Region, TokenGrid
+from vllm_crop.geometry import Box, GridPart, Region, TokenGrid
 from vllm_crop.plan import make_plan, whole_image_plan
+from vllm_crop.token_grids import TokenGrids
 
 GRID = TokenGrid(24, 24)
 SQUARE = "672x672"  # seen whole: fractions of the image are fractions of the view
@@ -203,3 +205,24 @@ def test_qwen_has_the_grid_that_the_images_size_asks_for(
 def test_an_image_that_the_model_does_not_take_is_an_error(tmp_path: Path) -> None:
     line = error_line("--model", write_qwen2_5_vl(tmp_path), "--image-size", "4000x10")
     assert "absolute aspect ratio must be smaller than 200, got 400" in line
+
+
+def test_llava_next_has_two_grids_and_newlines(tmp_path: Path) -> None:
+    options = ("--model", write_llava_next(tmp_path), "--image-size", "640x400")
+    region = ("--region", "0.25,0.25,0.5,0.5")
+    printed = plan_json(*options, *region)
+    tiles = GridPart(TokenGrid(30, 48), first=576, newlines=True)
+    grid = TokenGrids((GridPart(TokenGrid(24, 24)), tiles))
+    expected = make_plan(grid, Region((Box(0.25, 0.25, 0.5, 0.5),)), 0.778, "pool").to_json(num_layers=32)
+    assert printed == expected
+    drawn = run(*options, *region).output
+    assert "24 x 24 and 30 x 48 with newlines, 32 decoder layers" in drawn
+    rows = [line for line in drawn.splitlines() if re.fullmatch(r"(?:(.)\1)+", line)]
+    assert sorted({len(row) for row in rows}) == [2 * 24, 2 * 49]
+    assert [row.endswith("##") for row in rows[24:]] == [7 <= row < 15 for row in range(30)]
+
+
+def test_a_grid_wider_than_the_terminal_has_a_character_per_token(tmp_path: Path) -> None:
+    options = ("--model", write_llava_next(tmp_path), "--image-size", "640x400", "--region", "0,0,1,1")
+    drawn = CliRunner().invoke(app, options, env={"COLUMNS": "80"}).output
+    assert [len(line) for line in drawn.splitlines()].count(49) == 30

@@ -11,15 +11,17 @@ from checkpoint_json import write_llava
 from PIL import Image
 from typer.testing import CliRunner
 
+from vllm_crop.anyres import DEFAULT_RESOLUTIONS, AnyResolution
 from vllm_crop.budget import Method
 from vllm_crop.commands.preview import assumed_llava, preview
-from vllm_crop.geometry import Box, ImageView, Region, TokenGrid
+from vllm_crop.geometry import Box, GridPart, ImageView, Region, TokenGrid
 from vllm_crop.plan import Compression, TokenPlan, make_plan, whole_image_plan
 from vllm_crop.plan_summary import PlanSummary
 from vllm_crop.preview import LONG_SIDE, as_rgb, draw_preview
 from vllm_crop.preview_legend import Swatch, legend_of
 from vllm_crop.preview_tokens import draw_tokens, shaded
 from vllm_crop.sample_picture import draw_sample_picture, sample_boxes
+from vllm_crop.token_grids import TokenGrids
 
 GRID = TokenGrid(24, 24)
 WHOLE = ImageView(Box(0, 0, 1, 1))
@@ -174,6 +176,29 @@ def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     with Image.open(tmp_path / "out.png") as drawn:
         assert drawn.height > drawn.width
+
+
+def test_every_grid_of_an_image_is_drawn() -> None:
+    """The tiles' grid in the lower half, where a wide picture leaves room; the whole image above it."""
+    tiles = GridPart(TokenGrid(30, 48), first=576, newlines=True)
+    plan = make_plan(TokenGrids((GridPart(GRID), tiles)), CORNER, 0.8, "prune")
+    picture = Image.new("RGB", (640, 400), (255, 0, 0))
+    drawing = draw_preview(picture, WHOLE, plan, None)
+    assert drawing.width == LONG_SIDE
+    assigned = plan.assignment()
+    for part, top in zip(plan.grid.parts, (0, 625 + 12), strict=True):
+        rows, cols = part.grid.rows, part.grid.cols
+        for row, col in itertools.product(range(rows), range(cols)):
+            at = int((col + 0.5) * 1000 / cols), top + int((row + 0.5) * 625 / rows)
+            red, _, blue = drawing.getpixel(at)
+            assert (red - blue > 200) == (assigned[part.token(row, col)] >= 0)
+
+
+@pytest.mark.parametrize("size", [(3000, 2), (2, 3000), (300, 310), (1500, 20)])
+def test_every_shape_of_several_grids(size: tuple[int, int]) -> None:
+    plan = make_plan(AnyResolution(336, 24, DEFAULT_RESOLUTIONS).tokens(*size), CORNER, 0.5, "pool")
+    drawing = draw_preview(Image.new("RGB", size), WHOLE, plan, CORNER)
+    assert max(drawing.size) <= 2 * 2400 + 400
 
 
 def test_what_the_model_does_not_see_is_dark() -> None:

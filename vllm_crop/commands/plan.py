@@ -61,7 +61,8 @@ def plan(
     if planned.region is None:
         console.print(f"Served whole: {why_whole(request, asked)}.")
     else:
-        console.print(_drawing(planned.tokens, planned.region))
+        longest = max(part.row_length for part in planned.tokens.grid.parts)
+        console.print(_drawing(planned.tokens, planned.region, 2 if 2 * longest <= console.width else 1))
 
 
 def _parse_size(text: str) -> tuple[int, int]:
@@ -93,8 +94,8 @@ def _summary(token_plan: TokenPlan, region: Region | None, asked: float, num_lay
     return table
 
 
-def _drawing(token_plan: TokenPlan, region: Region) -> Text:
-    """The grids, two characters a token, newlines at the end of their rows, and what they mean."""
+def _drawing(token_plan: TokenPlan, region: Region, width: int) -> Text:
+    """The grids, `width` characters a token, newlines at the end of their rows, and what they mean."""
     inside, assigned = set(token_plan.grid.tokens_in(region)), token_plan.assignment()
     stages = sorted({e.evicted_from_layer for e in token_plan.embeddings if e.evicted_from_layer is not None})
     patches = _patch_cells(token_plan)
@@ -116,7 +117,7 @@ def _drawing(token_plan: TokenPlan, region: Region) -> Text:
             for col in range(part.row_length):
                 cell = cell_of(part.token(row, col))
                 shown.add(cell)
-                _append(drawing, cell)
+                _append(drawing, cell, width)
             drawing.append("\n")
     meanings = {_REGION_CELL: "region, kept", _KEPT_CELL: "kept", _LEFT_OUT_CELL: "left out"}
     evicted = [f"evicted from layer {layer}" for layer in stages]
@@ -133,9 +134,9 @@ def _drawing(token_plan: TokenPlan, region: Region) -> Text:
     return drawing
 
 
-def _append(drawing: Text, cell: Cell) -> None:
+def _append(drawing: Text, cell: Cell, width: int = 2) -> None:
     character, colour = cell
-    drawing.append(character * 2, style=f"{colour} on {colour}")
+    drawing.append(character * width, style=f"{colour} on {colour}")
 
 
 def _patch_cells(token_plan: TokenPlan) -> dict[int, Cell]:

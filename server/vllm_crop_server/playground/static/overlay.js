@@ -1,6 +1,6 @@
 // Draws a plan on the part of the image that the model sees. Looks and colours are those of `vllm-crop preview`
 // (vllm_crop/preview_tokens.py and preview_legend.py).
-import { assignmentOf, evictionLayers, looksOf } from "./tokens.js";
+import { assignmentOf, evictionLayers, gridsOf, looksOf } from "./tokens.js";
 
 export const REGION_COLOUR = "rgb(255, 45, 120)";
 const LEFT_OUT_LINE = ["rgba(255, 255, 255, 0.16)", 1];
@@ -19,23 +19,40 @@ export function shade(stage, stages) {
   return `rgba(${Math.round(red)}, ${Math.round(green)}, ${Math.round(blue)}, ${opacity})`;
 }
 
-/** Draw tokens into `place` = [x, y, width, height]; `source` is the same part in pixels of the image. */
-export function drawTokens(context, image, source, place, plan) {
-  const [rows, cols] = plan.grid;
+/** Draw the finest grid of tokens into `view` = [x, y, width, height]; `seen` is the same part in pixels of the image. */
+export function drawTokens(context, image, seen, view, plan) {
+  const grid = gridsOf(plan).reduce((one, other) => (other.rows * other.cols > one.rows * one.cols ? other : one));
+  const { rows, cols } = grid;
+  const source = within(seen, grid.window);
+  const place = within(view, grid.window).map(Math.round);
   const colours = meanColours(image, source, rows, cols);
   const looks = looksOf(plan);
   const stages = evictionLayers(plan).length;
-  const assigned = assignmentOf(plan);
-  const patches = plan.embeddings.map(({ tokens }) => mean(tokens.map((token) => colours[token])));
+  const assigned = withoutNewlines(assignmentOf(plan), grid);
+  const cells = new Map();
+  assigned.forEach((index, cell) => cells.set(index, [...(cells.get(index) ?? []), cell]));
+  const patches = new Map([...cells].map(([index, of]) => [index, mean(of.map((cell) => colours[cell]))]));
   assigned.forEach((index, token) => {
     const cell = cellOf(place, rows, cols, token);
     const look = looks[index];
     if (!look) drawPale(context, image, source, place, cell);
-    if (look?.pooled) fill(context, `rgba(${patches[index].join()}, ${PATCH_OPACITY})`, cell);
+    if (look?.pooled) fill(context, `rgba(${patches.get(index).join()}, ${PATCH_OPACITY})`, cell);
     if (look && look.stage !== null) fill(context, shade(look.stage, stages), cell);
   });
   const strengths = assigned.map((index) => (looks[index] ? (looks[index].pooled ? 2 : 1) : 0));
   drawLines(context, place, rows, cols, assigned, strengths);
+}
+
+function within([x, y, width, height], [x0, y0, x1, y1]) {
+  const [left, top, right, bottom] = [x + x0 * width, y + y0 * height, x + x1 * width, y + y1 * height];
+  return [left, top, right - left, bottom - top];
+}
+
+/** What all tokens are assigned to, of a grid's cells alone, row by row. */
+function withoutNewlines(assigned, { rows, cols, first, rowLength }) {
+  return Array.from({ length: rows * cols }, (_, cell) => {
+    return assigned[first + Math.floor(cell / cols) * rowLength + (cell % cols)];
+  });
 }
 
 /** What preprocessing cuts away: dark and hatched. */

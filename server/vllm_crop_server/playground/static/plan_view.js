@@ -1,6 +1,6 @@
 // Keeps the overlay true: to the last answer's region or the reader's box, and to the settings as they are now.
 import { showLegend } from "./legend.js";
-import { describe } from "./tokens.js";
+import { describe, describeGrids } from "./tokens.js";
 
 const PAUSE_MS = 120; // of the slider, before the server is asked for another plan
 
@@ -61,10 +61,9 @@ export class PlanView {
     this.stage.plan = plan;
     this.stage.draw();
     showLegend(this.legend, plan, outlined);
-    const [rows, cols] = plan?.grid ?? [];
     const unseen = plan && outlined && !plan.region_in_view ? " The model sees nothing of the region." : "";
     const condition = plan && !outlined ? "Without a region: " : "";
     this.planText.textContent = plan ? condition + describe(plan) + unseen : "";
-    this.described.textContent = plan ? `Grid of ${rows} × ${cols} visual tokens.` : "";
+    this.described.textContent = plan ? describeGrids(plan) : "";
   }
 }

@@ -15,20 +15,32 @@ export function evictionLayers(plan) {
   return [...new Set(layers)].sort((one, other) => one - other);
 }
 
-/** For each grid token the index of the embedding it becomes part of, -1 if it is left out. */
+/** The grids of an image's tokens; rows may be longer than they have columns, by a newline that shows nothing. */
+export function gridsOf(plan) {
+  const grids = plan.grids ?? [{ grid: plan.grid, window: [0, 0, 1, 1], newlines: false }];
+  let first = 0;
+  return grids.map(({ grid: [rows, cols], window, newlines }) => {
+    const grid = { rows, cols, window, newlines, first, rowLength: cols + (newlines ? 1 : 0) };
+    first += rows * grid.rowLength;
+    return grid;
+  });
+}
+
+/** For each token the index of the embedding it becomes part of, -1 if it is left out. */
 export function assignmentOf(plan) {
-  const assigned = new Array(plan.grid[0] * plan.grid[1]).fill(-1);
+  const last = gridsOf(plan).at(-1);
+  const assigned = new Array(last.first + last.rows * last.rowLength).fill(-1);
   plan.embeddings.forEach(({ tokens }, index) => tokens.forEach((token) => (assigned[token] = index)));
   return assigned;
 }
 
 /** How many tokens end up where; each token counts once, an evicted one as evicted. */
 export function countsOf(plan) {
-  const [rows, cols] = plan.grid;
+  const assigned = assignmentOf(plan);
   const seenByAll = plan.embeddings.filter((embedding) => embedding.evicted_from_layer === null);
   const pooled = seenByAll.filter((embedding) => embedding.tokens.length > 1);
   return {
-    tokens: rows * cols,
+    tokens: assigned.length,
     kept: seenByAll.length - pooled.length,
     pooled: pooled.length,
     pooledTokens: pooled.reduce((sum, embedding) => sum + embedding.tokens.length, 0),
@@ -36,7 +48,7 @@ export function countsOf(plan) {
       layer,
       count: plan.embeddings.filter((embedding) => embedding.evicted_from_layer === layer).length,
     })),
-    leftOut: assignmentOf(plan).filter((index) => index < 0).length,
+    leftOut: assigned.filter((index) => index < 0).length,
     average: plan.tokens_per_layer.reduce((sum, count) => sum + count, 0) / plan.tokens_per_layer.length,
   };
 }
@@ -51,6 +63,13 @@ export function describe(plan) {
   if (counts.leftOut) parts.push(`${counts.leftOut} left out`);
   const perLayer = counts.evicted.length ? " per layer" : "";
   return `${counts.tokens} tokens become ${number(counts.average)}${perLayer}: ${parts.join(", ")}.`;
+}
+
+/** One sentence on the grids, such as "Grid of 24 × 24 visual tokens." */
+export function describeGrids(plan) {
+  const sizes = gridsOf(plan).map(({ rows, cols, newlines }) => `${rows} × ${cols}${newlines ? " with newlines" : ""}`);
+  if (sizes.length === 1) return `Grid of ${sizes[0]} visual tokens.`;
+  return `Grids of ${sizes.join(" and ")} visual tokens, of which the finest is drawn.`;
 }
 
 /** At most one decimal. */
