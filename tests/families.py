@@ -5,8 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.reference import HfLlava, HfLlavaNext, HfQwen2_5VL, HfReference
-from vllm_crop import dummy_llava, dummy_llava_next, dummy_qwen2_5_vl
+from tests.reference import HfLlava, HfLlavaNext, HfLlavaOnevision, HfQwen2_5VL, HfReference
+from vllm_crop import dummy_llava, dummy_llava_next, dummy_llava_onevision, dummy_qwen2_5_vl
 from vllm_crop.dummy_llava import DEEP, TINY, DummySize
 
 
@@ -35,7 +35,14 @@ LLAVA = Family("llava", dummy_llava.make_checkpoint, TINY, DEEP, HfLlava)
 LLAVA_NEXT = Family(
     "llava_next", dummy_llava_next.make_checkpoint, dummy_llava_next.TINY, dummy_llava_next.TINY, HfLlavaNext
 )
+LLAVA_ONEVISION = Family(
+    "llava_onevision",
+    dummy_llava_onevision.make_checkpoint,
+    dummy_llava_onevision.TINY,
+    dummy_llava_onevision.TINY,
+    HfLlavaOnevision,
+)
 QWEN2_5_VL = Family(
     "qwen2_5_vl", dummy_qwen2_5_vl.make_checkpoint, dummy_qwen2_5_vl.TINY, dummy_qwen2_5_vl.TINY, HfQwen2_5VL
 )
-FAMILIES = (LLAVA, LLAVA_NEXT, QWEN2_5_VL)
+FAMILIES = (LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_5_VL)

@@ -17,6 +17,7 @@ from transformers import (
     DynamicCache,
     LlavaForConditionalGeneration,
     LlavaNextForConditionalGeneration,
+    LlavaOnevisionForConditionalGeneration,
     Qwen2_5_VLForConditionalGeneration,
 )
 
@@ -268,6 +269,12 @@ class HfLlavaNext(HfLlava):
             pixel_values=inputs["pixel_values"], image_sizes=inputs["image_sizes"]
         )
         return found.pooler_output[0]
+
+
+class HfLlavaOnevision(HfLlavaNext):
+    """LLaVA-OneVision: the same, with a limit on the tiles' tokens."""
+
+    model_class = LlavaOnevisionForConditionalGeneration
 
 
 class HfQwen2_5VL(HfReference):

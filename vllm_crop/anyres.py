@@ -1,42 +1,80 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which tokens an image gets from a processor that shows it whole and again in tiles (LLaVA-NeXT).
+"""Which tokens an image gets from a processor that shows it whole and again in tiles (LLaVA-NeXT,
+LLaVA-OneVision).
 
 Follows transformers' LlavaNextImageProcessor, its select_best_resolution and get_patch_output_size, and
-unpad_image of modeling_llava_next.py, roundings included.
+pack_image_features of modeling_llava_next.py and modeling_llava_onevision.py, roundings included.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, product
 from typing import Any, Self
 
 from vllm_crop.errors import UnsupportedModelError
 from vllm_crop.geometry import Box, GridPart, TokenGrid
 from vllm_crop.token_grids import TokenGrids
 
-DEFAULT_RESOLUTIONS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
-_DEFAULT_EDGE = 224  # of the image processor's `size` and `crop_size`
 _DECIMALS = 7  # upstream rounds the length of a side to these before it takes whole tokens
+_MOST_SCALED = 1.1  # how much longer than allowed the sides of a grid may be before it is scaled down
+
+
+@dataclass(frozen=True)
+class TilingProcessor:
+    """What an image processor of transformers does with settings it is not given.
+
+    Attributes:
+        resolutions: `image_grid_pinpoints`, also of the model.
+        size: edges of the tile that shows the whole image.
+        crop_size: edges of the other tiles; None for those of `size`.
+        max_tiles: tokens of a larger grid are scaled down to those of this many tiles; None leaves them.
+    """
+
+    resolutions: Sequence[Sequence[int]]
+    size: Mapping[str, int]
+    crop_size: Mapping[str, int] | None
+    max_tiles: int | None
+
+
+LLAVA_NEXT = TilingProcessor(
+    resolutions=((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)),
+    size={"shortest_edge": 224},
+    crop_size={"height": 224, "width": 224},
+    max_tiles=None,
+)
+LLAVA_ONEVISION = TilingProcessor(
+    resolutions=tuple(product(range(384, 2305, 384), repeat=2)),
+    size={"height": 384, "width": 384},
+    crop_size=None,
+    max_tiles=9,  # vLLM knows no other `vision_aspect_ratio` than "anyres_max_9"
+)
 
 
 @dataclass(frozen=True)
 class AnyResolution:
-    """The geometry of a LlavaNextImageProcessor.
+    """The geometry of a LlavaNextImageProcessor or LlavaOnevisionImageProcessor.
+
+    Where a tile has pixels left that fit no patch (SigLIP's 384 are 27 patches of 14 and 6), places in it are
+    off by less than half a token.
 
     Attributes:
         tile_pixels: side of a tile, which is the vision tower's input.
         tile_tokens: tokens along that side.
         resolutions: (height, width) in pixels that images are fitted into, whole tiles each.
+        max_tiles: as of TilingProcessor.
     """
 
     tile_pixels: int
     tile_tokens: int
     resolutions: tuple[tuple[int, int], ...]
+    max_tiles: int | None
 
     @classmethod
     def from_settings(
         cls,
         settings: Mapping[str, Any],
+        processor: TilingProcessor,
         tile_pixels: int,
         tile_tokens: int,
         pinpoints: Sequence[Sequence[int]] | None,
@@ -45,6 +83,7 @@ class AnyResolution:
 
         Args:
             settings: empty where they are not known.
+            processor: what it does with those left out.
             tile_pixels: the vision tower's `image_size`.
             tile_tokens: tokens along it.
             pinpoints: `image_grid_pinpoints` of the model; None for transformers' default.
@@ -52,31 +91,39 @@ class AnyResolution:
         Raises:
             UnsupportedModelError: the settings do not fit the model.
         """
-        resolutions = _resolutions(pinpoints)
+        resolutions = _pairs(pinpoints or processor.resolutions)
         if any(side % tile_pixels for resolution in resolutions for side in resolution):
             raise UnsupportedModelError(
                 f"image_grid_pinpoints {list(resolutions)} are not whole tiles of {tile_pixels} pixels"
             )
         if settings:
-            found = _resolutions(settings.get("image_grid_pinpoints"))
+            found = _pairs(settings.get("image_grid_pinpoints") or processor.resolutions)
             if found != resolutions:
                 raise UnsupportedModelError(
                     f"the image processor's image_grid_pinpoints {list(found)} are not those of config.json, "
                     f"{list(resolutions)}"
                 )
-            for key in ("size", "crop_size"):
-                edges = _edges(settings.get(key))
-                if edges != {tile_pixels}:
+            for key, default in (("size", processor.size), ("crop_size", processor.crop_size)):
+                size = settings.get(key, default)
+                if size is not None and _edges(size) != {tile_pixels}:
                     raise UnsupportedModelError(
-                        f"the image processor's {key} {settings.get(key)} is not the vision tower's "
-                        f"image_size, {tile_pixels}"
+                        f"the image processor's {key} {size} is not the vision tower's image_size, "
+                        f"{tile_pixels}"
                     )
-        return cls(tile_pixels, tile_tokens, resolutions)
+        return cls(tile_pixels, tile_tokens, resolutions, processor.max_tiles)
 
     @property
     def max_tokens(self) -> int:
-        """Visual tokens of the largest image: one that fills its resolution."""
-        return max(self.tokens(width, height).num_tokens for height, width in self.resolutions)
+        """The most visual tokens: of grids that fill a resolution along one side, maybe not the other."""
+        grids = [
+            self._scaled(TokenGrid(rows, cols))
+            for full_rows, full_cols in map(self._unpadded, self.resolutions)
+            for rows, cols in chain(
+                ((full_rows, cols) for cols in range(full_cols, 0, -2)),
+                ((rows, full_cols) for rows in range(full_rows, 0, -2)),
+            )
+        ]
+        return self.tile_tokens**2 + max(grid.num_tokens + grid.rows for grid in grids)
 
     def tokens(self, width: int, height: int) -> TokenGrids:
         """The whole image in one tile, its aspect ratio ignored; then its tiles as one grid."""
@@ -86,22 +133,35 @@ class AnyResolution:
 
     def _tiles(self, width: int, height: int, first: int) -> GridPart:
         resolution = self._resolution(width, height)
-        rows, cols = (side // self.tile_pixels * self.tile_tokens for side in resolution)
+        rows, cols = self._unpadded(resolution)
         if width / height > cols / rows:
             margins = (rows - int(round(height * (cols / width), _DECIMALS))) // 2, 0
         else:
             margins = 0, (cols - int(round(width * (rows / height), _DECIMALS))) // 2
-        grid = TokenGrid(rows - 2 * margins[0], cols - 2 * margins[1])
+        left = TokenGrid(rows - 2 * margins[0], cols - 2 * margins[1])
+        grid = self._scaled(left)
         if not grid.num_tokens:  # a line so thin that upstream cuts all but the newlines away
             return GridPart(grid, first=first, newlines=True)
         shown = _fitted(width, height, resolution)
         y, x = (
             _window(margin, tokens, self.tile_pixels / self.tile_tokens, side, length)
             for margin, tokens, side, length in zip(
-                margins, (grid.rows, grid.cols), resolution, shown, strict=True
+                margins, (left.rows, left.cols), resolution, shown, strict=True
             )
         )
         return GridPart(grid, Box(x[0], y[0], x[1], y[1]), first, newlines=True)
+
+    def _unpadded(self, resolution: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of tokens of all tiles, before padding is cut off."""
+        rows, cols = (side // self.tile_pixels * self.tile_tokens for side in resolution)
+        return rows, cols
+
+    def _scaled(self, grid: TokenGrid) -> TokenGrid:
+        """The grid that a larger one than allowed is interpolated to; others as they are."""
+        if self.max_tiles is None:
+            return grid
+        ratio = math.sqrt(grid.num_tokens / (self.max_tiles * self.tile_tokens**2))
+        return TokenGrid(int(grid.rows // ratio), int(grid.cols // ratio)) if ratio > _MOST_SCALED else grid
 
     def _resolution(self, width: int, height: int) -> tuple[int, int]:
         """The one that shows most of the image's pixels, and of those the one with the least padding."""
@@ -114,15 +174,13 @@ class AnyResolution:
         return max(self.resolutions, key=quality)
 
 
-def _resolutions(pinpoints: Sequence[Sequence[int]] | None) -> tuple[tuple[int, int], ...]:
-    return tuple((height, width) for height, width in pinpoints or DEFAULT_RESOLUTIONS)
+def _pairs(pinpoints: Sequence[Sequence[int]]) -> tuple[tuple[int, int], ...]:
+    return tuple((height, width) for height, width in pinpoints)
 
 
 def _edges(size: Any) -> set[int]:
     """The lengths that a `size` or `crop_size` names."""
-    if size is None or isinstance(size, int):
-        return {size or _DEFAULT_EDGE}
-    return {edge for edge in size.values() if edge is not None}
+    return {size} if isinstance(size, int) else {edge for edge in size.values() if edge is not None}
 
 
 def _fitted(width: int, height: int, resolution: tuple[int, int]) -> tuple[int, int]:

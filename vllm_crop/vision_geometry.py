@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self
 
-from vllm_crop.anyres import AnyResolution
+from vllm_crop.anyres import LLAVA_NEXT, LLAVA_ONEVISION, AnyResolution
 from vllm_crop.errors import UnsupportedModelError
 from vllm_crop.geometry import Box, ImageView, TokenGrid
 from vllm_crop.preprocessing import ClipPreprocessing
@@ -18,7 +18,48 @@ from vllm_crop.token_grids import ImageTokens
 
 # transformers' defaults for what a config.json may leave out.
 _DEFAULT_LAYERS = {"llama": 32, "mistral": 32, "qwen2": 32, "qwen2_5_vl": 80, "qwen2_5_vl_text": 80}
-_DEFAULT_VISION = {"image_size": 336, "patch_size": 14}
+
+
+@dataclass(frozen=True)
+class _Tower:
+    """The vision tower of a LLaVA family.
+
+    Attributes:
+        model_type, strategy: its type and `vision_feature_select_strategy`, the defaults and all we know.
+        whole: image and patch size in pixels where config.json has no `vision_config`.
+        sizes: those left out of a `vision_config`.
+    """
+
+    model_type: str
+    strategy: str
+    whole: tuple[int, int]
+    sizes: tuple[int, int]
+
+    def sides(self, model: Mapping[str, Any]) -> tuple[int, int]:
+        """Pixels and tokens along the side of an image.
+
+        Raises:
+            UnsupportedModelError: another tower, or another choice of its features.
+        """
+        vision = model.get("vision_config") or dict(
+            zip(("image_size", "patch_size"), self.whole, strict=True)
+        )
+        tower = vision.get("model_type", self.model_type)
+        if tower != self.model_type:
+            raise UnsupportedModelError(
+                f"vision tower {tower!r} is not supported: this family needs {self.model_type!r}"
+            )
+        strategy = model.get("vision_feature_select_strategy", self.strategy)
+        if strategy != self.strategy:
+            raise UnsupportedModelError(
+                f"vision_feature_select_strategy={strategy!r} is not supported, only {self.strategy!r}"
+            )
+        pixels = vision.get("image_size", self.sizes[0])
+        return pixels, pixels // vision.get("patch_size", self.sizes[1])
+
+
+_CLIP = _Tower("clip_vision_model", "default", whole=(336, 14), sizes=(224, 32))
+_SIGLIP = _Tower("siglip_vision_model", "full", whole=(384, 14), sizes=(224, 16))
 
 
 class VisionGeometry(Protocol):
@@ -70,7 +111,7 @@ class LlavaGeometry:
         Raises:
             UnsupportedModelError: another vision tower than CLIP, or its class token is kept.
         """
-        _, side = _clip_sides(model)
+        _, side = _CLIP.sides(model)
         preprocessing = ClipPreprocessing.from_settings(preprocessor)
         return cls(TokenGrid(side, side), preprocessing, decoder_layers(model.get("text_config") or {}))
 
@@ -110,12 +151,12 @@ class LlavaNextGeometry:
                 fit each other.
         """
         pinpoints = model.get("image_grid_pinpoints")
-        tiling = AnyResolution.from_settings(preprocessor, *_clip_sides(model), pinpoints)
+        tiling = AnyResolution.from_settings(preprocessor, LLAVA_NEXT, *_CLIP.sides(model), pinpoints)
         return cls(tiling, decoder_layers(model.get("text_config") or {}))
 
     @property
     def max_tokens(self) -> int:
-        """Those of an image that fills the largest resolution."""
+        """Those of an image that fills a resolution."""
         return self.tiling.max_tokens
 
     def grid(self, width: int, height: int) -> ImageTokens:
@@ -129,6 +170,22 @@ class LlavaNextGeometry:
     def position_span(self, grid: ImageTokens) -> int:
         """One per token."""
         return grid.num_tokens
+
+
+class LlavaOnevisionGeometry(LlavaNextGeometry):
+    """LLaVA-OneVision: the same with SigLIP's tiles, whose grid is scaled down where there are too many."""
+
+    @classmethod
+    def from_configs(cls, model: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> Self:
+        """Read `config.json` and the image processor's settings.
+
+        Raises:
+            UnsupportedModelError: another vision tower than SigLIP, not all of its features, or the two do
+                not fit each other.
+        """
+        pinpoints = model.get("image_grid_pinpoints")
+        tiling = AnyResolution.from_settings(preprocessor, LLAVA_ONEVISION, *_SIGLIP.sides(model), pinpoints)
+        return cls(tiling, decoder_layers({"model_type": "qwen2", **(model.get("text_config") or {})}))
 
 
 @dataclass(frozen=True)
@@ -172,27 +229,6 @@ class Qwen2_5VLGeometry:
         return max(part.grid.rows, part.grid.cols)
 
 
-def _clip_sides(model: Mapping[str, Any]) -> tuple[int, int]:
-    """Pixels and tokens along the side of a LLaVA's vision tower.
-
-    Raises:
-        UnsupportedModelError: another vision tower than CLIP, or its class token is kept.
-    """
-    vision = model.get("vision_config") or _DEFAULT_VISION
-    tower = vision.get("model_type", "clip_vision_model")
-    if tower != "clip_vision_model":
-        raise UnsupportedModelError(
-            f"vision tower {tower!r} is not supported: LLaVA needs 'clip_vision_model'"
-        )
-    strategy = model.get("vision_feature_select_strategy", "default")
-    if strategy != "default":
-        raise UnsupportedModelError(
-            f"vision_feature_select_strategy={strategy!r} is not supported, only 'default'"
-        )
-    pixels = vision.get("image_size", 224)
-    return pixels, pixels // vision.get("patch_size", 32)
-
-
 def decoder_layers(text_config: Mapping[str, Any]) -> int:
     """`num_hidden_layers`, or the default transformers gives this text model."""
     model_type = text_config.get("model_type", "llama")
@@ -205,6 +241,7 @@ def decoder_layers(text_config: Mapping[str, Any]) -> int:
 FAMILIES: dict[str, type[LlavaGeometry | LlavaNextGeometry | Qwen2_5VLGeometry]] = {
     "LlavaForConditionalGeneration": LlavaGeometry,
     "LlavaNextForConditionalGeneration": LlavaNextGeometry,
+    "LlavaOnevisionForConditionalGeneration": LlavaOnevisionGeometry,
     "Qwen2_5_VLForConditionalGeneration": Qwen2_5VLGeometry,
 }
 

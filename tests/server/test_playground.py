@@ -15,7 +15,8 @@ from vllm_crop_server.playground import NO_ENGINE, NOT_PRUNING, Playground
 from vllm_crop_server.playground.pages import STATIC
 from vllm_crop_server.playground.plan_route import MAX_BODY_BYTES, PLAN_PATH, SETTINGS_PATH
 
-from vllm_crop.anyres import DEFAULT_RESOLUTIONS, AnyResolution
+from vllm_crop.anyres import LLAVA_NEXT as TILES
+from vllm_crop.anyres import AnyResolution
 from vllm_crop.config import CropConfig
 from vllm_crop.geometry import Region, TokenGrid
 from vllm_crop.plan import make_plan
@@ -30,7 +31,7 @@ LLAVA = LlavaGeometry(
     num_layers=8,
 )
 QWEN = Qwen2_5VLGeometry.from_configs({"num_hidden_layers": 8}, {"min_pixels": 3136, "max_pixels": 1003520})
-LLAVA_NEXT = LlavaNextGeometry(AnyResolution(336, 24, DEFAULT_RESOLUTIONS), num_layers=8)
+LLAVA_NEXT = LlavaNextGeometry(AnyResolution.from_settings({}, TILES, 336, 24, None), num_layers=8)
 BOX = [0.5, 0.25, 0.75, 0.5]
 
 

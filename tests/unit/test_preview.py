@@ -11,7 +11,7 @@ from checkpoint_json import write_llava
 from PIL import Image
 from typer.testing import CliRunner
 
-from vllm_crop.anyres import DEFAULT_RESOLUTIONS, AnyResolution
+from vllm_crop.anyres import LLAVA_NEXT, AnyResolution
 from vllm_crop.budget import Method
 from vllm_crop.commands.preview import assumed_llava, preview
 from vllm_crop.geometry import Box, GridPart, ImageView, Region, TokenGrid
@@ -196,7 +196,9 @@ def test_every_grid_of_an_image_is_drawn() -> None:
 
 @pytest.mark.parametrize("size", [(3000, 2), (2, 3000), (300, 310), (1500, 20)])
 def test_every_shape_of_several_grids(size: tuple[int, int]) -> None:
-    plan = make_plan(AnyResolution(336, 24, DEFAULT_RESOLUTIONS).tokens(*size), CORNER, 0.5, "pool")
+    plan = make_plan(
+        AnyResolution.from_settings({}, LLAVA_NEXT, 336, 24, None).tokens(*size), CORNER, 0.5, "pool"
+    )
     drawing = draw_preview(Image.new("RGB", size), WHOLE, plan, CORNER)
     assert max(drawing.size) <= 2 * 2400 + 400
 

@@ -5,7 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoConfig, LlavaConfig, LlavaNextConfig, LlavaNextImageProcessor, Qwen2_5_VLConfig
+from transformers import (
+    AutoConfig,
+    LlavaConfig,
+    LlavaNextConfig,
+    LlavaNextImageProcessor,
+    LlavaOnevisionConfig,
+    LlavaOnevisionImageProcessor,
+    Qwen2_5_VLConfig,
+)
 
 from vllm_crop.errors import UnsupportedModelError
 from vllm_crop.geometry import Box, TokenGrid
@@ -13,6 +21,7 @@ from vllm_crop.vision_geometry import (
     FAMILIES,
     LlavaGeometry,
     LlavaNextGeometry,
+    LlavaOnevisionGeometry,
     Qwen2_5VLGeometry,
     decoder_layers,
     geometry_from_configs,
@@ -76,9 +85,33 @@ LLAVA_NEXT_PREPROCESSOR = {
     "image_grid_pinpoints": LLAVA_NEXT_7B["image_grid_pinpoints"],
     "image_processor_type": "LlavaNextImageProcessor",
 }
+# As published with llava-hf/llava-onevision-qwen2-7b-ov-hf, whose resolutions are transformers' default.
+LLAVA_ONEVISION_7B = {
+    "architectures": ["LlavaOnevisionForConditionalGeneration"],
+    "image_token_index": 151646,
+    "model_type": "llava_onevision",
+    "text_config": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "num_hidden_layers": 28},
+    "video_token_index": 151647,
+    "vision_aspect_ratio": "anyres_max_9",
+    "vision_config": {
+        "image_size": 384,
+        "model_type": "siglip_vision_model",
+        "patch_size": 14,
+        "vision_use_head": False,
+    },
+    "vision_feature_layer": -1,
+    "vision_feature_select_strategy": "full",
+}
+LLAVA_ONEVISION_PREPROCESSOR = {
+    "do_pad": True,
+    "do_resize": True,
+    "image_processor_type": "LlavaOnevisionImageProcessor",
+    "size": {"height": 384, "width": 384},
+}
 PUBLISHED = {
     "LlavaForConditionalGeneration": (LLAVA_7B, LLAVA_PREPROCESSOR),
     "LlavaNextForConditionalGeneration": (LLAVA_NEXT_7B, LLAVA_NEXT_PREPROCESSOR),
+    "LlavaOnevisionForConditionalGeneration": (LLAVA_ONEVISION_7B, LLAVA_ONEVISION_PREPROCESSOR),
     "Qwen2_5_VLForConditionalGeneration": (QWEN2_5_VL_7B, QWEN2_5_VL_PREPROCESSOR),
 }
 
@@ -116,6 +149,26 @@ def test_the_loaded_config_of_llava_next_gives_the_same_geometry(tmp_path: Path,
         geometry_from_configs(loaded, LlavaNextImageProcessor(**LLAVA_NEXT_PREPROCESSOR).to_dict())
         == published
     )
+
+
+def test_published_onevision_has_grids_that_are_scaled_down() -> None:
+    geometry = geometry_from_configs(LLAVA_ONEVISION_7B, LLAVA_ONEVISION_PREPROCESSOR)
+    assert isinstance(geometry, LlavaOnevisionGeometry)
+    assert (geometry.num_layers, geometry.max_tokens) == (28, 8829)
+    assert [part.grid for part in geometry.grid(1153, 944).parts] == [TokenGrid(27, 27), TokenGrid(81, 98)]
+    assert geometry.grid(4000, 3000).parts[1].grid == TokenGrid(70, 93)
+    assert geometry.view(640, 480).window == Box(0.0, 0.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize("from_file", [True, False])
+def test_the_loaded_config_of_onevision_gives_the_same_geometry(tmp_path: Path, from_file: bool) -> None:
+    config = LlavaOnevisionConfig(**LLAVA_ONEVISION_7B)
+    config.save_pretrained(tmp_path)
+    loaded = LlavaOnevisionConfig.get_config_dict(tmp_path)[0] if from_file else config.to_dict()
+    published = geometry_from_configs(LLAVA_ONEVISION_7B, LLAVA_ONEVISION_PREPROCESSOR)
+    settings = LlavaOnevisionImageProcessor(**LLAVA_ONEVISION_PREPROCESSOR).to_dict()
+    assert geometry_from_configs(loaded, LLAVA_ONEVISION_PREPROCESSOR) == published
+    assert geometry_from_configs(loaded, settings) == published
 
 
 @pytest.mark.parametrize("from_file", [True, False])

@@ -23,6 +23,7 @@ SUPPORTED_VERSIONS = SpecifierSet(">=0.32.0,<0.33")
 MODEL_MODULES = {
     "LlavaForConditionalGeneration": "vllm_crop.models.llava",
     "LlavaNextForConditionalGeneration": "vllm_crop.models.llava_next",
+    "LlavaOnevisionForConditionalGeneration": "vllm_crop.models.llava_onevision",
     "Qwen2_5_VLForConditionalGeneration": "vllm_crop.models.qwen2_5_vl",
 }
 
@@ -140,6 +141,12 @@ UPSTREAM_POINTS = (
     UpstreamPoint(
         "vllm.model_executor.models.llava_next",
         "LlavaNextForConditionalGeneration.embed_multimodal",
+        ("self", "kwargs"),
+        "returns compressed embeddings",
+    ),
+    UpstreamPoint(
+        "vllm.model_executor.models.llava_onevision",
+        "LlavaOnevisionForConditionalGeneration.embed_multimodal",
         ("self", "kwargs"),
         "returns compressed embeddings",
     ),
