@@ -15,51 +15,10 @@ from vllm_crop.geometry import Box, ImageView, TokenGrid
 from vllm_crop.preprocessing import ClipPreprocessing
 from vllm_crop.smart_resize import SmartResize
 from vllm_crop.token_grids import ImageTokens
+from vllm_crop.vision_tower import CLIP, SIGLIP
 
 # transformers' defaults for what a config.json may leave out.
 _DEFAULT_LAYERS = {"llama": 32, "mistral": 32, "qwen2": 32, "qwen2_5_vl": 80, "qwen2_5_vl_text": 80}
-
-
-@dataclass(frozen=True)
-class _Tower:
-    """The vision tower of a LLaVA family.
-
-    Attributes:
-        model_type, strategy: its type and `vision_feature_select_strategy`, the defaults and all we know.
-        whole: image and patch size in pixels where config.json has no `vision_config`.
-        sizes: those left out of a `vision_config`.
-    """
-
-    model_type: str
-    strategy: str
-    whole: tuple[int, int]
-    sizes: tuple[int, int]
-
-    def sides(self, model: Mapping[str, Any]) -> tuple[int, int]:
-        """Pixels and tokens along the side of an image.
-
-        Raises:
-            UnsupportedModelError: another tower, or another choice of its features.
-        """
-        vision = model.get("vision_config") or dict(
-            zip(("image_size", "patch_size"), self.whole, strict=True)
-        )
-        tower = vision.get("model_type", self.model_type)
-        if tower != self.model_type:
-            raise UnsupportedModelError(
-                f"vision tower {tower!r} is not supported: this family needs {self.model_type!r}"
-            )
-        strategy = model.get("vision_feature_select_strategy", self.strategy)
-        if strategy != self.strategy:
-            raise UnsupportedModelError(
-                f"vision_feature_select_strategy={strategy!r} is not supported, only {self.strategy!r}"
-            )
-        pixels = vision.get("image_size", self.sizes[0])
-        return pixels, pixels // vision.get("patch_size", self.sizes[1])
-
-
-_CLIP = _Tower("clip_vision_model", "default", whole=(336, 14), sizes=(224, 32))
-_SIGLIP = _Tower("siglip_vision_model", "full", whole=(384, 14), sizes=(224, 16))
 
 
 class VisionGeometry(Protocol):
@@ -111,7 +70,7 @@ class LlavaGeometry:
         Raises:
             UnsupportedModelError: another vision tower than CLIP, or its class token is kept.
         """
-        _, side = _CLIP.sides(model)
+        _, side = CLIP.sides(model)
         preprocessing = ClipPreprocessing.from_settings(preprocessor)
         return cls(TokenGrid(side, side), preprocessing, decoder_layers(model.get("text_config") or {}))
 
@@ -151,7 +110,7 @@ class LlavaNextGeometry:
                 fit each other.
         """
         pinpoints = model.get("image_grid_pinpoints")
-        tiling = AnyResolution.from_settings(preprocessor, LLAVA_NEXT, *_CLIP.sides(model), pinpoints)
+        tiling = AnyResolution.from_settings(preprocessor, LLAVA_NEXT, *CLIP.sides(model), pinpoints)
         return cls(tiling, decoder_layers(model.get("text_config") or {}))
 
     @property
@@ -184,7 +143,7 @@ class LlavaOnevisionGeometry(LlavaNextGeometry):
                 not fit each other.
         """
         pinpoints = model.get("image_grid_pinpoints")
-        tiling = AnyResolution.from_settings(preprocessor, LLAVA_ONEVISION, *_SIGLIP.sides(model), pinpoints)
+        tiling = AnyResolution.from_settings(preprocessor, LLAVA_ONEVISION, *SIGLIP.sides(model), pinpoints)
         return cls(tiling, decoder_layers({"model_type": "qwen2", **(model.get("text_config") or {})}))
 
 
