@@ -19,6 +19,8 @@ def even_patches(grid: ImageTokens, tokens: Sequence[int], count: int) -> list[l
         tokens: any of them, holes included.
         count: in `0..len(tokens)`.
     """
+    if count == len(tokens):
+        return [[token] for token in tokens]
     groups: dict[int, list[int]] = {}
     places = {token: grid.place(token) for token in tokens}
     for token, place in places.items():
@@ -33,6 +35,8 @@ def even_patches(grid: ImageTokens, tokens: Sequence[int], count: int) -> list[l
 
 def middle(grid: ImageTokens, patch: Sequence[int]) -> int:
     """The token of a patch nearest to its centroid; the first one on a tie."""
+    if len(patch) == 1:
+        return patch[0]
     places = {token: grid.place(token) for token in patch}
     row = sum(place.row for place in places.values()) / len(patch)
     col = sum(place.col for place in places.values()) / len(patch)
