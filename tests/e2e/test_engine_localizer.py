@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,13 @@ from tests.e2e.conftest import API_KEY, MODEL, OPTIONS, metric
 from tests.tinyvqa import CHECKPOINT, ENGINE, ask, crop_options, facts, found, said_of_thumbnail
 from vllm_crop.benchmarking.server import Server, get_text, serve
 from vllm_crop.data_url import data_url, question_about
+from vllm_crop.evaluation.answerers import Answerers
+from vllm_crop.evaluation.asking import SceneTask
+from vllm_crop.evaluation.cells import OFF, GridCell
+from vllm_crop.evaluation.options import Options
 from vllm_crop.evaluation.questions import TestScene, make_test_set
+from vllm_crop.evaluation.session import locations, make_tasks
+from vllm_crop.evaluation.transformers_answers import TransformersAnswers
 from vllm_crop.geometry import Region
 from vllm_crop.localizers.decision import FALLBACKS
 
@@ -75,6 +82,32 @@ def test_most_answers_are_right_and_the_header_tells_the_localizers_time(client:
             right += response.parse().choices[0].message.content == question.answer
             assert facts(response)["localizer_ms"] > 0
     assert right / sum(len(scene.questions) for scene in SCENES) > 0.7
+
+
+@pytest.mark.parametrize(("method", "rate"), [("plc", 0.667), ("plc", 0.778), ("plc", 0.889), ("ilp", 0.889)])
+def test_it_answers_as_the_offline_evaluation_does(
+    server: Server, method: str, rate: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Plain transformers with regions that it was asked for one by one, against regions the server finds."""
+    monkeypatch.setenv("OPENAI_API_KEY", API_KEY)
+    on_server, offline = GridCell(method, "server", rate), GridCell(method, "localizer", rate)
+    options = Options(CHECKPOINT, 1, (on_server,), "vllm", f"{server.base_url}/v1", (1,), 0, Path())
+    endpoint, plain = Answerers(options)(on_server), TransformersAnswers(CHECKPOINT, (1,))
+    located = locations(SCENES, list(chain.from_iterable(plain.answer(*asking(GridCell("locate"))))))
+    expected = list(chain.from_iterable(plain.answer(*asking(offline, located))))
+    answers = list(chain.from_iterable(endpoint.answer(*asking(on_server))))
+    assert [one.text for one in answers] == [one.text for one in expected]
+    for field in ("visual_tokens", "prompt_tokens"):
+        counts = [[getattr(one, field) for one in some] for some in (answers, expected)]
+        assert counts[0] == pytest.approx(counts[1])
+    unpruned = list(chain.from_iterable(plain.answer(*asking(OFF))))
+    assert sum(one.visual_tokens < 576 for one in answers) >= len(LOCAL) - 1
+    assert [one.visual_tokens for one in answers] != [one.visual_tokens for one in unpruned]
+
+
+def asking(cell: GridCell, located: Any = None) -> tuple[GridCell, list[SceneTask]]:
+    """All questions of the scenes."""
+    return cell, make_tasks(cell, SCENES, located)
 
 
 def test_a_global_question_gets_the_whole_image(client: openai.OpenAI) -> None:

@@ -26,7 +26,7 @@ from vllm_crop.evaluation.regions import SOURCES, area, cells_of, coverage, pars
 from vllm_crop.evaluation.report import make_report, write_report
 from vllm_crop.evaluation.rivals.names import RIVAL_TITLES
 from vllm_crop.evaluation.rivals.registry import RIVALS
-from vllm_crop.evaluation.session import Session
+from vllm_crop.evaluation.session import Session, make_tasks
 from vllm_crop.evaluation.stats import difference, retention, wilson
 from vllm_crop.evaluation.store import CellResult, Store
 from vllm_crop.evaluation.summary import summarize
@@ -224,6 +224,17 @@ def test_the_unpruned_model_comes_first_and_sources_that_cannot_help_run_once() 
     assert {cell.region for cell in grid if cell.method == "ilp"} == {"localizer", "oracle"}
     assert {cell.region for cell in grid if cell.method == "plc"} == set(SOURCES)
     assert {cell.pruning_rate for cell in grid if cell.method == "fastv"} == set(RATES)
+
+
+def test_regions_of_the_server_are_no_clients_business(scenes: tuple[TestScene, ...]) -> None:
+    grid = make_grid(("plc", "ilp", "two-images"), [0.889], ("oracle", "server"))
+    found = [cell for cell in grid if cell.region == "server"]
+    assert [cell.method for cell in found] == ["plc", "ilp"]
+    for cell in found:
+        (task, *_) = make_tasks(cell, scenes, None)
+        assert {str(one.crop) for one in ask(cell, task, SIZE)} == {
+            str({"pruning_rate": 0.889, "method": cell.method})
+        }
 
 
 def test_every_rival_has_a_name_and_a_method() -> None:

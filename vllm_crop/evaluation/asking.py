@@ -53,7 +53,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class SceneTask:
-    """The questions of a scene, each with its region; None: to be served unpruned."""
+    """The questions of a scene, each with its region; None: to be served unpruned, or as the server finds."""
 
     scene: TestScene
     regions: tuple[Region | None, ...]
@@ -105,5 +105,5 @@ def _with_crop(picture: Image.Image, text: str, region: Region | None, tokens: i
 
 
 def _crop_field(cell: GridCell, region: Region | None) -> dict[str, Any]:
-    regions = [None if region is None else region.as_lists()]
-    return {"regions": regions, "pruning_rate": cell.pruning_rate, "method": cell.method}
+    regions = {"regions": [None if region is None else region.as_lists()]} if cell.sends_regions else {}
+    return {**regions, "pruning_rate": cell.pruning_rate, "method": cell.method}

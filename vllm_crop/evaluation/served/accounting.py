@@ -2,7 +2,7 @@
 """What a served question must take: from the plan, checked against what the engine counted."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import islice
 from typing import Any
@@ -12,6 +12,7 @@ from vllm_crop.config import CropConfig
 from vllm_crop.errors import CropError
 from vllm_crop.evaluation.asking import Answer, Asked
 from vllm_crop.evaluation.controls import TokenSize
+from vllm_crop.geometry import Region
 from vllm_crop.image_plan import plan_image
 from vllm_crop.params import CropParams, image_requests
 
@@ -49,7 +50,7 @@ class Accounting:
         """
         pruned = (one for one in asked if one.crop is not None)
         for one in islice(pruned, 1):
-            self._visual(one)
+            self._visual(replace(one, crop={"regions": [Region.whole().as_lists()], **(one.crop or {})}))
 
     def answer(self, asked: Asked, text: str, prompt_tokens: int) -> Answer:
         """An answer with what it took.
