@@ -12,13 +12,13 @@ from tests.untrained_tinyvqa import make_untrained
 from vllm_crop.config import CropConfig
 from vllm_crop.evaluation.asking import SceneTask, ask
 from vllm_crop.evaluation.cells import CROP_METHODS, LOCATE, OFF, GridCell
-from vllm_crop.evaluation.checkpoint_size import token_size
 from vllm_crop.evaluation.questions import make_test_set
 from vllm_crop.evaluation.regions import regions_for
 from vllm_crop.evaluation.served.accounting import Accounting, CountError
 from vllm_crop.evaluation.served.offline import EngineAnswers
 from vllm_crop.evaluation.transformers_answers import TransformersAnswers
 from vllm_crop.params import InvalidCropError
+from vllm_crop.smart_resize import SmartResize
 
 pytestmark = pytest.mark.vllm_runtime
 
@@ -39,7 +39,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def start(tiny: Path, crop: dict[str, Any] | None) -> EngineAnswers:
     processor = AutoProcessor.from_pretrained(tiny)
     config = None if crop is None else CropConfig.from_mapping(crop)
-    engine = EngineAnswers(Accounting(str(tiny), processor, token_size(processor), config), crop)
+    engine = EngineAnswers(
+        Accounting(str(tiny), processor, SmartResize.of_processor(processor.image_processor), config), crop
+    )
     conftest._KEPT.append(engine.llm)
     return engine
 
@@ -90,6 +92,6 @@ def check(cell: GridCell, tiny: Path, engine: EngineAnswers) -> None:
 
 def test_a_prompt_of_another_length_than_planned_is_an_error(engine: EngineAnswers) -> None:
     scene = make_test_set(1)[0]
-    (asked, *_) = ask(OFF, SceneTask(scene, (None,) * len(scene.questions)), engine.accounting.size)
+    (asked, *_) = ask(OFF, SceneTask(scene, (None,) * len(scene.questions)), engine.accounting.resize)
     with pytest.raises(CountError, match="planned are 576"):
         engine.accounting.answer(asked, "7", 400)

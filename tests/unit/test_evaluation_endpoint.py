@@ -14,9 +14,9 @@ from PIL import Image
 
 from vllm_crop.evaluation.asking import Answer, Asked, SceneTask, ask
 from vllm_crop.evaluation.cells import OFF, SERVER, GridCell
-from vllm_crop.evaluation.controls import TokenSize
 from vllm_crop.evaluation.questions import make_test_set
 from vllm_crop.evaluation.served.endpoint import EndpointAnswers, EndpointError
+from vllm_crop.smart_resize import SmartResize
 
 openai = pytest.importorskip("openai")
 
@@ -59,7 +59,7 @@ class Handler(BaseHTTPRequestHandler):
 class Counts:
     """Stands in for Accounting."""
 
-    size = TokenSize(16, 16)
+    resize = SmartResize(16, 16 * 16**2, 2**24)
 
     def __init__(self) -> None:
         self.counted: list[Any] = []
@@ -95,7 +95,7 @@ def test_questions_are_sent_as_images_words_and_crop(url: str, tasks: list[Scene
     ]
     sent = {json.dumps(body["crop"]): body for body in Handler.received}
     for task in tasks:
-        for asked in ask(cell, task, Counts.size):
+        for asked in ask(cell, task, Counts.resize):
             body = sent[json.dumps(asked.crop)]
             assert (body["model"], body["temperature"], body["max_tokens"]) == ("tiny", 0, asked.steps)
     image_url = Handler.received[0]["messages"][0]["content"][0]["image_url"]["url"]

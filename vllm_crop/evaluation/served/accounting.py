@@ -11,10 +11,10 @@ from vllm_crop.checkpoint_files import load_geometry
 from vllm_crop.config import CropConfig
 from vllm_crop.errors import CropError
 from vllm_crop.evaluation.asking import Answer, Asked
-from vllm_crop.evaluation.controls import TokenSize
 from vllm_crop.geometry import Region
 from vllm_crop.image_plan import plan_image
 from vllm_crop.params import CropParams, image_requests
+from vllm_crop.smart_resize import SmartResize
 
 _geometry = cache(load_geometry)  # reads files
 
@@ -33,7 +33,7 @@ class Accounting:
 
     model: str
     processor: Any
-    size: TokenSize
+    resize: SmartResize
     config: CropConfig | None
 
     def prompt(self, asked: Asked) -> str:
@@ -70,7 +70,7 @@ class Accounting:
 
     def _visual(self, asked: Asked) -> tuple[int, float]:
         """Visual tokens in the prompt, and averaged over layers."""
-        full = sum(self.size.grid(image).num_tokens for image in asked.images)
+        full = sum(self.resize.grid(*image.size).num_tokens for image in asked.images)
         if asked.crop is None:
             return full, full
         assert self.config is not None, "only a server with the plugin prunes"

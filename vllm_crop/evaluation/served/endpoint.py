@@ -49,7 +49,7 @@ class EndpointAnswers:
 
     def answer(self, cell: GridCell, tasks: Sequence[SceneTask]) -> list[list[Answer]]:
         """Per scene and question, several in flight."""
-        asked = [ask(cell, task, self.accounting.size) for task in tasks]
+        asked = [ask(cell, task, self.accounting.resize) for task in tasks]
         self.accounting.check(list(chain.from_iterable(asked)))
         with ThreadPoolExecutor(IN_FLIGHT) as pool:
             answer = partial(self._answer, logprobs=cell.method == LOCATE)
@@ -60,7 +60,7 @@ class EndpointAnswers:
         """Median time to the first streamed token, of the localizer to the last, one request at a time."""
         times = []
         for task in tasks:
-            (first, *_) = ask(cell, task, self.accounting.size)
+            (first, *_) = ask(cell, task, self.accounting.resize)
             start = time.perf_counter()
             with self._complete(first, stream=True).parse() as stream:
                 chunks = (chunk for chunk in stream if chunk.choices)

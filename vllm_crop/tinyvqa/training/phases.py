@@ -96,7 +96,7 @@ PHASES = (
     ),
     Phase(
         "scaled",
-        1000,
+        700,
         5e-4,
         (
             Task(8, (8, 12), 3, 32, ANSWERED),
