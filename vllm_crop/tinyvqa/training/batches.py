@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from vllm_crop.tinyvqa import words
-from vllm_crop.tinyvqa.checkpoint import TOKEN
-from vllm_crop.tinyvqa.drawing import draw_scene
+from vllm_crop.tinyvqa.drawing import draw_scene, thumbnail
 from vllm_crop.tinyvqa.questions import Question, ask
 from vllm_crop.tinyvqa.scenes import DIGITS, Cell, Scene, make_scene, training_seed
 from vllm_crop.tinyvqa.training.fewer import choose_tokens
@@ -33,7 +31,6 @@ class Task:
         questions: asked about one picture, or one view of it.
         views: rows of the batch that share a picture, each with questions of its own.
         pruning_rate: of the picture's visual tokens, see `fewer`.
-        scaled_to: visual tokens in a row of the picture, where it is scaled down.
     """
 
     side: int
@@ -44,12 +41,11 @@ class Task:
     locate: bool = False
     views: int = 1
     pruning_rate: float = 0.0
-    scaled_to: int | None = None
 
     @property
     def num_tokens(self) -> int:
         """Visual tokens in a row of the picture."""
-        return self.scaled_to or (self.side if self.locate else 3 * self.side)
+        return self.side if self.locate else 3 * self.side
 
     @property
     def length(self) -> int:
@@ -102,10 +98,11 @@ def moved(value: Tensors, device: torch.device) -> Tensors:
     return replace(value, **{name: part.to(device) for name, part in fields if isinstance(part, Tensor)})
 
 
-def draw_all(scenes: Sequence[Scene], num_tokens: int) -> Tensor:
-    """`[scenes, height, width, 3]` bytes of pictures of `num_tokens` x `num_tokens` visual tokens."""
-    size = (num_tokens * TOKEN, num_tokens * TOKEN)
-    pictures = [draw_scene(scene).resize(size, Image.Resampling.BOX) for scene in scenes]
+def draw_all(scenes: Sequence[Scene], thumbnails: bool) -> Tensor:
+    """`[scenes, height, width, 3]` bytes."""
+    pictures = [draw_scene(scene) for scene in scenes]
+    if thumbnails:
+        pictures = [thumbnail(picture) for picture in pictures]
     return torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
 
 
@@ -136,7 +133,7 @@ class BatchMaker:
         if task.pruning_rate:
             assignment, kept = choose_tokens(asked, task.side, task.num_tokens, task.pruning_rate, chance)
         return Batch(
-            images=draw_all(pictures, task.num_tokens),
+            images=draw_all(pictures, thumbnails=task.locate),
             questions=torch.tensor([[row[0] for row in scene] for scene in rows]),
             targets=torch.tensor([[row[1] for row in scene] for scene in rows]),
             answering=torch.tensor([[row[2] for row in scene] for scene in rows]),
@@ -189,7 +186,7 @@ def _place(question: Question, task: Task) -> Cell:
 
 def _looks(questions: Sequence[Question], task: Task) -> Tensor:
     """`[2, 2, questions, tokens]`; a place is found by the things named alone, the whole by none."""
-    side = task.side
+    side, scale = task.side, task.num_tokens // task.side
     looks = torch.zeros(2, 2, len(questions), side, side, dtype=torch.bool)
     for index, question in enumerate(questions):
         for stage, cells in enumerate(_stages(question, task)):
@@ -197,15 +194,13 @@ def _looks(questions: Sequence[Question], task: Task) -> Tensor:
             for head, seen in enumerate((first, second)):
                 for row, col in seen:
                     looks[stage, head, index, row, col] = True
-    cell_of = torch.arange(task.num_tokens) * side // task.num_tokens
-    return looks[:, :, :, cell_of][..., cell_of].flatten(3)
+    return looks.repeat_interleave(scale, 3).repeat_interleave(scale, 4).flatten(3)
 
 
 def _digits(scenes: Sequence[Scene], task: Task) -> Tensor:
     labels = [token_labels(scene, task.num_tokens)[2].flatten() for scene in scenes]
     digits = torch.from_numpy(np.stack(labels))
-    unreadable = task.num_tokens <= task.side
-    return torch.full_like(digits, IGNORED) if unreadable else digits
+    return torch.full_like(digits, IGNORED) if task.locate else digits  # no thumbnail shows them
 
 
 def _asked_digit(question: Question, task: Task) -> int:
@@ -220,10 +215,10 @@ def _counts(question: Question, task: Task) -> bool:
 
 def _middles(questions: Sequence[Question], task: Task) -> Tensor:
     """`[questions, tokens]`: one token of each thing to count, however many it covers."""
-    middle = (2 * torch.arange(task.side) + 1) * task.num_tokens // (2 * task.side)
+    scale = task.num_tokens // task.side
     middles = torch.zeros(len(questions), task.num_tokens, task.num_tokens)
     for index, question in enumerate(questions):
         if _counts(question, task):
             for row, col in question.named:
-                middles[index, middle[row], middle[col]] = 1
+                middles[index, row * scale + scale // 2, col * scale + scale // 2] = 1
     return middles.flatten(1)

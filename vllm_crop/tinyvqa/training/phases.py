@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The curriculum: small scenes first, which the model reads at any size.
-
-The last two phases show it what pruning and resizing make of a picture, so that these are compared on a model
-that has seen them all.
-"""
+"""The curriculum: small scenes first, which the model reads at any size."""
 
 from dataclasses import dataclass
 
@@ -38,10 +34,6 @@ class Phase:
 def _fewer(rate: float) -> Task:
     weights = {"read": 0.6, "relation": 1.2, "compare": 1.2}
     return Task(8, (8, 12), scenes=4, questions=2, weights=weights, views=8, pruning_rate=rate)
-
-
-def _scaled(num_tokens: int) -> Task:
-    return Task(8, (8, 12), scenes=4, questions=24, weights=ANSWERED, scaled_to=num_tokens)
 
 
 def _small(weights: dict[str, float], num_things: tuple[int, int]) -> Task:
@@ -93,25 +85,5 @@ PHASES = (
         ),
         0.05,
         0.3,
-    ),
-    Phase(
-        "scaled",
-        700,
-        5e-4,
-        (
-            Task(8, (8, 12), 3, 32, ANSWERED),
-            _scaled(14),
-            _fewer(0.889),
-            _scaled(11),
-            Task(8, (8, 12), 8, 16, LOCATED, locate=True),
-            Task(8, (8, 12), 3, 32, ANSWERED),
-            _fewer(0.778),
-            _scaled(8),
-            _fewer(0.667),
-            _scaled(14),
-        ),
-        0.05,
-        0.3,
-        True,
     ),
 )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vllm_crop.tinyvqa.checkpoint import TOKEN
 from vllm_crop.tinyvqa.scenes import COLOURS, DIGITS, SHAPES, make_scene, training_seed
 from vllm_crop.tinyvqa.training.batches import draw_all
 from vllm_crop.tinyvqa.training.forward import image_patches, vision_features
@@ -46,8 +47,8 @@ def labelled_scenes(kind: str, seed: int) -> Labelled:
     chance = random.Random(seed)
     side, count = (FULL_SIDE, FULL_SCENES) if kind == "full" else (8, THUMBNAIL_SCENES)
     scenes = [make_scene(training_seed(chance), side, NUM_THINGS[kind]) for _ in range(count)]
-    num_tokens = 3 * side if kind == "full" else side
-    images = draw_all(scenes, num_tokens)
+    images = draw_all(scenes, thumbnails=kind == "thumbnail")
+    num_tokens = images.shape[1] // TOKEN
     labels = np.stack([token_labels(scene, num_tokens) for scene in scenes])
     if kind == "thumbnail":
         labels[:, 2] = IGNORED

@@ -120,7 +120,6 @@ class Trainer:
         loss = answer_loss(logits, batch)
         kind = f"{'locate' if task.locate else 'answer'} {task.side}"
         kind += f" -{task.pruning_rate:g}" if task.pruning_rate else ""
-        kind += f" at {task.scaled_to}" if task.scaled_to else ""
         self._note(f"{kind} loss", float(loss.detach()))
         for family, (right, asked) in right_answers(logits, batch).items():
             self._note(f"{kind} {family}", right / asked)
