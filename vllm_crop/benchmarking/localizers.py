@@ -23,7 +23,7 @@ _LOCALIZATIONS = re.compile(r'^crop:localizations_total\{.*outcome="(\w+)".*\} (
 
 def engine_localizer(options: Options) -> dict[str, Any]:
     """`localizer` of the server that asks itself."""
-    return {"kind": "engine", **_prompt(options), **options.localizer_config}
+    return {"kind": "engine", **_dummy_settings(options), **options.localizer_config}
 
 
 def remote_localizer(options: Options, server: Server) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def remote_localizer(options: Options, server: Server) -> dict[str, Any]:
     """
     if "base_url" in options.localizer_config:
         return {"kind": "openai", **options.localizer_config}
-    config = {**_prompt(options), **options.localizer_config}
+    config = {**_dummy_settings(options), **options.localizer_config}
     dialect = dialect_with(config.get("dialect", LocalizerConfig().dialect), config.get("prompt"))
     extra: dict[str, Any] = {"structured_outputs": {"regex": dialect.regex}}
     extra["crop"] = {"method": "off"} if options.model else DUMMY_GLANCE
@@ -41,8 +41,9 @@ def remote_localizer(options: Options, server: Server) -> dict[str, Any]:
     return {"kind": "openai", **where, "extra_body": extra, **config}
 
 
-def _prompt(options: Options) -> dict[str, Any]:
-    return {} if options.model else {"prompt": DUMMY_PROMPT}
+def _dummy_settings(options: Options) -> dict[str, Any]:
+    """On a busy CPU a late answer is still one, to be timed."""
+    return {} if options.model else {"prompt": DUMMY_PROMPT, "timeout_s": 60}
 
 
 def outcomes(metrics: str) -> Counter[str]:
