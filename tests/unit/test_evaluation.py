@@ -370,7 +370,8 @@ def test_the_page_needs_nothing_else(tmp_path: Path, scenes: tuple[TestScene, ..
     agreed = agreements(results, store)
     assert [(one.cell, one.engine, one.asked) for one in agreed] == [(OFF, "stand-in", 5 * PER_FAMILY)]
     assert agreed[0].same < agreed[0].asked
-    report = make_report(scenes, results, agreed, {"git_revision": "<abc>"})
+    origin = {"git_revision": "<abc>", "command": ["/bin/vllm-crop", "eval", "-o", "a b"], "seconds": 90.0}
+    report = make_report(scenes, results, agreed, origin)
     write_report(tmp_path, report)
     page = (tmp_path / "index.html").read_text()
     assert 'src="data:image/png;base64,' in page
@@ -379,7 +380,13 @@ def test_the_page_needs_nothing_else(tmp_path: Path, scenes: tuple[TestScene, ..
     assert "too few layers" in page
     found = json.loads((tmp_path / "results.json").read_text())
     assert [row["cell"]["method"] for row in found["rows"]] == ["off", "plc", "ilp", "fastv"]
-    assert found["provenance"] == {"git_revision": "<abc>"}
+    assert found["provenance"] == origin
+    table = (tmp_path / "README.md").read_text()
+    assert "`vllm-crop eval -o 'a b'`" in table
+    lines = [line for line in table.splitlines() if line.startswith("| ")]
+    assert len(lines) == 1 + len(results) - 1  # the localizer's own cell is no row
+    assert len({line.count("|") for line in lines}) == 1
+    assert "![Accuracy against visual tokens](curves.png)" in table
 
 
 def test_results_survive_the_disk(tmp_path: Path) -> None:
