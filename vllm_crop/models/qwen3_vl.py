@@ -19,6 +19,12 @@ from vllm_crop.models.qwen_vl import PrunedQwenVLMixin
 class Qwen3VLMultiModalProcessor(CropProcessorMixin, stock.Qwen3VLMultiModalProcessor):
     """The stock processor, with planned placeholder counts."""
 
+    def image_processor_settings(self) -> dict[str, Any]:
+        """As elsewhere, but one edge of `size` is enough: upstream takes the other from the checkpoint."""
+        settings = super().image_processor_settings()
+        own = self.info.get_hf_processor().image_processor.to_dict()
+        return {**settings, "size": {**own["size"], **settings["size"]}}
+
 
 @MULTIMODAL_REGISTRY.register_processor(
     Qwen3VLMultiModalProcessor,
