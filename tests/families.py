@@ -5,8 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.reference import HfLlava, HfQwen2_5VL, HfQwen3VL, HfReference
-from vllm_crop import dummy_llava, dummy_qwen2_5_vl, dummy_qwen3_vl
+from tests.reference import HfLlava, HfQwen2_5VL, HfQwen3VL, HfQwen3VLMoe, HfReference
+from vllm_crop import dummy_llava, dummy_qwen2_5_vl, dummy_qwen3_vl, dummy_qwen3_vl_moe
 from vllm_crop.dummy_llava import DEEP, TINY, DummySize
 
 
@@ -38,4 +38,7 @@ QWEN2_5_VL = Family(
 QWEN3_VL = Family(
     "qwen3_vl", dummy_qwen3_vl.make_checkpoint, dummy_qwen3_vl.TINY, dummy_qwen3_vl.TINY, HfQwen3VL
 )
-FAMILIES = (LLAVA, QWEN2_5_VL, QWEN3_VL)
+QWEN3_VL_MOE = Family(
+    "qwen3_vl_moe", dummy_qwen3_vl_moe.make_checkpoint, dummy_qwen3_vl.TINY, dummy_qwen3_vl.TINY, HfQwen3VLMoe
+)
+FAMILIES = (LLAVA, QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE)

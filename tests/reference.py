@@ -18,6 +18,7 @@ from transformers import (
     LlavaForConditionalGeneration,
     Qwen2_5_VLForConditionalGeneration,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeForConditionalGeneration,
 )
 
 from vllm_crop.budget import Method
@@ -317,3 +318,9 @@ class HfQwen3VL(HfQwen2_5VL):
     def deepstack(self, added: torch.Tensor) -> dict[str, Any]:
         everywhere = torch.ones(1, added.shape[1], dtype=torch.bool)  # nothing is added to text: zeros
         return {"visual_pos_masks": everywhere, "deepstack_visual_embeds": list(added)}
+
+
+class HfQwen3VLMoe(HfQwen3VL):
+    """The same with a mixture of experts."""
+
+    model_class = Qwen3VLMoeForConditionalGeneration

@@ -68,29 +68,35 @@ def make_config(size: DummySize, tokenizer: Any) -> Any:
     )
 
 
-def make_checkpoint(folder: Path, size: DummySize = TINY, seed: int = 0) -> Path:
-    """Write config, processor and scaled random weights to `folder`."""
-    import torch
-    from transformers import (
-        Qwen2VLImageProcessor,
-        Qwen3VLForConditionalGeneration,
-        Qwen3VLProcessor,
-        Qwen3VLVideoProcessor,
-    )
+def make_processor() -> Any:
+    """The Qwen3VLProcessor, tokenizer included."""
+    from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
 
-    tokenizer = make_tokenizer(SPECIAL_TOKENS)
     pixels = {"shortest_edge": 4 * (PATCH * MERGE) ** 2, "longest_edge": MAX_TOKENS * (PATCH * MERGE) ** 2}
-    processor = Qwen3VLProcessor(
+    return Qwen3VLProcessor(
         image_processor=Qwen2VLImageProcessor(size=pixels, patch_size=PATCH, merge_size=MERGE),
-        tokenizer=tokenizer,
+        tokenizer=make_tokenizer(SPECIAL_TOKENS),
         video_processor=Qwen3VLVideoProcessor(size=pixels),
         chat_template=CHAT_TEMPLATE,
     )
+
+
+def sharpen_attention(model: Any) -> Any:
+    """Widen the queries of a Qwen3-VL of transformers."""
+    for layer in model.model.language_model.layers:
+        layer.self_attn.q_norm.weight.data.fill_(ATTENTION_GAIN)
+    return model
+
+
+def make_checkpoint(folder: Path, size: DummySize = TINY, seed: int = 0) -> Path:
+    """Write config, processor and scaled random weights to `folder`."""
+    import torch
+    from transformers import Qwen3VLForConditionalGeneration
+
+    processor = make_processor()
+    config = make_config(size, processor.tokenizer)
     torch.manual_seed(seed)
-    model = scale_weights(Qwen3VLForConditionalGeneration(make_config(size, tokenizer)), size)
-    with torch.no_grad():
-        for layer in model.model.language_model.layers:
-            layer.self_attn.q_norm.weight.fill_(ATTENTION_GAIN)
+    model = sharpen_attention(scale_weights(Qwen3VLForConditionalGeneration(config), size))
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder

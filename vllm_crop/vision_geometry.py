@@ -18,6 +18,7 @@ from vllm_crop.smart_resize import SmartResize
 _DEFAULT_LAYERS = {
     **{"llama": 32, "mistral": 32, "qwen2": 32},
     **{"qwen2_5_vl": 80, "qwen2_5_vl_text": 80, "qwen3_vl": 32, "qwen3_vl_text": 32},
+    **{"qwen3_vl_moe": 24, "qwen3_vl_moe_text": 24},
 }
 _DEFAULT_VISION = {"image_size": 336, "patch_size": 14}
 
@@ -182,6 +183,7 @@ FAMILIES: dict[str, type[LlavaGeometry | Qwen2_5VLGeometry]] = {
     "LlavaForConditionalGeneration": LlavaGeometry,
     "Qwen2_5_VLForConditionalGeneration": Qwen2_5VLGeometry,
     "Qwen3VLForConditionalGeneration": Qwen3VLGeometry,
+    "Qwen3VLMoeForConditionalGeneration": Qwen3VLGeometry,
 }
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoConfig, LlavaConfig, Qwen2_5_VLConfig, Qwen3VLConfig
+from transformers import AutoConfig, LlavaConfig, Qwen2_5_VLConfig, Qwen3VLConfig, Qwen3VLMoeConfig
 
 from vllm_crop.errors import UnsupportedModelError
 from vllm_crop.geometry import Box, TokenGrid
@@ -56,7 +56,7 @@ QWEN2_5_VL_PREPROCESSOR = {
     "image_processor_type": "Qwen2VLImageProcessor",
 }
 # As published with Qwen/Qwen3-VL-8B-Instruct.
-QWEN3_VL_8B = {
+QWEN3_VL_8B: dict[str, Any] = {
     "architectures": ["Qwen3VLForConditionalGeneration"],
     "model_type": "qwen3_vl",
     "image_token_id": 151655,
@@ -77,10 +77,19 @@ QWEN3_VL_PREPROCESSOR = {
     "merge_size": 2,
     "image_processor_type": "Qwen2VLImageProcessorFast",
 }
+# As published with Qwen/Qwen3-VL-30B-A3B-Instruct.
+QWEN3_VL_30B_A3B = {
+    **QWEN3_VL_8B,
+    "architectures": ["Qwen3VLMoeForConditionalGeneration"],
+    "model_type": "qwen3_vl_moe",
+    "text_config": {"model_type": "qwen3_vl_moe_text", "hidden_size": 2048, "num_hidden_layers": 48},
+    "vision_config": {**QWEN3_VL_8B["vision_config"], "model_type": "qwen3_vl_moe", "out_hidden_size": 2048},
+}
 PUBLISHED = {
     "LlavaForConditionalGeneration": (LLAVA_7B, LLAVA_PREPROCESSOR),
     "Qwen2_5_VLForConditionalGeneration": (QWEN2_5_VL_7B, QWEN2_5_VL_PREPROCESSOR),
     "Qwen3VLForConditionalGeneration": (QWEN3_VL_8B, QWEN3_VL_PREPROCESSOR),
+    "Qwen3VLMoeForConditionalGeneration": (QWEN3_VL_30B_A3B, QWEN3_VL_PREPROCESSOR),
 }
 
 
@@ -110,6 +119,7 @@ def test_published_qwen3_has_a_token_per_32_pixels_and_deepstack_below_layer_3()
 QWENS = {
     "Qwen2_5_VLForConditionalGeneration": Qwen2_5_VLConfig,
     "Qwen3VLForConditionalGeneration": Qwen3VLConfig,
+    "Qwen3VLMoeForConditionalGeneration": Qwen3VLMoeConfig,
 }
 
 

@@ -109,10 +109,22 @@ EVICTION_POINTS = (
         "runs layers in stages",
     ),
     UpstreamPoint(
-        "vllm.model_executor.models.qwen3_vl",
-        "Qwen3LLMModel.forward",
-        ("self", "input_ids", "positions", "intermediate_tensors", "inputs_embeds", "deepstack_input_embeds"),
-        "is what the stages do: deepstack features are added after the first layers",
+        "vllm.model_executor.models.qwen3_moe",
+        "Qwen3MoeDecoderLayer.forward",
+        ("self", "positions", "hidden_states", "residual"),
+        "runs layers in stages",
+    ),
+    *(
+        UpstreamPoint(
+            f"vllm.model_executor.models.{module}",
+            f"{decoder}.forward",
+            (
+                *("self", "input_ids", "positions", "intermediate_tensors", "inputs_embeds"),
+                "deepstack_input_embeds",
+            ),
+            "is what the stages do: deepstack features are added after the first layers",
+        )
+        for module, decoder in (("qwen3_vl", "Qwen3LLMModel"), ("qwen3_vl_moe", "Qwen3MoeLLMModel"))
     ),
     UpstreamPoint(
         "vllm.model_executor.models.qwen3_vl",

@@ -24,6 +24,7 @@ MODEL_MODULES = {
     "LlavaForConditionalGeneration": "vllm_crop.models.llava",
     "Qwen2_5_VLForConditionalGeneration": "vllm_crop.models.qwen2_5_vl",
     "Qwen3VLForConditionalGeneration": "vllm_crop.models.qwen3_vl",
+    "Qwen3VLMoeForConditionalGeneration": "vllm_crop.models.qwen3_vl_moe",
 }
 
 

@@ -26,7 +26,7 @@ from vllm_crop.eviction.start_report import expected_grouping
 
 # Decoders whose forward is: embed, then `layer(positions, hidden_states, residual)` each, then the norm.
 # After the first layers visual features may be added to the hidden states (deepstack).
-DECODERS = ("LlamaModel", "Qwen2Model", "Qwen3LLMModel")
+DECODERS = ("LlamaModel", "Qwen2Model", "Qwen3LLMModel", "Qwen3MoeLLMModel")
 
 
 class StagedAttention(Attention):

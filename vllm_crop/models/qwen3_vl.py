@@ -26,13 +26,8 @@ class Qwen3VLMultiModalProcessor(CropProcessorMixin, stock.Qwen3VLMultiModalProc
         return {**settings, "size": {**own["size"], **settings["size"]}}
 
 
-@MULTIMODAL_REGISTRY.register_processor(
-    Qwen3VLMultiModalProcessor,
-    info=stock.Qwen3VLProcessingInfo,
-    dummy_inputs=stock.Qwen3VLDummyInputsBuilder,
-)
-class Qwen3VLForConditionalGeneration(PrunedQwenVLMixin, stock.Qwen3VLForConditionalGeneration):
-    """The stock model, fed compressed embeddings. Named like it, as speculative decoding compares names."""
+class DeepstackMixin(PrunedQwenVLMixin):
+    """Mixed in front of a model of this file's upstream, dense or not."""
 
     def run_in_stages(
         self,
@@ -48,3 +43,12 @@ class Qwen3VLForConditionalGeneration(PrunedQwenVLMixin, stock.Qwen3VLForConditi
         hidden_states = eviction.run(dropping, inputs_embeds, positions, added)
         upstream._clear_deepstack_input_embeds(num_tokens)
         return hidden_states
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    Qwen3VLMultiModalProcessor,
+    info=stock.Qwen3VLProcessingInfo,
+    dummy_inputs=stock.Qwen3VLDummyInputsBuilder,
+)
+class Qwen3VLForConditionalGeneration(DeepstackMixin, stock.Qwen3VLForConditionalGeneration):
+    """The stock model, fed compressed embeddings. Named like it, as speculative decoding compares names."""
