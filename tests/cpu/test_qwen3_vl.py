@@ -150,7 +150,10 @@ def engine_config(checkpoint: Any, crop: dict[str, Any], **options: Any) -> Any:
 
 def test_eviction_before_the_last_deepstack_layer_is_refused(checkpoint_of: CheckpointOf) -> None:
     checkpoint = checkpoint_of(QWEN3_VL, QWEN3_VL.deep)
-    with pytest.raises(ValueError, match=r"layers from 2 to 7, .* each of the first 2, got \[1, 4\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"--crop-config eviction_layers .* from 2 to 7, .* first 2, got \[1, 4\]",
+    ):
         engine_config(checkpoint, {**EVICT, "eviction_layers": [1, 4]})
     engine_config(checkpoint, {**EVICT, "eviction_layers": [2, 4]})
 
