@@ -5,8 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.reference import HfLlava, HfQwen2_5VL, HfReference
-from vllm_crop import dummy_llava, dummy_qwen2_5_vl
+from tests.reference import HfLlava, HfQwen2_5VL, HfQwen3VL, HfQwen3VLMoe, HfReference
+from vllm_crop import dummy_llava, dummy_qwen2_5_vl, dummy_qwen3_vl, dummy_qwen3_vl_moe
 from vllm_crop.dummy_llava import DEEP, TINY, DummySize
 
 
@@ -35,4 +35,10 @@ LLAVA = Family("llava", dummy_llava.make_checkpoint, TINY, DEEP, HfLlava)
 QWEN2_5_VL = Family(
     "qwen2_5_vl", dummy_qwen2_5_vl.make_checkpoint, dummy_qwen2_5_vl.TINY, dummy_qwen2_5_vl.TINY, HfQwen2_5VL
 )
-FAMILIES = (LLAVA, QWEN2_5_VL)
+QWEN3_VL = Family(
+    "qwen3_vl", dummy_qwen3_vl.make_checkpoint, dummy_qwen3_vl.TINY, dummy_qwen3_vl.TINY, HfQwen3VL
+)
+QWEN3_VL_MOE = Family(
+    "qwen3_vl_moe", dummy_qwen3_vl_moe.make_checkpoint, dummy_qwen3_vl.TINY, dummy_qwen3_vl.TINY, HfQwen3VLMoe
+)
+FAMILIES = (LLAVA, QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE)

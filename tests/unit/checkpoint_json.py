@@ -20,6 +20,18 @@ QWEN2_5_VL = {
 }
 QWEN2_5_VL_PROCESSOR = {"min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14, "merge_size": 2}
 
+QWEN3_VL = {
+    "architectures": ["Qwen3VLForConditionalGeneration"],
+    "model_type": "qwen3_vl",
+    "text_config": {"model_type": "qwen3_vl_text", "num_hidden_layers": 36},
+    "vision_config": {"patch_size": 16, "spatial_merge_size": 2, "deepstack_visual_indexes": [8, 16, 24]},
+}
+QWEN3_VL_PROCESSOR = {
+    "size": {"shortest_edge": 65536, "longest_edge": 16777216},
+    "patch_size": 16,
+    "merge_size": 2,
+}
+
 
 def write_json(folder: Path, **files: Any) -> str:
     """Write `config=...` to config.json and so on, text as it is; returns the folder's name."""
@@ -37,3 +49,8 @@ def write_llava(folder: Path) -> str:
 def write_qwen2_5_vl(folder: Path) -> str:
     """Qwen2.5-VL-7B's geometry: a token per 28 x 28 pixels, 28 decoder layers."""
     return write_json(folder, config=QWEN2_5_VL, preprocessor_config=QWEN2_5_VL_PROCESSOR)
+
+
+def write_qwen3_vl(folder: Path) -> str:
+    """Qwen3-VL-8B's geometry: a token per 32 x 32 pixels, 36 decoder layers, deepstack after three."""
+    return write_json(folder, config=QWEN3_VL, preprocessor_config=QWEN3_VL_PROCESSOR)

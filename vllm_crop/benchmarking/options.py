@@ -82,7 +82,7 @@ class Options:
         region = None if method == "off" else self.region
         stages = self.stages if method_evicts(method) else ()
         if stages:
-            check_eviction_layers(stages, geometry.num_layers)
+            check_eviction_layers(stages, geometry.num_layers, geometry.first_eviction_layer)
         request = ImageRequest(region, self.pruning_rate, "pool", method, stages)
         try:
             return plan_image(geometry, IMAGE_SIDE, IMAGE_SIDE, request).tokens
