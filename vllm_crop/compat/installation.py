@@ -24,7 +24,7 @@ from vllm_crop.eviction.grouping import predict_grouping
 from vllm_crop.eviction.recommendation import BLOCK_SIZE, recommended_layer, savings
 from vllm_crop.eviction.refusals import refused_with_eviction
 from vllm_crop.frontend.refusals import REFUSED, uses_rust_front_end
-from vllm_crop.vision_geometry import FAMILIES
+from vllm_crop.vision_geometry import FAMILIES, VisionGeometry
 
 ENTRY_POINT_GROUP, ENTRY_POINT = "vllm.general_plugins", "crop"
 ENDPOINT_GROUP = "vllm.endpoint_plugins"  # of the playground; added only where VLLM_PLUGINS names it
@@ -81,12 +81,13 @@ def describe_checkpoint(model: str) -> dict[str, Any]:
         "grid": [grid.rows, grid.cols],
         "tokens_per_image": grid.num_tokens,
         "num_layers": geometry.num_layers,
-        **_describe_eviction(grid.num_tokens, geometry.num_layers),
+        **_describe_eviction(grid.num_tokens, geometry),
     }
 
 
-def _describe_eviction(num_tokens: int, num_layers: int) -> dict[str, Any]:
-    layer = recommended_layer(num_layers)
+def _describe_eviction(num_tokens: int, geometry: VisionGeometry) -> dict[str, Any]:
+    num_layers = geometry.num_layers
+    layer = recommended_layer(num_layers, geometry.first_eviction_layer)
     return {
         "eviction_layers": [layer],
         "kv_groups": len(predict_grouping(num_layers, (layer,), BLOCK_SIZE).groups),
