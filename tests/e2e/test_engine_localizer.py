@@ -14,6 +14,7 @@ from typing import Any
 import anthropic
 import httpx2
 import openai
+import psutil
 import pytest
 from PIL import Image
 
@@ -40,7 +41,8 @@ GLOBAL = [(scene, q.text) for scene in SCENES for q in scene.questions if not q.
 
 @pytest.fixture(scope="module")
 def server(logs: Path) -> Iterator[Server]:
-    options = ("--api-server-count", "2", "--api-key", API_KEY)
+    # A cache that is full soon: memory can be watched.
+    options = ("--api-server-count", "2", "--api-key", API_KEY, "--mm-processor-cache-gb", "0.05")
     crop = crop_options(ENGINE, eviction_layers=[1])
     with serve(str(CHECKPOINT), *crop, *options, *OPTIONS, log_path=logs / "localizer.log") as running:
         yield running
@@ -291,6 +293,12 @@ async def leave_early(client: openai.AsyncOpenAI, scene: TestScene, question: st
     return any(chunk.choices and chunk.choices[0].finish_reason == "length" for chunk in chunks)
 
 
+def memory_of(server: Server) -> int:
+    """Of all of its processes; shared pages count once in each."""
+    leader = psutil.Process(server.process_id)
+    return sum(one.memory_info().rss for one in [leader, *leader.children(recursive=True)])
+
+
 def test_two_hundred_streams_with_a_third_of_the_clients_leaving(
     server: Server, client: openai.OpenAI
 ) -> None:
@@ -301,12 +309,18 @@ def test_two_hundred_streams_with_a_third_of_the_clients_leaving(
             tasks = [leave_early(many, *LOCAL[n % len(LOCAL)], n) for n in range(200)]
             return await asyncio.gather(*tasks)
 
-    done = asyncio.run(all_at_once())
-    assert sum(done) == 200 - len(range(0, 200, 3))
-    deadline = time.monotonic() + 30
-    while metric(server, "vllm:num_requests_running") + metric(server, "vllm:num_requests_waiting"):
-        assert time.monotonic() < deadline, "requests are left in the engine"
-        time.sleep(0.1)
+    def round_of_streams() -> int:
+        """Returns the server's memory afterwards, in bytes."""
+        assert sum(asyncio.run(all_at_once())) == 200 - len(range(0, 200, 3))
+        deadline = time.monotonic() + 30
+        while metric(server, "vllm:num_requests_running") + metric(server, "vllm:num_requests_waiting"):
+            assert time.monotonic() < deadline, "requests are left in the engine"
+            time.sleep(0.1)
+        assert metric(server, "vllm:kv_cache_usage_perc") == 0
+        return memory_of(server)
+
+    first = round_of_streams()
+    assert round_of_streams() - first < 64 << 20  # caches were full by then
     get_text(f"{server.base_url}/health")
     scene, question = LOCAL[0]
     assert found(ask(client, scene.picture(), question))["localizer"]["outcome"] == "region"
