@@ -5,8 +5,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.reference import HfLlava, HfLlavaNext, HfLlavaOnevision, HfQwen2_5VL, HfReference
-from vllm_crop import dummy_llava, dummy_llava_next, dummy_llava_onevision, dummy_qwen2_5_vl
+from tests.reference import (
+    HfLlava,
+    HfLlavaNext,
+    HfLlavaOnevision,
+    HfQwen2_5VL,
+    HfQwen3VL,
+    HfQwen3VLMoe,
+    HfReference,
+)
+from vllm_crop import (
+    dummy_llava,
+    dummy_llava_next,
+    dummy_llava_onevision,
+    dummy_qwen2_5_vl,
+    dummy_qwen3_vl,
+    dummy_qwen3_vl_moe,
+)
 from vllm_crop.dummy_llava import DEEP, TINY, DummySize
 
 
@@ -45,4 +60,10 @@ LLAVA_ONEVISION = Family(
 QWEN2_5_VL = Family(
     "qwen2_5_vl", dummy_qwen2_5_vl.make_checkpoint, dummy_qwen2_5_vl.TINY, dummy_qwen2_5_vl.TINY, HfQwen2_5VL
 )
-FAMILIES = (LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_5_VL)
+QWEN3_VL = Family(
+    "qwen3_vl", dummy_qwen3_vl.make_checkpoint, dummy_qwen3_vl.TINY, dummy_qwen3_vl.TINY, HfQwen3VL
+)
+QWEN3_VL_MOE = Family(
+    "qwen3_vl_moe", dummy_qwen3_vl_moe.make_checkpoint, dummy_qwen3_vl.TINY, dummy_qwen3_vl.TINY, HfQwen3VLMoe
+)
+FAMILIES = (LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE)

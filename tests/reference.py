@@ -19,6 +19,8 @@ from transformers import (
     LlavaNextForConditionalGeneration,
     LlavaOnevisionForConditionalGeneration,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeForConditionalGeneration,
 )
 
 from vllm_crop.budget import Method
@@ -51,12 +53,15 @@ class Prompt:
         positions: position ids `[1, tokens]`, or `[3, tokens]` with M-RoPE.
         num_layers: the decoder layers each token takes part in, counted from the first, `[tokens]`.
         next_position: of the first generated token.
+        added: what is added to each token's row after layer 0, 1, ..., `[layers, tokens, hidden]`; no layers
+            but with deepstack.
     """
 
     rows: torch.Tensor
     positions: torch.Tensor
     num_layers: torch.Tensor
     next_position: int
+    added: torch.Tensor
 
 
 def naive_compress(features: torch.Tensor, plan: TokenPlan) -> torch.Tensor:
@@ -83,7 +88,8 @@ class HfReference:
     # What differs between families.
 
     def features(self, image: Image.Image) -> torch.Tensor:
-        """The image's visual tokens in the order of the prompt, `[num_tokens, hidden]`."""
+        """The visual tokens in the order of the prompt, `[num_tokens, hidden]`; with deepstack as many columns
+        more for each layer, as they are added after it."""
         raise NotImplementedError
 
     def image_positions(self, grid: ImageTokens) -> tuple[torch.Tensor, int]:
@@ -93,6 +99,11 @@ class HfReference:
     def position_ids(self, positions: torch.Tensor) -> torch.Tensor:
         """Positions of a prompt as the language model takes them, with a batch dimension."""
         raise NotImplementedError
+
+    def deepstack(self, added: torch.Tensor) -> dict[str, Any]:
+        """How the language model takes `[layers, tokens, hidden]`, if it takes any."""
+        assert not len(added)
+        return {}
 
     def plan(
         self,
@@ -172,7 +183,17 @@ class HfReference:
         evicted_from[-1] = None  # the first answer token comes from the last row, even if it is an image's
         depth = self.geometry.num_layers
         num_layers = [depth if layer is None else min(layer, depth) for layer in evicted_from]
-        return Prompt(torch.cat(rows), torch.cat(positions, dim=1), torch.tensor(num_layers), next_position)
+        width = max(row.shape[1] for row in rows)
+        hidden = self._embed_token(0).shape[1]
+        wide = torch.cat([torch.nn.functional.pad(row, (0, width - row.shape[1])) for row in rows])
+        embeddings, *added = wide.split(hidden, dim=1)
+        return Prompt(
+            rows=embeddings,
+            positions=torch.cat(positions, dim=1),
+            num_layers=torch.tensor(num_layers),
+            next_position=next_position,
+            added=torch.stack(added) if added else wide.new_empty(0, len(wide), hidden),
+        )
 
     def _same_in_all_dimensions(self, positions: torch.Tensor) -> torch.Tensor:
         return positions.expand(len(self.image_positions(TokenGrid(1, 1))[0]), -1)
@@ -189,6 +210,7 @@ class HfReference:
             output = self.model.model.language_model(
                 inputs_embeds=torch.cat([prompt.rows, *map(self._embed_token, answered)])[None],
                 position_ids=self.position_ids(torch.cat([prompt.positions, later], dim=1)),
+                **self.deepstack(torch.nn.functional.pad(prompt.added, (0, 0, 0, len(answered)))),
                 # Without a mask, transformers takes gaps in the positions for borders of packed sequences.
                 attention_mask=torch.ones(1, len(prompt.rows) + len(answered), dtype=torch.long),
                 use_cache=False,
@@ -205,14 +227,16 @@ class HfReference:
 
         def last_hidden(answered: Sequence[int]) -> torch.Tensor:
             rows, positions, num_layers = prompt.rows, prompt.positions, prompt.num_layers
+            added = prompt.added
             if answered:  # the prompt's keys and values are in the cache
                 rows = self._embed_token(answered[-1])
                 last = torch.tensor([prompt.next_position + len(answered) - 1])
                 positions = self._same_in_all_dimensions(last)
-                num_layers = torch.tensor([self.geometry.num_layers])
+                num_layers, added = torch.tensor([self.geometry.num_layers]), added[:0, :1]
             for index, layer in enumerate(language_model.layers):
                 present = num_layers > index
                 rows, positions, num_layers = rows[present], positions[:, present], num_layers[present]
+                added = added[:, present]
                 # Rows see the rows before them; a single new row sees every row this layer has had.
                 mask = torch.full((len(rows), len(rows)), -torch.inf).triu(1)[None, None]
                 rows = layer(
@@ -221,6 +245,8 @@ class HfReference:
                     position_embeddings=language_model.rotary_emb(rows, self.position_ids(positions)),
                     past_key_values=cache,
                 )[0]
+                if index < len(added):
+                    rows = rows + added[index]
             return language_model.norm(rows[-1])
 
         return self._answer(prompt, last_hidden, steps)
@@ -284,11 +310,14 @@ class HfQwen2_5VL(HfReference):
     image = "<|vision_start|><|image_pad|><|vision_end|>"
 
     def features(self, image: Image.Image) -> torch.Tensor:
+        return self.see(image).pooler_output[0]
+
+    def see(self, image: Image.Image) -> Any:
+        """What the vision tower makes of an image."""
         inputs = self.processor.image_processor(image.convert("RGB"), return_tensors="pt")
-        found = self.model.get_image_features(
+        return self.model.get_image_features(
             pixel_values=inputs["pixel_values"].to(self.model.dtype), image_grid_thw=inputs["image_grid_thw"]
         )
-        return found.pooler_output[0]
 
     def image_positions(self, grid: ImageTokens) -> tuple[torch.Tensor, int]:
         assert isinstance(grid, TokenGrid)
@@ -297,3 +326,24 @@ class HfQwen2_5VL(HfReference):
 
     def position_ids(self, positions: torch.Tensor) -> torch.Tensor:
         return positions[:, None]
+
+
+class HfQwen3VL(HfQwen2_5VL):
+    """Qwen3-VL: numbered likewise, and features of deeper and deeper vision layers are added after the first
+    decoder layers."""
+
+    model_class = Qwen3VLForConditionalGeneration
+
+    def features(self, image: Image.Image) -> torch.Tensor:
+        seen = self.see(image)
+        return torch.cat([seen.pooler_output[0], *(level[0] for level in seen.deepstack_features)], dim=1)
+
+    def deepstack(self, added: torch.Tensor) -> dict[str, Any]:
+        everywhere = torch.ones(1, added.shape[1], dtype=torch.bool)  # nothing is added to text: zeros
+        return {"visual_pos_masks": everywhere, "deepstack_visual_embeds": list(added)}
+
+
+class HfQwen3VLMoe(HfQwen3VL):
+    """The same with a mixture of experts."""
+
+    model_class = Qwen3VLMoeForConditionalGeneration

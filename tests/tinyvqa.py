@@ -35,7 +35,7 @@ def ask(
 ) -> Any:
     """A chat completion about a picture, with its headers."""
     return client.chat.completions.with_raw_response.create(
-        model=MODEL,
+        model=options.pop("model", MODEL),
         messages=options.pop("messages", None) or question_about(picture, question),
         max_tokens=options.pop("max_tokens", 5),
         temperature=0,
@@ -56,7 +56,7 @@ def found(response: Any) -> Any:
 
 
 def said_of_thumbnail(
-    client: openai.OpenAI, picture: Image.Image, question: str
+    client: openai.OpenAI, picture: Image.Image, question: str, model: str = MODEL
 ) -> tuple[Region | None, float]:
     """Region and probability that the model gives when a client itself asks it about a thumbnail."""
     response = ask(
@@ -66,6 +66,7 @@ def said_of_thumbnail(
         {"method": "off"},
         max_tokens=DIALECTS["cells"].max_tokens,
         logprobs=True,
+        model=model,
         body={"structured_outputs": {"regex": DIALECTS["cells"].regex}},
     )
     choice = response.parse().choices[0]

@@ -36,17 +36,21 @@ def retained_count(num_tokens: int, pruning_rate: float) -> int:
     return round(target_average(num_tokens, pruning_rate))
 
 
-def check_eviction_layers(eviction_layers: Sequence[int], num_layers: int) -> None:
+def check_eviction_layers(eviction_layers: Sequence[int], num_layers: int, first: int = 1) -> None:
     """Check that a model of `num_layers` decoder layers can evict at these.
 
+    Args:
+        first: the first layer that can run with fewer visual tokens.
+
     Raises:
-        BudgetError: none, not strictly ascending, or outside 1..num_layers-1.
+        BudgetError: none, not strictly ascending, or outside first..num_layers-1.
     """
-    bounds = [0, *eviction_layers, num_layers]
+    bounds = [first - 1, *eviction_layers, num_layers]
     if not eviction_layers or any(one >= other for one, other in pairwise(bounds)):
+        needed = "" if first == 1 else f" and adds visual features after each of the first {first}"
         raise BudgetError(
-            f"eviction_layers must be ascending layers from 1 to {num_layers - 1}, as the model has "
-            f"{num_layers} decoder layers, got {list(eviction_layers)}"
+            f"eviction_layers must be ascending layers from {first} to {num_layers - 1}, as the model has "
+            f"{num_layers} decoder layers{needed}, got {list(eviction_layers)}"
         )
 
 

@@ -142,6 +142,12 @@ class ImageRequest:
         return ("plc-1", self.method, boxes, repr(self.pruning_rate), self.compression, self.eviction_layers)
 
 
+def is_off(params: CropParams, config: CropConfig) -> bool:
+    """Whether pruning is switched off for a request, so that no region matters."""
+    rate = config.pruning_rate if params.pruning_rate is None else params.pruning_rate
+    return rate == 0 or (params.method or config.method) == "off"
+
+
 def image_requests(params: CropParams, config: CropConfig, num_images: int) -> list[ImageRequest]:
     """Apply a request's settings to its images; region None means "serve it whole".
 
@@ -178,7 +184,7 @@ def image_requests(params: CropParams, config: CropConfig, num_images: int) -> l
             """--crop-config '{"eviction_layers": [2]}'""",
             "crop.method",
         )
-    off = method == "off" or rate == 0
+    off = is_off(params, config)
     stages = config.stages if evicts else ()
     return [
         ImageRequest(None if off else region, rate, config.compression, method, stages, off)

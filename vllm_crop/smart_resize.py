@@ -62,6 +62,17 @@ class SmartResize:
             edges.append(int(value))
         return cls(patch * merge, *edges)
 
+    @classmethod
+    def of_processor(cls, image_processor: Any) -> Self:
+        """That of a loaded image processor."""
+        patch, merge = image_processor.patch_size, image_processor.merge_size
+        return cls.from_settings(image_processor.to_dict(), patch, merge)
+
+    @property
+    def min_tokens(self) -> int:
+        """Visual tokens of the smallest image."""
+        return math.ceil(self.min_pixels / self.token_side**2)
+
     @property
     def max_tokens(self) -> int:
         """Visual tokens of the largest image."""

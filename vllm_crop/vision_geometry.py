@@ -18,7 +18,11 @@ from vllm_crop.token_grids import ImageTokens
 from vllm_crop.vision_tower import CLIP, SIGLIP
 
 # transformers' defaults for what a config.json may leave out.
-_DEFAULT_LAYERS = {"llama": 32, "mistral": 32, "qwen2": 32, "qwen2_5_vl": 80, "qwen2_5_vl_text": 80}
+_DEFAULT_LAYERS = {
+    **{"llama": 32, "mistral": 32, "qwen2": 32},
+    **{"qwen2_5_vl": 80, "qwen2_5_vl_text": 80, "qwen3_vl": 32, "qwen3_vl_text": 32},
+    **{"qwen3_vl_moe": 24, "qwen3_vl_moe_text": 24},
+}
 
 
 class VisionGeometry(Protocol):
@@ -26,13 +30,20 @@ class VisionGeometry(Protocol):
 
     Attributes:
         uses_mrope: position ids are coordinates in the image, which the tokens that are left keep.
+        rotary_room: how many times the model's positions vLLM's rotary table holds.
     """
 
     uses_mrope: ClassVar[bool]
+    rotary_room: ClassVar[int]
 
     @property
     def num_layers(self) -> int:
         """Decoder layers of the language model."""
+        ...
+
+    @property
+    def first_eviction_layer(self) -> int:
+        """The first of them that can run with fewer visual tokens."""
         ...
 
     @property
@@ -58,6 +69,8 @@ class LlavaGeometry:
     """LLaVA-1.5: every image becomes one square grid of CLIP patches after resize and centre crop."""
 
     uses_mrope: ClassVar[bool] = False
+    rotary_room: ClassVar[int] = 1
+    first_eviction_layer: ClassVar[int] = 1
 
     token_grid: TokenGrid
     preprocessing: ClipPreprocessing
@@ -97,6 +110,8 @@ class LlavaNextGeometry:
     """LLaVA-NeXT: the whole image in one square tile, then larger in several, each row with a newline."""
 
     uses_mrope: ClassVar[bool] = False
+    rotary_room: ClassVar[int] = 1
+    first_eviction_layer: ClassVar[int] = 1
 
     tiling: AnyResolution
     num_layers: int
@@ -152,9 +167,13 @@ class Qwen2_5VLGeometry:
     """Qwen2.5-VL: the whole image, resized to whole tokens; M-RoPE numbers rows and columns."""
 
     uses_mrope: ClassVar[bool] = True
+    rotary_room: ClassVar[int] = 4
+    default_patch: ClassVar[int] = 14
+    default_deepstack: ClassVar[tuple[int, ...]] = ()
 
     resize: SmartResize
     num_layers: int
+    first_eviction_layer: int = 1
 
     @classmethod
     def from_configs(cls, model: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> Self:
@@ -164,10 +183,13 @@ class Qwen2_5VLGeometry:
             UnsupportedModelError: the two do not fit each other.
         """
         vision = model.get("vision_config") or {}
-        patch, merge = vision.get("patch_size", 14), vision.get("spatial_merge_size", 2)
-        # Published checkpoints have the language model's settings at the top level.
+        patch, merge = vision.get("patch_size", cls.default_patch), vision.get("spatial_merge_size", 2)
+        # Published checkpoints of Qwen2.5-VL have the language model's settings at the top level.
         text = model.get("text_config") or model
-        return cls(SmartResize.from_settings(preprocessor, patch, merge), decoder_layers(text))
+        # Each of these vision layers adds features to the rows after one of the first decoder layers.
+        deepstack = vision.get("deepstack_visual_indexes", cls.default_deepstack)
+        resize = SmartResize.from_settings(preprocessor, patch, merge)
+        return cls(resize, decoder_layers(text), max(1, len(deepstack)))
 
     @property
     def max_tokens(self) -> int:
@@ -188,6 +210,15 @@ class Qwen2_5VLGeometry:
         return max(part.grid.rows, part.grid.cols)
 
 
+@dataclass(frozen=True)
+class Qwen3VLGeometry(Qwen2_5VLGeometry):
+    """Qwen3-VL: larger patches, and deepstack."""
+
+    rotary_room: ClassVar[int] = 1
+    default_patch: ClassVar[int] = 16
+    default_deepstack: ClassVar[tuple[int, ...]] = (8, 16, 24)
+
+
 def decoder_layers(text_config: Mapping[str, Any]) -> int:
     """`num_hidden_layers`, or the default transformers gives this text model."""
     model_type = text_config.get("model_type", "llama")
@@ -202,6 +233,8 @@ FAMILIES: dict[str, type[LlavaGeometry | LlavaNextGeometry | Qwen2_5VLGeometry]]
     "LlavaNextForConditionalGeneration": LlavaNextGeometry,
     "LlavaOnevisionForConditionalGeneration": LlavaOnevisionGeometry,
     "Qwen2_5_VLForConditionalGeneration": Qwen2_5VLGeometry,
+    "Qwen3VLForConditionalGeneration": Qwen3VLGeometry,
+    "Qwen3VLMoeForConditionalGeneration": Qwen3VLGeometry,
 }
 
 

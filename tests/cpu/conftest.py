@@ -73,6 +73,7 @@ class Engine:
         self, checkpoint: Path, crop: Mapping[str, Any] | None, family: Family = LLAVA, **options: Any
     ) -> None:
         from vllm import LLM
+        from vllm.distributed import parallel_state
 
         self.image = family.reference.image
         self.config = CropConfig.from_mapping(crop or {})
@@ -89,6 +90,9 @@ class Engine:
         }
         self.llm = LLM(model=str(checkpoint), **(defaults | options))
         _KEPT.append(self.llm)
+        # The first engine of a process makes the process groups of all, but one for experts only if it has
+        # some: any group of one process will do.
+        parallel_state._EP = parallel_state._EP or parallel_state._TP
 
     def ask(self, *questions: Question, steps: int = STEPS) -> list[Answer]:
         """Answer all at once, greedily."""

@@ -12,15 +12,13 @@ from tests.untrained_tinyvqa import make_untrained
 from vllm_crop.config import CropConfig
 from vllm_crop.evaluation.asking import SceneTask, ask
 from vllm_crop.evaluation.cells import CROP_METHODS, LOCATE, OFF, GridCell
-from vllm_crop.evaluation.checkpoint_size import token_size
-from vllm_crop.evaluation.options import ARCHITECTURE
 from vllm_crop.evaluation.questions import make_test_set
 from vllm_crop.evaluation.regions import regions_for
 from vllm_crop.evaluation.served.accounting import Accounting, CountError
 from vllm_crop.evaluation.served.offline import EngineAnswers
 from vllm_crop.evaluation.transformers_answers import TransformersAnswers
 from vllm_crop.params import InvalidCropError
-from vllm_crop.vision_geometry import FAMILIES
+from vllm_crop.smart_resize import SmartResize
 
 pytestmark = pytest.mark.vllm_runtime
 
@@ -41,7 +39,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def start(tiny: Path, crop: dict[str, Any] | None) -> EngineAnswers:
     processor = AutoProcessor.from_pretrained(tiny)
     config = None if crop is None else CropConfig.from_mapping(crop)
-    engine = EngineAnswers(Accounting(str(tiny), processor, token_size(processor), config), crop)
+    engine = EngineAnswers(
+        Accounting(str(tiny), processor, SmartResize.of_processor(processor.image_processor), config), crop
+    )
     conftest._KEPT.append(engine.llm)
     return engine
 
@@ -63,7 +63,6 @@ def test_the_engine_answers_as_transformers_does(cell: GridCell, tiny: Path, eng
     check(cell, tiny, engine)
 
 
-@pytest.mark.skipif(ARCHITECTURE not in FAMILIES, reason="the plugin does not serve Qwen2.5-VL yet")
 @pytest.mark.parametrize("method", CROP_METHODS)
 def test_crop_is_served_as_transformers_runs_its_plans(
     method: str, tiny: Path, crop_engine: EngineAnswers
@@ -71,7 +70,6 @@ def test_crop_is_served_as_transformers_runs_its_plans(
     check(GridCell(method, "oracle", 0.667), tiny, crop_engine)
 
 
-@pytest.mark.skipif(ARCHITECTURE not in FAMILIES, reason="the plugin does not serve Qwen2.5-VL yet")
 def test_a_rate_that_cannot_be_met_is_refused_before_anything_is_sent(crop_engine: EngineAnswers) -> None:
     scene = make_test_set(1)[0]
     regions = regions_for("oracle", [scene])[0]
@@ -94,6 +92,6 @@ def check(cell: GridCell, tiny: Path, engine: EngineAnswers) -> None:
 
 def test_a_prompt_of_another_length_than_planned_is_an_error(engine: EngineAnswers) -> None:
     scene = make_test_set(1)[0]
-    (asked, *_) = ask(OFF, SceneTask(scene, (None,) * len(scene.questions)), engine.accounting.size)
+    (asked, *_) = ask(OFF, SceneTask(scene, (None,) * len(scene.questions)), engine.accounting.resize)
     with pytest.raises(CountError, match="planned are 576"):
         engine.accounting.answer(asked, "7", 400)

@@ -229,7 +229,11 @@ def test_image_embeddings_of_the_client_are_served_whole(
 
 
 def test_what_is_left_beside_videos_keeps_its_position(pool: Engine) -> None:
-    image = noise_image(307, 500, 400)
+    positions_beside_videos(pool, noise_image(307, 500, 400), 18 * 14)
+
+
+def positions_beside_videos(pool: Engine, image: Any, num_tokens: int) -> None:
+    """Compare the ids of a pruned prompt with those of the whole one; the image has `num_tokens` there."""
     positions = {}
     for name, crop in (("whole", {}), ("pruned", {"regions": [FIRST]})):
         prompt = prompt_with_video(image, None)
@@ -253,7 +257,7 @@ def test_what_is_left_beside_videos_keeps_its_position(pool: Engine) -> None:
     offset = served["mm_placeholders"]["image"][0].offset
     kept = served["mm_kwargs"]["image"][0]["crop_positions"].data.long()
     survivors = torch.cat(
-        [torch.arange(offset), offset + kept, torch.arange(offset + 18 * 14, whole.shape[1])]
+        [torch.arange(offset), offset + kept, torch.arange(offset + num_tokens, whole.shape[1])]
     )
     assert pruned.equal(whole[:, survivors])
     assert next_pruned == next_whole

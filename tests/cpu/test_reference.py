@@ -15,7 +15,7 @@ from transformers.models.llama import modeling_llama
 
 from tests.cpu.conftest import TEXT
 from tests.pictures import noise_image
-from tests.reference import HfLlava, Prompt, Reference
+from tests.reference import HfLlava, HfReference, Prompt, Reference
 from vllm_crop.dummy_llava import DEEP, PADDED_IDS, VOCAB_SIZE, make_checkpoint
 from vllm_crop.geometry import Region
 from vllm_crop.plan import TokenPlan, whole_image_plan
@@ -58,7 +58,7 @@ def embed(
     return hf.embed(ids, images, plans, original_positions)
 
 
-def brute_force(hf: HfLlava, prompt: Prompt, steps: int) -> Reference:
+def brute_force(hf: HfReference, prompt: Prompt, steps: int) -> Reference:
     """All rows run through all layers, but no row sees a key where it is evicted."""
 
     def hide(layer: int) -> Callable[..., Any]:

@@ -7,12 +7,14 @@ import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import anthropic
 import httpx2
 import openai
+import psutil
 import pytest
 from PIL import Image
 
@@ -20,7 +22,13 @@ from tests.e2e.conftest import API_KEY, MODEL, OPTIONS, metric
 from tests.tinyvqa import CHECKPOINT, ENGINE, ask, crop_options, facts, found, said_of_thumbnail
 from vllm_crop.benchmarking.server import Server, get_text, serve
 from vllm_crop.data_url import data_url, question_about
+from vllm_crop.evaluation.answerers import Answerers
+from vllm_crop.evaluation.asking import SceneTask
+from vllm_crop.evaluation.cells import OFF, GridCell
+from vllm_crop.evaluation.options import Options
 from vllm_crop.evaluation.questions import TestScene, make_test_set
+from vllm_crop.evaluation.session import locations, make_tasks
+from vllm_crop.evaluation.transformers_answers import TransformersAnswers
 from vllm_crop.geometry import Region
 from vllm_crop.localizers.decision import FALLBACKS
 
@@ -33,7 +41,8 @@ GLOBAL = [(scene, q.text) for scene in SCENES for q in scene.questions if not q.
 
 @pytest.fixture(scope="module")
 def server(logs: Path) -> Iterator[Server]:
-    options = ("--api-server-count", "2", "--api-key", API_KEY)
+    # A cache that is full soon: memory can be watched.
+    options = ("--api-server-count", "2", "--api-key", API_KEY, "--mm-processor-cache-gb", "0.05")
     crop = crop_options(ENGINE, eviction_layers=[1])
     with serve(str(CHECKPOINT), *crop, *options, *OPTIONS, log_path=logs / "localizer.log") as running:
         yield running
@@ -75,6 +84,32 @@ def test_most_answers_are_right_and_the_header_tells_the_localizers_time(client:
             right += response.parse().choices[0].message.content == question.answer
             assert facts(response)["localizer_ms"] > 0
     assert right / sum(len(scene.questions) for scene in SCENES) > 0.7
+
+
+@pytest.mark.parametrize(("method", "rate"), [("plc", 0.667), ("plc", 0.778), ("plc", 0.889), ("ilp", 0.889)])
+def test_it_answers_as_the_offline_evaluation_does(
+    server: Server, method: str, rate: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Plain transformers with regions that it was asked for one by one, against regions the server finds."""
+    monkeypatch.setenv("OPENAI_API_KEY", API_KEY)
+    on_server, offline = GridCell(method, "server", rate), GridCell(method, "localizer", rate)
+    options = Options(CHECKPOINT, 1, (on_server,), "vllm", f"{server.base_url}/v1", (1,), 0, Path())
+    endpoint, plain = Answerers(options)(on_server), TransformersAnswers(CHECKPOINT, (1,))
+    located = locations(SCENES, list(chain.from_iterable(plain.answer(*asking(GridCell("locate"))))))
+    expected = list(chain.from_iterable(plain.answer(*asking(offline, located))))
+    answers = list(chain.from_iterable(endpoint.answer(*asking(on_server))))
+    assert [one.text for one in answers] == [one.text for one in expected]
+    for field in ("visual_tokens", "prompt_tokens"):
+        counts = [[getattr(one, field) for one in some] for some in (answers, expected)]
+        assert counts[0] == pytest.approx(counts[1])
+    unpruned = list(chain.from_iterable(plain.answer(*asking(OFF))))
+    assert sum(one.visual_tokens < 576 for one in answers) >= len(LOCAL) - 1
+    assert [one.visual_tokens for one in answers] != [one.visual_tokens for one in unpruned]
+
+
+def asking(cell: GridCell, located: Any = None) -> tuple[GridCell, list[SceneTask]]:
+    """All questions of the scenes."""
+    return cell, make_tasks(cell, SCENES, located)
 
 
 def test_a_global_question_gets_the_whole_image(client: openai.OpenAI) -> None:
@@ -258,6 +293,12 @@ async def leave_early(client: openai.AsyncOpenAI, scene: TestScene, question: st
     return any(chunk.choices and chunk.choices[0].finish_reason == "length" for chunk in chunks)
 
 
+def memory_of(server: Server) -> int:
+    """Of all of its processes; shared pages count once in each."""
+    leader = psutil.Process(server.process_id)
+    return sum(one.memory_info().rss for one in [leader, *leader.children(recursive=True)])
+
+
 def test_two_hundred_streams_with_a_third_of_the_clients_leaving(
     server: Server, client: openai.OpenAI
 ) -> None:
@@ -268,12 +309,18 @@ def test_two_hundred_streams_with_a_third_of_the_clients_leaving(
             tasks = [leave_early(many, *LOCAL[n % len(LOCAL)], n) for n in range(200)]
             return await asyncio.gather(*tasks)
 
-    done = asyncio.run(all_at_once())
-    assert sum(done) == 200 - len(range(0, 200, 3))
-    deadline = time.monotonic() + 30
-    while metric(server, "vllm:num_requests_running") + metric(server, "vllm:num_requests_waiting"):
-        assert time.monotonic() < deadline, "requests are left in the engine"
-        time.sleep(0.1)
+    def round_of_streams() -> int:
+        """Returns the server's memory afterwards, in bytes."""
+        assert sum(asyncio.run(all_at_once())) == 200 - len(range(0, 200, 3))
+        deadline = time.monotonic() + 30
+        while metric(server, "vllm:num_requests_running") + metric(server, "vllm:num_requests_waiting"):
+            assert time.monotonic() < deadline, "requests are left in the engine"
+            time.sleep(0.1)
+        assert metric(server, "vllm:kv_cache_usage_perc") == 0
+        return memory_of(server)
+
+    first = round_of_streams()
+    assert round_of_streams() - first < 64 << 20  # caches were full by then
     get_text(f"{server.base_url}/health")
     scene, question = LOCAL[0]
     assert found(ask(client, scene.picture(), question))["localizer"]["outcome"] == "region"

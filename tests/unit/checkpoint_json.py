@@ -28,6 +28,18 @@ LLAVA_NEXT = {
 }
 LLAVA_NEXT_PROCESSOR = {**PROCESSOR, "image_grid_pinpoints": LLAVA_NEXT["image_grid_pinpoints"]}
 
+QWEN3_VL = {
+    "architectures": ["Qwen3VLForConditionalGeneration"],
+    "model_type": "qwen3_vl",
+    "text_config": {"model_type": "qwen3_vl_text", "num_hidden_layers": 36},
+    "vision_config": {"patch_size": 16, "spatial_merge_size": 2, "deepstack_visual_indexes": [8, 16, 24]},
+}
+QWEN3_VL_PROCESSOR = {
+    "size": {"shortest_edge": 65536, "longest_edge": 16777216},
+    "patch_size": 16,
+    "merge_size": 2,
+}
+
 
 def write_json(folder: Path, **files: Any) -> str:
     """Write `config=...` to config.json and so on, text as it is; returns the folder's name."""
@@ -50,3 +62,8 @@ def write_qwen2_5_vl(folder: Path) -> str:
 def write_llava_next(folder: Path) -> str:
     """LLaVA-v1.6-Mistral-7B's geometry: a tile of 24 x 24 tokens, then the tiles, 32 decoder layers."""
     return write_json(folder, config=LLAVA_NEXT, preprocessor_config=LLAVA_NEXT_PROCESSOR)
+
+
+def write_qwen3_vl(folder: Path) -> str:
+    """Qwen3-VL-8B's geometry: a token per 32 x 32 pixels, 36 decoder layers, deepstack after three."""
+    return write_json(folder, config=QWEN3_VL, preprocessor_config=QWEN3_VL_PROCESSOR)

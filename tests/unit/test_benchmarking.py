@@ -3,10 +3,12 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +21,7 @@ from vllm_crop.benchmarking.decode import DecodeOutcome, StepTimes
 from vllm_crop.benchmarking.decode_report import decode_json, print_decode, summarize_steps
 from vllm_crop.benchmarking.kv import KVCapacity, KVSampler, KVUsage, metric_sum
 from vllm_crop.benchmarking.load import bench_arguments
+from vllm_crop.benchmarking.localizers import engine_localizer, outcomes, remote_localizer
 from vllm_crop.benchmarking.machine import Machine, git_revision, provenance
 from vllm_crop.benchmarking.options import Options
 from vllm_crop.benchmarking.prefill import ModelShape, ideals, prefill_flops
@@ -30,6 +33,7 @@ from vllm_crop.benchmarking.summary import Ratio, mean_prompt_tokens, summarize
 from vllm_crop.benchmarking.tables import ideal_table, table
 from vllm_crop.benchmarking.view_times import ViewTimes, time_views
 from vllm_crop.cli import app
+from vllm_crop.config import CropConfig
 from vllm_crop.errors import CropError
 from vllm_crop.eviction.grouping import predict_grouping
 from vllm_crop.eviction.late_view import LateView, RunningEvictions
@@ -172,10 +176,10 @@ class TestOptions:
     def test_modes_and_what_the_server_prepares_for(self, tmp_path: Path) -> None:
         options = make_options(tmp_path)
         assert options.modes == ("stock", "off", "plc", "ilp")
-        assert json.loads(options.crop_arguments[-1]) == {"eviction_layers": [2]}
+        assert json.loads(options.crop_arguments(None)[-1]) == {"eviction_layers": [2]}
         alone = make_options(tmp_path, methods=("plc",), stock=False)
         assert alone.modes == ("off", "plc")
-        assert json.loads(alone.crop_arguments[-1]) == {"eviction_layers": []}
+        assert json.loads(alone.crop_arguments(None)[-1]) == {"eviction_layers": []}
 
     def test_plans_meet_one_budget_by_different_layers(self, tmp_path: Path) -> None:
         options, geometry = make_options(tmp_path, methods=("plc", "ilp", "plc+ilp")), llava_of(12)
@@ -193,6 +197,66 @@ class TestOptions:
             options.plan("ilp", llava_of(12))
         with pytest.raises(CropError, match="6 decoder layers"):
             options.plan("ilp", llava_of(6))
+
+
+class TestLocalizers:
+    BOTH: ClassVar = {"localizers": ("engine localizer", "remote localizer")}
+    SERVER = Server("m", "http://127.0.0.1:1", 1, ("vllm",), Path("log"), 1.0)
+    METRICS = (
+        'crop:localizations_total{localizer="engine",model_name="m",outcome="region"} 3.0\n'
+        'crop:localizations_created{localizer="engine",model_name="m",outcome="region"} 1.7e+09\n'
+        'crop:localizations_total{localizer="engine",model_name="m",outcome="whole"} 1.0\n'
+        'crop:localizations_total{localizer="openai",model_name="m",outcome="region"} 2.0\n'
+    )
+
+    def test_requests_carry_no_region(self, tmp_path: Path) -> None:
+        options = make_options(tmp_path, methods=("ilp",), **self.BOTH)
+        assert options.modes == ("stock", "off", "ilp", "engine localizer", "remote localizer")
+        for mode in options.localizers:
+            assert options.extra_body(mode) == {"crop": {"method": "ilp", "pruning_rate": 0.75}}
+
+    def test_servers_are_told_what_they_accept(self, tmp_path: Path) -> None:
+        for options in (make_options(tmp_path, **self.BOTH), make_options(tmp_path, model="M", **self.BOTH)):
+            for settings in (engine_localizer(options), remote_localizer(options, self.SERVER)):
+                told = json.loads(options.crop_arguments(settings)[-1])
+                assert told["eviction_layers"] == [2]
+                assert CropConfig.from_mapping(told).localizer.localizes
+
+    def test_the_remote_one_is_held_to_legal_answers(self, tmp_path: Path) -> None:
+        dummy = remote_localizer(make_options(tmp_path, **self.BOTH), self.SERVER)
+        assert dummy["base_url"] == "http://127.0.0.1:1/v1"
+        assert re.fullmatch(dummy["extra_body"]["structured_outputs"]["regex"], "2335")
+        assert dummy["extra_body"]["crop"]["regions"] == [[[0.0, 0.0, 1.0, 1.0]]]
+        assert dummy["prompt"] == "where: {question}"
+        pixels = make_options(tmp_path, model="M", localizer_config={"dialect": "pixels"}, **self.BOTH)
+        settings = remote_localizer(pixels, self.SERVER)
+        assert re.fullmatch(settings["extra_body"]["structured_outputs"]["regex"], "[]")
+        assert settings["extra_body"]["crop"] == {"method": "off"}
+        assert "prompt" not in settings
+
+    def test_a_server_of_the_users_is_told_nothing_of_vllm(self, tmp_path: Path) -> None:
+        theirs = {"base_url": "http://other/v1", "model": "big"}
+        options = make_options(tmp_path, localizer_config=theirs, **self.BOTH)
+        assert remote_localizer(options, self.SERVER) == {"kind": "openai", **theirs}
+
+    def test_outcomes_are_summed_and_reported(self, tmp_path: Path) -> None:
+        assert outcomes(self.METRICS) == {"region": 5, "whole": 1}
+        options = make_options(tmp_path, **self.BOTH)
+        runs = [make_run("stock"), make_run("off"), make_run("plc"), make_run("ilp")]
+        runs += [make_run("engine localizer", outcomes={"region": 15, "whole": 1})]
+        runs += [make_run("remote localizer", ttft_p50_ms=450.0, outcomes={"failed": 16})]
+        outcome = make_outcome(*runs)
+        kv = {mode: outcome.capacities["plc"] for mode in options.localizers}
+        console = Console(width=80, record=True, file=(tmp_path / "out").open("w"))
+        print_report(
+            console, options, replace(outcome, capacities={**outcome.capacities, **kv}), provenance()
+        )
+        lines = console.export_text().splitlines()
+        assert max(map(len, lines)) <= 80
+        text = " ".join(" ".join(lines).split())
+        assert "remote localizer / stock" in text
+        assert "images: 15 region, 1 whole; all but regions" in text
+        assert "images: 16 failed" in text
 
 
 class TestRun:
@@ -463,6 +527,15 @@ class TestCommand:
         result = CliRunner().invoke(app, ["bench", "--method", "fast"])
         assert result.exit_code == 2
         assert "fast: not of" in result.output
+
+    def test_wrong_localizers(self) -> None:
+        for wrong, words in (
+            (["--localizer", "far"], "far: not of"),
+            (["--localizer-config", "[]"], "object"),
+        ):
+            result = CliRunner().invoke(app, ["bench", *wrong])
+            assert result.exit_code == 2
+            assert words in result.output
 
     def test_fewer_requests_than_in_flight(self) -> None:
         result = CliRunner().invoke(app, ["bench", "--num-prompts", "4"])

@@ -12,11 +12,13 @@ import typer
 from checkpoint_json import write_json, write_llava, write_llava_next
 from typer.testing import CliRunner
 
+from vllm_crop.budget import check_eviction_layers
 from vllm_crop.commands.check import check
 from vllm_crop.compat import installation
 from vllm_crop.compat import vllm as compat
 from vllm_crop.compat.vllm import UpstreamPoint
 from vllm_crop.config import CropConfig
+from vllm_crop.eviction.recommendation import recommended_layer, savings
 from vllm_crop.eviction.refusals import refused_with_eviction
 from vllm_crop.frontend.refusals import REFUSED
 
@@ -43,7 +45,9 @@ def fine_installation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compat, "UPSTREAM_POINTS", (UpstreamPoint("json", "dumps", ("obj",), "writes"),))
     monkeypatch.setattr(installation, "EVICTION_POINTS", ())
     monkeypatch.setattr(installation, "CPU_RUNNER_POINTS", ())
-    monkeypatch.setattr(installation, "_found_entry_points", lambda: {"crop": "vllm_crop:register"})
+    monkeypatch.setattr(
+        installation, "_found_entry_points", lambda group=None: {"crop": "vllm_crop:register"}
+    )
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
     monkeypatch.delenv("VLLM_USE_RUST_FRONTEND", raising=False)
 
@@ -141,7 +145,7 @@ def test_vllm_plugins_must_name_crop(monkeypatch: pytest.MonkeyPatch, selected: 
 def test_a_missing_entry_point_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(installation, "EVICTION_POINTS", ())
     monkeypatch.setattr(installation, "CPU_RUNNER_POINTS", ())
-    monkeypatch.setattr(installation, "_found_entry_points", dict)
+    monkeypatch.setattr(installation, "_found_entry_points", lambda group=None: {})
     assert "no entry point 'crop'" in report(1)["problems"][0]
 
 
@@ -156,6 +160,35 @@ def test_a_supported_checkpoint(tmp_path: Path) -> None:
     assert described["supported"]
     assert described["tokens_per_image"] == 576
     assert "supported: 576 tokens" in run("--model", model).stdout
+
+
+def test_what_a_checkpoint_would_save(tmp_path: Path) -> None:
+    """LLaVA-1.5-13B by hand: 40 layers, 2 of them below the eviction layer, in 20 groups of two."""
+    model = write_llava(tmp_path)
+    described = report(0, "--model", model)["model"]
+    assert (described["eviction_layers"], described["kv_groups"]) == ([2], 20)
+    rows = {(one["pruning_rate"], one["method"]): one for one in described["savings"]}
+    assert len(rows) == 9
+    assert rows[0.889, "plc"]["image_tokens"] == [64]
+    assert rows[0.889, "plc"]["kv"] == 128 / 640
+    first, later = rows[0.889, "ilp"]["image_tokens"]
+    assert first == 576
+    assert (2 * first + 38 * later) / 40 == pytest.approx(64, abs=0.5)
+    blocks = -(-(64 + later) // 16)
+    assert rows[0.889, "ilp"]["kv"] == (1 * 40 + 19 * blocks) * 2 * 16 / (40 * 640)
+    printed = run("--model", model).stdout
+    for text in ("eviction_layers [2]", "20 KV cache groups", f"576, {later}", "0.20x"):
+        assert text in printed
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 12, 28, 32, 80])
+def test_the_recommended_layer_leaves_something_of_every_budget(num_layers: int) -> None:
+    layer = recommended_layer(num_layers)
+    assert layer >= 1
+    if num_layers >= 12:
+        check_eviction_layers((layer,), num_layers)
+        assert len(savings(576, num_layers, layer)) == 9
+    assert recommended_layer(num_layers, first=3) >= 3
 
 
 def test_an_unsupported_checkpoint(tmp_path: Path) -> None:

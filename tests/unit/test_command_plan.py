@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import typer
-from checkpoint_json import write_json, write_llava, write_llava_next, write_qwen2_5_vl
+from checkpoint_json import write_json, write_llava, write_llava_next, write_qwen2_5_vl, write_qwen3_vl
 from typer.testing import CliRunner
 
 from vllm_crop.budget import retained_count
@@ -226,3 +226,17 @@ def test_a_grid_wider_than_the_terminal_has_a_character_per_token(tmp_path: Path
     options = ("--model", write_llava_next(tmp_path), "--image-size", "640x400", "--region", "0,0,1,1")
     drawn = CliRunner().invoke(app, options, env={"COLUMNS": "80"}).output
     assert [len(line) for line in drawn.splitlines()].count(49) == 30
+
+
+def test_qwen3_evicts_after_its_deepstack_layers_only(tmp_path: Path) -> None:
+    options = ("--model", write_qwen3_vl(tmp_path), "--image-size", "640x480", "--region", "0,0,0.25,0.25")
+    options = (*options, "--method", "ilp")
+    printed = plan_json(*options, "--eviction-layers", "3")
+    region = Region((Box(0, 0, 0.25, 0.25),))
+    assert printed == make_plan(TokenGrid(15, 20), region, 0.778, "pool", "ilp", 36, (3,)).to_json(
+        num_layers=36
+    )
+    line = error_line(*options, "--eviction-layers", "2,16")
+    assert "from 3 to 35" in line
+    assert "adds visual features after each of the first 3" in line
+    assert "got [2, 16]" in line

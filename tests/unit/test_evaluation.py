@@ -19,23 +19,24 @@ from vllm_crop.evaluation import session as sessions
 from vllm_crop.evaluation.asking import Answer, SceneTask, ask
 from vllm_crop.evaluation.cells import LOCATE, METHODS, OFF, RATES, GridCell, make_grid
 from vllm_crop.evaluation.comparisons import agreements, margins
-from vllm_crop.evaluation.controls import TokenSize, near_square, resized, thumbnail_and_crop
+from vllm_crop.evaluation.controls import near_square, resized, thumbnail_and_crop
 from vllm_crop.evaluation.localizer_score import score_localizer
 from vllm_crop.evaluation.questions import TestScene, make_test_set
 from vllm_crop.evaluation.regions import SOURCES, area, cells_of, coverage, parse_location, regions_for
 from vllm_crop.evaluation.report import make_report, write_report
 from vllm_crop.evaluation.rivals.names import RIVAL_TITLES
 from vllm_crop.evaluation.rivals.registry import RIVALS
-from vllm_crop.evaluation.session import Session
+from vllm_crop.evaluation.session import Session, make_tasks
 from vllm_crop.evaluation.stats import difference, retention, wilson
 from vllm_crop.evaluation.store import CellResult, Store
 from vllm_crop.evaluation.summary import summarize
 from vllm_crop.evaluation.thresholds import THRESHOLDS, sweep
 from vllm_crop.geometry import Region
+from vllm_crop.smart_resize import SmartResize
 from vllm_crop.tinyvqa.questions import FAMILIES, boxes_region
 from vllm_crop.tinyvqa.scenes import is_test_seed
 
-SIZE = TokenSize(pixels=16, least=16)
+RESIZE = SmartResize(token_side=16, min_pixels=16 * 16**2, max_pixels=2**24)
 PER_FAMILY = 6
 
 
@@ -192,7 +193,7 @@ def test_near_square_grids_are_near_the_budget(tokens: int) -> None:
 
 @pytest.mark.parametrize(("tokens", "grid"), [(192, (14, 14)), (128, (11, 12)), (64, (8, 8)), (43, (6, 7))])
 def test_resized_pictures_have_the_budget(tokens: int, grid: tuple[int, int]) -> None:
-    found = SIZE.grid(resized(Image.new("RGB", (384, 384)), tokens, SIZE))
+    found = RESIZE.grid(*resized(Image.new("RGB", (384, 384)), tokens, RESIZE).size)
     assert sorted((found.rows, found.cols)) == sorted(grid)
 
 
@@ -200,15 +201,15 @@ def test_thumbnail_and_crop_share_the_budget(scenes: tuple[TestScene, ...]) -> N
     picture = scenes[0].picture()
     for tokens in (192, 128, 64, 43):
         for boxes in (((0, 0, 0, 0),), ((7, 7, 7, 7),), ((0, 0, 7, 7),), ((0, 0, 1, 0), (6, 7, 7, 7))):
-            images = thumbnail_and_crop(picture, boxes_region(boxes, 8), tokens, SIZE)
-            counts = [SIZE.grid(image).num_tokens for image in images]
+            images = thumbnail_and_crop(picture, boxes_region(boxes, 8), tokens, RESIZE)
+            counts = [RESIZE.grid(*image.size).num_tokens for image in images]
             assert abs(sum(counts) - tokens) <= 8, (tokens, boxes, counts)
-            assert min(counts) >= SIZE.least
+            assert min(counts) >= RESIZE.min_tokens
 
 
 def test_a_small_crop_keeps_its_pixels() -> None:
     picture = Image.effect_noise((384, 384), 50).convert("RGB")
-    _, crop = thumbnail_and_crop(picture, boxes_region(((3, 2, 3, 2),), 8), 192, SIZE)
+    _, crop = thumbnail_and_crop(picture, boxes_region(((3, 2, 3, 2),), 8), 192, RESIZE)
     assert crop.size == (64, 64)  # 48 pixels widened to the least
     assert crop.tobytes() == picture.crop((144, 96, 208, 160)).tobytes()
 
@@ -226,6 +227,17 @@ def test_the_unpruned_model_comes_first_and_sources_that_cannot_help_run_once() 
     assert {cell.pruning_rate for cell in grid if cell.method == "fastv"} == set(RATES)
 
 
+def test_regions_of_the_server_are_no_clients_business(scenes: tuple[TestScene, ...]) -> None:
+    grid = make_grid(("plc", "ilp", "two-images"), [0.889], ("oracle", "server"))
+    found = [cell for cell in grid if cell.region == "server"]
+    assert [cell.method for cell in found] == ["plc", "ilp"]
+    for cell in found:
+        (task, *_) = make_tasks(cell, scenes, None)
+        assert {str(one.crop) for one in ask(cell, task, RESIZE)} == {
+            str({"pruning_rate": 0.889, "method": cell.method})
+        }
+
+
 def test_every_rival_has_a_name_and_a_method() -> None:
     assert list(RIVALS) == list(RIVAL_TITLES)
 
@@ -235,12 +247,15 @@ def test_cells_ask_what_they_are_to_measure(scenes: tuple[TestScene, ...]) -> No
     regions = tuple(regions_for("oracle", scenes)[0])
     task = SceneTask(scene, regions)
     tokens = {
-        cell: [sum(SIZE.grid(image).num_tokens for image in one.images) for one in ask(cell, task, SIZE)]
+        cell: [
+            sum(RESIZE.grid(*image.size).num_tokens for image in one.images)
+            for one in ask(cell, task, RESIZE)
+        ]
         for cell in (OFF, GridCell("no-image"), GridCell("resize", None, 0.889), GridCell(LOCATE))
     }
     assert [set(counts) for counts in tokens.values()] == [{576}, {0}, {64}, {64}]
-    assert all(one.text.startswith("where:") for one in ask(GridCell(LOCATE), task, SIZE))
-    asked = ask(GridCell("plc", "oracle", 0.889), task, SIZE)
+    assert all(one.text.startswith("where:") for one in ask(GridCell(LOCATE), task, RESIZE))
+    asked = ask(GridCell("plc", "oracle", 0.889), task, RESIZE)
     for one, region in zip(asked, regions, strict=True):
         sent = [None if region is None else region.as_lists()]
         assert one.crop == {"regions": sent, "pruning_rate": 0.889, "method": "plc"}
@@ -355,7 +370,8 @@ def test_the_page_needs_nothing_else(tmp_path: Path, scenes: tuple[TestScene, ..
     agreed = agreements(results, store)
     assert [(one.cell, one.engine, one.asked) for one in agreed] == [(OFF, "stand-in", 5 * PER_FAMILY)]
     assert agreed[0].same < agreed[0].asked
-    report = make_report(scenes, results, agreed, {"git_revision": "<abc>"})
+    origin = {"git_revision": "<abc>", "command": ["/bin/vllm-crop", "eval", "-o", "a b"], "seconds": 90.0}
+    report = make_report(scenes, results, agreed, origin)
     write_report(tmp_path, report)
     page = (tmp_path / "index.html").read_text()
     assert 'src="data:image/png;base64,' in page
@@ -364,7 +380,13 @@ def test_the_page_needs_nothing_else(tmp_path: Path, scenes: tuple[TestScene, ..
     assert "too few layers" in page
     found = json.loads((tmp_path / "results.json").read_text())
     assert [row["cell"]["method"] for row in found["rows"]] == ["off", "plc", "ilp", "fastv"]
-    assert found["provenance"] == {"git_revision": "<abc>"}
+    assert found["provenance"] == origin
+    table = (tmp_path / "README.md").read_text()
+    assert "`vllm-crop eval -o 'a b'`" in table
+    lines = [line for line in table.splitlines() if line.startswith("| ")]
+    assert len(lines) == 1 + len(results) - 1  # the localizer's own cell is no row
+    assert len({line.count("|") for line in lines}) == 1
+    assert "![Accuracy against visual tokens](curves.png)" in table
 
 
 def test_results_survive_the_disk(tmp_path: Path) -> None:

@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 
 from vllm_crop.evaluation.asking import Answer, Asked, SceneTask, ask
-from vllm_crop.evaluation.cells import OFF, GridCell
-from vllm_crop.evaluation.controls import TokenSize
+from vllm_crop.evaluation.cells import OFF, SERVER, GridCell
 from vllm_crop.evaluation.questions import make_test_set
 from vllm_crop.evaluation.served.endpoint import EndpointAnswers, EndpointError
+from vllm_crop.smart_resize import SmartResize
 
 openai = pytest.importorskip("openai")
 
@@ -26,6 +26,7 @@ class Handler(BaseHTTPRequestHandler):
 
     received: ClassVar[list[dict[str, Any]]] = []
     refuses: ClassVar[bool] = False
+    facts: ClassVar[dict[str, Any] | None] = None
 
     def do_GET(self) -> None:
         self.reply(200, {"object": "list", "data": [{"id": "tiny", "object": "model"}]})
@@ -46,6 +47,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
+        if self.facts is not None:
+            self.send_header("x-crop-facts", json.dumps({"images": [self.facts]}))
         self.end_headers()
         self.wfile.write(data)
 
@@ -56,18 +59,22 @@ class Handler(BaseHTTPRequestHandler):
 class Counts:
     """Stands in for Accounting."""
 
-    size = TokenSize(16, 16)
+    resize = SmartResize(16, 16 * 16**2, 2**24)
+
+    def __init__(self) -> None:
+        self.counted: list[Any] = []
 
     def check(self, asked: list[Asked]) -> None:
         assert asked
 
     def answer(self, asked: Asked, text: str, prompt_tokens: int) -> Answer:
+        self.counted.append(asked.crop)
         return Answer(text, 1.0, 2.0, prompt_tokens)
 
 
 @pytest.fixture
 def url() -> Iterator[str]:
-    Handler.received, Handler.refuses = [], False
+    Handler.received, Handler.refuses, Handler.facts = [], False, None
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}/v1"
@@ -88,7 +95,7 @@ def test_questions_are_sent_as_images_words_and_crop(url: str, tasks: list[Scene
     ]
     sent = {json.dumps(body["crop"]): body for body in Handler.received}
     for task in tasks:
-        for asked in ask(cell, task, Counts.size):
+        for asked in ask(cell, task, Counts.resize):
             body = sent[json.dumps(asked.crop)]
             assert (body["model"], body["temperature"], body["max_tokens"]) == ("tiny", 0, asked.steps)
     image_url = Handler.received[0]["messages"][0]["content"][0]["image_url"]["url"]
@@ -106,6 +113,24 @@ def test_a_refusal_says_what_may_be_missing(url: str, tasks: list[SceneTask]) ->
     endpoint = EndpointAnswers(Counts(), url)  # type: ignore[arg-type]
     with pytest.raises(EndpointError, match="--plugin crop"):
         endpoint.answer(GridCell("plc", "oracle", 0.889), tasks)
+
+
+@pytest.mark.parametrize("region", [[[0.25, 0.25, 0.5, 0.5]], None])
+def test_what_the_server_finds_is_counted_by_its_facts(url: str, tasks: list[SceneTask], region: Any) -> None:
+    Handler.facts = {"region": region, "localizer": {"outcome": "region"}}
+    counts = Counts()
+    EndpointAnswers(counts, url).answer(GridCell("plc", SERVER, 0.889), tasks)  # type: ignore[arg-type]
+    sent = {"pruning_rate": 0.889, "method": "plc"}
+    assert [body["crop"] for body in Handler.received] == [sent] * len(Handler.received)
+    assert counts.counted == [{**sent, "regions": [region]}] * len(Handler.received)
+
+
+@pytest.mark.parametrize("facts", [None, {"region": None, "source": "none"}])
+def test_a_server_without_a_localizer_is_an_error(url: str, tasks: list[SceneTask], facts: Any) -> None:
+    Handler.facts = facts
+    endpoint = EndpointAnswers(Counts(), url)  # type: ignore[arg-type]
+    with pytest.raises(EndpointError, match="localizer"):
+        endpoint.answer(GridCell("plc", SERVER, 0.889), tasks)
 
 
 def test_nobody_at_the_address() -> None:

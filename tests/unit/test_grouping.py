@@ -186,6 +186,7 @@ def test_nearest_layers() -> None:
     assert nearest_good_layers(28, (12,), 16) == (14,)
     assert nearest_good_layers(32, (8,), 16) is None  # nothing to mend
     assert nearest_good_layers(8, (3,), 16) == (2,)  # 4 is as near and as good, but later
+    assert nearest_good_layers(8, (3,), 16, first=3) == (4,)
     assert nearest_good_layers(3, (1, 2), 16, tolerance=-1) is None  # nothing does better
 
 

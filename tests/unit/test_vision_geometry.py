@@ -13,6 +13,8 @@ from transformers import (
     LlavaOnevisionConfig,
     LlavaOnevisionImageProcessor,
     Qwen2_5_VLConfig,
+    Qwen3VLConfig,
+    Qwen3VLMoeConfig,
 )
 
 from vllm_crop.errors import UnsupportedModelError
@@ -23,6 +25,7 @@ from vllm_crop.vision_geometry import (
     LlavaNextGeometry,
     LlavaOnevisionGeometry,
     Qwen2_5VLGeometry,
+    Qwen3VLGeometry,
     decoder_layers,
     geometry_from_configs,
 )
@@ -108,11 +111,43 @@ LLAVA_ONEVISION_PREPROCESSOR = {
     "image_processor_type": "LlavaOnevisionImageProcessor",
     "size": {"height": 384, "width": 384},
 }
+# As published with Qwen/Qwen3-VL-8B-Instruct.
+QWEN3_VL_8B: dict[str, Any] = {
+    "architectures": ["Qwen3VLForConditionalGeneration"],
+    "model_type": "qwen3_vl",
+    "image_token_id": 151655,
+    "text_config": {"model_type": "qwen3_vl_text", "hidden_size": 4096, "num_hidden_layers": 36},
+    "vision_config": {
+        "model_type": "qwen3_vl",
+        "depth": 27,
+        "patch_size": 16,
+        "spatial_merge_size": 2,
+        "deepstack_visual_indexes": [8, 16, 24],
+        "out_hidden_size": 4096,
+    },
+}
+QWEN3_VL_PREPROCESSOR = {
+    "size": {"longest_edge": 16777216, "shortest_edge": 65536},
+    "patch_size": 16,
+    "temporal_patch_size": 2,
+    "merge_size": 2,
+    "image_processor_type": "Qwen2VLImageProcessorFast",
+}
+# As published with Qwen/Qwen3-VL-30B-A3B-Instruct.
+QWEN3_VL_30B_A3B = {
+    **QWEN3_VL_8B,
+    "architectures": ["Qwen3VLMoeForConditionalGeneration"],
+    "model_type": "qwen3_vl_moe",
+    "text_config": {"model_type": "qwen3_vl_moe_text", "hidden_size": 2048, "num_hidden_layers": 48},
+    "vision_config": {**QWEN3_VL_8B["vision_config"], "model_type": "qwen3_vl_moe", "out_hidden_size": 2048},
+}
 PUBLISHED = {
     "LlavaForConditionalGeneration": (LLAVA_7B, LLAVA_PREPROCESSOR),
     "LlavaNextForConditionalGeneration": (LLAVA_NEXT_7B, LLAVA_NEXT_PREPROCESSOR),
     "LlavaOnevisionForConditionalGeneration": (LLAVA_ONEVISION_7B, LLAVA_ONEVISION_PREPROCESSOR),
     "Qwen2_5_VLForConditionalGeneration": (QWEN2_5_VL_7B, QWEN2_5_VL_PREPROCESSOR),
+    "Qwen3VLForConditionalGeneration": (QWEN3_VL_8B, QWEN3_VL_PREPROCESSOR),
+    "Qwen3VLMoeForConditionalGeneration": (QWEN3_VL_30B_A3B, QWEN3_VL_PREPROCESSOR),
 }
 
 
@@ -171,18 +206,43 @@ def test_the_loaded_config_of_onevision_gives_the_same_geometry(tmp_path: Path, 
     assert geometry_from_configs(loaded, settings) == published
 
 
+def test_published_qwen3_has_a_token_per_32_pixels_and_deepstack_below_layer_3() -> None:
+    geometry = geometry_from_configs(QWEN3_VL_8B, QWEN3_VL_PREPROCESSOR)
+    assert isinstance(geometry, Qwen3VLGeometry)
+    assert geometry.num_layers == 36
+    assert geometry.first_eviction_layer == 3
+    assert geometry.max_tokens == 16384
+    assert geometry.grid(640, 480) == TokenGrid(15, 20)
+    assert geometry.grid(100, 50) == TokenGrid(6, 12)  # enlarged to 256 x 256 pixels at least
+    assert geometry.grid(8192, 8192) == TokenGrid(128, 128)
+    assert geometry.view(640, 480).window == Box(0.0, 0.0, 1.0, 1.0)
+
+
+QWENS = {
+    "Qwen2_5_VLForConditionalGeneration": Qwen2_5_VLConfig,
+    "Qwen3VLForConditionalGeneration": Qwen3VLConfig,
+    "Qwen3VLMoeForConditionalGeneration": Qwen3VLMoeConfig,
+}
+
+
+@pytest.mark.parametrize("architecture", QWENS)
 @pytest.mark.parametrize("from_file", [True, False])
-def test_the_loaded_config_of_qwen_gives_the_same_geometry(tmp_path: Path, from_file: bool) -> None:
-    config = Qwen2_5_VLConfig(**QWEN2_5_VL_7B)
+def test_the_loaded_config_of_qwen_gives_the_same_geometry(
+    tmp_path: Path, from_file: bool, architecture: str
+) -> None:
+    model, preprocessor = PUBLISHED[architecture]
+    config = QWENS[architecture].from_dict(model)
     config.save_pretrained(tmp_path)
-    loaded = Qwen2_5_VLConfig.get_config_dict(tmp_path)[0] if from_file else config.to_dict()
-    published = geometry_from_configs(QWEN2_5_VL_7B, QWEN2_5_VL_PREPROCESSOR)
-    assert geometry_from_configs(loaded, QWEN2_5_VL_PREPROCESSOR) == published
+    loaded = type(config).get_config_dict(tmp_path)[0] if from_file else config.to_dict()
+    assert geometry_from_configs(loaded, preprocessor) == geometry_from_configs(model, preprocessor)
 
 
-def test_a_bare_qwen_has_transformers_default_depth() -> None:
-    bare = {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl"}
-    assert geometry_from_configs(bare, {}).num_layers == Qwen2_5_VLConfig().text_config.num_hidden_layers
+@pytest.mark.parametrize("architecture", QWENS)
+def test_a_bare_qwen_has_transformers_defaults(architecture: str) -> None:
+    default = QWENS[architecture](architectures=[architecture])
+    bare = {"architectures": [architecture], "model_type": default.model_type}
+    assert geometry_from_configs(bare, {}) == geometry_from_configs(default.to_dict(), {})
+    assert geometry_from_configs(bare, {}).num_layers == default.text_config.num_hidden_layers
 
 
 def test_an_image_processor_that_does_not_fit_the_tower_is_refused() -> None:

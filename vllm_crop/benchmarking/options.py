@@ -2,11 +2,12 @@
 """What the command line of `vllm-crop bench` decides, and what follows from it for server and requests."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm_crop.benchmarking.runs import Mode
+from vllm_crop.benchmarking.runs import LOCALIZED_MODES, LocalizedMode, Mode
 from vllm_crop.budget import BudgetError, Method, check_eviction_layers, method_evicts
 from vllm_crop.geometry import Region
 from vllm_crop.image_plan import plan_image
@@ -19,7 +20,12 @@ IMAGE_SIDE = 336
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line decides; `model` None is the dummy model."""
+    """What the command line decides; `model` None is the dummy model.
+
+    Attributes:
+        localizers: modes in which the server finds regions, for the first of the methods.
+        localizer_config: more settings of their localizers.
+    """
 
     model: str | None
     region: Region
@@ -34,6 +40,8 @@ class Options:
     stock: bool
     serve_args: tuple[str, ...]
     folder: Path
+    localizers: tuple[LocalizedMode, ...] = ()
+    localizer_config: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def stages(self) -> tuple[int, ...]:
@@ -44,12 +52,14 @@ class Options:
     def modes(self) -> tuple[Mode, ...]:
         """What is compared, the references first."""
         stock: tuple[Mode, ...] = ("stock",) if self.stock else ()
-        return (*stock, "off", *self.methods)
+        return (*stock, "off", *self.methods, *self.localizers)
 
-    @property
-    def crop_arguments(self) -> tuple[str, ...]:
+    def crop_arguments(self, localizer: Mapping[str, Any] | None) -> tuple[str, ...]:
         """What asks for the plugin on the command line of `vllm serve`."""
-        return ("--plugin", "crop", "--crop-config", json.dumps({"eviction_layers": self.stages}))
+        settings: dict[str, Any] = {"eviction_layers": self.stages}
+        if localizer is not None:
+            settings["localizer"] = localizer
+        return ("--plugin", "crop", "--crop-config", json.dumps(settings))
 
     def extra_body(self, mode: Mode) -> dict[str, Any]:
         """What a request of this mode carries besides prompt and image."""
@@ -57,22 +67,29 @@ class Options:
             return {}
         if mode == "off":
             return {"crop": {"method": "off"}}
+        if mode in LOCALIZED_MODES:
+            return {"crop": {"method": self.methods[0], "pruning_rate": self.pruning_rate}}
         regions = [self.region.as_lists()]
         return {"crop": {"method": mode, "regions": regions, "pruning_rate": self.pruning_rate}}
 
     def plan(self, mode: Mode, geometry: VisionGeometry) -> TokenPlan:
-        """What becomes of the image of such a request.
+        """What becomes of the image of such a request; with the client's region where the server finds one.
 
         Raises:
             BudgetError: the model cannot evict at these layers, or they leave too little of the budget.
         """
-        method: Method = "off" if mode == "stock" else mode
+        method = self._method(mode)
         region = None if method == "off" else self.region
         stages = self.stages if method_evicts(method) else ()
         if stages:
-            check_eviction_layers(stages, geometry.num_layers)
+            check_eviction_layers(stages, geometry.num_layers, geometry.first_eviction_layer)
         request = ImageRequest(region, self.pruning_rate, "pool", method, stages)
         try:
             return plan_image(geometry, IMAGE_SIDE, IMAGE_SIDE, request).tokens
         except InvalidCropError as error:
             raise BudgetError(str(error).removeprefix(f"{error.parameter}: ")) from None
+
+    def _method(self, mode: Mode) -> Method:
+        if mode == "engine localizer" or mode == "remote localizer":
+            return self.methods[0]
+        return "off" if mode == "stock" else mode

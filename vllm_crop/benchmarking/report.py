@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vllm_crop.benchmarking.kv import SAMPLE_INTERVAL_S
+from vllm_crop.benchmarking.localizers import outcomes_by_mode
 from vllm_crop.benchmarking.options import Options
 from vllm_crop.benchmarking.session import Outcome
 from vllm_crop.benchmarking.summary import mean_prompt_tokens, summarize
@@ -66,6 +67,8 @@ def _setting(options: Options, outcome: Outcome) -> dict[str, Any]:
             "pruning_rate": options.pruning_rate,
             "methods": options.methods,
             "eviction_layers": options.stages,
+            "localizers": options.localizers,
+            "localizer_config": dict(options.localizer_config),
             "num_prompts": options.num_prompts,
             "repeats": options.repeats,
             "output_len": options.output_len,
@@ -98,6 +101,12 @@ def _notes(options: Options, outcome: Outcome) -> Iterator[str]:
         yield (
             "off, prepared: unpruned requests on the server that is prepared for eviction. Pruned ones are "
             "served by it too."
+        )
+    for mode, counts in outcomes_by_mode(outcome.runs).items():
+        became = ", ".join(f"{count} {what}" for what, count in counts.most_common())
+        yield (
+            f"{mode}: {options.methods[0]} without a region in the request. TTFT includes finding it. "
+            f"What became of the images: {became}; all but regions were served whole."
         )
     yield (
         "KV peak: memory that running requests held at once, in tokens with the KV of all layers, sampled "

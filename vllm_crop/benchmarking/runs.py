@@ -3,14 +3,17 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Self
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self, get_args
 
 from vllm_crop.benchmarking.kv import KVUsage
 from vllm_crop.errors import CropError
 
-# Unpruned on a server without the plugin, unpruned on the plugin's, and its methods.
-Mode = Literal["stock", "off", "plc", "ilp", "plc+ilp"]
+# Unpruned on a server without the plugin, unpruned on the plugin's, its methods with the client's region, and
+# the first of these with a region the server finds.
+LocalizedMode = Literal["engine localizer", "remote localizer"]
+Mode = Literal["stock", "off", "plc", "ilp", "plc+ilp", LocalizedMode]
+LOCALIZED_MODES: tuple[LocalizedMode, ...] = get_args(LocalizedMode)
 WARM_UP = -1
 
 
@@ -60,7 +63,7 @@ class Run:
 
     Tokens are means per request; `kv_peak_tokens` is the memory all requests in flight held at once, in
     tokens with the KV of all layers. `prefix_hit_tokens` and `image_hits` count what caches answered: both
-    should be 0.
+    should be 0. `outcomes` counts images that the server localized.
     """
 
     spec: RunSpec
@@ -79,6 +82,7 @@ class Run:
     prefix_hit_tokens: float
     image_hits: float
     ttfts_ms: tuple[float, ...]
+    outcomes: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def from_result(
@@ -88,6 +92,7 @@ class Run:
         kv: KVUsage,
         prefix_hit_tokens: float = 0.0,
         image_hits: float = 0.0,
+        outcomes: Mapping[str, int] | None = None,
     ) -> Self:
         """Read what `vllm bench serve --save-detailed` returns.
 
@@ -117,4 +122,5 @@ class Run:
             prefix_hit_tokens=prefix_hit_tokens,
             image_hits=image_hits,
             ttfts_ms=tuple(round(1000 * seconds, 1) for seconds in result["ttfts"]),
+            outcomes=outcomes or {},
         )

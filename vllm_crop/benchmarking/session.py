@@ -9,10 +9,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vllm_crop.benchmarking.kv import KVCapacity, KVSampler, metric_sum
 from vllm_crop.benchmarking.load import Client, bench_arguments, run_bench
+from vllm_crop.benchmarking.localizers import outcomes
 from vllm_crop.benchmarking.machine import Machine, describe_machine
 from vllm_crop.benchmarking.options import Options
 from vllm_crop.benchmarking.prefill import Ideal, ModelShape, ideals, read_shape
-from vllm_crop.benchmarking.runs import WARM_UP, Mode, Run, RunError, RunSpec, schedule
+from vllm_crop.benchmarking.runs import LOCALIZED_MODES, WARM_UP, Mode, Run, RunError, RunSpec, schedule
 from vllm_crop.benchmarking.server import get_text, log_tail
 from vllm_crop.benchmarking.summary import mean_prompt_tokens
 from vllm_crop.benchmarking.targets import Target, started, what_to_serve
@@ -49,7 +50,8 @@ def run_benchmark(options: Options, console: Console) -> Outcome:
             machine = client.call(describe_machine)
             to_serve = what_to_serve(options, machine, client)
         geometry = load_geometry(to_serve.model)
-        plans = {mode: options.plan(mode, geometry) for mode in options.modes}
+        modes = [mode for mode in options.modes if mode not in LOCALIZED_MODES]
+        plans = {mode: options.plan(mode, geometry) for mode in modes}
         shape = client.call(read_shape, to_serve.model)
         with started(options, to_serve, shape.layers, client, console) as targets:
             runs = _measure(options, targets, client, console)
@@ -100,7 +102,8 @@ def _run(options: Options, spec: RunSpec, num_prompts: int, target: Target, clie
             metric_sum(after, name) - metric_sum(before, name)
             for name in ("vllm:prefix_cache_hits_total", "vllm:mm_cache_hits_total")
         ]
-        return Run.from_result(spec, result, sampler.usage(), *hits)
+        localized = outcomes(after) - outcomes(before)
+        return Run.from_result(spec, result, sampler.usage(), hits[0], hits[1], localized)
     except (OSError, RunError) as error:
         raise RunError(
             f"{error}\nThe load generator's log is {client.log_path}. "

@@ -46,6 +46,8 @@ def ideal_table(summary: Summary, ideals: Mapping[Mode, Ideal], prepared: bool) 
     for title in ("image tokens\nby layer", "prefill FLOPs\non paper", "TTFT p50", "KV on\npaper", "KV peak"):
         shown.add_column(title, justify="right", no_wrap=True)
     for mode, ratios in summary.ratios.items():
+        if mode not in ideals:
+            continue  # how much a localizer takes is no matter of arithmetic
         ideal = ideals[mode]
         runs = [(count, len(list(same))) for count, same in groupby(ideal.image_tokens_per_layer)]
         shown.add_row(

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from vllm_crop.benchmarking.kv import KVCapacity
 from vllm_crop.benchmarking.load import Client
+from vllm_crop.benchmarking.localizers import engine_localizer, remote_localizer
 from vllm_crop.benchmarking.machine import Machine
 from vllm_crop.benchmarking.options import Options
 from vllm_crop.benchmarking.runs import Mode
@@ -22,7 +23,7 @@ from vllm_crop.eviction.grouping import KVGrouping
 QUIET = ("--disable-access-log-for-endpoints", "/health,/metrics")
 MAX_MODEL_LEN = 2048
 CPU_KV_GIB = 2
-SHARE_OF_TWO = "0.45"  # of the device's memory
+SHARE_OF_ALL = 0.9  # of the device's memory
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,16 @@ class Target:
 
 def what_to_serve(options: Options, machine: Machine, client: Client) -> ToServe:
     """The user's model as it is, or the dummy model with settings that show its prefill."""
-    # Both servers are up at once, so that their runs can take turns; an idle one takes memory only.
-    share = ("--gpu-memory-utilization", SHARE_OF_TWO) if options.stock else ()
+    # All servers are up at once, so that their runs can take turns; an idle one takes memory only.
+    servers = 1 + options.stock + ("remote localizer" in options.localizers)
+    share = ("--gpu-memory-utilization", f"{SHARE_OF_ALL / servers:.2f}") if servers > 1 else ()
     if options.model is not None:
         return ToServe(options.model, (*QUIET, *share, *options.serve_args), {})
-    model = str(client.call(make_checkpoint, options.folder / "model", BENCH, weights=False))
-    args = [*QUIET, "--load-format", "dummy", "--max-model-len", str(MAX_MODEL_LEN)]
+    # vLLM's dummy weights give the same answer to all: no localizer may be made of them.
+    scaled = bool(options.localizers)
+    model = str(client.call(make_checkpoint, options.folder / "model", BENCH, weights=scaled))
+    args = [*QUIET, "--max-model-len", str(MAX_MODEL_LEN)]
+    args += [] if scaled else ["--load-format", "dummy"]
     # The dummy's vocabulary is so small that random questions begin alike now and then. The prefix cache
     # would answer those beginnings, a larger share of the pruned prompts.
     args.append("--no-enable-prefix-caching")
@@ -75,12 +80,18 @@ def started(
         )
 
     with ExitStack() as stack:
-        server = serve_with(options.crop_arguments, options.folder / "server.log")
+        asks_itself = "engine localizer" in options.localizers
+        localizer = engine_localizer(options) if asks_itself else None
+        server = serve_with(options.crop_arguments(localizer), options.folder / "server.log")
         capacity = KVCapacity.of_server(server.base_url)
         if options.stages:
             grouping = client.call(_grouping, num_layers, options.stages, capacity.block_size)
             capacity = capacity.of_grouping(grouping)
         targets = dict.fromkeys(options.modes, Target(server, capacity))
+        if "remote localizer" in options.localizers:
+            arguments = options.crop_arguments(remote_localizer(options, server))
+            asking = serve_with(arguments, options.folder / "asking_server.log")
+            targets["remote localizer"] = Target(asking, capacity)
         if options.stock:
             server = serve_with((), options.folder / "stock_server.log")
             targets["stock"] = Target(server, KVCapacity.of_server(server.base_url))

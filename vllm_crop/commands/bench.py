@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """`vllm-crop bench`: throughput, time to first token and KV memory, pruned against stock vLLM."""
 
+import json
 import shlex
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -14,6 +15,7 @@ from vllm_crop.benchmarking.decode_report import decode_json, print_decode
 from vllm_crop.benchmarking.machine import provenance
 from vllm_crop.benchmarking.options import Options
 from vllm_crop.benchmarking.report import print_report, write_json, write_report
+from vllm_crop.benchmarking.runs import LOCALIZED_MODES
 from vllm_crop.benchmarking.session import run_benchmark
 from vllm_crop.budget import Method
 from vllm_crop.commands.region_options import (
@@ -28,6 +30,7 @@ from vllm_crop.geometry import Region
 DEFAULT_REGION = ["0.375,0.375,0.625,0.625"]  # the four cells in the middle of the 8x8 grid
 METHODS: tuple[Method, ...] = ("plc", "ilp", "plc+ilp")
 DEFAULT_METHODS: list[str] = list(METHODS)
+LOCALIZERS = ("engine", "remote")
 DEFAULT_CONCURRENCY = [1, 4, 8]
 
 
@@ -70,6 +73,23 @@ def bench(
         bool,
         typer.Option(help="Compare with a server without the plugin, beside the other one."),
     ] = True,
+    localizer: Annotated[
+        list[str],
+        typer.Option(
+            metavar="|".join(LOCALIZERS),
+            help="Also measure requests without a region, for the first of the methods: the served model "
+            "finds it (engine), or another server (remote); repeat it for both.",
+        ),
+    ] = [],  # noqa: B006
+    localizer_config: Annotated[
+        str,
+        typer.Option(
+            metavar="JSON",
+            help="More of the server's `localizer` settings, such as "
+            """'{"base_url": "http://host:8000/v1", "model": "M"}' for remote, otherwise asked of the """
+            "benchmark's own server.",
+        ),
+    ] = "{}",
     decode: Annotated[
         bool,
         typer.Option("--decode", help="Measure what eviction costs a decode step instead, in a minute."),
@@ -96,6 +116,8 @@ def bench(
       vllm-crop bench --concurrency 1 --repeats 1
     What does eviction cost while answers are generated?
       vllm-crop bench --decode
+    Is it still faster if the server finds the region itself?
+      vllm-crop bench --method plc --localizer engine --localizer remote
     Your own model; its speed needs no weights, but both servers must fit:
       vllm-crop bench --model llava-hf/llava-1.5-7b-hf \\
         --serve-args "--load-format dummy" --concurrency 32 --num-prompts 128
@@ -109,6 +131,8 @@ def bench(
         raise typer.BadParameter(
             f"{num_prompts} requests cannot keep {max(concurrency)} in flight", param_hint="--num-prompts"
         )
+    if wrong := set(localizer).difference(LOCALIZERS):
+        raise typer.BadParameter(f"{', '.join(sorted(wrong))}: not of {LOCALIZERS}", param_hint="--localizer")
     if wrong := set(method).difference(METHODS):
         raise typer.BadParameter(f"{', '.join(sorted(wrong))}: not of {METHODS}", param_hint="--method")
     request = request_for_image(None, pruning_rate, DEFAULTS.compression, "ilp", eviction_layers)
@@ -127,6 +151,8 @@ def bench(
         stock=stock,
         serve_args=tuple(shlex.split(serve_args)),
         folder=result_file.parent,
+        localizers=tuple(mode for mode in LOCALIZED_MODES if mode.split()[0] in localizer),
+        localizer_config=_parse_settings(localizer_config),
     )
     console = Console(highlight=False)
     try:
@@ -139,6 +165,16 @@ def bench(
         console.print("Stopped, and the server with it.")
         raise typer.Exit(130) from None
     console.print(f"Every single run: {result_file}", markup=False)
+
+
+def _parse_settings(text: str) -> dict[str, Any]:
+    try:
+        settings = json.loads(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"no JSON: {error}", param_hint="--localizer-config") from None
+    if not isinstance(settings, dict):
+        raise typer.BadParameter("a JSON object is needed", param_hint="--localizer-config")
+    return settings
 
 
 def _run_load(options: Options, result_file: Path, console: Console) -> None:

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vllm_crop.compat.installation import ENTRY_POINT_GROUP, describe_installation
+from vllm_crop.compat.installation import ENDPOINT_GROUP, ENTRY_POINT_GROUP, describe_installation
+from vllm_crop.eviction.recommendation import BLOCK_SIZE, TEXT_TOKENS
 
 
 def check(
@@ -32,8 +33,10 @@ def _print_report(console: Console, report: Mapping[str, Any]) -> None:
     _print_rows(console, "Versions", report["versions"].items())
     console.print(f"  vllm-crop supports vllm{report['supported_vllm']}")
     _print_rows(console, f"Entry points of {ENTRY_POINT_GROUP}", report["entry_points"].items())
+    _print_rows(console, f"Entry points of {ENDPOINT_GROUP}", report["endpoint_plugins"].items())
     selected = report["vllm_plugins"]
-    console.print("  VLLM_PLUGINS is not set" if selected is None else f"  VLLM_PLUGINS={escape(selected)}")
+    unset = "VLLM_PLUGINS is not set: vLLM adds no endpoint plugin"
+    console.print(f"  {unset if selected is None else f'VLLM_PLUGINS={escape(selected)}'}")
     _print_upstream_points(console, report["upstream_points"])
     _print_heading(console, "Supported architectures")
     for architecture in report["architectures"]:
@@ -83,6 +86,23 @@ def _print_model(console: Console, model: Mapping[str, Any]) -> None:
     console.print(
         f"  [green]supported[/green]: {model['tokens_per_image']} tokens for an image of {width}x{height} "
         f"({model['layout']}), {model['num_layers']} decoder layers",
+        soft_wrap=True,
+    )
+    layers = ",".join(map(str, model["eviction_layers"]))
+    console.print(
+        f"  to begin with: eviction_layers [{layers}], which makes {model['kv_groups']} KV cache groups",
+        soft_wrap=True,
+    )
+    table = Table(box=None, padding=(0, 2))
+    for title in ("pruning_rate", "method", "image tokens by stage", "KV of the prompt"):
+        table.add_column(title)
+    for saving in model["savings"]:
+        tokens = ", ".join(map(str, saving["image_tokens"]))
+        table.add_row(f"{saving['pruning_rate']}", saving["method"], tokens, f"{saving['kv']:.2f}x")
+    console.print(table)
+    console.print(
+        f"  KV: of such an image with {TEXT_TOKENS} text tokens, in blocks of {BLOCK_SIZE}, on a server "
+        "prepared for this eviction, against vLLM without the plugin",
         soft_wrap=True,
     )
 

@@ -10,9 +10,9 @@ from rich.console import Console
 
 from vllm_crop.commands.region_options import parse_layers
 from vllm_crop.errors import CropError
-from vllm_crop.evaluation.cells import METHODS, RATES, make_grid
+from vllm_crop.evaluation.cells import METHODS, RATES, SERVER, make_grid
 from vllm_crop.evaluation.options import Engine, Options
-from vllm_crop.evaluation.regions import DESCRIPTIONS, SOURCES
+from vllm_crop.evaluation.regions import ALL_SOURCES, DESCRIPTIONS, SOURCES
 
 QUICK_PER_FAMILY = 20
 QUICK_RATES = [0.889]
@@ -83,12 +83,18 @@ def evaluate(
     Against a server of your own, started with: vllm serve DIR --plugin crop \\
         --crop-config '{"eviction_layers": [1], "position_ids": "original"}'
       vllm-crop eval --model DIR --base-url http://localhost:8000/v1 --methods plc,plc+ilp,resize
+    A server that finds regions itself, against regions the client asks it for:
+      make serve
+      vllm-crop eval --base-url http://localhost:8000/v1 --methods plc --regions localizer,server
     """
     _check_packages(served=engine == "vllm" and base_url is None, endpoint=base_url is not None)
+    sources = _choose(regions, ALL_SOURCES, "--regions")
+    if SERVER in sources and base_url is None:
+        raise typer.BadParameter(f"{SERVER} needs --base-url", param_hint="--regions")
     grid = make_grid(
         _choose(methods, METHODS, "--methods"),
         QUICK_RATES if quick else _parse_rates(rates),
-        _choose(regions, SOURCES, "--regions"),
+        sources,
     )
     options = Options(
         model,

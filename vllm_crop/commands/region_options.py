@@ -119,7 +119,7 @@ def plan_for_image(geometry: VisionGeometry, width: int, height: int, request: I
     """
     try:
         if request.eviction_layers:
-            check_eviction_layers(request.eviction_layers, geometry.num_layers)
+            check_eviction_layers(request.eviction_layers, geometry.num_layers, geometry.first_eviction_layer)
         return plan_image(geometry, width, height, request)
     except BudgetError as error:
         raise typer.BadParameter(str(error), param_hint="--eviction-layers") from None

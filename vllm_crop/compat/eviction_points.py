@@ -109,6 +109,42 @@ EVICTION_POINTS = (
         "the same",
     ),
     UpstreamPoint(
+        "vllm.model_executor.models.qwen3",
+        "Qwen3DecoderLayer.forward",
+        ("self", "positions", "hidden_states", "residual"),
+        "runs layers in stages",
+    ),
+    UpstreamPoint(
+        "vllm.model_executor.models.qwen3_moe",
+        "Qwen3MoeDecoderLayer.forward",
+        ("self", "positions", "hidden_states", "residual"),
+        "runs layers in stages",
+    ),
+    *(
+        UpstreamPoint(
+            f"vllm.model_executor.models.{module}",
+            f"{decoder}.forward",
+            (
+                *("self", "input_ids", "positions", "intermediate_tensors", "inputs_embeds"),
+                "deepstack_input_embeds",
+            ),
+            "is what the stages do: deepstack features are added after the first layers",
+        )
+        for module, decoder in (("qwen3_vl", "Qwen3LLMModel"), ("qwen3_vl_moe", "Qwen3MoeLLMModel"))
+    ),
+    UpstreamPoint(
+        "vllm.model_executor.models.qwen3_vl",
+        "Qwen3VLForConditionalGeneration._get_deepstack_input_embeds",
+        ("self", "num_tokens"),
+        "gives a step's deepstack rows, in buffers that captured graphs read",
+    ),
+    UpstreamPoint(
+        "vllm.model_executor.models.qwen3_vl",
+        "Qwen3VLForConditionalGeneration._clear_deepstack_input_embeds",
+        ("self", "num_tokens"),
+        "clears them after a step in stages",
+    ),
+    UpstreamPoint(
         "vllm.compilation.decorators",
         "support_torch_compile",
         ("cls", "dynamic_arg_dims"),

@@ -8,6 +8,7 @@ import logging
 import os
 import platform
 from collections.abc import Iterator
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from typing import Any
 
@@ -19,11 +20,14 @@ from vllm_crop.compat import vllm as compat
 from vllm_crop.compat.eviction_points import CPU_RUNNER_POINTS, EVICTION_POINTS
 from vllm_crop.config import CropConfig
 from vllm_crop.errors import CropError
+from vllm_crop.eviction.grouping import predict_grouping
+from vllm_crop.eviction.recommendation import BLOCK_SIZE, recommended_layer, savings
 from vllm_crop.eviction.refusals import refused_with_eviction
 from vllm_crop.frontend.refusals import REFUSED, uses_rust_front_end
-from vllm_crop.vision_geometry import FAMILIES
+from vllm_crop.vision_geometry import FAMILIES, VisionGeometry
 
 ENTRY_POINT_GROUP, ENTRY_POINT = "vllm.general_plugins", "crop"
+ENDPOINT_GROUP = "vllm.endpoint_plugins"  # of the playground; added only where VLLM_PLUGINS names it
 NOT_INSTALLED, BROKEN = "not installed", "broken"
 _EXAMPLE_SIZE = (640, 480)
 
@@ -52,6 +56,7 @@ def describe_installation(model: str | None = None) -> dict[str, Any]:
         },
         "supported_vllm": str(compat.SUPPORTED_VERSIONS),
         "entry_points": _found_entry_points(),
+        "endpoint_plugins": _found_entry_points(ENDPOINT_GROUP),
         "vllm_plugins": os.environ.get("VLLM_PLUGINS"),
         "upstream_points": upstream_points,
         "architectures": sorted(FAMILIES),
@@ -63,7 +68,7 @@ def describe_installation(model: str | None = None) -> dict[str, Any]:
 
 
 def describe_checkpoint(model: str) -> dict[str, Any]:
-    """Whether a checkpoint can be pruned, with its grid, or why not."""
+    """Whether a checkpoint can be pruned, with its grid and what that saves, or why not."""
     try:
         geometry = load_geometry(model)
         grid = geometry.grid(*_EXAMPLE_SIZE)
@@ -77,6 +82,17 @@ def describe_checkpoint(model: str) -> dict[str, Any]:
         "layout": grid.describe(),
         "tokens_per_image": grid.num_tokens,
         "num_layers": geometry.num_layers,
+        **_describe_eviction(grid.num_tokens, geometry),
+    }
+
+
+def _describe_eviction(num_tokens: int, geometry: VisionGeometry) -> dict[str, Any]:
+    num_layers = geometry.num_layers
+    layer = recommended_layer(num_layers, geometry.first_eviction_layer)
+    return {
+        "eviction_layers": [layer],
+        "kv_groups": len(predict_grouping(num_layers, (layer,), BLOCK_SIZE).groups),
+        "savings": [asdict(saving) for saving in savings(num_tokens, num_layers, layer)],
     }
 
 
@@ -137,8 +153,8 @@ def _environment_problems() -> list[str]:
     return problems
 
 
-def _found_entry_points() -> dict[str, str]:
-    return {found.name: found.value for found in entry_points(group=ENTRY_POINT_GROUP)}
+def _found_entry_points(group: str = ENTRY_POINT_GROUP) -> dict[str, str]:
+    return {found.name: found.value for found in entry_points(group=group)}
 
 
 def _version_of(distribution: str) -> str:

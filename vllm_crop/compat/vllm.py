@@ -25,6 +25,8 @@ MODEL_MODULES = {
     "LlavaNextForConditionalGeneration": "vllm_crop.models.llava_next",
     "LlavaOnevisionForConditionalGeneration": "vllm_crop.models.llava_onevision",
     "Qwen2_5_VLForConditionalGeneration": "vllm_crop.models.qwen2_5_vl",
+    "Qwen3VLForConditionalGeneration": "vllm_crop.models.qwen3_vl",
+    "Qwen3VLMoeForConditionalGeneration": "vllm_crop.models.qwen3_vl_moe",
 }
 
 
@@ -159,6 +161,18 @@ UPSTREAM_POINTS = (
     UpstreamPoint(
         "vllm.model_executor.models.qwen2_5_vl",
         "Qwen2_5_VLForConditionalGeneration.get_mrope_input_positions",
+        ("self", "input_tokens", "mm_features"),
+        "numbers the unpruned prompt, of which the tokens that are left keep their numbers",
+    ),
+    UpstreamPoint(
+        "vllm.model_executor.models.qwen3_vl",
+        "Qwen3VLForConditionalGeneration.embed_multimodal",
+        ("self", "kwargs"),
+        "returns compressed embeddings, deepstack features beside them",
+    ),
+    UpstreamPoint(
+        "vllm.model_executor.models.qwen3_vl",
+        "Qwen3VLForConditionalGeneration.get_mrope_input_positions",
         ("self", "input_tokens", "mm_features"),
         "numbers the unpruned prompt, of which the tokens that are left keep their numbers",
     ),

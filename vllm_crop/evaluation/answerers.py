@@ -9,6 +9,7 @@ from vllm_crop.evaluation.asking import Answerer
 from vllm_crop.evaluation.cells import GridCell
 from vllm_crop.evaluation.options import Options
 from vllm_crop.evaluation.served.accounting import Accounting
+from vllm_crop.smart_resize import SmartResize
 
 
 class Answerers:
@@ -52,7 +53,6 @@ class Answerers:
         from transformers import AutoProcessor
 
         from vllm_crop.checkpoint_files import load_geometry
-        from vllm_crop.evaluation.checkpoint_size import token_size
 
         model, config = str(self.options.model), None
         if self.options.prunes:
@@ -62,4 +62,5 @@ class Answerers:
                 raise CropError(f"{error}. On transformers it works: add --engine transformers") from None
             config = CropConfig.from_mapping(self.options.crop_settings())
         processor = AutoProcessor.from_pretrained(model)
-        return Accounting(model, processor, token_size(processor), config)
+        resize = SmartResize.of_processor(processor.image_processor)
+        return Accounting(model, processor, resize, config)

@@ -9,9 +9,10 @@ from PIL import Image
 
 from vllm_crop.budget import retained_count
 from vllm_crop.evaluation.cells import CROP_METHODS, LOCATE, GridCell
-from vllm_crop.evaluation.controls import TokenSize, resized, thumbnail_and_crop
+from vllm_crop.evaluation.controls import resized, thumbnail_and_crop
 from vllm_crop.evaluation.questions import TestScene
 from vllm_crop.geometry import Region
+from vllm_crop.smart_resize import SmartResize
 from vllm_crop.tinyvqa import words
 from vllm_crop.tinyvqa.drawing import thumbnail
 
@@ -53,7 +54,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class SceneTask:
-    """The questions of a scene, each with its region; None: to be served unpruned."""
+    """The questions of a scene, each with its region; None: to be served unpruned, or as the server finds."""
 
     scene: TestScene
     regions: tuple[Region | None, ...]
@@ -76,7 +77,7 @@ class Answerer(Protocol):
         ...
 
 
-def ask(cell: GridCell, task: SceneTask, size: TokenSize) -> list[Asked]:
+def ask(cell: GridCell, task: SceneTask, resize: SmartResize) -> list[Asked]:
     """Every question of a scene."""
     picture = task.scene.picture()
     texts = [question.text for question in task.scene.questions]
@@ -87,23 +88,25 @@ def ask(cell: GridCell, task: SceneTask, size: TokenSize) -> list[Asked]:
         return [Asked((), text) for text in texts]
     if cell.pruning_rate is None:
         return [Asked((picture,), text) for text in texts]
-    tokens = retained_count(size.grid(picture).num_tokens, cell.pruning_rate)
+    tokens = retained_count(resize.grid(*picture.size).num_tokens, cell.pruning_rate)
     if cell.method == "resize":
-        small = resized(picture, tokens, size)
+        small = resized(picture, tokens, resize)
         return [Asked((small,), text) for text in texts]
     pairs = list(zip(texts, task.regions, strict=True))
     if cell.method == "two-images":
-        return [_with_crop(picture, text, region, tokens, size) for text, region in pairs]
+        return [_with_crop(picture, text, region, tokens, resize) for text, region in pairs]
     assert cell.method in CROP_METHODS, f"{cell.method} cannot be served"
     return [Asked((picture,), text, _crop_field(cell, region)) for text, region in pairs]
 
 
-def _with_crop(picture: Image.Image, text: str, region: Region | None, tokens: int, size: TokenSize) -> Asked:
+def _with_crop(
+    picture: Image.Image, text: str, region: Region | None, tokens: int, resize: SmartResize
+) -> Asked:
     """Where there is nothing to crop, the picture itself."""
-    images = [picture] if region is None else thumbnail_and_crop(picture, region, tokens, size)
+    images = [picture] if region is None else thumbnail_and_crop(picture, region, tokens, resize)
     return Asked(tuple(images), text)
 
 
 def _crop_field(cell: GridCell, region: Region | None) -> dict[str, Any]:
-    regions = [None if region is None else region.as_lists()]
-    return {"regions": regions, "pruning_rate": cell.pruning_rate, "method": cell.method}
+    regions = {"regions": [None if region is None else region.as_lists()]} if cell.sends_regions else {}
+    return {**regions, "pruning_rate": cell.pruning_rate, "method": cell.method}

@@ -14,7 +14,8 @@ CONTROLS = {
 }
 METHODS: tuple[str, ...] = ("off", *CROP_METHODS, *CONTROLS, *RIVAL_TITLES)
 RATES = (0.667, 0.778, 0.889, 0.926)
-TRUSTED = ("localizer", "oracle")  # sources of regions that are meant to help
+SERVER = "server"  # requests carry no region: the server finds one
+TRUSTED = ("localizer", "oracle", SERVER)  # sources of regions that are meant to help
 LOCATE = "locate"  # the localizer's own answers; no row of the table
 
 
@@ -47,6 +48,11 @@ class GridCell:
         return "-".join(part for part in (self.method, self.region, rate) if part)
 
     @property
+    def sends_regions(self) -> bool:
+        """Whether its requests say where to look."""
+        return self.region not in (None, SERVER)
+
+    @property
     def is_rival(self) -> bool:
         """Whether only the transformers runner can do it."""
         return self.method in RIVAL_TITLES
@@ -69,7 +75,7 @@ def make_grid(methods: Sequence[str], rates: Sequence[float], regions: Sequence[
             sources = [one for one in regions if method == first or one in TRUSTED]
             grid += [GridCell(method, source, rate) for source in sources for rate in rates]
         elif method == "two-images":
-            sources = [one for one in regions if one in TRUSTED]
+            sources = [one for one in regions if one in TRUSTED and one != SERVER]
             grid += [GridCell(method, source, rate) for source in sources for rate in rates]
         elif method != "off":
             grid += [GridCell(method, None, rate) for rate in rates]

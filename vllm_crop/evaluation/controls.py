@@ -2,31 +2,11 @@
 """What a user would do without pruning: a smaller picture, or a thumbnail with the part that matters."""
 
 import math
-from dataclasses import dataclass
 
 from PIL import Image
 
-from vllm_crop.geometry import Region, TokenGrid
-
-
-@dataclass(frozen=True)
-class TokenSize:
-    """How the checkpoint's image processor turns pixels into tokens.
-
-    Attributes:
-        pixels: the side of a visual token.
-        least: visual tokens of the smallest image; smaller ones are enlarged.
-    """
-
-    pixels: int
-    least: int
-
-    def grid(self, image: Image.Image) -> TokenGrid:
-        """The tokens of an image whose sides are whole tokens."""
-        rows, cols = image.height / self.pixels, image.width / self.pixels
-        assert rows.is_integer(), f"{image.height} pixels are no whole tokens"
-        assert cols.is_integer(), f"{image.width} pixels are no whole tokens"
-        return TokenGrid(int(rows), int(cols))
+from vllm_crop.geometry import Region
+from vllm_crop.smart_resize import SmartResize
 
 
 def near_square(tokens: int, aspect: float = 1.0) -> tuple[int, int]:
@@ -40,36 +20,36 @@ def near_square(tokens: int, aspect: float = 1.0) -> tuple[int, int]:
     return min(candidates, key=lambda size: (abs(size[0] * size[1] - tokens), size))
 
 
-def resized(picture: Image.Image, tokens: int, size: TokenSize) -> Image.Image:
+def resized(picture: Image.Image, tokens: int, resize: SmartResize) -> Image.Image:
     """The picture at about this many visual tokens."""
-    rows, cols = near_square(max(tokens, size.least), picture.width / picture.height)
-    return picture.resize((cols * size.pixels, rows * size.pixels), Image.Resampling.BOX)
+    rows, cols = near_square(max(tokens, resize.min_tokens), picture.width / picture.height)
+    return picture.resize((cols * resize.token_side, rows * resize.token_side), Image.Resampling.BOX)
 
 
 def thumbnail_and_crop(
-    picture: Image.Image, region: Region, tokens: int, size: TokenSize
+    picture: Image.Image, region: Region, tokens: int, resize: SmartResize
 ) -> list[Image.Image]:
     """Two images of about `tokens` visual tokens together: the whole, and the region's bounding box.
 
     The box keeps its resolution unless it would take more than half of the tokens. It is never smaller than
     the processor allows.
     """
-    crop = _crop(picture, region, size)
-    wanted = size.grid(crop).num_tokens
+    crop = _crop(picture, region, resize)
+    wanted = resize.grid(*crop.size).num_tokens
     if wanted > tokens / 2:
-        crop = resized(crop, max(size.least, tokens // 2), size)
-        wanted = size.grid(crop).num_tokens
-    return [resized(picture, tokens - wanted, size), crop]
+        crop = resized(crop, max(resize.min_tokens, tokens // 2), resize)
+        wanted = resize.grid(*crop.size).num_tokens
+    return [resized(picture, tokens - wanted, resize), crop]
 
 
-def _crop(picture: Image.Image, region: Region, size: TokenSize) -> Image.Image:
-    grid = size.grid(picture)
+def _crop(picture: Image.Image, region: Region, resize: SmartResize) -> Image.Image:
+    grid = resize.grid(*picture.size)
     spans = [grid.span(box) for box in region.boxes]
-    side = math.ceil(math.sqrt(size.least))
+    side = math.ceil(math.sqrt(resize.min_tokens))
     top, bottom = _widened(min(s[0] for s in spans), max(s[1] for s in spans), side, grid.rows)
     left, right = _widened(min(s[2] for s in spans), max(s[3] for s in spans), side, grid.cols)
     edges = (left, top, right, bottom)
-    x0, y0, x1, y1 = (size.pixels * edge for edge in edges)
+    x0, y0, x1, y1 = (resize.token_side * edge for edge in edges)
     return picture.crop((x0, y0, x1, y1))
 
 

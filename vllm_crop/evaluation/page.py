@@ -19,11 +19,11 @@ th, td { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid #8884
 th:first-child, td:first-child { text-align: left; }
 img { max-width: 100%; } .scroll { overflow-x: auto; } pre { white-space: pre-wrap; font-size: 12px; }
 """
-_COLUMNS = (
+COLUMNS = (
     *("method", "rate", "tokens: local / all", "local %", "retained %", "all %", "retained %", "TTFT ms"),
     *("KV tokens", *FAMILIES, "engine", "ms / question"),
 )
-_NOTES = (
+NOTES = (
     "Exact match of the whole answer. In brackets: 95 % intervals, Wilson for accuracy, paired for retention "
     "(accuracy as a share of the unpruned model's on the same questions) and for margins.",
     "local: read, relation and compare, which can be answered from a region. all: with search and count, "
@@ -49,10 +49,10 @@ def _parts(report: Report, curves: Path) -> Iterator[str]:
     yield "<!doctype html><html lang=en><meta charset=utf-8><title>vllm-crop eval</title>"
     yield f"<style>{_STYLE}</style><h1>Do answers survive pruning?</h1>"
     yield f'<img alt="Accuracy against visual tokens" src="data:image/png;base64,{image}">'
-    yield "".join(f"<p>{escape(note)}</p>" for note in _NOTES)
+    yield "".join(f"<p>{escape(note)}</p>" for note in NOTES)
     if report.localizer:
         yield f"<p>{escape(describe_localizer(report.localizer))}</p>"
-    yield _table(_COLUMNS, [_cells(row) for row in report.rows])
+    yield _table(COLUMNS, [row_cells(row) for row in report.rows])
     for row in report.rows:
         if row.impossible:
             rate = f"{row.cell.pruning_rate:g}"
@@ -63,7 +63,7 @@ def _parts(report: Report, curves: Path) -> Iterator[str]:
         yield _table(headings, [_margin_cells(report, index) for index in range(len(report.margins))])
     if report.thresholds:
         yield "<h2>Doubtful regions: the whole image below a confidence</h2>"
-        columns = ("CROP", "rate", "whole below", "regions used", *_COLUMNS[2:6])
+        columns = ("CROP", "rate", "whole below", "regions used", *COLUMNS[2:6])
         yield _table(columns, [_threshold_cells(row) for row in report.thresholds])
     if report.agreements:
         yield "<h2>Answers that plain transformers give too, word for word</h2>"
@@ -72,10 +72,11 @@ def _parts(report: Report, curves: Path) -> Iterator[str]:
     yield f"<h2>Provenance</h2><pre>{escape(json.dumps(report.provenance, indent=2))}</pre></html>"
 
 
-def _cells(row: Row) -> list[str]:
+def row_cells(row: Row) -> list[str]:
+    """A row under COLUMNS, as text."""
     cells = table_cells(row)
     if row.impossible:
-        return [*cells, *[""] * (len(_COLUMNS) - len(cells))]
+        return [*cells, *[""] * (len(COLUMNS) - len(cells))]
     families = [f"{100 * row.families[family].value:.1f}" for family in FAMILIES]
     pace = f"{1e3 * row.seconds_per_question:.1f}"
     return [*cells, f"{row.groups['all'].kv_tokens:.0f}", *families, row.engine, pace]

@@ -5,6 +5,7 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
+from vllm_crop.evaluation.cells import SERVER
 from vllm_crop.evaluation.questions import TestScene
 from vllm_crop.geometry import Box, Region
 from vllm_crop.localizers.base import UnreadableAnswerError
@@ -13,6 +14,7 @@ from vllm_crop.tinyvqa.questions import CellBox, Question
 
 Source = Literal["oracle", "localizer", "random", "centre", "shuffled", "whole"]
 SOURCES: tuple[str, ...] = get_args(Source)
+ALL_SOURCES = (*SOURCES, SERVER)
 DESCRIPTIONS: dict[str, str] = {
     "oracle": "the smallest region that holds the answer",
     "localizer": "where the model itself says to look, from the thumbnail",
@@ -20,6 +22,7 @@ DESCRIPTIONS: dict[str, str] = {
     "centre": "a box of the true one's size, in the middle",
     "shuffled": "the true region of another question of the family, about another scene",
     "whole": "the whole image, pruned evenly",
+    SERVER: "where the server's own localizer says, not asked unless named and only with --base-url",
 }
 
 

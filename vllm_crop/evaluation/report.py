@@ -53,7 +53,8 @@ def make_report(
 
 
 def write_report(folder: Path, report: Report) -> None:
-    """`results.json`, `curves.png` and `index.html`."""
+    """`results.json`, `curves.png`, `index.html` and `README.md`."""
+    from vllm_crop.evaluation.markdown import write_markdown
     from vllm_crop.evaluation.page import write_page
 
     numbers = {
@@ -67,6 +68,7 @@ def write_report(folder: Path, report: Report) -> None:
     write_json(folder / "results.json", numbers)
     draw_curves(report.rows, folder / "curves.png")
     write_page(folder / "index.html", report, folder / "curves.png")
+    write_markdown(folder / "README.md", report)
 
 
 def print_report(console: Console, report: Report) -> None:

@@ -83,7 +83,7 @@ class Session:
         self, answerer: Answerer, cell: GridCell, located: Located | None, progress: Progress
     ) -> Iterator[list[Answer]]:
         every = make_tasks(cell, self.scenes, located)
-        if cell.region is None:
+        if not cell.sends_regions:
             yield from self._ask(answerer, cell, every, progress)
             return
         # Without a region a question is the unpruned model's own, which has answered it.
@@ -110,9 +110,9 @@ class Session:
             progress.remove_task(bar)
 
     def _ttft(self, answerer: Answerer, cell: GridCell) -> float | None:
-        """Timed with true regions: the localizer's own time is that of its own cell."""
+        """Timed with true regions, if any are sent: the localizer's own time is that of its own cell."""
         scenes = make_test_set(TIMED, TIMED_SEED + hash_of(cell))[:TIMED]
-        known = cell if cell.region is None else GridCell(cell.method, "oracle", cell.pruning_rate)
+        known = GridCell(cell.method, "oracle", cell.pruning_rate) if cell.sends_regions else cell
         return answerer.ttft_ms(cell, make_tasks(known, scenes, None))
 
 
@@ -123,7 +123,7 @@ def hash_of(cell: GridCell) -> int:
 
 def make_tasks(cell: GridCell, scenes: Sequence[TestScene], located: Located | None) -> list[SceneTask]:
     """The questions of all scenes with the regions of a cell."""
-    if cell.region is None:
+    if cell.region is None or not cell.sends_regions:
         return [SceneTask(scene, (None,) * len(scene.questions)) for scene in scenes]
     regions = regions_for(cell.region, scenes, located)
     return [SceneTask(scene, tuple(row)) for scene, row in zip(scenes, regions, strict=True)]

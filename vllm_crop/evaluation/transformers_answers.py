@@ -10,12 +10,12 @@ from typing import cast
 from vllm_crop.budget import Method
 from vllm_crop.evaluation.asking import ANSWER_STEPS, Answer, Asked, SceneTask, ask
 from vllm_crop.evaluation.cells import CROP_METHODS, OFF, GridCell
-from vllm_crop.evaluation.checkpoint_size import token_size
 from vllm_crop.evaluation.crop_pruning import crop_pruning
 from vllm_crop.evaluation.rivals.registry import RIVALS
 from vllm_crop.evaluation.runner.qwen import UNPRUNED, QwenRunner, Reply
 from vllm_crop.evaluation.runner.seam import Pruning, Seen
 from vllm_crop.plan import make_plan
+from vllm_crop.smart_resize import SmartResize
 from vllm_crop.tinyvqa.drawing import draw_scene
 from vllm_crop.tinyvqa.scenes import Scene
 
@@ -41,7 +41,7 @@ class TransformersAnswers:
     def __init__(self, checkpoint: Path | str, eviction_layers: tuple[int, ...]) -> None:
         self.runner = QwenRunner(checkpoint)
         self.eviction_layers = eviction_layers
-        self.size = token_size(self.runner.processor)
+        self.resize = SmartResize.of_processor(self.runner.processor.image_processor)
         self._see_picture = lru_cache(_SCENES_KEPT)(self._see_scene)
 
     def answer(self, cell: GridCell, tasks: Sequence[SceneTask]) -> list[list[Answer]]:
@@ -71,7 +71,7 @@ class TransformersAnswers:
         elif cell.method in CROP_METHODS:
             yield from self._crop_groups(cell, task, texts)
         else:
-            yield from self._as_asked(ask(cell, task, self.size))
+            yield from self._as_asked(ask(cell, task, self.resize))
 
     def _crop_groups(self, cell: GridCell, task: SceneTask, texts: list[str]) -> Iterator[_Group]:
         assert cell.pruning_rate is not None

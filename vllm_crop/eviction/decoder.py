@@ -15,6 +15,7 @@ from torch import nn
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
+from vllm.sequence import IntermediateTensors
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from vllm_crop.errors import UnsupportedModelError
@@ -24,7 +25,8 @@ from vllm_crop.eviction.settings import EvictionSettings
 from vllm_crop.eviction.start_report import expected_grouping
 
 # Decoders whose forward is: embed, then `layer(positions, hidden_states, residual)` each, then the norm.
-DECODERS = ("LlamaModel", "MistralModel", "Qwen2Model")
+# After the first layers visual features may be added to the hidden states (deepstack).
+DECODERS = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3LLMModel", "Qwen3MoeLLMModel")
 
 
 class StagedAttention(Attention):
@@ -117,7 +119,11 @@ class EvictingDecoder:
         return not self.segments[0].do_not_compile
 
     def run(
-        self, dropping: DroppingStep | None, inputs_embeds: torch.Tensor, positions: torch.Tensor
+        self,
+        dropping: DroppingStep | None,
+        inputs_embeds: torch.Tensor,
+        positions: torch.Tensor,
+        added: IntermediateTensors | None = None,
     ) -> torch.Tensor:
         """Run a step in stages.
 
@@ -125,12 +131,15 @@ class EvictingDecoder:
             dropping: None if all rows run through all layers.
             inputs_embeds: `[num_tokens with padding, hidden]`.
             positions: `[num_tokens with padding]`, or `[3, num_tokens with padding]` with M-RoPE.
+            added: what is added to the rows after layer 0, 1, ..., `[num_tokens with padding, hidden]` each;
+                no stage may begin before it is.
 
         Returns:
             `[num_tokens with padding, hidden]`: rows keep their places, those dropped are zero.
         """
+        assert added is None or len(added) <= self.segments[0].num_layers
         with _graph_mode_restored() as context:
-            hidden, residual = self.segments[0](positions, inputs_embeds, None)
+            hidden, residual = self.segments[0](positions, inputs_embeds, None, added)
             if dropping is None:
                 for boundary, segment in enumerate(self.segments[1:]):
                     hidden, residual = self._across(boundary, hidden, residual, context)

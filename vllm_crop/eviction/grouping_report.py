@@ -32,8 +32,12 @@ def describe(
     ]
 
 
-def warning(grouping: KVGrouping) -> str | None:
-    """A line for the log if padding wastes more than `TOLERANCE`, with the nearest layers that do not."""
+def warning(grouping: KVGrouping, first: int = 1) -> str | None:
+    """A line for the log if padding wastes more than `TOLERANCE`, with the nearest layers that do not.
+
+    Args:
+        first: the first layer the model can evict at.
+    """
     if grouping.padding_fraction <= TOLERANCE:
         return None
     text = (
@@ -41,7 +45,11 @@ def warning(grouping: KVGrouping) -> str | None:
         f"request take {grouping.padding_fraction:.1%} more KV memory than in plain vLLM"
     )
     better = nearest_good_layers(
-        grouping.num_layers, grouping.eviction_layers, grouping.block_size, packed=grouping.packed
+        grouping.num_layers,
+        grouping.eviction_layers,
+        grouping.block_size,
+        first=first,
+        packed=grouping.packed,
     )
     if better is None:
         return f"{text}."
@@ -54,18 +62,19 @@ def nearest_good_layers(
     block_size: int,
     tolerance: float = TOLERANCE,
     *,
+    first: int = 1,
     packed: bool = False,
 ) -> tuple[int, ...] | None:
     """Eviction layers that waste at most `tolerance`, moved by the fewest layers in all, early ones first.
 
     None where `eviction_layers` waste no more themselves, and where no others of their number do better.
-    `packed`: for a layout with the blocks outermost.
+    `first`: the first layer the model can evict at. `packed`: for a layout with the blocks outermost.
     """
     predict = predict_packed_grouping if packed else predict_grouping
     if predict(num_layers, eviction_layers, block_size).padding_fraction <= tolerance:
         return None
     for distance in range(1, num_layers * len(eviction_layers)):
-        for layers in _moved(tuple(eviction_layers), distance, 0, num_layers):
+        for layers in _moved(tuple(eviction_layers), distance, first - 1, num_layers):
             if predict(num_layers, layers, block_size).padding_fraction <= tolerance:
                 return layers
     return None

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 from vllm.compilation.backends import set_model_tag
 from vllm.compilation.decorators import support_torch_compile
+from vllm.sequence import IntermediateTensors
 
-_ROWS = {"positions": -1, "hidden_states": 0, "residual": 0}  # M-RoPE positions are [3, rows]
+_ROWS = {"positions": -1, "hidden_states": 0, "residual": 0, "added": 0}  # M-RoPE positions are [3, rows]
 
 
 def make_segment(layers: Sequence[Any], first: int, norm: Any | None) -> Any:
@@ -30,6 +31,7 @@ def make_segment(layers: Sequence[Any], first: int, norm: Any | None) -> Any:
             super().__init__()
             # In a tuple, as they belong to the decoder: a module's own modules show up as its weights.
             self.of_decoder = (tuple(layers), norm)
+            self.num_layers = len(layers)
 
     # vLLM finds compiled code in its cache by the name and the line of `forward`.
     code = types.FunctionType(_forward.__code__, _forward.__globals__, "forward", _forward.__defaults__)
@@ -42,11 +44,18 @@ def make_segment(layers: Sequence[Any], first: int, norm: Any | None) -> Any:
 
 
 def _forward(
-    self: Any, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor | None
+    self: Any,
+    positions: torch.Tensor,
+    hidden_states: torch.Tensor,
+    residual: torch.Tensor | None,
+    added: IntermediateTensors | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     layers, norm = self.of_decoder
-    for layer in layers:
+    additions = [] if added is None else list(added.tensors.values())
+    for index, layer in enumerate(layers):
         hidden_states, residual = layer(positions, hidden_states, residual)
+        if index < len(additions):
+            hidden_states = hidden_states + additions[index]
     if norm is not None:
         hidden_states, residual = norm(hidden_states, residual)
     assert residual is not None

@@ -58,7 +58,7 @@ def report_start(
     kept = retained_per_stage(image_tokens, config.pruning_rate, method, geometry.num_layers, stages)
     for line in describe(expected, image_tokens, kept):
         logger.info(line)
-    if wasteful := warning(expected):
+    if wasteful := warning(expected, geometry.first_eviction_layer):
         logger.warning(wasteful)
 
 

@@ -22,7 +22,7 @@ from vllm_crop.localizers.questions import normalised, questions_of
 from vllm_crop.localizers.shared import SharedAnswers
 from vllm_crop.localizers.thumbnails import as_image, image_key
 from vllm_crop.metrics import crop_metrics
-from vllm_crop.params import CropParams
+from vllm_crop.params import CropParams, is_off
 from vllm_crop.vision_geometry import VisionGeometry
 
 LOCALIZERS: dict[str, Callable[[Any, VisionGeometry, CropConfig], Localizer]] = {
@@ -149,9 +149,7 @@ def images_sought(
     items = data.get("image")
     items = [] if items is None else items if isinstance(items, list | tuple) else [items]
     pinning = params.localize or config.localizer.conversation
-    rate = config.pruning_rate if params.pruning_rate is None else params.pruning_rate
-    off = (params.method or config.method) == "off" or rate == 0
-    if not items or params.regions is not None or pinning == "off" or off:
+    if not items or params.regions is not None or pinning == "off" or is_off(params, config):
         return []
     questions = questions_of(messages, pinning)
     if params.question is not None or len(questions) != len(items):

@@ -83,7 +83,10 @@ def refuse_budget(model_config: Any, config: CropConfig) -> None:
     """
     geometry = geometry_from_configs(model_config.hf_config.to_dict(), {})
     try:
-        check_eviction_layers(config.stages, geometry.num_layers)
+        check_eviction_layers(config.stages, geometry.num_layers, geometry.first_eviction_layer)
+    except BudgetError as error:
+        raise UnsupportedFlagError(f"--crop-config {error}") from None
+    try:
         retained_per_stage(
             geometry.max_tokens,
             config.pruning_rate,

@@ -6,6 +6,8 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
+from importlib.util import find_spec
 from typing import Any
 
 from PIL import Image
@@ -30,39 +32,44 @@ class OpenAILocalizer:
         Raises:
             LocalizerError: the package openai is not installed.
         """
-        try:
-            import openai
-        except ImportError:
-            raise LocalizerError("localizer.kind 'openai' needs: pip install openai") from None
+        if find_spec("openai") is None:
+            raise LocalizerError("localizer.kind 'openai' needs: pip install openai")
         self.config = config
         self.dialect = dialect_with(config.dialect, config.prompt)
         self.version = f"openai {config.base_url} {config.model} {config.dialect} {self.dialect.prompt}"
-        options: dict[str, Any] = {
+        self._options: dict[str, Any] = {
             "base_url": config.base_url,
             "api_key": os.environ.get(config.api_key_env) or "none",
             "max_retries": config.max_retries,
             "timeout": config.timeout_s,
         }
-        # A localizer that sends us elsewhere is none: the key and the picture stay where they belong.
-        self.client = openai.AsyncOpenAI(
-            http_client=openai.DefaultAsyncHttpxClient(follow_redirects=False), **options
-        )
-        self.offline_client = openai.OpenAI(
-            http_client=openai.DefaultHttpxClient(follow_redirects=False), **options
-        )
+
+    # A localizer that sends us elsewhere is none: the key and the picture stay where they belong.
+
+    @cached_property
+    def _client(self) -> Any:
+        from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+
+        return AsyncOpenAI(http_client=DefaultAsyncHttpxClient(follow_redirects=False), **self._options)
+
+    @cached_property
+    def _offline_client(self) -> Any:
+        from openai import DefaultHttpxClient, OpenAI
+
+        return OpenAI(http_client=DefaultHttpxClient(follow_redirects=False), **self._options)
 
     async def locate(self, image: Image.Image, question: str) -> Located:
         """Ask, and read the answer strictly."""
         url, size = await asyncio.to_thread(_picture, image, self.config)
         with _as_localizer_error():
-            completion = await self.client.chat.completions.create(**self._request(url, question))
+            completion = await self._client.chat.completions.create(**self._request(url, question))
         return self._read(completion, size)
 
     def locate_now(self, image: Image.Image, question: str) -> Located:
         """The same without an event loop."""
         url, size = _picture(image, self.config)
         with _as_localizer_error():
-            completion = self.offline_client.chat.completions.create(**self._request(url, question))
+            completion = self._offline_client.chat.completions.create(**self._request(url, question))
         return self._read(completion, size)
 
     def _request(self, url: str, question: str) -> dict[str, Any]:

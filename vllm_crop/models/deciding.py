@@ -17,7 +17,6 @@ from vllm_crop.plan import TokenPlan
 from vllm_crop.vision_geometry import VisionGeometry
 
 _REMEMBERED_SIZES = 65536  # images; a uuid alone does not say how large its image is
-_MROPE_ROOM = 4  # times the model's positions (vllm/model_executor/layers/rotary_embedding/mrope.py)
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ class ImageDecider:
         beyond = sum(decision.positions_beyond for decision in decisions)
         model_config = self.info.ctx.model_config
         positions = model_config.hf_text_config.max_position_embeddings
-        positions *= _MROPE_ROOM if self.geometry.uses_mrope else 1
+        positions *= self.geometry.rotary_room
         if model_config.max_model_len + beyond > positions:
             raise InvalidCropError(
                 f"crop.regions: {beyond} tokens removed, but this server keeps their position ids and has "

@@ -54,10 +54,13 @@ class CropProcessorMixin(BaseMultiModalProcessor):
     @cached_property
     def geometry(self) -> VisionGeometry:
         """Grid and view of this checkpoint with this server's processor settings."""
+        return geometry_from_configs(self.info.get_hf_config().to_dict(), self.image_processor_settings())
+
+    def image_processor_settings(self) -> dict[str, Any]:
+        """The checkpoint's, and what the server was started with over them."""
         image_processor = self.info.get_hf_processor().image_processor
         overrides = self.info.ctx.get_merged_mm_kwargs({})
-        settings = {**image_processor.to_dict(), **overrides, **overrides.get("images_kwargs", {})}
-        return geometry_from_configs(self.info.get_hf_config().to_dict(), settings)
+        return {**image_processor.to_dict(), **overrides, **overrides.get("images_kwargs", {})}
 
     @cached_property
     def eviction_settings(self) -> EvictionSettings:

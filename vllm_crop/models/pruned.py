@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 
-from vllm_crop.eviction.decoder import DroppingStep
+from vllm_crop.eviction.decoder import DroppingStep, EvictingDecoder
 from vllm_crop.eviction.model import start_eviction
 from vllm_crop.models.compressing import CompressingEncoder
 
@@ -36,7 +36,17 @@ class PrunedModelMixin(nn.Module):
             stock: Any = super()
             return stock.forward(input_ids, positions, *args, **kwargs)
         assert self.eviction is not None
-        return self.eviction.run(dropping, embeds, positions)
+        return self.run_in_stages(self.eviction, dropping, embeds, positions)
+
+    def run_in_stages(
+        self,
+        eviction: EvictingDecoder,
+        dropping: DroppingStep | None,
+        inputs_embeds: torch.Tensor,
+        positions: torch.Tensor,
+    ) -> Any:
+        """A forward pass in stages; for families whose layers take more than embeddings."""
+        return eviction.run(dropping, inputs_embeds, positions)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """As upstream; cached features belong to the old weights."""

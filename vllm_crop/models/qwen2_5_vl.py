@@ -1,20 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Qwen2.5-VL with pruning of its images, over vllm/model_executor/models/qwen2_5_vl.py.
+"""Qwen2.5-VL with pruning of its images, over vllm/model_executor/models/qwen2_5_vl.py."""
 
-Videos pass through untouched.
-"""
-
-from collections.abc import Sequence
-from typing import Any
-
-import torch
 from vllm.model_executor.models import qwen2_5_vl as stock
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from vllm_crop.models.plan_fields import CROP_FIELDS
-from vllm_crop.models.positions import original_mrope_positions
 from vllm_crop.models.processing import CropProcessorMixin
-from vllm_crop.models.pruned import PrunedModelMixin
+from vllm_crop.models.qwen_vl import PrunedQwenVLMixin
 
 
 class Qwen2_5_VLMultiModalProcessor(CropProcessorMixin, stock.Qwen2_5_VLMultiModalProcessor):
@@ -26,31 +17,5 @@ class Qwen2_5_VLMultiModalProcessor(CropProcessorMixin, stock.Qwen2_5_VLMultiMod
     info=stock.Qwen2_5_VLProcessingInfo,
     dummy_inputs=stock.Qwen2_5_VLDummyInputsBuilder,
 )
-class Qwen2_5_VLForConditionalGeneration(PrunedModelMixin, stock.Qwen2_5_VLForConditionalGeneration):
+class Qwen2_5_VLForConditionalGeneration(PrunedQwenVLMixin, stock.Qwen2_5_VLForConditionalGeneration):
     """The stock model, fed compressed embeddings. Named like it, as speculative decoding compares names."""
-
-    visual: Any
-
-    def embed_multimodal(self, **kwargs: Any) -> Any:
-        """The embeddings of a batch of images or videos, one `[num_embeddings, hidden]` tensor each."""
-        if kwargs.get("pixel_values") is None:  # videos, and image embeddings from the client
-            return super().embed_multimodal(**kwargs)
-        pixel_values, grids = kwargs["pixel_values"], kwargs["image_grid_thw"]
-        num_patches = grids.prod(-1)
-
-        def encode(picked: Sequence[int]) -> Any:
-            if len(picked) == len(grids):
-                return self.encode_images(pixel_values, grids)
-            images = pixel_values.split(num_patches.tolist())
-            return self.encode_images(torch.cat([images[index] for index in picked]), grids[picked])
-
-        num_tokens = (num_patches // self.visual.spatial_merge_size**2).tolist()
-        return self.crop_encoder(num_tokens, encode, **{name: kwargs[name] for name in CROP_FIELDS})
-
-    def encode_images(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> Any:
-        """Vision tower: `[patches of all images, ...]` -> per image `[num_tokens, hidden]`."""
-        return super().embed_multimodal(pixel_values=pixel_values, image_grid_thw=image_grid_thw)
-
-    def get_mrope_input_positions(self, input_tokens: list[int], mm_features: Any) -> Any:
-        """The ids that tokens have in the unpruned prompt, `[3, num_tokens]`, and their excess."""
-        return original_mrope_positions(input_tokens, mm_features, super().get_mrope_input_positions)

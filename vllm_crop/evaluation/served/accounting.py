@@ -2,7 +2,7 @@
 """What a served question must take: from the plan, checked against what the engine counted."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import islice
 from typing import Any
@@ -11,9 +11,10 @@ from vllm_crop.checkpoint_files import load_geometry
 from vllm_crop.config import CropConfig
 from vllm_crop.errors import CropError
 from vllm_crop.evaluation.asking import Answer, Asked
-from vllm_crop.evaluation.controls import TokenSize
+from vllm_crop.geometry import Region
 from vllm_crop.image_plan import plan_image
 from vllm_crop.params import CropParams, image_requests
+from vllm_crop.smart_resize import SmartResize
 
 _geometry = cache(load_geometry)  # reads files
 
@@ -32,7 +33,7 @@ class Accounting:
 
     model: str
     processor: Any
-    size: TokenSize
+    resize: SmartResize
     config: CropConfig | None
 
     def prompt(self, asked: Asked) -> str:
@@ -49,7 +50,7 @@ class Accounting:
         """
         pruned = (one for one in asked if one.crop is not None)
         for one in islice(pruned, 1):
-            self._visual(one)
+            self._visual(replace(one, crop={"regions": [Region.whole().as_lists()], **(one.crop or {})}))
 
     def answer(self, asked: Asked, text: str, prompt_tokens: int) -> Answer:
         """An answer with what it took.
@@ -69,7 +70,7 @@ class Accounting:
 
     def _visual(self, asked: Asked) -> tuple[int, float]:
         """Visual tokens in the prompt, and averaged over layers."""
-        full = sum(self.size.grid(image).num_tokens for image in asked.images)
+        full = sum(self.resize.grid(*image.size).num_tokens for image in asked.images)
         if asked.crop is None:
             return full, full
         assert self.config is not None, "only a server with the plugin prunes"

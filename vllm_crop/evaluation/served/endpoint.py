@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Any OpenAI-compatible server that serves the checkpoint; with the plugin, if CROP is to be measured."""
 
+import json
 import math
 import os
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -48,7 +49,7 @@ class EndpointAnswers:
 
     def answer(self, cell: GridCell, tasks: Sequence[SceneTask]) -> list[list[Answer]]:
         """Per scene and question, several in flight."""
-        asked = [ask(cell, task, self.accounting.size) for task in tasks]
+        asked = [ask(cell, task, self.accounting.resize) for task in tasks]
         self.accounting.check(list(chain.from_iterable(asked)))
         with ThreadPoolExecutor(IN_FLIGHT) as pool:
             answer = partial(self._answer, logprobs=cell.method == LOCATE)
@@ -59,16 +60,19 @@ class EndpointAnswers:
         """Median time to the first streamed token, of the localizer to the last, one request at a time."""
         times = []
         for task in tasks:
-            (first, *_) = ask(cell, task, self.accounting.size)
+            (first, *_) = ask(cell, task, self.accounting.resize)
             start = time.perf_counter()
-            with self._complete(first, stream=True) as stream:
+            with self._complete(first, stream=True).parse() as stream:
                 chunks = (chunk for chunk in stream if chunk.choices)
                 deque(chunks, maxlen=0) if cell.method == LOCATE else next(chunks)
             times.append(1e3 * (time.perf_counter() - start))
         return median(times[1:])  # the first one warms up
 
     def _answer(self, asked: Asked, logprobs: bool) -> Answer:
-        response = self._complete(asked, **({"logprobs": True} if logprobs else {}))
+        raw = self._complete(asked, **({"logprobs": True} if logprobs else {}))
+        response = raw.parse()
+        if asked.crop is not None and "regions" not in asked.crop:
+            asked = replace(asked, crop={**asked.crop, "regions": [_found(raw.headers)]})
         choice = response.choices[0]
         answer = self.accounting.answer(asked, choice.message.content or "", response.usage.prompt_tokens)
         if not logprobs:
@@ -80,7 +84,7 @@ class EndpointAnswers:
 
         content = [_image_part(image) for image in asked.images] + [{"type": "text", "text": asked.text}]
         try:
-            return self.client.chat.completions.create(
+            return self.client.chat.completions.with_raw_response.create(
                 model=self.served,
                 messages=[{"role": "user", "content": content}],
                 temperature=0,
@@ -91,6 +95,16 @@ class EndpointAnswers:
         except OpenAIError as error:
             hint = " Does it run with --plugin crop?" if asked.crop else ""
             raise EndpointError(f"{self.base_url} refused a question: {error}.{hint}") from None
+
+
+def _found(headers: Mapping[str, str]) -> list[list[float]] | None:
+    """The region that the server has found, None where it served the image whole."""
+    header = headers.get("x-crop-facts")
+    (image,) = json.loads(header)["images"] if header else ({},)
+    if "localizer" not in image:
+        raise EndpointError("the server finds no regions: start it with a localizer in --crop-config")
+    region: list[list[float]] | None = image["region"]
+    return region
 
 
 def _image_part(image: Image.Image) -> dict[str, Any]:

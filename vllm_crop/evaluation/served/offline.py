@@ -42,7 +42,7 @@ class EngineAnswers:
 
     def answer(self, cell: GridCell, tasks: Sequence[SceneTask]) -> list[list[Answer]]:
         """Per scene and question; all of them in flight at once."""
-        asked = [ask(cell, task, self.accounting.size) for task in tasks]
+        asked = [ask(cell, task, self.accounting.resize) for task in tasks]
         flat = list(chain.from_iterable(asked))
         self.accounting.check(flat)
         outputs = iter(self._generate(flat, logprobs=0 if cell.method == LOCATE else None))
@@ -52,7 +52,7 @@ class EngineAnswers:
         """Median time of requests, one at a time, each about an image not seen before."""
         times = []
         for task in tasks:
-            (first, *_) = ask(cell, task, self.accounting.size)
+            (first, *_) = ask(cell, task, self.accounting.resize)
             timed = first if cell.method == LOCATE else replace(first, steps=1)
             start = time.perf_counter()
             self._generate([timed])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vllm serve` of a Qwen2.5-VL that is prepared to evict, asked through the `openai` client."""
+"""`vllm serve` of a Qwen-VL that is prepared to evict, asked through the `openai` client."""
 
 import json
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ import pytest
 from tests.conftest import CheckpointOf
 from tests.e2e.conftest import OPTIONS
 from tests.e2e.test_serve import FIRST, SECOND, chat, expected
-from tests.families import QWEN2_5_VL
+from tests.families import QWEN2_5_VL, QWEN3_VL, Family
 from tests.pictures import noise_image
 from tests.reference import HfReference
 from vllm_crop.benchmarking.server import Server, serve
@@ -24,14 +24,20 @@ RATE = 0.667
 CROP = {"method": "plc+ilp", "eviction_layers": [2], "pruning_rate": RATE}
 METHODS: tuple[Method, ...] = ("off", "plc", "ilp", "plc+ilp")
 WIDE, TALL = noise_image(80, 500, 400), noise_image(81, 300, 420)
-TOKENS = [18 * 14, 11 * 15]
+TOKENS = {QWEN2_5_VL: [18 * 14, 11 * 15], QWEN3_VL: [16 * 12, 9 * 13]}
+
+
+@pytest.fixture(scope="module", params=TOKENS, ids=str)
+def family(request: pytest.FixtureRequest) -> Family:
+    found: Family = request.param
+    return found
 
 
 @pytest.fixture(scope="module")
-def server(checkpoint_of: CheckpointOf, logs: Path) -> Iterator[Server]:
-    checkpoint = checkpoint_of(QWEN2_5_VL, QWEN2_5_VL.deep)
+def server(family: Family, checkpoint_of: CheckpointOf, logs: Path) -> Iterator[Server]:
+    checkpoint = checkpoint_of(family, family.deep)
     options = ("--crop-config", json.dumps(CROP), "--mm-processor-cache-type", "shm")
-    with serve(str(checkpoint), *options, *OPTIONS, log_path=logs / "qwen.log") as running:
+    with serve(str(checkpoint), *options, *OPTIONS, log_path=logs / f"{family}.log") as running:
         yield running
 
 
@@ -41,17 +47,19 @@ def client(server: Server) -> openai.OpenAI:
 
 
 @pytest.fixture(scope="module")
-def hf(checkpoint_of: CheckpointOf) -> HfReference:
-    return QWEN2_5_VL.reference(checkpoint_of(QWEN2_5_VL, QWEN2_5_VL.deep))
+def hf(family: Family, checkpoint_of: CheckpointOf) -> HfReference:
+    return family.reference(checkpoint_of(family, family.deep))
 
 
-def test_all_methods_at_once_about_images_of_two_sizes(client: openai.OpenAI, hf: HfReference) -> None:
+def test_all_methods_at_once_about_images_of_two_sizes(
+    family: Family, client: openai.OpenAI, hf: HfReference
+) -> None:
     def ask(method: Method) -> tuple[str, int]:
         crop = {"regions": [FIRST.as_lists(), SECOND.as_lists()], "method": method}
         response = chat(client, [WIDE, TALL], crop)
         facts = json.loads(response.headers["x-crop-facts"])
-        assert [image["tokens"] for image in facts["images"]] == TOKENS
-        share = facts["tokens_avg"] / sum(TOKENS)
+        assert [image["tokens"] for image in facts["images"]] == TOKENS[family]
+        share = facts["tokens_avg"] / sum(TOKENS[family])
         assert share == pytest.approx(1 if method == "off" else 1 - RATE, abs=0.01)
         completion = response.parse()
         return completion.choices[0].message.content, completion.usage.prompt_tokens

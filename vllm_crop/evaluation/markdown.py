@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table as Markdown, to be kept beside the numbers."""
+
+import shlex
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from vllm_crop.evaluation.page import COLUMNS, NOTES, row_cells
+from vllm_crop.evaluation.report import Report, describe_localizer
+
+
+def write_markdown(path: Path, report: Report) -> None:
+    """Write notes, table and how it came about."""
+    path.write_text("\n".join(_parts(report)) + "\n", encoding="utf-8")
+
+
+def _parts(report: Report) -> Iterator[str]:
+    yield "# Do answers survive pruning?\n\n![Accuracy against visual tokens](curves.png)\n"
+    origin = report.provenance
+    command = shlex.join(["vllm-crop", *origin["command"][1:]])
+    made = f"Made by `{command}` at revision {origin['git_revision']} in {origin['seconds'] / 60:.0f} minutes"
+    yield f"{made}. Margins, thresholds and all settings are in `results.json`.\n"
+    for note in NOTES:
+        yield f"* {note}"
+    if report.localizer:
+        yield f"* {describe_localizer(report.localizer)}"
+    yield ""
+    yield _line(COLUMNS)
+    yield "|" + "---|" * len(COLUMNS)
+    for row in report.rows:
+        yield _line(row_cells(row))
+    yield ""
+    for row in report.rows:
+        if row.impossible:
+            yield f"* {row.cell.row} at {row.cell.pruning_rate:g}: {row.impossible}"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |"
