@@ -88,8 +88,8 @@ class HfReference:
     # What differs between families.
 
     def features(self, image: Image.Image) -> torch.Tensor:
-        """The visual tokens in the order of the prompt, `[num_tokens, hidden]`; with deepstack as many columns
-        more for each layer, as they are added after it."""
+        """The visual tokens in the order of the prompt, `[num_tokens, hidden]`; with deepstack as many more
+        columns for each layer, as they are added after it."""
         raise NotImplementedError
 
     def image_positions(self, grid: ImageTokens) -> tuple[torch.Tensor, int]:
