@@ -15,13 +15,15 @@ from vllm_crop_server.playground import NO_ENGINE, NOT_PRUNING, Playground
 from vllm_crop_server.playground.pages import STATIC
 from vllm_crop_server.playground.plan_route import MAX_BODY_BYTES, PLAN_PATH, SETTINGS_PATH
 
-from vllm_crop.anyres import LLAVA_NEXT as TILES
-from vllm_crop.anyres import AnyResolution
 from vllm_crop.config import CropConfig
+from vllm_crop.families.anyres import LLAVA_NEXT as TILES
+from vllm_crop.families.anyres import AnyResolution
+from vllm_crop.families.llava import LlavaGeometry, LlavaNextGeometry
+from vllm_crop.families.qwen_vl import Qwen2_5VLGeometry
 from vllm_crop.geometry import Region, TokenGrid
 from vllm_crop.plan import make_plan
 from vllm_crop.preprocessing import ClipPreprocessing
-from vllm_crop.vision_geometry import LlavaGeometry, LlavaNextGeometry, Qwen2_5VLGeometry, VisionGeometry
+from vllm_crop.vision_geometry import VisionGeometry
 
 LLAVA = LlavaGeometry(
     TokenGrid(24, 24),

@@ -18,8 +18,8 @@ from transformers import (
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
 
-from vllm_crop.anyres import LLAVA_NEXT, LLAVA_ONEVISION, AnyResolution
 from vllm_crop.errors import UnsupportedModelError
+from vllm_crop.families.anyres import LLAVA_NEXT, LLAVA_ONEVISION, AnyResolution
 from vllm_crop.geometry import TokenGrid
 
 PUBLISHED = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]

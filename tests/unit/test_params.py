@@ -13,6 +13,7 @@ from strategies import regions
 
 from vllm_crop.budget import Method
 from vllm_crop.config import CropConfig, CropLimits
+from vllm_crop.families.llava import LlavaGeometry
 from vllm_crop.geometry import Box, Region, TokenGrid
 from vllm_crop.image_plan import plan_image
 from vllm_crop.params import (
@@ -26,7 +27,6 @@ from vllm_crop.params import (
 )
 from vllm_crop.plan import Compression
 from vllm_crop.preprocessing import ClipPreprocessing
-from vllm_crop.vision_geometry import LlavaGeometry
 
 BOX = [0.1, 0.2, 0.3, 0.4]
 REGION = Region((Box(0.1, 0.2, 0.3, 0.4),))

@@ -11,9 +11,9 @@ from checkpoint_json import write_llava
 from PIL import Image
 from typer.testing import CliRunner
 
-from vllm_crop.anyres import LLAVA_NEXT, AnyResolution
 from vllm_crop.budget import Method
 from vllm_crop.commands.preview import assumed_llava, preview
+from vllm_crop.families.anyres import LLAVA_NEXT, AnyResolution
 from vllm_crop.geometry import Box, GridPart, ImageView, Region, TokenGrid
 from vllm_crop.plan import Compression, TokenPlan, make_plan, whole_image_plan
 from vllm_crop.plan_summary import PlanSummary

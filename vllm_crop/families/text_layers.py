@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many layers the language model has."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from vllm_crop.errors import UnsupportedModelError
+
+# transformers' defaults for what a config.json may leave out.
+_DEFAULT_LAYERS = {
+    **{"llama": 32, "mistral": 32, "qwen2": 32},
+    **{"qwen2_5_vl": 80, "qwen2_5_vl_text": 80, "qwen3_vl": 32, "qwen3_vl_text": 32},
+    **{"qwen3_vl_moe": 24, "qwen3_vl_moe_text": 24},
+}
+
+
+def decoder_layers(text_config: Mapping[str, Any]) -> int:
+    """`num_hidden_layers`, or the default transformers gives this text model."""
+    model_type = text_config.get("model_type", "llama")
+    layers = text_config.get("num_hidden_layers", _DEFAULT_LAYERS.get(model_type))
+    if layers is None:
+        raise UnsupportedModelError(f"config.json names no num_hidden_layers for {model_type!r}")
+    return int(layers)
