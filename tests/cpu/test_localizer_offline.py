@@ -5,16 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from prometheus_client import REGISTRY
 
 from tests.conftest import CheckpointOf
 from tests.cpu.conftest import Engine, Question
-from tests.families import LLAVA, QWEN2_5_VL
+from tests.families import FAMILIES, LLAVA, QWEN2_5_VL, Family
 from tests.pictures import noise_image
 from tests.tinyvqa import CHECKPOINT, ENGINE
 from vllm_crop.evaluation.questions import TestScene, make_test_set
 from vllm_crop.geometry import Region
 from vllm_crop.localizers.dialects import DIALECTS, read_cells
+from vllm_crop.localizers.thumbnails import shrink, size_for_tokens
 from vllm_crop.tinyvqa import words
 from vllm_crop.tinyvqa.drawing import thumbnail
 
@@ -50,13 +52,16 @@ def chat(
     return [(output.outputs[0].text, len(output.prompt_token_ids)) for output in outputs]
 
 
-def said_of_thumbnail(engine: Engine, scene: TestScene, text: str) -> Region | None:
+def said_of(engine: Engine, picture: Image.Image, text: str, crop: Any) -> Region | None:
     from vllm.sampling_params import StructuredOutputsParams
 
     legal = StructuredOutputsParams(regex=DIALECTS["cells"].regex)
-    asked = [conversation(thumbnail(scene.picture()), words.LOCATE + text)]
-    ((said, _),) = chat(engine, asked, {"method": "off"}, max_tokens=12, structured_outputs=legal)
+    ((said, _),) = chat(engine, [conversation(picture, text)], crop, max_tokens=12, structured_outputs=legal)
     return read_cells(said)
+
+
+def said_of_thumbnail(engine: Engine, scene: TestScene, text: str) -> Region | None:
+    return said_of(engine, thumbnail(scene.picture()), words.LOCATE + text, {"method": "off"})
 
 
 def outcomes() -> dict[str, float]:
@@ -134,6 +139,33 @@ def test_a_localizer_that_fails_costs_the_saving_only(
     monkeypatch.undo()
     ((_, length),) = chat(engine, [conversation(picture, question.text)])
     assert length < 100  # a failure is not remembered
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
+def test_every_family_answers_with_the_region_it_names(checkpoint_of: CheckpointOf, family: Family) -> None:
+    """A thumbnail where smaller images cost less, else the image with its tokens averaged."""
+    localizer = {"kind": "engine", "prompt": "{question}"}
+    engine = Engine(
+        checkpoint_of(family, family.deep), {"localizer": localizer, "pruning_rate": 0.889}, family
+    )
+    geometry, before = engine.processor.geometry, outcomes()
+    regions = []
+    for seed in range(5):
+        picture, text = noise_image(seed, 500, 400), f"What is it, {seed}?"
+        answer = chat(engine, [conversation(picture, text)])
+        if (size := size_for_tokens(geometry, *picture.size, 64)) is not None:
+            region = said_of(engine, shrink(picture, size), text, {"method": "off"})
+        else:
+            rate = 1 - 64 / geometry.grid(*picture.size).num_tokens
+            glance = {"regions": [Region.whole().as_lists()], "pruning_rate": rate, "method": "plc"}
+            region = said_of(engine, picture, text, glance)
+        crop = {"method": "off"} if region is None else {"regions": [region.as_lists()]}
+        assert chat(engine, [conversation(picture, text)], crop) == answer
+        regions.append(region)
+    new = {name: count - before.get(name, 0) for name, count in outcomes().items()}
+    whole = regions.count(None)
+    assert sum(count for name, count in new.items() if name.endswith(" region")) == 5 - whole > 0
+    assert sum(count for name, count in new.items() if name.endswith(" global")) == whole
 
 
 @pytest.fixture
