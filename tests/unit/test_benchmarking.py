@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import threading
-from dataclasses import replace
+from collections import Counter
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -282,6 +283,13 @@ class TestRun:
         assert (run.kv_peak_blocks, run.kv_peak_tokens, run.kv_samples) == (20, 640.0, 9)
         assert (run.prefix_hit_tokens, run.image_hits) == (32.0, 1.0)
         assert run.ttfts_ms == (250.0, 300.0, 200.0, 240.0)
+
+    def test_outcomes_become_plain_values(self) -> None:
+        usage = KVUsage(20, 640.0, 9)
+        run = Run.from_result(
+            RunSpec("engine localizer", 1, 0, 0), self.RESULT, usage, 0.0, 0.0, Counter({"region": 4})
+        )
+        assert asdict(run)["outcomes"] == {"region": 4}
 
     def test_failed_requests_are_an_error_with_the_first_reason(self) -> None:
         result = {**self.RESULT, "failed": 1, "errors": ["", "Bad Request: crop.regions"]}

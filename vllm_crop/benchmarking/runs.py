@@ -122,5 +122,5 @@ class Run:
             prefix_hit_tokens=prefix_hit_tokens,
             image_hits=image_hits,
             ttfts_ms=tuple(round(1000 * seconds, 1) for seconds in result["ttfts"]),
-            outcomes=outcomes or {},
+            outcomes=dict(outcomes or {}),  # asdict cannot copy a Counter
         )
