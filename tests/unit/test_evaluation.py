@@ -371,6 +371,7 @@ def test_the_page_needs_nothing_else(tmp_path: Path, scenes: tuple[TestScene, ..
     assert [(one.cell, one.engine, one.asked) for one in agreed] == [(OFF, "stand-in", 5 * PER_FAMILY)]
     assert agreed[0].same < agreed[0].asked
     origin = {"git_revision": "<abc>", "command": ["/bin/vllm-crop", "eval", "-o", "a b"], "seconds": 90.0}
+    origin["revisions_of_cells"] = ["0123456789abcdef", "unknown"]
     report = make_report(scenes, results, agreed, origin)
     write_report(tmp_path, report)
     page = (tmp_path / "index.html").read_text()
@@ -382,7 +383,7 @@ def test_the_page_needs_nothing_else(tmp_path: Path, scenes: tuple[TestScene, ..
     assert [row["cell"]["method"] for row in found["rows"]] == ["off", "plc", "ilp", "fastv"]
     assert found["provenance"] == origin
     table = (tmp_path / "README.md").read_text()
-    assert "`vllm-crop eval -o 'a b'`" in table
+    assert "`vllm-crop eval -o 'a b'`, cells measured at 0123456789ab, unknown, in 2 minutes" in table
     lines = [line for line in table.splitlines() if line.startswith("| ")]
     assert len(lines) == 1 + len(results) - 1  # the localizer's own cell is no row
     assert len({line.count("|") for line in lines}) == 1

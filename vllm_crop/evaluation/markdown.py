@@ -18,7 +18,8 @@ def _parts(report: Report) -> Iterator[str]:
     yield "# Do answers survive pruning?\n\n![Accuracy against visual tokens](curves.png)\n"
     origin = report.provenance
     command = shlex.join(["vllm-crop", *origin["command"][1:]])
-    made = f"Made by `{command}` at revision {origin['git_revision']} in {origin['seconds'] / 60:.0f} minutes"
+    revisions = ", ".join(revision[:12] for revision in origin["revisions_of_cells"])
+    made = f"Made by `{command}`, cells measured at {revisions}, in {origin['seconds'] / 60:.0f} minutes"
     yield f"{made}. Margins, thresholds and all settings are in `results.json`.\n"
     for note in NOTES:
         yield f"* {note}"
