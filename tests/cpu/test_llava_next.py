@@ -164,21 +164,6 @@ def test_the_vision_tower_runs_once_per_image(pool: Engine, reference_for: Refer
     assert (encoder.num_encoded, encoder.cache.num_hits) == (before + 1, hits + 2)
 
 
-def test_vision_tower_batches_hold_no_more_tokens_than_profiled(
-    engine_of: EngineOf, reference_of: ReferenceOf
-) -> None:
-    engine = engine_of(LLAVA_NEXT, "original")
-    images = [noise_image(440 + index, 250 + 60 * index, 400) for index in range(12)]
-    crop = {"regions": [FIRST] * 4, "pruning_rate": 0.96}
-    questions = [Question(tuple(images[start : start + 4]), crop) for start in range(0, 12, 4)]
-    encoder = engine.model.crop_encoder
-    encoder.peak_tokens, before = 0, encoder.num_encoded
-    right(engine, reference_of(LLAVA_NEXT, "original"), *questions)
-    total = sum(engine.processor.geometry.grid(*image.size).num_tokens for image in images)
-    assert encoder.num_encoded == before + 12
-    assert 520 < encoder.peak_tokens <= encoder.max_tokens < total
-
-
 def test_image_embeddings_of_the_client_are_served_whole(
     checkpoint_of: CheckpointOf, hf: HfReference, reference_for: ReferenceFor
 ) -> None:

@@ -117,6 +117,26 @@ def test_all_scenarios_in_one_batch(engine_of: EngineOf, reference_of: Reference
 
 
 @each_family
+def test_vision_tower_batches_hold_no_more_tokens_than_profiled(
+    engine_of: EngineOf, reference_of: ReferenceOf, family: Family
+) -> None:
+    """One to eight images of all sizes: pruned they fit into one step, but not into one batch."""
+    engine, reference_for = engine_of(family, "pool"), reference_of(family, "pool")
+    images = [noise_image(310 + index, 250 + 60 * index, 400) for index in range(12)]
+    questions = [
+        Question(tuple(some), {"regions": [cells(1, 1, 2, 2)] * len(some), "pruning_rate": 0.96})
+        for some in (images[:1], images[1:4], images[4:])
+    ]
+    encoder = engine.model.crop_encoder
+    encoder.peak_tokens, before = 0, encoder.num_encoded
+    for question, answer in zip(questions, engine.ask(*questions), strict=True):
+        assert difference(answer, reference_for(question, engine.config)) <= TOLERANCE
+    counts = [engine.processor.geometry.grid(*image.size).num_tokens for image in images]
+    assert encoder.num_encoded == before + 12
+    assert max(counts) <= encoder.peak_tokens <= encoder.max_tokens < sum(counts)
+
+
+@each_family
 def test_off_is_bitwise_stock_vllm(engine_of: EngineOf, family: Family) -> None:
     pool_engine, stock_engine = engine_of(family, "pool"), engine_of(family, "stock")
     assert type(stock_engine.model).__module__ == f"vllm.model_executor.models.{family}"

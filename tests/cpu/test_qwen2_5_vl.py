@@ -109,24 +109,6 @@ def test_a_resend_with_eviction_hits_all_but_the_last_block(
     assert elsewhere.num_cached_tokens < again.num_cached_tokens
 
 
-def test_vision_tower_batches_hold_no_more_tokens_than_profiled(
-    engine_of: EngineOf, reference_of: ReferenceOf
-) -> None:
-    """Many pruned images of all sizes fit into one scheduler step, but not into one vision batch."""
-    engine = engine_of(QWEN2_5_VL, "original")
-    images = [noise_image(310 + index, 250 + 60 * index, 400) for index in range(12)]
-    questions = [
-        Question(tuple(images[start : start + 4]), {"regions": [FIRST] * 4, "pruning_rate": 0.96})
-        for start in range(0, 12, 4)
-    ]
-    encoder = engine.model.crop_encoder
-    encoder.peak_tokens, before = 0, encoder.num_encoded
-    right(engine, reference_of(QWEN2_5_VL, "original"), *questions)
-    total = sum(engine.processor.geometry.grid(*image.size).num_tokens for image in images)
-    assert encoder.num_encoded == before + 12
-    assert max(640, total // 3) < encoder.peak_tokens <= encoder.max_tokens < total
-
-
 def test_images_too_long_are_refused_as_in_stock_vllm(pool: Engine, engine_of: EngineOf) -> None:
     image = noise_image(304, 2020, 10)
     with pytest.raises(ValueError, match="Failed to apply Qwen2_5_VLProcessor"):
