@@ -10,6 +10,7 @@ from tests.reference import (
     HfLlavaNext,
     HfLlavaOnevision,
     HfQwen2_5VL,
+    HfQwen2VL,
     HfQwen3VL,
     HfQwen3VLMoe,
     HfReference,
@@ -19,6 +20,7 @@ from vllm_crop import (
     dummy_llava_next,
     dummy_llava_onevision,
     dummy_qwen2_5_vl,
+    dummy_qwen2_vl,
     dummy_qwen3_vl,
     dummy_qwen3_vl_moe,
 )
@@ -57,6 +59,9 @@ LLAVA_ONEVISION = Family(
     dummy_llava_onevision.TINY,
     HfLlavaOnevision,
 )
+QWEN2_VL = Family(
+    "qwen2_vl", dummy_qwen2_vl.make_checkpoint, dummy_qwen2_5_vl.TINY, dummy_qwen2_5_vl.TINY, HfQwen2VL
+)
 QWEN2_5_VL = Family(
     "qwen2_5_vl", dummy_qwen2_5_vl.make_checkpoint, dummy_qwen2_5_vl.TINY, dummy_qwen2_5_vl.TINY, HfQwen2_5VL
 )
@@ -66,4 +71,4 @@ QWEN3_VL = Family(
 QWEN3_VL_MOE = Family(
     "qwen3_vl_moe", dummy_qwen3_vl_moe.make_checkpoint, dummy_qwen3_vl.TINY, dummy_qwen3_vl.TINY, HfQwen3VLMoe
 )
-FAMILIES = (LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE)
+FAMILIES = (LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_VL, QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE)

@@ -19,6 +19,7 @@ from transformers import (
     LlavaNextForConditionalGeneration,
     LlavaOnevisionForConditionalGeneration,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLForConditionalGeneration,
     Qwen3VLForConditionalGeneration,
     Qwen3VLMoeForConditionalGeneration,
 )
@@ -326,6 +327,12 @@ class HfQwen2_5VL(HfReference):
 
     def position_ids(self, positions: torch.Tensor) -> torch.Tensor:
         return positions[:, None]
+
+
+class HfQwen2VL(HfQwen2_5VL):
+    """Qwen2-VL: the same with an older vision tower."""
+
+    model_class = Qwen2VLForConditionalGeneration
 
 
 class HfQwen3VL(HfQwen2_5VL):

@@ -58,6 +58,7 @@ FAMILIES: dict[str, type[LlavaGeometry | LlavaNextGeometry | Qwen2_5VLGeometry]]
     "LlavaForConditionalGeneration": LlavaGeometry,
     "LlavaNextForConditionalGeneration": LlavaNextGeometry,
     "LlavaOnevisionForConditionalGeneration": LlavaOnevisionGeometry,
+    "Qwen2VLForConditionalGeneration": Qwen2_5VLGeometry,
     "Qwen2_5_VLForConditionalGeneration": Qwen2_5VLGeometry,
     "Qwen3VLForConditionalGeneration": Qwen3VLGeometry,
     "Qwen3VLMoeForConditionalGeneration": Qwen3VLGeometry,

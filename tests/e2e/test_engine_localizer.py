@@ -319,8 +319,11 @@ def test_two_hundred_streams_with_a_third_of_the_clients_leaving(
         assert metric(server, "vllm:kv_cache_usage_perc") == 0
         return memory_of(server)
 
-    first = round_of_streams()
-    assert round_of_streams() - first < 64 << 20  # caches were full by then
+    # Caches are full soon, and every process has had its busiest moment once; what leaks goes on growing.
+    used = [round_of_streams()]
+    while len(used) < 5 and (len(used) < 2 or used[-1] - used[-2] >= 64 << 20):
+        used.append(round_of_streams())
+    assert used[-1] - used[-2] < 64 << 20, used
     get_text(f"{server.base_url}/health")
     scene, question = LOCAL[0]
     assert found(ask(client, scene.picture(), question))["localizer"]["outcome"] == "region"

@@ -19,7 +19,7 @@ from vllm.multimodal.media.image import ImageMediaIO
 from tests.conftest import CheckpointOf
 from tests.e2e.conftest import MODEL, OPTIONS
 from tests.e2e.test_serve import EVERY_TOKEN, FIRST, STEPS, TEXT, chat, expected
-from tests.families import FAMILIES, QWEN3_VL_MOE, Family
+from tests.families import LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_5_VL, QWEN3_VL, Family
 from tests.pictures import noise_image
 from tests.reference import HfReference
 from vllm_crop.benchmarking.server import Server, get_text, serve
@@ -71,7 +71,7 @@ ODD = {
 }
 
 
-@pytest.fixture(scope="module", params=[one for one in FAMILIES if one != QWEN3_VL_MOE], ids=str)
+@pytest.fixture(scope="module", params=(LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_5_VL, QWEN3_VL), ids=str)
 def family(request: pytest.FixtureRequest) -> Family:
     found: Family = request.param
     return found

@@ -13,6 +13,7 @@ from transformers import (
     LlavaOnevisionConfig,
     LlavaOnevisionImageProcessor,
     Qwen2_5_VLConfig,
+    Qwen2VLConfig,
     Qwen3VLConfig,
     Qwen3VLMoeConfig,
 )
@@ -60,6 +61,14 @@ QWEN2_5_VL_PREPROCESSOR = {
     "temporal_patch_size": 2,
     "merge_size": 2,
     "image_processor_type": "Qwen2VLImageProcessor",
+}
+# As published with Qwen/Qwen2-VL-7B-Instruct, whose image processor is the same.
+QWEN2_VL_7B: dict[str, Any] = {
+    "architectures": ["Qwen2VLForConditionalGeneration"],
+    "model_type": "qwen2_vl",
+    "hidden_size": 3584,
+    "num_hidden_layers": 28,
+    "vision_config": {"depth": 32, "embed_dim": 1280, "hidden_size": 3584, "patch_size": 14},
 }
 # As published with llava-hf/llava-v1.6-mistral-7b-hf.
 LLAVA_NEXT_7B = {
@@ -139,6 +148,7 @@ PUBLISHED = {
     "LlavaForConditionalGeneration": (LLAVA_7B, LLAVA_PREPROCESSOR),
     "LlavaNextForConditionalGeneration": (LLAVA_NEXT_7B, LLAVA_NEXT_PREPROCESSOR),
     "LlavaOnevisionForConditionalGeneration": (LLAVA_ONEVISION_7B, LLAVA_ONEVISION_PREPROCESSOR),
+    "Qwen2VLForConditionalGeneration": (QWEN2_VL_7B, QWEN2_5_VL_PREPROCESSOR),
     "Qwen2_5_VLForConditionalGeneration": (QWEN2_5_VL_7B, QWEN2_5_VL_PREPROCESSOR),
     "Qwen3VLForConditionalGeneration": (QWEN3_VL_8B, QWEN3_VL_PREPROCESSOR),
     "Qwen3VLMoeForConditionalGeneration": (QWEN3_VL_30B_A3B, QWEN3_VL_PREPROCESSOR),
@@ -213,6 +223,7 @@ def test_published_qwen3_has_a_token_per_32_pixels_and_deepstack_below_layer_3()
 
 
 QWENS = {
+    "Qwen2VLForConditionalGeneration": Qwen2VLConfig,
     "Qwen2_5_VLForConditionalGeneration": Qwen2_5_VLConfig,
     "Qwen3VLForConditionalGeneration": Qwen3VLConfig,
     "Qwen3VLMoeForConditionalGeneration": Qwen3VLMoeConfig,

@@ -24,6 +24,7 @@ MODEL_MODULES = {
     "LlavaForConditionalGeneration": "vllm_crop.models.llava",
     "LlavaNextForConditionalGeneration": "vllm_crop.models.llava_next",
     "LlavaOnevisionForConditionalGeneration": "vllm_crop.models.llava_onevision",
+    "Qwen2VLForConditionalGeneration": "vllm_crop.models.qwen2_vl",
     "Qwen2_5_VLForConditionalGeneration": "vllm_crop.models.qwen2_5_vl",
     "Qwen3VLForConditionalGeneration": "vllm_crop.models.qwen3_vl",
     "Qwen3VLMoeForConditionalGeneration": "vllm_crop.models.qwen3_vl_moe",
@@ -151,6 +152,18 @@ UPSTREAM_POINTS = (
         "LlavaOnevisionForConditionalGeneration.embed_multimodal",
         ("self", "kwargs"),
         "returns compressed embeddings",
+    ),
+    UpstreamPoint(
+        "vllm.model_executor.models.qwen2_vl",
+        "Qwen2VLForConditionalGeneration.embed_multimodal",
+        ("self", "kwargs"),
+        "returns compressed embeddings",
+    ),
+    UpstreamPoint(
+        "vllm.model_executor.models.qwen2_vl",
+        "Qwen2VLForConditionalGeneration.get_mrope_input_positions",
+        ("self", "input_tokens", "mm_features"),
+        "numbers the unpruned prompt, of which the tokens that are left keep their numbers",
     ),
     UpstreamPoint(
         "vllm.model_executor.models.qwen2_5_vl",
