@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import pytest
 from PIL import Image
 
+from vllm_crop.config import CropConfig
 from vllm_crop.evaluation.asking import Answer, Asked, SceneTask, ask
 from vllm_crop.evaluation.cells import OFF, SERVER, GridCell
 from vllm_crop.evaluation.questions import make_test_set
@@ -60,6 +61,7 @@ class Counts:
     """Stands in for Accounting."""
 
     resize = SmartResize(16, 16 * 16**2, 2**24)
+    config: CropConfig | None = None
 
     def __init__(self) -> None:
         self.counted: list[Any] = []
@@ -106,6 +108,14 @@ def test_questions_are_sent_as_images_words_and_crop(url: str, tasks: list[Scene
 def test_unpruned_questions_carry_no_crop(url: str, tasks: list[SceneTask]) -> None:
     EndpointAnswers(Counts(), url).answer(OFF, tasks)  # type: ignore[arg-type]
     assert not any("crop" in body for body in Handler.received)
+
+
+def test_a_server_with_the_plugin_is_told_what_to_answer_unpruned(url: str, tasks: list[SceneTask]) -> None:
+    counts = Counts()
+    counts.config = CropConfig()
+    EndpointAnswers(counts, url).answer(OFF, tasks)  # type: ignore[arg-type]
+    assert all(body["crop"] == {"method": "off"} for body in Handler.received)
+    assert set(counts.counted) == {None}
 
 
 def test_a_refusal_says_what_may_be_missing(url: str, tasks: list[SceneTask]) -> None:

@@ -82,6 +82,8 @@ class EndpointAnswers:
     def _complete(self, asked: Asked, **options: Any) -> Any:
         from openai import OpenAIError
 
+        # A server that finds regions itself would prune what is to be answered unpruned.
+        unpruned = {} if self.accounting.config is None else {"crop": {"method": "off"}}
         content = [_image_part(image) for image in asked.images] + [{"type": "text", "text": asked.text}]
         try:
             return self.client.chat.completions.with_raw_response.create(
@@ -89,7 +91,7 @@ class EndpointAnswers:
                 messages=[{"role": "user", "content": content}],
                 temperature=0,
                 max_tokens=asked.steps,
-                extra_body={} if asked.crop is None else {"crop": asked.crop},
+                extra_body=unpruned if asked.crop is None else {"crop": asked.crop},
                 **options,
             )
         except OpenAIError as error:
