@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A Qwen2.5-VL checkpoint of any size with random weights, scaled as in dummy_llava.py, for the tests."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,24 +68,39 @@ def make_config(size: DummySize, tokenizer: Any) -> Any:
 
 def make_checkpoint(folder: Path, size: DummySize = TINY, seed: int = 0) -> Path:
     """Write config, processor and scaled random weights to `folder`."""
-    import torch
-    from transformers import (
-        Qwen2_5_VLForConditionalGeneration,
-        Qwen2_5_VLProcessor,
-        Qwen2VLImageProcessor,
-        Qwen2VLVideoProcessor,
+    from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
+
+    return write_checkpoint(
+        folder, size, seed, make_config, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
     )
+
+
+def write_checkpoint(
+    folder: Path,
+    size: DummySize,
+    seed: int,
+    config_of: Callable[[DummySize, Any], Any],
+    model_class: Any,
+    processor_class: Any,
+) -> Path:
+    """The same for any model of transformers with Qwen2-VL's image processor.
+
+    Args:
+        config_of: size and tokenizer -> the model's configuration.
+    """
+    import torch
+    from transformers import Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
     tokenizer = make_tokenizer(SPECIAL_TOKENS)
     pixels = {"shortest_edge": 4 * (PATCH * MERGE) ** 2, "longest_edge": MAX_TOKENS * (PATCH * MERGE) ** 2}
-    processor = Qwen2_5_VLProcessor(
+    processor = processor_class(
         image_processor=Qwen2VLImageProcessor(size=pixels),
         tokenizer=tokenizer,
         video_processor=Qwen2VLVideoProcessor(size=pixels),
         chat_template=CHAT_TEMPLATE,
     )
     torch.manual_seed(seed)
-    model = scale_weights(Qwen2_5_VLForConditionalGeneration(make_config(size, tokenizer)), size)
+    model = scale_weights(model_class(config_of(size, tokenizer)), size)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder

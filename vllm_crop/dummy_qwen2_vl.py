@@ -4,8 +4,8 @@
 from pathlib import Path
 from typing import Any
 
-from vllm_crop.dummy_llava import DummySize, make_tokenizer, scale_weights
-from vllm_crop.dummy_qwen2_5_vl import CHAT_TEMPLATE, MAX_TOKENS, MERGE, PATCH, SPECIAL_TOKENS, TINY
+from vllm_crop.dummy_llava import DummySize
+from vllm_crop.dummy_qwen2_5_vl import MERGE, PATCH, TINY, write_checkpoint
 from vllm_crop.dummy_qwen2_5_vl import make_config as make_later_config
 
 
@@ -30,24 +30,8 @@ def make_config(size: DummySize, tokenizer: Any) -> Any:
 
 def make_checkpoint(folder: Path, size: DummySize = TINY, seed: int = 0) -> Path:
     """Write config, processor and scaled random weights to `folder`."""
-    import torch
-    from transformers import (
-        Qwen2VLForConditionalGeneration,
-        Qwen2VLImageProcessor,
-        Qwen2VLProcessor,
-        Qwen2VLVideoProcessor,
-    )
+    from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 
-    tokenizer = make_tokenizer(SPECIAL_TOKENS)
-    pixels = {"shortest_edge": 4 * (PATCH * MERGE) ** 2, "longest_edge": MAX_TOKENS * (PATCH * MERGE) ** 2}
-    processor = Qwen2VLProcessor(
-        image_processor=Qwen2VLImageProcessor(size=pixels),
-        tokenizer=tokenizer,
-        video_processor=Qwen2VLVideoProcessor(size=pixels),
-        chat_template=CHAT_TEMPLATE,
+    return write_checkpoint(
+        folder, size, seed, make_config, Qwen2VLForConditionalGeneration, Qwen2VLProcessor
     )
-    torch.manual_seed(seed)
-    model = scale_weights(Qwen2VLForConditionalGeneration(make_config(size, tokenizer)), size)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
