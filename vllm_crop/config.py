@@ -1,11 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """CropConfig: what the operator of a server decides, `additional_config["crop"]`."""
 
+import itertools
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from vllm_crop.budget import Method, method_evicts
 from vllm_crop.errors import UnsupportedFlagError
@@ -30,6 +39,12 @@ class CropLimits(BaseModel):
     )
     max_boxes_per_image: int = Field(
         default=16, ge=1, description="Most boxes a request may send for one image."
+    )
+    named_images_mib: int = Field(
+        default=128,
+        ge=0,
+        description="Memory for images that came with a `uuid`, as they were sent, so that the uuid alone "
+        "can ask about another region. MiB per API server.",
     )
 
 
@@ -75,7 +90,9 @@ class CropConfig(BaseModel):
         description="Memory for vision features, so that another question about an image runs no vision "
         "tower. MiB per worker; 0 switches it off.",
     )
-    limits: CropLimits = Field(default=CropLimits(), description="What one request may ask for.")
+    limits: CropLimits = Field(
+        default=CropLimits(), validate_default=True, description="What one request may ask for."
+    )
     localizer: LocalizerConfig = Field(
         default=LocalizerConfig(), description="Who finds the region of a question that comes without one."
     )
@@ -91,6 +108,29 @@ class CropConfig(BaseModel):
         if not layers and method_evicts(method):
             raise ValueError(f"method {method!r} needs at least one layer, such as [2], got []")
         return layers
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fit_default_rate(cls, settings: Any) -> Any:
+        """Where only a limit is set, the default keeps within it."""
+        if not isinstance(settings, dict) or "pruning_rate" in settings:
+            return settings
+        try:
+            limit = CropLimits.model_validate(settings.get("limits") or {}).max_pruning_rate
+        except ValidationError:
+            return settings  # said again, with its place, when the field itself is read
+        return {**settings, "pruning_rate": min(cls.model_fields["pruning_rate"].default, limit)}
+
+    @field_validator("limits")
+    @classmethod
+    def _check_rate_limit(cls, limits: CropLimits, info: ValidationInfo) -> CropLimits:
+        rate = info.data.get("pruning_rate", 0.0)  # absent if it is wrong itself
+        if rate > limits.max_pruning_rate:
+            raise ValueError(
+                f"max_pruning_rate {limits.max_pruning_rate:g} is what requests may ask for at most, but the "
+                f"server's own pruning_rate is {rate:g}"
+            )
+        return limits
 
     @property
     def stages(self) -> tuple[int, ...]:
@@ -141,13 +181,40 @@ def _keys_at(model: type[BaseModel], place: tuple[int | str, ...]) -> list[str]:
 
 
 def shorten(value: object, length: int = 60) -> str:
-    """A value for an error message, never longer than `length`."""
+    """A value for an error message, never longer than `length`, whatever a client has nested in it."""
     if isinstance(value, str):
         value = value[: length + 1]
     elif isinstance(value, list | dict) and len(value) > length:
         return f"{type(value).__name__} of {len(value)}"
+    # repr() writes out all that is inside before it can be cut: a megabyte if a client likes.
+    depth, parts = _extent(value)
+    if depth > _DEEP:
+        return f"deeply nested {type(value).__name__}"
     try:
-        text = repr(value)
-    except RecursionError:
-        text = f"deeply nested {type(value).__name__}"
+        text = repr(value) if parts <= _MANY else f"{type(value).__name__} of many parts"
+    except ValueError:  # Python writes out no whole number of more than 4300 digits
+        text = f"too long {type(value).__name__}"
     return text if len(text) <= length else text[: length - 3] + "..."
+
+
+_DEEP, _MANY = 64, 256
+
+
+def _extent(value: object) -> tuple[int, int]:
+    """How deep lists and objects are nested in a value, and about how much is in it; counts no further than
+    is of interest.
+    """
+    level: list[object] = [value]
+    parts = 0
+    for depth in range(_DEEP + 2):
+        parts += sum(1 + (len(part) // 64 if isinstance(part, str) else 0) for part in level)
+        inside: list[object] = []
+        for part in level:
+            if isinstance(part, dict):
+                inside += itertools.chain.from_iterable(itertools.islice(part.items(), _MANY))
+            elif isinstance(part, list | tuple):
+                inside += itertools.islice(part, _MANY)
+        level = inside[: 4 * _MANY]
+        if not level:
+            return depth, parts
+    return _DEEP + 1, parts

@@ -184,6 +184,17 @@ class ImageView:
         boxes = tuple(projected for box in region.boxes if (projected := self._project_box(box)))
         return Region(boxes) if boxes else None
 
+    def unproject(self, region: Region) -> Region | None:
+        """The region in fractions of the image, from one in fractions of the view; None outside of it."""
+        width, height = self.window.x1 - self.window.x0, self.window.y1 - self.window.y0
+        boxes = []
+        for box in region.boxes:
+            x0, x1 = (min(1.0, max(0.0, self.window.x0 + x * width)) for x in (box.x0, box.x1))
+            y0, y1 = (min(1.0, max(0.0, self.window.y0 + y * height)) for y in (box.y0, box.y1))
+            if x0 < x1 and y0 < y1:
+                boxes.append(Box(x0, y0, x1, y1))
+        return Region(tuple(boxes)) if boxes else None
+
     def within(self, window: Box) -> "ImageView":
         """A part of the view, `window` in fractions of it, as a view of the image."""
         left, top = self.window.x0, self.window.y0

@@ -43,6 +43,9 @@ class CropMetrics:
         self.localizer_cache_hits = Counter(
             "crop:localizer_cache_hits", "Localized images whose region was known.", labels
         )
+        self.localizer_suspensions = Counter(
+            "crop:localizer_suspensions", "How often a localizer that did not answer was left alone.", labels
+        )
         self.localizer_seconds = Histogram(
             "crop:localizer_seconds",
             "Seconds that images waited for their region; known ones apart.",
@@ -66,6 +69,10 @@ class CropMetrics:
             self.localizer_seconds.labels(*labels).observe(localization.seconds)
         if localization.confidence is not None:
             self.localizer_confidence.labels(*labels).observe(localization.confidence)
+
+    def record_suspension(self, model_name: str, localizer: str) -> None:
+        """Count a localizer that is left alone from now on."""
+        self.localizer_suspensions.labels(model_name, localizer).inc()
 
     def record(self, model_name: str, images: Sequence[ImageFacts]) -> None:
         """Count one request's images."""

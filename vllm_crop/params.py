@@ -2,7 +2,7 @@
 """CropParams: what one request asks for, the body field `crop`."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Annotated, Any
 
@@ -16,7 +16,11 @@ from vllm_crop.localizers.settings import Pinning
 from vllm_crop.plan import Compression
 
 MAX_IMAGES = 1024  # a bound for the list's length before anything is known of the request's images
-MAX_BOXES = 1024
+MAX_BOXES = 1024  # of one image
+MAX_BOXES_IN_ALL = 4096
+MAX_KEYS = 32  # of the field: each wrong one costs a sentence to find, so they are counted first
+MAX_FIELD_BYTES = 256 << 10
+MAX_FIELD_DEPTH = 400  # far more than regions have, less than Python's JSON parser bears
 
 
 class InvalidCropError(ValueError):
@@ -103,12 +107,53 @@ class CropParams(BaseModel):
             return value
         if not isinstance(value, Mapping):
             raise InvalidCropError(f"crop must be an object, got {shorten(value)}")
+        _check_size(value)
         try:
             return cls.model_validate(dict(value))
         except ValidationError as error:
             first = error.errors(include_url=False)[0]["loc"]
             parameter = ".".join(["crop", *(str(part)[:LONGEST_KEY] for part in first[:1])])
             raise InvalidCropError(describe_errors(error, "crop", cls), parameter) from None
+
+
+def _check_size(value: Mapping[Any, Any]) -> None:
+    """Bound the field before each of its parts is looked at, and wrong ones are described."""
+    if len(value) > MAX_KEYS:
+        raise InvalidCropError(f"crop: at most {MAX_KEYS} keys, got {len(value)}")
+    regions = value.get("regions")
+    if not isinstance(regions, list | tuple) or len(regions) > MAX_IMAGES:
+        return  # refused by its type or its length
+    num_boxes = sum(len(boxes) for boxes in regions if isinstance(boxes, list | tuple))
+    if num_boxes > MAX_BOXES_IN_ALL:
+        raise InvalidCropError(
+            f"crop.regions: at most {MAX_BOXES_IN_ALL} boxes in all, got {num_boxes}", "crop.regions"
+        )
+
+
+@dataclass(frozen=True)
+class CropRequest:
+    """What a processor is told of one request's pruning.
+
+    Attributes:
+        params: the client's field `crop`; empty if it sent none.
+        found: per image the region the server has found itself; None where all regions are the client's.
+            Found regions can make an answer cheaper, never an error: where they cannot be used, the image is
+            served whole.
+        limited: whether the limits for clients hold; not for the localizer's own requests.
+        salt: the request's `cache_salt`.
+    """
+
+    params: CropParams
+    found: tuple[Region | None, ...] | None = None
+    limited: bool = True
+    salt: str | None = None
+
+    def images(self, config: CropConfig, num_images: int) -> list["ImageRequest"]:
+        """What is asked for each image; see image_requests."""
+        params = self.params
+        if self.found is not None:
+            params = params.model_copy(update={"regions": list(self.found)})
+        return image_requests(params, config, num_images, self.limited)
 
 
 @dataclass(frozen=True)
@@ -131,6 +176,10 @@ class ImageRequest:
     eviction_layers: tuple[int, ...] = ()
     off: bool = False
 
+    def without_region(self) -> "ImageRequest":
+        """The same for an image that is served whole."""
+        return replace(self, region=None)
+
     def cache_key(self) -> tuple[object, ...] | None:
         """Everything that changes the image's embeddings, as plain values; None if nothing does.
 
@@ -148,8 +197,13 @@ def is_off(params: CropParams, config: CropConfig) -> bool:
     return rate == 0 or (params.method or config.method) == "off"
 
 
-def image_requests(params: CropParams, config: CropConfig, num_images: int) -> list[ImageRequest]:
+def image_requests(
+    params: CropParams, config: CropConfig, num_images: int, limited: bool = True
+) -> list[ImageRequest]:
     """Apply a request's settings to its images; region None means "serve it whole".
+
+    Args:
+        limited: whether the server's limits for clients hold.
 
     Raises:
         InvalidCropError: wrong number of regions, beyond the server's limits, or a method the server is not
@@ -164,13 +218,13 @@ def image_requests(params: CropParams, config: CropConfig, num_images: int) -> l
         )
     limits = config.limits
     rate = config.pruning_rate if params.pruning_rate is None else params.pruning_rate
-    if params.pruning_rate is not None and rate > limits.max_pruning_rate:
+    if limited and params.pruning_rate is not None and rate > limits.max_pruning_rate:
         raise InvalidCropError(
             f"crop.pruning_rate: this server allows at most {limits.max_pruning_rate}, got {rate}",
             "crop.pruning_rate",
         )
     for index, region in enumerate(regions):
-        if region is not None and len(region.boxes) > limits.max_boxes_per_image:
+        if limited and region is not None and len(region.boxes) > limits.max_boxes_per_image:
             raise InvalidCropError(
                 f"crop.regions[{index}]: this server allows at most {limits.max_boxes_per_image} boxes "
                 f"per image, got {len(region.boxes)}",

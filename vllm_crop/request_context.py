@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the HTTP middleware and the renderer tell each other about the request being served."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_crop.facts import ImageFacts
-from vllm_crop.params import CropParams
+from vllm_crop.params import CropParams, CropRequest
 
 
 @dataclass
 class RequestContext:
-    """One HTTP request.
+    """One HTTP request, or one of the localizer's own.
 
     Attributes:
         params: its `crop` field, None if absent.
@@ -20,7 +20,10 @@ class RequestContext:
         facts: what became of the request's images.
         model_name: label to count the facts under once the request is accepted; None leaves them uncounted.
         adapters: the server's loaded LoRA adapters by name.
-        inner: whether this is the localizer's own request.
+        inner: what is asked for the image of the localizer's own request; None for requests of clients.
+        request: vLLM's own object for the request, with its sampling parameters, where one is known.
+        unsent: items that vLLM's processor cache takes for sent since this request was rendered, with what
+            makes it forget them. They are sent once the request has reached the engine.
     """
 
     params: CropParams | None = None
@@ -28,7 +31,15 @@ class RequestContext:
     facts: list[ImageFacts] = field(default_factory=list)
     model_name: str | None = None
     adapters: Mapping[str, Any] = field(default_factory=dict)
-    inner: bool = False
+    inner: CropRequest | None = None
+    request: Any = None
+    unsent: dict[str, Callable[[str], None]] = field(default_factory=dict)
+
+    def forget_unsent(self) -> None:
+        """Make the cache forget what it believes and the engine never got: the request is over."""
+        for mm_hash, forget in self.unsent.items():
+            forget(mm_hash)
+        self.unsent.clear()
 
 
 current_request: ContextVar[RequestContext | None] = ContextVar("vllm_crop_request", default=None)

@@ -49,6 +49,10 @@ class VisionGeometry(Protocol):
         """The part of an image of this size that the model sees."""
         ...
 
+    def pixels(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height in pixels of the view of an image of this size, as the model is shown it."""
+        ...
+
     def position_span(self, grid: ImageTokens) -> int:
         """How many position ids an unpruned image takes."""
         ...

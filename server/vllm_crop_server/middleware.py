@@ -6,8 +6,8 @@ looked at when the route itself reads it, which is after authentication, and sta
 (vLLM's request models ignore fields they do not know).
 """
 
-import json
-from collections.abc import Mapping
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, NoReturn
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -19,12 +19,13 @@ from vllm_crop.facts import facts_header
 from vllm_crop.metrics import crop_metrics
 from vllm_crop.params import CropParams, InvalidCropError
 from vllm_crop.request_context import RequestContext, current_request
+from vllm_crop_server.body import FIELD, LONGEST_NAME, find_field, is_utf8, may_have_field
 from vllm_crop_server.schemas import error_body
 
-FIELD = "crop"
 FACTS_HEADER = "x-crop-facts"
 BATCH_ROUTE = "/chat/completions/batch"
 MAX_BODY_BYTES = 512 << 20
+LARGE_BODY_BYTES = 1 << 20  # read beside the event loop
 _SEEN = "vllm_crop.seen"
 
 
@@ -35,6 +36,9 @@ class CropMiddleware:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, _warming_up(scope, send))
+            return
         if scope["type"] != "http" or _SEEN in scope:
             await self.app(scope, receive, send)
             return
@@ -62,6 +66,9 @@ class _Exchange:
         self.rejected = False
         self.chunks: list[bytes] = []
         self.num_bytes = 0
+        self.first_bytes = b""  # tell the encoding
+        self.last_bytes = b""  # the field's name may lie across two chunks
+        self.may_have_field = False
         self.complete = False
 
     async def run(self, app: ASGIApp) -> None:
@@ -71,6 +78,9 @@ class _Exchange:
         except Exception:
             if self.rejection is None:
                 raise
+        finally:
+            # Refused or gone before it reached the engine.
+            self.context.forget_unsent()
         if self.rejection is not None:
             await self._reject()
 
@@ -81,12 +91,16 @@ class _Exchange:
             chunk = message.get("body", b"")
             self.chunks.append(chunk)
             self.num_bytes += len(chunk)
+            self.first_bytes = (self.first_bytes + chunk[:4])[:4]
+            seen = self.last_bytes + chunk
+            self.may_have_field = self.may_have_field or may_have_field(seen)
+            self.last_bytes = seen[-LONGEST_NAME:]
             if self.num_bytes > MAX_BODY_BYTES:
                 limit = f"the request body is larger than {MAX_BODY_BYTES} bytes"
                 self._end_route(413, InvalidCropError(limit, "body"))
             self.complete = not message.get("more_body", False)
             if self.complete:
-                self._read_crop()
+                await self._read_crop()
         return message
 
     async def send_with_facts(self, message: Message) -> None:
@@ -109,11 +123,14 @@ class _Exchange:
             if context.model_name is not None:
                 crop_metrics().record(context.model_name, context.facts)
 
-    def _read_crop(self) -> None:
-        body = b"".join(self.chunks)
-        self.chunks.clear()
+    async def _read_crop(self) -> None:
+        chunks, self.chunks = self.chunks, []
+        if not self.may_have_field and is_utf8(self.first_bytes):
+            return
+        body = b"".join(chunks)
         try:
-            self.context.params = read_crop(body)
+            large = len(body) > LARGE_BODY_BYTES
+            self.context.params = await asyncio.to_thread(read_crop, body) if large else read_crop(body)
             self._refuse_shared_regions()
         except InvalidCropError as error:
             self._end_route(400, error)
@@ -145,17 +162,24 @@ def read_crop(body: bytes) -> CropParams | None:
     Raises:
         InvalidCropError: naming the wrong field.
     """
-    # A key can also be spelled with escapes, or in UTF-16; anything else cannot contain the field.
-    if b'"crop"' not in body and b"\\u" not in body and b"\0" not in body:
-        return None
-    try:
-        request = json.loads(body)
-    except RecursionError:
-        raise InvalidCropError(f"{FIELD}: the request body is nested too deeply") from None
-    except ValueError:
-        return None  # the route answers bodies that are not JSON
-    value = request.get(FIELD) if isinstance(request, dict) else None
+    value = find_field(body)
     return None if value is None else CropParams.parse(value)
+
+
+def _warming_up(scope: Scope, send: Send) -> Send:
+    """A `send` that lets the localizer answer once before the server says it has started."""
+    engine = getattr(getattr(scope.get("app"), "state", None), "engine_client", None)
+    found = getattr(getattr(engine, "renderer", None), "warm_up_localizer", None)
+    if found is None:
+        return send
+    warm_up: Callable[[], Awaitable[None]] = found
+
+    async def send_when_warm(message: Message) -> None:
+        if message["type"] == "lifespan.startup.complete":
+            await warm_up()
+        await send(message)
+
+    return send_when_warm
 
 
 def _is_json_post(scope: Scope) -> bool:

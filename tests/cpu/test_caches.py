@@ -135,7 +135,7 @@ def test_vision_tower_batches_are_no_larger_than_profiled(
     assert encoder.peak_tokens == most * 576 <= encoder.max_tokens
 
 
-def test_an_image_known_by_uuid_serves_its_known_region_only(pool_engine: Engine) -> None:
+def test_an_image_known_by_its_uuid_is_the_same_prompt(pool_engine: Engine) -> None:
     def ask(image: Image.Image | None, region: list[list[float]]) -> list[int]:
         prompt = about(noise_image(42), region).prompt()
         prompt |= {"multi_modal_data": {"image": [image]}, "multi_modal_uuids": {"image": ["picture-42"]}}
@@ -144,8 +144,7 @@ def test_an_image_known_by_uuid_serves_its_known_region_only(pool_engine: Engine
 
     sent = ask(noise_image(42), FIRST)
     assert ask(None, FIRST) == sent
-    with pytest.raises(ValueError, match="data is not provided"):
-        ask(None, SECOND)
+    assert ask(None, SECOND) == ask(noise_image(42), SECOND)
 
 
 @pytest.mark.parametrize(

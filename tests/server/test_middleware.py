@@ -510,11 +510,17 @@ def test_messages_are_refused_in_the_words_of_their_api() -> None:
     assert body["error"]["message"].startswith("crop.method: ")
 
 
-def test_a_body_nested_too_deeply_beside_crop_is_a_400() -> None:
+def test_a_field_nested_too_deeply_is_a_400() -> None:
     nested = "[" * 100_000 + "]" * 100_000
-    response = post(f'{{"crop": {{}}, "messages": {nested}}}')
+    response = post(f'{{"crop": {{"regions": {nested}}}}}')
     assert response.status_code == 400
-    assert response.json()["error"]["message"] == "crop: the request body is nested too deeply"
+    assert response.json()["error"]["message"].startswith("crop: nested too deeply")
+
+
+def test_what_lies_beside_the_field_is_not_parsed() -> None:
+    nested = "[" * 100_000 + "]" * 100_000
+    response = post(f'{{"crop": {{"method": "plc"}}, "messages": {nested}}}')
+    assert params_of(response) == {"regions": None, "pruning_rate": None, "method": "plc"}
 
 
 def test_a_deeply_nested_body_without_crop_is_left_to_the_route() -> None:

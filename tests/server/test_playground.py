@@ -231,7 +231,7 @@ def test_the_settings_offer_what_the_server_is_prepared_for(
 
 
 def test_the_slider_begins_within_the_limits() -> None:
-    offered = client_of(pruning_rate=0.8, limits={"max_pruning_rate": 0.5}).get(SETTINGS_PATH).json()
+    offered = client_of(limits={"max_pruning_rate": 0.5}).get(SETTINGS_PATH).json()
     assert offered["pruning_rate"] == offered["max_pruning_rate"] == 0.5
 
 

@@ -16,7 +16,7 @@ from vllm_crop.localizers.settings import LocalizerConfig
 
 ALLOWED: dict[str, list[Any]] = {
     "method": ["plc", "ilp", "plc+ilp", "off"],
-    "pruning_rate": [0, 0.0, 0.5, 0.999],
+    "pruning_rate": [0, 0.0, 0.5, 0.99],
     "eviction_layers": [None, [], [1], [2, 16], [1, 2, 3, 1000]],
     "compression": ["pool", "prune"],
     "position_ids": ["renumbered", "original"],
@@ -77,9 +77,16 @@ REFUSED: list[tuple[dict[Any, Any], list[str]]] = [
     ({"localizer": {"prompt": "Where?"}}, [".localizer:", "{question}"]),
     ({"localizer": {"timeout_s": 0}}, [".localizer.timeout_s:", "greater than 0", "got 0"]),
     ({"localizer": {"margins": 1}}, [".localizer.margins:", "unknown key"]),
+    ({"pruning_rate": 0.999}, [".limits:", "at most", "own pruning_rate is 0.999"]),
+    ({"pruning_rate": 0.9, "limits": {"max_pruning_rate": 0.8}}, [".limits:", "0.8", "0.9"]),
     ({"prunning_rate": 0.5}, [".prunning_rate:", "unknown key", "got 0.5"]),
     ({1: 2}, ["[1]:", "strings", "got 1"]),
 ]
+
+
+def test_the_default_rate_keeps_within_the_limit_for_clients() -> None:
+    assert CropConfig.from_mapping({"limits": {"max_pruning_rate": 0.5}}).pruning_rate == 0.5
+    assert CropConfig.from_mapping({"limits": {"max_pruning_rate": 0.9}}).pruning_rate == 0.778
 
 
 def test_defaults_are_plc_at_128_llava_tokens() -> None:
@@ -92,7 +99,7 @@ def test_defaults_are_plc_at_128_llava_tokens() -> None:
         "compression": "pool",
         "position_ids": None,
         "vit_cache_mib": 256,
-        "limits": {"max_pruning_rate": 0.99, "max_boxes_per_image": 16},
+        "limits": {"max_pruning_rate": 0.99, "max_boxes_per_image": 16, "named_images_mib": 128},
         "localizer": LocalizerConfig().model_dump(),
     }
     assert not config.localizer.localizes
@@ -118,7 +125,7 @@ def test_wrong_settings_are_refused_with_place_allowed_and_given_value(
     assert message.startswith("additional_config.crop")
     assert all(part in message for part in said), message
     assert "\n" not in message
-    assert len(message) < 400
+    assert len(message) < 500
 
 
 def test_several_wrong_settings_are_named_together_up_to_five() -> None:

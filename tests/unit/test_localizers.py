@@ -4,8 +4,10 @@
 import asyncio
 import itertools
 import re
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,7 +22,7 @@ from vllm_crop.localizers.dialects import DIALECTS, WHOLE, read_cells, read_pixe
 from vllm_crop.localizers.questions import LONGEST_QUESTION, normalised, questions_of
 from vllm_crop.localizers.settings import LocalizerConfig
 from vllm_crop.localizers.shared import SharedAnswers
-from vllm_crop.localizers.thumbnails import as_image, image_key, shrink, size_for_tokens
+from vllm_crop.localizers.thumbnails import Picture, as_picture, shrink, size_for_tokens
 from vllm_crop.smart_resize import SmartResize
 
 CELLS = "".join(map(str, range(8)))
@@ -216,14 +218,62 @@ def test_where_every_image_costs_the_same_none_is_smaller() -> None:
     assert size_for_tokens(Fixed(), 500, 300, 64) is None  # type: ignore[arg-type]
 
 
+def picture(item: Any) -> Picture:
+    found = as_picture(item)
+    assert found is not None
+    return found
+
+
 def test_pictures_are_known_by_what_they_show() -> None:
     red, blue = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
-    assert image_key(red) == image_key(red.copy())
-    assert len({image_key(red), image_key(blue), image_key(red.resize((4, 16))), image_key(red, b"png")}) == 4
-    assert as_image(red) is red
-    assert as_image({"image_embeds": 1}) is None
-    assert as_image(None) is None
+    assert picture(red).key() == picture(red.copy()).key()
+    different = [red, blue, red.resize((4, 16)), red.convert("L")]
+    assert len({picture(image).key() for image in different}) == len(different)
+    assert picture(red).open() is red
+    assert as_picture({"image_embeds": 1}) is None
+    assert as_picture(None) is None
     assert shrink(Image.new("CMYK", (64, 64)), (16, 16)).mode == "RGB"
+
+
+def test_palettes_are_part_of_what_a_picture_shows() -> None:
+    red, blue = (Image.new("RGB", (8, 8), colour).quantize(2) for colour in ("red", "blue"))
+    assert red.tobytes() == blue.tobytes()
+    assert picture(red).key() != picture(blue).key()
+
+
+def test_encoded_pictures_are_known_by_their_bytes_and_how_they_were_decoded() -> None:
+    def decoded(encoded: bytes, **settings: Any) -> SimpleNamespace:
+        return SimpleNamespace(media=Image.new("RGB", (8, 8)), original_bytes=encoded, io_config=settings)
+
+    on_white, on_black = (
+        decoded(b"png", image_mode="RGB", rgba_background_color=colour)
+        for colour in ((255, 255, 255), (0, 0, 0))
+    )
+    assert len({picture(item).key() for item in (on_white, on_black, decoded(b"png"), decoded(b"jpg"))}) == 4
+    assert picture(on_white).key() == picture(decoded(b"png", **on_white.io_config)).key()
+
+
+@pytest.mark.parametrize("shape", [(20, 30, 3), (3, 20, 30), (20, 30, 1), (20, 30, 4)])
+def test_arrays_are_pictures(shape: tuple[int, ...]) -> None:
+    assert picture(np.zeros(shape, np.uint8)).open().size == (30, 20)
+
+
+@pytest.mark.parametrize("array", [np.zeros((20, 30), np.uint8), np.zeros((2, 3, 20, 30), np.uint8)])
+def test_other_arrays_are_none(array: Any) -> None:
+    assert as_picture(array) is None
+    assert as_picture(np.zeros((20, 30, 3), np.float32)) is None
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "CMYK", "RGBA"])
+def test_huge_pictures_are_reduced_before_they_are_converted(mode: str) -> None:
+    """As good as exactly: 17 megapixels of a gradient, down to what a localizer looks at."""
+    small = Image.linear_gradient("L").resize((512, 512)).convert("RGB")
+    huge = small.resize((4200, 4100)).convert(mode)
+    assert huge.width * huge.height > 16_000_000
+    exact = huge.convert("RGB").resize((112, 110), Image.Resampling.BOX)
+    off = np.abs(np.asarray(shrink(huge, (112, 110)), np.int16) - np.asarray(exact, np.int16))
+    assert off.mean() < 1
+    assert off.max() < 16
 
 
 class Work:

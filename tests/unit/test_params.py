@@ -212,12 +212,12 @@ def test_the_number_of_regions_must_be_the_number_of_images(
     assert refused.value.parameter == "crop.regions"
 
 
-def test_the_servers_limit_of_the_pruning_rate_binds_requests_only() -> None:
+def test_the_servers_limit_of_the_pruning_rate_binds_requests() -> None:
     limits = CropLimits(max_pruning_rate=0.5)
-    assert requests({"regions": [BOX], "pruning_rate": 0.5}, limits=limits)[0].pruning_rate == 0.5
-    assert requests({"regions": [BOX]}, limits=limits, pruning_rate=0.9)[0].pruning_rate == 0.9
+    assert requests({"regions": [BOX], "pruning_rate": 0.5}, limits=limits, pruning_rate=0.4)[0]
+    assert requests({"regions": [BOX]}, limits=limits, pruning_rate=0.5)[0].pruning_rate == 0.5
     with pytest.raises(InvalidCropError, match=r"at most 0\.5, got 0\.6") as refused:
-        requests({"regions": [BOX], "pruning_rate": 0.6}, limits=limits)
+        requests({"regions": [BOX], "pruning_rate": 0.6}, limits=limits, pruning_rate=0.4)
     assert refused.value.parameter == "crop.pruning_rate"
 
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The private points of vLLM that eviction builds on, checked when a server is prepared to evict."""
 
-from vllm_crop.compat.patches import input_processor
 from vllm_crop.compat.points import UpstreamPoint
 
 _MANAGER = "vllm.v1.core.single_type_kv_cache_manager"
@@ -83,12 +82,6 @@ EVICTION_POINTS = (
         "Scheduler.update_from_output",
         ("self", "scheduler_output"),
         "publishes partly filled blocks before finished requests are freed",
-    ),
-    UpstreamPoint(
-        "vllm.v1.engine.input_processor",
-        "InputProcessor.process_inputs",
-        ("self", "request_id", "prompt", "params"),
-        input_processor.REASON,
     ),
     UpstreamPoint(
         "vllm.model_executor.layers.attention",

@@ -12,7 +12,7 @@ from packaging.specifiers import SpecifierSet
 
 from vllm_crop.compat.eviction_points import EVICTION_POINTS
 from vllm_crop.compat.import_hooks import when_imported
-from vllm_crop.compat.patches import cli_flags, engine, input_processor, model_config
+from vllm_crop.compat.patches import cli_flags, engine, input_processor, model_config, online_renderer
 from vllm_crop.compat.points import UpstreamPoint
 from vllm_crop.config import CropConfig
 from vllm_crop.errors import UnsupportedVersionError
@@ -119,6 +119,45 @@ UPSTREAM_POINTS = (
         "BaseRenderer.render_chat_async",
         ("self", "conversations", "chat_params"),
         "makes the localizer's own prompt",
+    ),
+    *(
+        UpstreamPoint(
+            "vllm.renderers.online_renderer",
+            f"OnlineRenderer.{method}",
+            ("self", "request"),
+            online_renderer.REASON,
+        )
+        for method in online_renderer.METHODS
+    ),
+    UpstreamPoint(
+        "vllm.sampling_params",
+        "SamplingParams.verify",
+        ("self", "model_config", "speculative_config", "structured_outputs_config", "tokenizer"),
+        "tells parameters that will be refused before images are localized",
+    ),
+    UpstreamPoint(
+        "vllm.v1.engine.input_processor",
+        "InputProcessor.process_inputs",
+        ("self", "request_id", "prompt", "params"),
+        input_processor.REASON,
+    ),
+    UpstreamPoint(
+        "vllm.multimodal.cache",
+        "BaseMultiModalProcessorCache.is_cached_item",
+        ("self", "mm_hash"),
+        "tells whether an image known by its name must be supplied again",
+    ),
+    UpstreamPoint(
+        "vllm.multimodal.cache",
+        "BaseMultiModalProcessorCache.invalidate",
+        ("self", "mm_hash"),
+        "makes the cache forget what a refused request has not sent",
+    ),
+    UpstreamPoint(
+        "vllm.multimodal.media.image",
+        "ImageMediaIO.load_bytes",
+        ("self", "data"),
+        "decodes an image known by its name again",
     ),
     UpstreamPoint("vllm.v1.engine.async_llm", "AsyncLLM.__init__", ("self", "vllm_config"), engine.REASON),
     UpstreamPoint(
@@ -229,6 +268,7 @@ def install() -> None:
         "vllm.model_executor.models.registry": _register_models,
         "vllm.model_executor.models.config": _register_config_hooks,
         "vllm.v1.engine.input_processor": _patch_input_processor,
+        "vllm.renderers.online_renderer": _patch_online_renderer,
         "vllm.v1.engine.async_llm": _patch_async_llm,
         "vllm.v1.engine.llm_engine": _patch_llm_engine,
     }
@@ -247,6 +287,10 @@ def _require_supported_for(config: CropConfig) -> None:
 
 def _patch_input_processor(module: ModuleType) -> None:
     input_processor.patch(module.InputProcessor)
+
+
+def _patch_online_renderer(module: ModuleType) -> None:
+    online_renderer.patch(module.OnlineRenderer)
 
 
 def _patch_async_llm(module: ModuleType) -> None:

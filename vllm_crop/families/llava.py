@@ -24,6 +24,7 @@ class LlavaGeometry:
     token_grid: TokenGrid
     preprocessing: ClipPreprocessing
     num_layers: int
+    image_side: int = 336
 
     @classmethod
     def from_configs(cls, model: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> Self:
@@ -32,9 +33,10 @@ class LlavaGeometry:
         Raises:
             UnsupportedModelError: another vision tower than CLIP, or its class token is kept.
         """
-        _, side = CLIP.sides(model)
+        pixels, side = CLIP.sides(model)
         preprocessing = ClipPreprocessing.from_settings(preprocessor)
-        return cls(TokenGrid(side, side), preprocessing, decoder_layers(model.get("text_config") or {}))
+        layers = decoder_layers(model.get("text_config") or {})
+        return cls(TokenGrid(side, side), preprocessing, layers, pixels)
 
     @property
     def max_tokens(self) -> int:
@@ -48,6 +50,10 @@ class LlavaGeometry:
     def view(self, width: int, height: int) -> ImageView:
         """The centre crop."""
         return self.preprocessing.view(width, height)
+
+    def pixels(self, width: int, height: int) -> tuple[int, int]:
+        """Those of the vision tower's input."""
+        return self.image_side, self.image_side
 
     def position_span(self, grid: ImageTokens) -> int:
         """One per token."""
@@ -89,6 +95,10 @@ class LlavaNextGeometry:
     def view(self, width: int, height: int) -> ImageView:
         """All of the image."""
         return ImageView(Box(0.0, 0.0, 1.0, 1.0))
+
+    def pixels(self, width: int, height: int) -> tuple[int, int]:
+        """Those of the image: the model sees it in several sizes at once."""
+        return width, height
 
     def position_span(self, grid: ImageTokens) -> int:
         """One per token."""

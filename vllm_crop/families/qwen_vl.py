@@ -53,6 +53,11 @@ class Qwen2_5VLGeometry:
         """All of the image."""
         return ImageView(Box(0.0, 0.0, 1.0, 1.0))
 
+    def pixels(self, width: int, height: int) -> tuple[int, int]:
+        """Those of whole tokens, in which the models of this line speak of places."""
+        grid, side = self.grid(width, height), self.resize.token_side
+        return grid.cols * side, grid.rows * side
+
     def position_span(self, grid: ImageTokens) -> int:
         """As many as the longer side has tokens."""
         (part,) = grid.parts

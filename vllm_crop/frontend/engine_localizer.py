@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The served model finds the region itself: one short request with a thumbnail before the real one."""
 
-import asyncio
 import math
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from PIL import Image
@@ -14,22 +13,30 @@ from vllm.renderers.params import ChatParams
 from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
 from vllm_crop.frontend.engines import OfflineEngine, ServingEngine
-from vllm_crop.geometry import Region
-from vllm_crop.localizers.base import Asked, LocalizerError, Located
+from vllm_crop.geometry import ImageView, Region
+from vllm_crop.localizers.base import Asked, LocalizerError, Located, UnreadableAnswerError
 from vllm_crop.localizers.dialects import dialect_with
 from vllm_crop.localizers.settings import LocalizerConfig
-from vllm_crop.localizers.thumbnails import shrink, size_for_tokens
-from vllm_crop.params import CropParams
+from vllm_crop.localizers.thumbnails import off_the_loop, shrink, size_for_tokens
+from vllm_crop.params import CropParams, CropRequest
 from vllm_crop.request_context import RequestContext, current_request
 from vllm_crop.vision_geometry import VisionGeometry
 
 
 @dataclass(frozen=True)
 class _Glance:
-    """What the model is shown, and what is done with its tokens."""
+    """What the model is shown, and what is done with its tokens.
+
+    Attributes:
+        picture: of the same aspect as the image.
+        shows: the part of it that the model sees.
+        pixels: width and height of that part, as the model is shown it.
+    """
 
     picture: Image.Image
-    params: CropParams
+    request: CropRequest
+    shows: ImageView
+    pixels: tuple[int, int]
 
 
 class EngineLocalizer:
@@ -45,23 +52,25 @@ class EngineLocalizer:
             f"engine {config.adapter} {config.dialect} {config.thumbnail_tokens} {self.dialect.prompt}"
         )
 
-    async def locate(self, image: Image.Image, question: str) -> Located:
+    async def locate(self, image: Image.Image, question: str, salt: str | None = None) -> Located:
         """Ask the engine as one more request; cancelling this aborts it."""
         engine, options = self._engine(ServingEngine), self._options()
-        glance = await asyncio.to_thread(self._glance, image)
-        with _inner_request(glance.params):
+        glance = await off_the_loop(self._glance, image)
+        with inner_request(replace(glance.request, salt=salt)):
             _, prompts = await self.renderer.render_chat_async(
-                [self._messages(glance, question)], self._chat_params()
+                [self._messages(glance, question)], self._chat_params(), prompt_extras=_salted(salt)
             )
             output = await engine.generate(prompts[0], self._sampling(), options)
         return self._read(output, glance)
 
-    def locate_now(self, image: Image.Image, question: str) -> Located:
+    def locate_now(self, image: Image.Image, question: str, salt: str | None = None) -> Located:
         """The same for the offline `LLM`, whose other requests wait meanwhile."""
         engine, options = self._engine(OfflineEngine), self._options()
         glance = self._glance(image)
-        with _inner_request(glance.params):
-            _, prompts = self.renderer.render_chat([self._messages(glance, question)], self._chat_params())
+        with inner_request(replace(glance.request, salt=salt)):
+            _, prompts = self.renderer.render_chat(
+                [self._messages(glance, question)], self._chat_params(), prompt_extras=_salted(salt)
+            )
             output = engine.generate(prompts[0], self._sampling(), options)
         return self._read(output, glance)
 
@@ -74,11 +83,16 @@ class EngineLocalizer:
     def _glance(self, image: Image.Image) -> _Glance:
         size = size_for_tokens(self.geometry, *image.size, self.config.thumbnail_tokens)
         if size is not None:
-            return _Glance(shrink(image, size), CropParams(method="off"))
-        # Every image costs the same here: average its tokens over the whole image instead.
-        full = self.geometry.grid(*image.size).num_tokens
-        rate = 1 - self.config.thumbnail_tokens / full
-        return _Glance(image, CropParams(regions=[Region.whole()], pruning_rate=rate, method="plc"))
+            picture, request = shrink(image, size), CropRequest(CropParams(method="off"), limited=False)
+        else:
+            # Every image costs the same here: average its tokens over the whole image instead.
+            picture = image
+            full = self.geometry.grid(*image.size).num_tokens
+            rate = 1 - self.config.thumbnail_tokens / full
+            whole = CropParams(regions=[Region.whole()], pruning_rate=rate, method="plc")
+            request = CropRequest(whole, limited=False)
+        shows = self.geometry.view(*picture.size)
+        return _Glance(picture, request, shows, self.geometry.pixels(*picture.size))
 
     def _messages(self, glance: _Glance, question: str) -> list[Any]:
         image = {"type": "image_pil", "image_pil": glance.picture}
@@ -90,10 +104,13 @@ class EngineLocalizer:
         return ChatParams(chat_template=self.renderer.chat_template, chat_template_kwargs=given)
 
     def _sampling(self) -> SamplingParams:
+        # The answer is read from token ids: what a server does to the text of answers does not matter.
         return SamplingParams(
             temperature=0.0,
             max_tokens=self.dialect.max_tokens,
             logprobs=0,
+            detokenize=False,
+            watermarking=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
             structured_outputs=StructuredOutputsParams(regex=self.dialect.regex),
         )
@@ -117,16 +134,30 @@ class EngineLocalizer:
 
     def _read(self, output: Any, glance: _Glance) -> Located:
         said = output.outputs[0]
+        text = self.renderer.get_tokenizer().decode(list(said.token_ids), skip_special_tokens=True)
         logprob = said.cumulative_logprob
         confidence = None if logprob is None else math.exp(min(0.0, logprob))
-        return Located(self.dialect.read(said.text, glance.picture.size), confidence)
+        region = self.dialect.read(text, glance.pixels)
+        if region is None:
+            return Located(None, confidence)
+        in_image = glance.shows.unproject(region)
+        if in_image is None:
+            raise UnreadableAnswerError("a place in the padding around the image")
+        return Located(in_image, confidence)
+
+
+def _salted(salt: str | None) -> dict[str, Any]:
+    """The salt also keeps the prefix cache's blocks of the localizer's own prompts apart."""
+    return {} if salt is None else {"cache_salt": salt}
 
 
 @contextmanager
-def _inner_request(params: CropParams) -> Iterator[None]:
+def inner_request(request: CropRequest) -> Iterator[None]:
     """The localizer's own request: its image is not localized again, and counts for nobody."""
-    token = current_request.set(RequestContext(params=params, inner=True))
+    context = RequestContext(inner=request)
+    token = current_request.set(context)
     try:
         yield
     finally:
         current_request.reset(token)
+        context.forget_unsent()

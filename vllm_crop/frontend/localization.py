@@ -13,14 +13,16 @@ from typing import Any
 from PIL import Image
 
 from vllm_crop.config import CropConfig
+from vllm_crop.errors import CropError
 from vllm_crop.frontend.engine_localizer import EngineLocalizer
 from vllm_crop.geometry import Box, Region
 from vllm_crop.localizers.base import Localizer, LocalizerError, Located, UnreadableAnswerError
 from vllm_crop.localizers.decision import Localization, Outcome, settle
+from vllm_crop.localizers.failures import CircuitBreaker, ThrottledLog
 from vllm_crop.localizers.openai import OpenAILocalizer
 from vllm_crop.localizers.questions import normalised, questions_of
 from vllm_crop.localizers.shared import SharedAnswers
-from vllm_crop.localizers.thumbnails import as_image, image_key
+from vllm_crop.localizers.thumbnails import Picture, as_picture, off_the_loop
 from vllm_crop.metrics import crop_metrics
 from vllm_crop.params import CropParams, is_off
 from vllm_crop.vision_geometry import VisionGeometry
@@ -29,7 +31,10 @@ LOCALIZERS: dict[str, Callable[[Any, VisionGeometry, CropConfig], Localizer]] = 
     "engine": lambda renderer, geometry, config: EngineLocalizer(renderer, geometry, config.localizer),
     "openai": lambda renderer, geometry, config: OpenAILocalizer(config.localizer),
 }
+_WARM_UP_S = 60.0
 logger = logging.getLogger("vllm.plugins.crop")
+
+Key = tuple[str, str, str, str]
 
 
 @dataclass(frozen=True)
@@ -37,21 +42,21 @@ class Sought:
     """An image whose region is sought.
 
     Attributes:
-        image: None where nothing can be looked at: embeddings, or a uuid alone.
-        encoded: the bytes it was decoded from, where they are known.
+        picture: None where nothing can be looked at: embeddings, or a uuid that nobody knows.
         question: None where there is none.
+        salt: the request's `cache_salt`: its answers are its own.
     """
 
-    image: Image.Image | None
-    encoded: bytes | None
+    picture: Picture | None
     question: str | None
+    salt: str | None = None
 
     @property
-    def known(self) -> tuple[Image.Image, str]:
-        """Image and question, where neither is missing."""
-        assert self.image is not None
+    def known(self) -> tuple[Picture, str]:
+        """Picture and question, where neither is missing."""
+        assert self.picture is not None
         assert self.question is not None
-        return self.image, self.question
+        return self.picture, self.question
 
 
 class Localizing:
@@ -62,69 +67,110 @@ class Localizing:
         self.model_name: str = renderer.model_config.served_model_name
         self.localizer = LOCALIZERS[self.config.kind](renderer, geometry, config)
         self.answers: SharedAnswers[Located] = SharedAnswers(self.config.cache_entries)
+        self.breaker = CircuitBreaker(self.config.suspend_after, self.config.suspend_s)
+        self.log = ThrottledLog(logger)
         self._slots = asyncio.Semaphore(self.config.max_running)
+        self._asking: set[Key] = set()  # those that the localizer is busy with, waiting ones apart
 
-    async def localize(self, sought: Sequence[Sought], ask: bool) -> list[Localization]:
-        """Per image, side by side.
-
-        Args:
-            ask: False for prompts that are only tokenized: what is known is used, and nobody is asked.
-        """
-        return self._counted(await asyncio.gather(*(self._localize(one, ask) for one in sought)))
+    async def localize(self, sought: Sequence[Sought]) -> list[Localization]:
+        """Per image, side by side; as many at once as one request may have."""
+        most = self.config.max_images
+        share = asyncio.Semaphore(self.config.max_running_per_request)
+        admitted = self.breaker.admits()
+        results = await asyncio.gather(*(self._localize(one, share, admitted) for one in sought[:most]))
+        self._note([answered for _, answered in results])
+        return [*(found for found, _ in results), *(self._without("too_many") for _ in sought[most:])]
 
     def localize_now(self, sought: Sequence[Sought]) -> list[Localization]:
         """The same for the offline `LLM`: one after the other, without a time limit."""
-        return self._counted([self._localize_now(one) for one in sought])
+        return [self._localize_now(one) for one in sought]
 
-    def _counted(self, localizations: list[Localization]) -> list[Localization]:
+    def record(self, localizations: Sequence[Localization]) -> None:
+        """Count what has become of images, once that is settled."""
         for one in localizations:
             if one.outcome != "not_asked":
                 crop_metrics().record_localization(self.model_name, one)
-        return localizations
 
-    async def _localize(self, sought: Sought, ask: bool) -> Localization:
-        start, cached = time.perf_counter(), False
+    async def warm_up(self) -> None:
+        """Ask about a grey picture: the first question compiles a grammar and fills caches, for seconds."""
         try:
-            if (missing := _missing(sought)) is not None:
-                return self._without(missing, start)
+            async with asyncio.timeout(_WARM_UP_S):
+                await self.localizer.locate(Image.new("RGB", (512, 512), "grey"), "What is this?")
+        except (TimeoutError, Exception) as error:
+            logger.warning("The localizer does not answer yet: %s", _one_line(error))
+
+    async def _localize(
+        self, sought: Sought, share: asyncio.Semaphore, admitted: bool
+    ) -> tuple[Localization, bool | None]:
+        """One image; and whether the localizer has answered, None if that says nothing about it."""
+        start = time.perf_counter()
+        if (missing := _missing(sought)) is not None:
+            return self._without(missing, start), None
+        key: Key | None = None
+        try:
             async with asyncio.timeout(self.config.timeout_s):
-                key = await asyncio.to_thread(self._key, sought)
+                key = await off_the_loop(self._key, sought)
                 cached = self.answers.get(key) is not None
-                if not (cached or ask):
-                    return self._without("not_asked", start)
-                located = await self.answers.make(key, partial(self._locate, sought))
+                if not (cached or admitted):
+                    return self._without("suspended", start), None
+                located = await self.answers.make(key, partial(self._locate, key, sought, share))
+                return self._settled(located, start, cached), None if cached else True
         except TimeoutError:
-            logger.warning(
-                "The localizer took more than %s s: the image is served whole", self.config.timeout_s
+            self.log.warning(
+                "timeout",
+                "The localizer took more than %s s: the image is served whole",
+                self.config.timeout_s,
             )
-            return self._without("timeout", start)
+            # Who waited for others says nothing about the localizer.
+            return self._without("timeout", start), False if key in self._asking else None
         except Exception as error:
-            return self._without(_failure(error), start)
-        return self._settled(located, start, cached)
+            outcome = self._failure(error)
+            return self._without(outcome, start), _says_of_localizer(error)
+
+    def _note(self, answered: Sequence[bool | None]) -> None:
+        """One request counts once, however many images it has."""
+        if True in answered:
+            if self.breaker.succeeded():
+                logger.warning("The localizer answers again")
+        elif False in answered and self.breaker.failed():
+            crop_metrics().record_suspension(self.model_name, self.localizer.name)
+            logger.warning(
+                "The localizer has failed %d requests in a row: images are served whole, and every %g s one "
+                "request asks it again",
+                self.breaker.max_failures,
+                self.breaker.seconds,
+            )
 
     def _localize_now(self, sought: Sought) -> Localization:
         start = time.perf_counter()
         if (missing := _missing(sought)) is not None:
             return self._without(missing, start)
-        key = self._key(sought)
-        located = self.answers.get(key)
-        cached = located is not None
         try:
+            key = self._key(sought)
+            located = self.answers.get(key)
+            cached = located is not None
             if located is None:
-                located = self.localizer.locate_now(*sought.known)
+                picture, question = sought.known
+                located = self.localizer.locate_now(picture.open(), question, sought.salt)
                 self.answers.put(key, located)
+            return self._settled(located, start, cached)
         except Exception as error:
-            return self._without(_failure(error), start)
-        return self._settled(located, start, cached)
+            return self._without(self._failure(error), start)
 
-    async def _locate(self, sought: Sought) -> Located:
-        async with self._slots:
-            return await self.localizer.locate(*sought.known)
+    async def _locate(self, key: Key, sought: Sought, share: asyncio.Semaphore) -> Located:
+        async with share, self._slots:
+            self._asking.add(key)
+            try:
+                picture, question = sought.known
+                image = await off_the_loop(picture.open)
+                return await self.localizer.locate(image, question, sought.salt)
+            finally:
+                self._asking.discard(key)
 
-    def _key(self, sought: Sought) -> tuple[str, str, str]:
-        image, question = sought.known
-        digest = hashlib.blake2b(question.encode(), digest_size=20).hexdigest()
-        return image_key(image, sought.encoded), digest, self.localizer.version
+    def _key(self, sought: Sought) -> Key:
+        picture, question = sought.known
+        digest = hashlib.blake2b(question.encode("utf-8", "surrogatepass"), digest_size=20).hexdigest()
+        return picture.key(), digest, self.localizer.version, sought.salt or ""
 
     def _settled(self, located: Located, start: float, cached: bool) -> Localization:
         region, outcome = settle(located, self.config)
@@ -133,18 +179,44 @@ class Localizing:
         done = self._without(outcome, start)
         return replace(done, region=region, confidence=located.confidence, cached=cached)
 
-    def _without(self, outcome: Outcome, start: float) -> Localization:
-        return Localization(None, outcome, self.localizer.name, seconds=time.perf_counter() - start)
+    def _without(self, outcome: Outcome, start: float | None = None) -> Localization:
+        seconds = 0.0 if start is None else time.perf_counter() - start
+        return Localization(None, outcome, self.localizer.name, seconds=seconds)
+
+    def not_asked(self, sought: Sequence[Sought]) -> list[Localization]:
+        """What is said of images of a prompt that nobody will answer."""
+        return [self._without("not_asked") for _ in sought]
+
+    def _failure(self, error: Exception) -> Outcome:
+        """What an exception counts as; the request goes on with the whole image."""
+        outcome: Outcome = "unreadable" if isinstance(error, UnreadableAnswerError) else "error"
+        # ValueError: an image or a question that vLLM refuses. Anything else is a mistake, maybe ours.
+        expected = isinstance(error, LocalizerError | ValueError)
+        self.log.warning(
+            outcome if expected else "unexpected",
+            "The localizer failed (%s): %s",
+            outcome,
+            _one_line(error),
+            traceback=not expected,
+        )
+        return outcome
 
 
 def images_sought(
-    data: Mapping[str, Any], messages: Sequence[Mapping[str, Any]], params: CropParams, config: CropConfig
+    data: Mapping[str, Any],
+    messages: Sequence[Mapping[str, Any]],
+    params: CropParams,
+    config: CropConfig,
+    salt: str | None = None,
+    by_name: Callable[[int], Any] = lambda index: None,
 ) -> list[Sought]:
     """The images of a prompt with their questions; empty if the request wants no regions found.
 
     Args:
         data: the prompt's multimodal data.
         messages: the conversation it was made of; empty for a prompt that came as text or tokens.
+        salt: the prompt's `cache_salt`.
+        by_name: gives the image that came as a uuid alone, None if it is not known.
     """
     items = data.get("image")
     items = [] if items is None else items if isinstance(items, list | tuple) else [items]
@@ -156,27 +228,28 @@ def images_sought(
         # Asked for by name; or a prompt without messages, or images we know no message of.
         questions = [params.question] * len(items)
     return [
-        Sought(as_image(item), getattr(item, "original_bytes", None), question and normalised(question))
-        for item, question in zip(items, questions, strict=True)
+        Sought(as_picture(by_name(index) if item is None else item), question and normalised(question), salt)
+        for index, (item, question) in enumerate(zip(items, questions, strict=True))
     ]
 
 
 def _missing(sought: Sought) -> Outcome | None:
-    if sought.question is None:
+    if not sought.question:
         return "no_question"
-    return "no_image" if sought.image is None else None
+    return "no_image" if sought.picture is None else None
 
 
-def _failure(error: Exception) -> Outcome:
-    """What an exception counts as; the request goes on with the whole image."""
+def _says_of_localizer(error: Exception) -> bool | None:
+    """Whether a failure is an answer: True for one that cannot be read, False for none, None for neither."""
     if isinstance(error, UnreadableAnswerError):
-        logger.warning("The localizer's answer cannot be read: %s", error)
-        return "unreadable"
-    if isinstance(error, LocalizerError):
-        logger.warning("The localizer failed: %s", error)
-    else:
-        logger.exception("The localizer failed")
-    return "error"
+        return True
+    # What vLLM or we refuse of this image or question says nothing about other requests.
+    return None if isinstance(error, CropError | ValueError) else False
+
+
+def _one_line(error: Exception) -> str:
+    said = " ".join(str(error).split())[:200]
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
 def _bounding_box(region: Region) -> Region:

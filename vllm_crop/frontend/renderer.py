@@ -6,21 +6,25 @@ messages, completions, batches, tokenization and offline `LLM`.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from statistics import fmean
 from typing import Any
 
 from vllm.renderers.hf import HfRenderer
 
+from vllm_crop.budget import retained_count
+from vllm_crop.errors import CropError
 from vllm_crop.facts import ImageFacts, Source
 from vllm_crop.frontend.engines import OfflineEngine, ServingEngine
 from vllm_crop.frontend.localization import Localizing, Sought, images_sought
 from vllm_crop.localizers.decision import Localization
+from vllm_crop.localizers.thumbnails import as_picture
 from vllm_crop.metrics import crop_metrics
 from vllm_crop.models.deciding import ImageDecision
-from vllm_crop.models.processing import CROP_KEY, DECISIONS, CropProcessorMixin, as_validation_error
-from vllm_crop.params import CropParams, image_requests
-from vllm_crop.request_context import current_request
+from vllm_crop.models.processing import CROP_KEY, DECISIONS, FACTS, CropProcessorMixin, as_validation_error
+from vllm_crop.params import CropParams, CropRequest, image_requests
+from vllm_crop.request_context import RequestContext, current_request
 
 MESSAGES = "crop_messages"  # in a prompt on its way through the renderer
 
@@ -66,60 +70,139 @@ class CropRenderer(HfRenderer):
         prompt[MESSAGES] = messages
         return conversation, prompt
 
+    async def warm_up_localizer(self) -> None:
+        """Let the localizer answer once before clients ask; called by the HTTP middleware, never fails."""
+        if self._localizing is not None:
+            await self._localizing.warm_up()
+
     def process_for_engine(self, prompt: Any, arrival_time: float, **kwargs: Any) -> Any:
         """As upstream, for the offline `LLM`."""
-        sought, localizations = self._seek(prompt), []
+        messages = prompt.pop(MESSAGES, ())
+        if not isinstance(self.mm_processor, CropProcessorMixin):
+            return super().process_for_engine(prompt, arrival_time, **kwargs)
+        asked, sought = self._look_at(prompt, messages)
+        localizations: list[Localization] = []
         if sought and self._localizing is not None:
-            localizations = self._localizing.localize_now(sought)
-        self._hand_over_crop(prompt, localizations)
-        engine_input = super().process_for_engine(prompt, arrival_time, **kwargs)
+            served = not self._will_be_refused(prompt, asked.params)
+            localizations = (
+                self._localizing.localize_now(sought) if served else self._localizing.not_asked(sought)
+            )
+        self._hand_over(prompt, asked, localizations)
+        try:
+            engine_input = super().process_for_engine(prompt, arrival_time, **kwargs)
+        except Exception:
+            self._record(localizations)
+            raise
         self._report(engine_input, localizations, **kwargs)
         return engine_input
 
     async def process_for_engine_async(self, prompt: Any, arrival_time: float, **kwargs: Any) -> Any:
         """As upstream, for the API server."""
-        sought, localizations = self._seek(prompt), []
+        messages = prompt.pop(MESSAGES, ())
+        if not isinstance(self.mm_processor, CropProcessorMixin):
+            return await super().process_for_engine_async(prompt, arrival_time, **kwargs)
+        asked, sought = self._look_at(prompt, messages)
+        localizations: list[Localization] = []
         if sought and self._localizing is not None:
-            ask = not kwargs.get("skip_mm_cache", False)  # tokenized, not served
-            localizations = await self._localizing.localize(sought, ask)
-        self._hand_over_crop(prompt, localizations)
-        engine_input = await super().process_for_engine_async(prompt, arrival_time, **kwargs)
+            # What is only tokenized asks nobody, and learns nothing of what others have asked: vLLM answers
+            # /tokenize without an API key.
+            tokenized = kwargs.get("skip_mm_cache", False)
+            if tokenized or self._will_be_refused(prompt, asked.params):
+                localizations = self._localizing.not_asked(sought)
+            else:
+                localizations = await self._localizing.localize(sought)
+        self._hand_over(prompt, asked, localizations)
+        try:
+            engine_input = await super().process_for_engine_async(prompt, arrival_time, **kwargs)
+        except Exception:
+            self._record(localizations)
+            raise
         self._report(engine_input, localizations, **kwargs)
         return engine_input
 
-    def _seek(self, prompt: Any) -> list[Sought]:
-        """The images whose regions are to be found, all of the prompt's or none."""
-        messages, context = prompt.pop(MESSAGES, ()), current_request.get()
-        if self._localizing is None or (context is not None and context.inner):
-            return []
-        params = None if context is None else context.params
-        with as_validation_error():
-            given = (prompt.get("mm_processor_kwargs") or {}).get(CROP_KEY) if params is None else None
-            params = params or CropParams.parse({} if given is None else given)
-        return images_sought(
-            prompt.get("multi_modal_data") or {}, messages, params, self.mm_processor.crop_config
-        )
+    def _look_at(self, prompt: Any, messages: Sequence[Any]) -> tuple[CropRequest, list[Sought]]:
+        """What is asked for, and the images whose regions are to be found, all of the prompt's or none.
 
-    def _hand_over_crop(self, prompt: Any, localizations: Sequence[Localization]) -> None:
+        Raises:
+            VLLMValidationError: the client asks for what this server does not do; nothing has been done yet.
+        """
         context = current_request.get()
-        if not isinstance(self.mm_processor, CropProcessorMixin):
-            return
-        params = None if context is None else context.params
+        if context is not None and context.inner is not None:
+            return context.inner, []
+        config, salt = self.mm_processor.crop_config, prompt.get("cache_salt")
+        with as_validation_error():
+            params = None if context is None else context.params
+            if params is None:
+                given = (prompt.get("mm_processor_kwargs") or {}).get(CROP_KEY)
+                params = CropParams.parse({} if given is None else given)
+            data = prompt.get("multi_modal_data") or {}
+            # Before any localization is paid for, as far as vLLM has not to read the images for it.
+            image_requests(params, config, _num_images(data, params))
+        asked = CropRequest(params, salt=salt)
+        if self._localizing is None:
+            return asked, []
+        if set(prompt.get("mm_processor_kwargs") or {}) - {CROP_KEY}:
+            return asked, []  # they can move an image under its region
+        known = self.mm_processor.known_images(self.mm_processor_cache)
+        uuids = (prompt.get("multi_modal_uuids") or {}).get("image") or ()
+        uuids = [uuids] if isinstance(uuids, str) else uuids
+
+        def by_name(index: int) -> Any:
+            uuid = uuids[index] if index < len(uuids) else None
+            if known is None or not isinstance(uuid, str) or (found := known.find(uuid, salt)) is None:
+                return None
+            return known.data_of(found)
+
+        return asked, images_sought(data, messages, params, config, salt, by_name)
+
+    def _will_be_refused(self, prompt: Any, params: CropParams) -> bool:
+        """Whether vLLM will not serve the request whatever is found: it need not be localized.
+
+        It says so in its own words; a mistake here costs a saving and no answer.
+        """
+        return self._has_bad_parameters() or self._is_too_long(prompt, params)
+
+    def _has_bad_parameters(self) -> bool:
+        context = current_request.get()
+        request: Any = None if context is None else context.request
+        if getattr(request, "use_beam_search", False) or not hasattr(request, "to_sampling_params"):
+            return False
+        try:
+            sampling = request.to_sampling_params(1, {})
+            sampling.verify(self.model_config, None, self.config.structured_outputs_config, self.tokenizer)
+        except ValueError:
+            return True
+        return False
+
+    def _is_too_long(self, prompt: Any, params: CropParams) -> bool:
+        """Whether the prompt is longer than the model takes with the fewest tokens its images can have."""
+        processor = self.mm_processor
+        rate = processor.crop_config.pruning_rate if params.pruning_rate is None else params.pruning_rate
+        method = params.method or processor.crop_config.method
+        images = _images(prompt.get("multi_modal_data") or {})
+        least = len(prompt.get("prompt_token_ids") or ()) - len(images)
+        for image in images:
+            size = getattr(image, "size", None)
+            if not isinstance(size, tuple):
+                continue
+            try:
+                tokens = processor.geometry.grid(*size).num_tokens
+            except CropError:
+                return True
+            least += tokens if method == "ilp" else retained_count(tokens, rate)
+        return bool(least >= self.model_config.max_model_len)
+
+    def _hand_over(self, prompt: Any, asked: CropRequest, localizations: Sequence[Localization]) -> None:
+        """Tell the multimodal processor what is asked for."""
+        context = current_request.get()
         if context is not None:
             context.handed_over = True
-        if prompt.get("multi_modal_data"):
-            given = dict(prompt.get("mm_processor_kwargs") or {})
-            if params is not None or (context is not None and CROP_KEY not in given):
-                given[CROP_KEY] = params or CropParams()
-            if localizations:
-                with as_validation_error():
-                    asked = CropParams.parse(given.get(CROP_KEY) or {})
-                regions = [one.region for one in localizations]
-                given[CROP_KEY] = asked.model_copy(update={"regions": regions})
-            prompt["mm_processor_kwargs"] = given
-        elif params is not None:
-            with as_validation_error():
-                image_requests(params, self.mm_processor.crop_config, num_images=0)
+        if not prompt.get("multi_modal_data"):
+            return
+        if localizations:
+            asked = replace(asked, found=tuple(one.region for one in localizations))
+        given = dict(prompt.get("mm_processor_kwargs") or {})
+        prompt["mm_processor_kwargs"] = {**given, CROP_KEY: asked}
 
     def _report(
         self,
@@ -128,44 +211,83 @@ class CropRenderer(HfRenderer):
         skip_mm_cache: bool = False,
         **_: Any,
     ) -> None:
-        decisions = engine_input.pop(DECISIONS, ())
+        decisions: Sequence[ImageDecision] = engine_input.pop(DECISIONS, ())
         if not decisions:
             return
         placeholders = engine_input["mm_placeholders"]["image"]
-        found = localizations or (None,) * len(decisions)
+        found = (
+            [
+                replace(one, region=None, outcome="not_possible") if decision.whole == "not_possible" else one
+                for one, decision in zip(localizations, decisions, strict=True)
+            ]
+            if localizations
+            else [None] * len(decisions)
+        )
+        self._record([one for one in found if one is not None])
         facts = [
             _image_facts(decision, placeholder.length, self.mm_processor.geometry.num_layers, localization)
             for decision, placeholder, localization in zip(decisions, placeholders, found, strict=True)
         ]
+        engine_input[FACTS] = facts
         model_name = None if skip_mm_cache else self.model_config.served_model_name
-        if (context := current_request.get()) is not None:
-            # vLLM may still refuse the request: the middleware counts what is answered.
-            context.facts.extend(facts)
-            context.model_name = model_name
-        elif model_name is not None:
-            crop_metrics().record(model_name, facts)
+        context = current_request.get()
+        if context is None:
+            if model_name is not None:
+                crop_metrics().record(model_name, facts)
+            return
+        # vLLM may still refuse the request: the middleware counts what is answered.
+        context.facts.extend(facts)
+        context.model_name = model_name
+        if not skip_mm_cache:
+            self._note_unsent(engine_input, context)
+
+    def _record(self, localizations: Sequence[Localization]) -> None:
+        if self._localizing is not None:
+            self._localizing.record(localizations)
+
+    def _note_unsent(self, engine_input: Any, context: RequestContext) -> None:
+        """vLLM's cache now takes new items for sent; they are when the request has reached the engine."""
+        cache = self.mm_processor_cache
+        if cache is None:
+            return
+        for modality, items in engine_input["mm_kwargs"].items():
+            for item, mm_hash in zip(items, engine_input["mm_hashes"][modality], strict=True):
+                if item is not None:
+                    context.unsent[mm_hash] = cache.invalidate
+
+
+def _images(data: Any) -> list[Any]:
+    items = data.get("image")
+    return [] if items is None else list(items) if isinstance(items, list | tuple) else [items]
+
+
+def _num_images(data: Any, params: CropParams) -> int:
+    """How many images a prompt has; where that takes reading embeddings, as many as the request says."""
+    images = _images(data)
+    if any(image is not None and as_picture(image) is None for image in images):
+        return len(params.regions or ())
+    return len(images)
 
 
 def _image_facts(
     decision: ImageDecision, num_placeholders: int, num_layers: int, localization: Localization | None
 ) -> ImageFacts:
-    plan = decision.plan
-    assert plan is None or plan.num_embeddings == num_placeholders
-    region = decision.request.region
+    plan, request = decision.plan, decision.request
     source: Source = "request"
-    if decision.request.off:
+    if request.off:
         source = "off"
-    elif region is not None and plan is None and num_placeholders == decision.full_tokens:
+    elif decision.whole == "out_of_view":
         source = "out_of_view"
     elif localization is not None:
         source = localization.localizer
-    elif region is None:
+    elif request.region is None:
         source = "none"
     return ImageFacts(
-        tokens=decision.full_tokens,
+        # Without a plan nothing was taken away, whatever the request's own settings made of the image.
+        tokens=plan.grid.num_tokens if plan else num_placeholders,
         tokens_after_plc=num_placeholders,
         tokens_avg=fmean(plan.tokens_per_layer(num_layers)) if plan else float(num_placeholders),
-        region=region,
+        region=request.region,
         source=source,
         localization=localization,
     )

@@ -45,17 +45,18 @@ class Localizer(Protocol):
     name: Asked
     version: str
 
-    async def locate(self, image: Image.Image, question: str) -> Located:
+    async def locate(self, image: Image.Image, question: str, salt: str | None = None) -> Located:
         """Find the region.
 
         Args:
             image: as the client sent it, decoded.
+            salt: keeps tenants apart in caches that are shared, as the request's `cache_salt`.
 
         Raises:
             LocalizerError: with the reason, for the log.
         """
         ...
 
-    def locate_now(self, image: Image.Image, question: str) -> Located:
+    def locate_now(self, image: Image.Image, question: str, salt: str | None = None) -> Located:
         """The same without an event loop, for the offline `LLM`."""
         ...

@@ -1,14 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """From what a localizer says to the region an image is served with."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from vllm_crop.geometry import Box, Region
-from vllm_crop.localizers.base import Asked, Located
+from vllm_crop.localizers.base import Asked, Located, UnreadableAnswerError
 from vllm_crop.localizers.settings import LocalizerConfig
 
-Fallback = Literal["low_confidence", "timeout", "error", "unreadable", "no_question", "no_image"]
+Fallback = Literal[
+    "low_confidence",
+    "timeout",
+    "error",
+    "unreadable",
+    "no_question",
+    "no_image",
+    "too_many",
+    "suspended",
+    "not_possible",
+]
 Outcome = Literal["region", "widened", "global", "not_asked"] | Fallback
 FALLBACKS: tuple[str, ...] = get_args(Fallback)
 
@@ -19,8 +30,10 @@ class Localization:
 
     Attributes:
         region: None serves the image whole.
-        outcome: "global" is the localizer's own answer; FALLBACKS are not; "not_asked" is a tokenized
-            prompt nobody will answer.
+        outcome: "global" is the localizer's own answer; FALLBACKS are not; "not_asked" is a prompt nobody
+            will answer, as it is only tokenized or will be refused. "too_many" images were sent at once; the
+            localizer is "suspended" after failures; a region is "not_possible" for this image or beside
+            other settings of the request.
         localizer: its name.
         confidence: None where it is unknown.
         seconds: from the question to the decision, waiting included.
@@ -39,10 +52,15 @@ def settle(located: Located, config: LocalizerConfig) -> tuple[Region | None, Ou
     """The region an image is served with, by the thresholds of the configuration.
 
     An unknown confidence counts as certain.
+
+    Raises:
+        UnreadableAnswerError: the confidence is no number.
     """
     if located.region is None:
         return None, "global"
     confidence = 1.0 if located.confidence is None else located.confidence
+    if not math.isfinite(confidence):
+        raise UnreadableAnswerError(f"a confidence of {confidence}")
     if confidence < config.whole_below:
         return None, "low_confidence"
     widened = confidence < config.widen_below

@@ -6,7 +6,6 @@
 """
 
 import json
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ DialectName = Literal["cells", "pixels", "thousandths"]
 WHOLE = "whole"
 MOST_BOXES = 16
 _LONGEST_ANSWER = 4096  # characters; a remote localizer may say anything
+_LARGEST = 1e6  # a whole number may have thousands of digits, and no float of it exists
 
 Size = tuple[int, int]  # width and height of the image that was shown, pixels
 
@@ -91,7 +91,7 @@ def _read_json(text: str, size: Size) -> Region | None:
         raise UnreadableAnswerError(f"an answer of {len(text)} characters")
     try:
         said = json.loads(_FENCE.sub("", text))
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError):  # ValueError also for a number of more than 4300 digits
         raise UnreadableAnswerError(f"no JSON: {text[:40]!r}") from None
     items = said if isinstance(said, list) and not _is_box(said) else [said]
     if len(items) > MOST_BOXES:
@@ -105,7 +105,7 @@ def _is_box(value: Any) -> bool:
         isinstance(value, list)
         and len(value) == 4
         and all(isinstance(side, int | float) and not isinstance(side, bool) for side in value)
-        and all(math.isfinite(side) for side in value)
+        and all(abs(side) <= _LARGEST for side in value)  # neither NaN nor infinite either
     )
 
 

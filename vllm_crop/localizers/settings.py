@@ -74,6 +74,26 @@ class LocalizerConfig(BaseModel):
     max_running: int = Field(
         default=64, ge=1, description="Localizations at once in one API server; the others wait their turn."
     )
+    max_running_per_request: int = Field(
+        default=8, ge=1, description="Of these, how many one request may have, so that others get theirs."
+    )
+    max_images: int = Field(
+        default=32,
+        ge=1,
+        description="Images of one request that are localized; further ones are served whole.",
+    )
+    suspend_after: int = Field(
+        default=5,
+        ge=1,
+        description="Requests in a row without an answer (timeout, error) after which nobody is asked for "
+        "suspend_s seconds.",
+    )
+    suspend_s: float = Field(
+        default=10.0,
+        gt=0,
+        le=3600,
+        description="Seconds until one request asks again whether the localizer is back.",
+    )
     cache_entries: int = Field(
         default=8192, ge=0, description="Regions remembered by image and question, for retries."
     )

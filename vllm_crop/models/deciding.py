@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is done with each image of a request."""
 
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from vllm.multimodal.parse import ImageProcessorItems
-from vllm.utils.cache import LRUCache
 
-from vllm_crop.budget import retained_count
 from vllm_crop.config import CropConfig
+from vllm_crop.errors import UnsupportedImageError
 from vllm_crop.image_plan import plan_image
-from vllm_crop.params import CropParams, ImageRequest, InvalidCropError, image_requests
+from vllm_crop.params import CropRequest, ImageRequest, InvalidCropError
 from vllm_crop.plan import TokenPlan
 from vllm_crop.vision_geometry import VisionGeometry
 
-_REMEMBERED_SIZES = 65536  # images; a uuid alone does not say how large its image is
+Size = tuple[int, int]
+Whole = Literal["no_region", "out_of_view", "not_possible"]
+_CANNOT_PRUNE = (InvalidCropError, UnsupportedImageError)
 
 
 @dataclass(frozen=True)
@@ -24,16 +24,17 @@ class ImageDecision:
     """What is done with one image.
 
     Attributes:
-        plan: None serves it whole.
-        full_tokens: visual tokens unpruned; the most there can be for an image known by its uuid only.
+        request: as it is carried out: without the region where one cannot be used.
+        plan: None serves the image whole.
+        whole: why it does; "not_possible" is a region that the server found and cannot use.
         positions_beyond: how many more position ids the image takes than tokens, if they are the original
-            ones; the most it can for an image known by its uuid only, whose plan was made when it was sent.
+            ones.
     """
 
     request: ImageRequest
-    plan: TokenPlan | None
-    full_tokens: int
-    positions_beyond: int
+    plan: TokenPlan | None = None
+    whole: Whole = "no_region"
+    positions_beyond: int = 0
 
     @property
     def compression(self) -> TokenPlan | None:
@@ -47,61 +48,86 @@ class ImageDecider:
     def __init__(self, info: Any, config: CropConfig, geometry: VisionGeometry) -> None:
         """`info`: vLLM's ProcessingInfo of the model."""
         self.info, self.config, self.geometry = info, config, geometry
-        self._sizes: LRUCache[str, Any] = LRUCache(_REMEMBERED_SIZES)
-        self._lock = threading.Lock()  # vLLM may process requests in several threads
 
     def decide(
-        self, params: CropParams, mm_items: Mapping[str, Any], image_hashes: Sequence[str]
+        self,
+        asked: CropRequest,
+        mm_items: Mapping[str, Any],
+        sizes: Sequence[Size | None],
+        other_kwargs: Sequence[str] = (),
     ) -> tuple[ImageDecision, ...]:
         """Plan every image of a request.
 
         Args:
-            params: the request's field `crop`.
             mm_items: its items by modality.
-            image_hashes: per image, whatever the region.
+            sizes: per image, width and height in pixels; None where they are not known.
+            other_kwargs: names of the request's own processor settings, which can move an image under its
+                region.
 
         Raises:
-            InvalidCropError: the request asks for what cannot be done with its images.
+            InvalidCropError: the client asks for what cannot be done with its images.
+            UnsupportedImageError: for a client's region; the image processor refuses the image too.
         """
         images = mm_items.get("image") or ()
-        requests = image_requests(params, self.config, len(images))
+        requests = asked.images(self.config, len(images))
+        try:
+            return self._decide(images, requests, sizes, other_kwargs)
+        except _CANNOT_PRUNE:
+            if asked.found is None:
+                raise
+        # Image by image, so that one that cannot be pruned takes none along.
+        return self._with_what_can_be_used(images, requests, sizes, other_kwargs)
+
+    def _decide(
+        self,
+        images: Any,
+        requests: Sequence[ImageRequest],
+        sizes: Sequence[Size | None],
+        other_kwargs: Sequence[str],
+    ) -> tuple[ImageDecision, ...]:
+        if other_kwargs and any(request.region for request in requests):
+            raise InvalidCropError(
+                f"crop.regions: not possible beside other mm_processor_kwargs of the request, "
+                f"{sorted(other_kwargs)}: they can move the image under the region",
+                "crop.regions",
+            )
         decisions = tuple(
-            self._decide_image(images, index, request, image_hashes[index])
-            for index, request in enumerate(requests)
+            self._decide_image(images, request, size) for request, size in zip(requests, sizes, strict=True)
         )
         self._check_positions(decisions)
         return decisions
 
-    def _decide_image(self, images: Any, index: int, request: ImageRequest, image_hash: str) -> ImageDecision:
+    def _with_what_can_be_used(
+        self,
+        images: Any,
+        requests: Sequence[ImageRequest],
+        sizes: Sequence[Size | None],
+        other_kwargs: Sequence[str],
+    ) -> tuple[ImageDecision, ...]:
+        decisions: list[ImageDecision] = []
+        for request, size in zip(requests, sizes, strict=True):
+            try:
+                (decision,) = self._decide(images, [request], [size], other_kwargs)
+                self._check_positions([*decisions, decision])
+            except _CANNOT_PRUNE:
+                decision = ImageDecision(request.without_region(), whole="not_possible")
+            decisions.append(decision)
+        return tuple(decisions)
+
+    def _decide_image(self, images: Any, request: ImageRequest, size: Size | None) -> ImageDecision:
+        if request.region is None:
+            return ImageDecision(request)
         if not isinstance(images, ImageProcessorItems):
-            if request.region is not None:
-                raise InvalidCropError("crop.regions: not possible for image embeddings", "crop.regions")
-            return ImageDecision(request, None, _num_embeddings(images.get(index)), 0)
-        size = self._image_size(images, index, image_hash)
-        if size is None:  # a uuid alone, long not seen: vLLM's own cache may still know it
-            return self._decide_unseen(request)
-        planned = plan_image(self.geometry, size.width, size.height, request)
-        grid = planned.tokens.grid
-        tokens = planned.tokens if planned.prunes else None
-        beyond = max(0, self.geometry.position_span(grid) - planned.tokens.num_embeddings)
-        return ImageDecision(request, tokens, grid.num_tokens, beyond)
-
-    def _image_size(self, images: ImageProcessorItems, index: int, image_hash: str) -> Any:
-        with self._lock:
-            if images.get(index) is not None:
-                self._sizes[image_hash] = images.get_image_size(index)
-            return self._sizes.get(image_hash)
-
-    def _decide_unseen(self, request: ImageRequest) -> ImageDecision:
-        if request.region is not None and request.eviction_layers:
-            raise InvalidCropError(
-                f"crop.regions: method {request.method!r} needs the image's size, and that of this uuid is "
-                "forgotten: send the image once more",
-                "crop.regions",
-            )
-        most = self.info.get_max_image_tokens()
-        left = retained_count(most, request.pruning_rate) if request.region else most
-        return ImageDecision(request, None, most, most - left)
+            raise InvalidCropError("crop.regions: not possible for image embeddings", "crop.regions")
+        if size is None:  # a uuid alone that nobody knows: vLLM says so when it misses the image
+            return ImageDecision(request.without_region())
+        planned = plan_image(self.geometry, *size, request)
+        if not planned.prunes:
+            return ImageDecision(request, whole="no_region" if planned.region else "out_of_view")
+        span = self.geometry.position_span(planned.tokens.grid)
+        return ImageDecision(
+            request, planned.tokens, positions_beyond=max(0, span - planned.tokens.num_embeddings)
+        )
 
     def _check_positions(self, decisions: Sequence[ImageDecision]) -> None:
         if self.config.position_ids != "original":
@@ -116,8 +142,3 @@ class ImageDecider:
                 f"room for {positions - model_config.max_model_len}: prune fewer images or less of them",
                 "crop.regions",
             )
-
-
-def _num_embeddings(image: Any) -> int:
-    """Rows of an image that the client has embedded; some families want a dictionary with its grid beside."""
-    return len(image["image_embeds"] if isinstance(image, Mapping) else image)

@@ -10,9 +10,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.inputs import MultiModalFieldConfig
+from vllm.multimodal.parse import MultiModalDataItems
 from vllm.multimodal.processing import BaseMultiModalProcessor, PromptReplacement, PromptUpdate
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
@@ -21,11 +23,14 @@ from vllm_crop.eviction.labels import write_labels
 from vllm_crop.eviction.settings import EvictionSettings, embed_indices
 from vllm_crop.models import plan_fields
 from vllm_crop.models.deciding import ImageDecider, ImageDecision
-from vllm_crop.params import CropParams, InvalidCropError
+from vllm_crop.models.known_images import KnownImages, RequestImages, identify
+from vllm_crop.params import CropParams, CropRequest, InvalidCropError
 from vllm_crop.vision_geometry import VisionGeometry, geometry_from_configs
 
 CROP_KEY = "crop"
 DECISIONS = "crop_decisions"  # in the processed prompt, for the renderer, which takes it out
+FACTS = "crop_facts"  # what the renderer says of its images
+UNLABELLED = "crop_unlabelled"  # the prompt's ids without the evictions that the server chose itself
 
 
 @dataclass(frozen=True)
@@ -71,11 +76,20 @@ class CropProcessorMixin(BaseMultiModalProcessor):
     def _decider(self) -> ImageDecider:
         return ImageDecider(self.info, self.crop_config, self.geometry)
 
-    def decide(
-        self, params: CropParams, mm_items: Mapping[str, Any], image_hashes: Sequence[str]
-    ) -> tuple[ImageDecision, ...]:
-        """Plan every image of a request; see ImageDecider."""
-        return self._decider.decide(params, mm_items, image_hashes)
+    @cached_property
+    def _known_images(self) -> WeakKeyDictionary[Any, KnownImages]:
+        return WeakKeyDictionary()
+
+    def known_images(self, cache: Any) -> KnownImages | None:
+        """The images that came with a name through a cache of vLLM; None without a cache.
+
+        Prompts that are only tokenized have a cache of their own, and so they have names of their own.
+        """
+        if cache is None:
+            return None
+        if cache not in self._known_images:
+            self._known_images[cache] = KnownImages(self.crop_config.limits.named_images_mib << 20)
+        return self._known_images[cache]
 
     # Overrides of BaseMultiModalProcessor. `crop` is taken out before every call to super: the HF processor
     # is cached by its kwargs, and must never see ours.
@@ -83,28 +97,57 @@ class CropProcessorMixin(BaseMultiModalProcessor):
     def apply(self, inputs: ProcessorInputs, timing_ctx: Any) -> Any:
         """As upstream, with the images' decisions beside the result."""
         given, plain = _split(inputs.hf_processor_mm_kwargs)
-        hashes = super()._get_mm_hashes(replace(inputs, hf_processor_mm_kwargs=plain))
-        images = tuple(hashes.get("image", ()))
+        inputs = replace(inputs, hf_processor_mm_kwargs=plain)
+        known = self.known_images(inputs.cache)
         with as_validation_error():
-            params = CropParams.parse({} if given is None else given)
-            decisions = self.decide(params, inputs.mm_data_items, images)
-            if plain and any(decision.request.region for decision in decisions):
-                raise InvalidCropError(
-                    f"crop.regions: not possible beside other mm_processor_kwargs of the request, "
-                    f"{sorted(plain)}: they can move the image under the region",
-                    "crop.regions",
-                )
-        if images:
-            hashes = {**hashes, "image": self._hashes_with_requests(images, decisions)}
+            asked = given if isinstance(given, CropRequest) else CropRequest(CropParams.parse(given or {}))
+            images = identify(inputs, super()._get_mm_hashes, known, asked.salt)
+            decisions = self._decider.decide(asked, inputs.mm_data_items, images.sizes, tuple(plain))
+        if images.by_name and known is not None:
+            inputs, decisions = self._with_images_of_names(inputs, images, known, asked, decisions)
+        hashes = dict(images.hashes)
+        if images.keys:
+            hashes["image"] = self._hashes_with_requests(images.keys, decisions)
         # Profiling sends one dummy item many times, without `crop`: a key would let the feature cache
         # answer all but the first, and too little memory would be profiled.
-        items = CropItems(decisions, images if given is not None else ("",) * len(images), hashes)
+        keys = images.keys if given is not None else ("",) * len(images.keys)
+        items = CropItems(decisions, keys, hashes)
         processed = super().apply(
             replace(inputs, hf_processor_mm_kwargs={**plain, CROP_KEY: items}), timing_ctx
         )
-        self._label_evicted(processed, decisions)
         processed[DECISIONS] = decisions
+        if any(decision.plan is not None and decision.plan.evicts for decision in decisions):
+            if asked.found is not None:
+                processed[UNLABELLED] = list(processed["prompt_token_ids"])
+            self._label_evicted(processed, decisions)
         return processed
+
+    def _with_images_of_names(
+        self,
+        inputs: ProcessorInputs,
+        images: RequestImages,
+        known: KnownImages,
+        asked: CropRequest,
+        decisions: tuple[ImageDecision, ...],
+    ) -> tuple[ProcessorInputs, tuple[ImageDecision, ...]]:
+        """Supply images that came as a name alone and that vLLM's cache does not have with this region."""
+        cache: Any = inputs.cache
+        items = inputs.mm_data_items["image"]
+        data = [items.get(index) for index in range(len(items))]
+        settled = list(decisions)
+        for index, image in images.by_name.items():
+            decision = decisions[index]
+            (image_hash,) = self._hashes_with_requests([image.key], [decision])
+            if cache.is_cached_item(image_hash):
+                continue
+            data[index] = known.data_of(image)
+            if data[index] is None and asked.found is not None and cache.is_cached_item(image.key):
+                # Only the whole image is left: what the server found must not make it a miss.
+                settled[index] = ImageDecision(decision.request.without_region(), whole="not_possible")
+        supplied = self.info.parse_mm_data({"image": data}, validate=False)
+        return replace(
+            inputs, mm_data_items=MultiModalDataItems({**inputs.mm_data_items, **supplied})
+        ), tuple(settled)
 
     def _label_evicted(self, processed: Any, decisions: Sequence[ImageDecision]) -> None:
         settings = self.eviction_settings
@@ -123,6 +166,8 @@ class CropProcessorMixin(BaseMultiModalProcessor):
         position_ids = self.crop_config.position_ids
         return [
             plan_fields.hash_with_request(image_hash, decision.request, position_ids)
+            if decision.compression is not None
+            else image_hash
             for image_hash, decision in zip(image_hashes, decisions, strict=True)
         ]
 

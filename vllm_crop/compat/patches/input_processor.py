@@ -1,19 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Refuses what a request cannot ask for together with eviction: prompt logprobs, and input that goes on.
+"""Looks at a request once more before it goes to the engine, where its parameters and its prompt first meet.
 
-Why: the last hidden state of an evicted token does not exist, so its prompt logprobs would be made up; and
-a resumed prompt would be scheduled without its plan. Sampling parameters and the processed prompt meet here
-and nowhere before the engine, online and offline.
+* Prompt logprobs, and input that goes on, are not possible with evicted tokens: the last hidden state of an
+  evicted token does not exist, and a resumed prompt would be scheduled without its plan. Evictions that the
+  client asked for are refused; those that the server chose itself are left out.
+* A request that is refused here, by us or by vLLM, has not sent what vLLM's processor cache takes for sent:
+  the next request with the same image would come without its data.
+* The localizer's own answer is constrained from its first token on, also where the server parses reasoning.
+
+Why: nothing before the engine knows both, online and offline.
 Replaces: InputProcessor.process_inputs (vllm/v1/engine/input_processor.py).
 Remove when: vLLM lets a model look at a request together with its parameters.
 """
 
 import functools
+import inspect
+from dataclasses import replace
 from typing import Any
 
 from vllm_crop.eviction.settings import EvictionSettings, image_placeholders
+from vllm_crop.request_context import current_request
 
-REASON = "refuses prompt logprobs and resumable input for requests with evicted tokens"
+REASON = "settles what a request's parameters and its prompt allow together"
+UNLABELLED, FACTS = "crop_unlabelled", "crop_facts"  # as vllm_crop/models/processing.py writes them
 _MARK = "_vllm_crop_input_processor_patched"
 
 
@@ -23,26 +32,43 @@ def patch(input_processor: Any) -> None:
         return
     setattr(input_processor, _MARK, True)
     process_inputs = input_processor.process_inputs
+    arguments = inspect.signature(process_inputs)
 
     @functools.wraps(process_inputs)  # its signature is checked again by every engine of this process
-    def process_inputs_with_eviction(self: Any, *args: Any, **kwargs: Any) -> Any:
-        request = process_inputs(self, *args, **kwargs)
-        settings = EvictionSettings.from_hf_config(self.model_config.hf_config)
-        if settings.stages:
-            check_request(request, settings)
+    def process_inputs_with_crop(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not hasattr(self.model_config.hf_config, "crop"):  # a server that does not prune
+            return process_inputs(self, *args, **kwargs)
+        prompt = arguments.bind(self, *args, **kwargs).arguments["prompt"]
+        sent = _newly_sent(prompt)
+        try:
+            request = process_inputs(self, *args, **kwargs)
+            settle_request(request, prompt, EvictionSettings.from_hf_config(self.model_config.hf_config))
+        except Exception:
+            if (cache := self.renderer.mm_processor_cache) is not None:
+                for mm_hash in sent:
+                    cache.invalidate(mm_hash)
+            raise
+        if (context := current_request.get()) is not None:
+            for mm_hash in sent:
+                context.unsent.pop(mm_hash, None)
+            if context.inner is not None:
+                request.reasoning_ended = True
         return request
 
-    input_processor.process_inputs = process_inputs_with_eviction
+    input_processor.process_inputs = process_inputs_with_crop
 
 
-def check_request(request: Any, settings: EvictionSettings) -> None:
-    """Judge an EngineCoreRequest.
+def settle_request(request: Any, prompt: Any, settings: EvictionSettings) -> None:
+    """Judge an EngineCoreRequest, and leave out evictions that it cannot have.
+
+    Args:
+        prompt: the engine's input it was made of.
 
     Raises:
-        VLLMValidationError: answered with HTTP 400.
+        VLLMValidationError: the client has asked for both; answered with HTTP 400.
     """
     parameter = _parameter_in_the_way(request)
-    if parameter is None:
+    if parameter is None or not settings.stages:
         return
     from vllm.exceptions import VLLMValidationError
 
@@ -51,11 +77,31 @@ def check_request(request: Any, settings: EvictionSettings) -> None:
     placeholders = image_placeholders(request.mm_features or ())
     if read_labels(request.prompt_token_ids or (), placeholders, settings.label_ids) is None:
         return
-    raise VLLMValidationError(
-        f"{parameter}: not possible for a request whose visual tokens are evicted; send crop.method 'plc' or "
-        "'off'",
-        parameter=parameter,
-    )
+    if (unlabelled := prompt.get(UNLABELLED)) is None:
+        raise VLLMValidationError(
+            f"{parameter}: not possible for a request whose visual tokens are evicted; send crop.method "
+            "'plc' or 'off'",
+            parameter=parameter,
+        )
+    request.prompt_token_ids = list(unlabelled)
+    if (context := current_request.get()) is not None:
+        stale = {id(facts) for facts in prompt.get(FACTS, ())}
+        context.facts[:] = [
+            replace(facts, tokens_avg=float(facts.tokens_after_plc)) if id(facts) in stale else facts
+            for facts in context.facts
+        ]
+
+
+def _newly_sent(prompt: Any) -> list[str]:
+    """The items of a prompt whose data goes along: vLLM's cache did not know them before."""
+    if not isinstance(prompt, dict) or prompt.get("type") != "multimodal":
+        return []
+    return [
+        mm_hash
+        for modality, items in prompt["mm_kwargs"].items()
+        for item, mm_hash in zip(items, prompt["mm_hashes"][modality], strict=True)
+        if item is not None
+    ]
 
 
 def _parameter_in_the_way(request: Any) -> str | None:

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finds the field `crop` in a JSON body without parsing the rest.
+
+vLLM parses the body itself, pictures included; doing so twice would stop the event loop twice. Most bodies
+are done with after one look for the field's name. In the others brackets are counted, step by step, so that a
+large one can be read in a thread beside the event loop.
+"""
+
+import json
+import re
+from typing import Any
+
+from vllm_crop.params import MAX_FIELD_BYTES, MAX_FIELD_DEPTH, InvalidCropError
+
+FIELD = "crop"
+LONGEST_NAME = 26  # bytes: every letter may be written as an escape
+
+# "crop" as a JSON string, in every spelling that JSON has for it.
+_NAME = re.compile(rb'"(?:c|\\u0063)(?:r|\\u0072)(?:o|\\u006[fF])(?:p|\\u0070)"')
+_TOKEN = re.compile(rb'[{}\[\]]|"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+_VALUE = re.compile(rb"\s*+:\s*+")
+_SCALAR = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[^,\]}\s]++', re.DOTALL)
+_START = re.compile(rb"(?:\xef\xbb\xbf)?\s*+\{")
+
+
+def may_have_field(body: bytes) -> bool:
+    """Whether the field's name occurs in a part of a body, at any place."""
+    return _NAME.search(body) is not None
+
+
+def is_utf8(body: bytes) -> bool:
+    """Whether a body is in the encoding that nearly all are in; JSON may be in five."""
+    return json.detect_encoding(body[:4]).startswith("utf-8")
+
+
+def find_field(body: bytes) -> Any:
+    """The value of the body's own field `crop`; None if there is none, or if the body is no JSON object.
+
+    Of several the last one counts, as everywhere in JSON.
+
+    Raises:
+        InvalidCropError: it is longer or more deeply nested than it can have a reason to be.
+    """
+    if not is_utf8(body):
+        try:
+            text = body.decode(json.detect_encoding(body[:4]), "surrogatepass")
+        except UnicodeDecodeError:
+            return None  # the route answers bodies that are not JSON
+        body = text.encode("utf-8", "surrogatepass")
+    if not may_have_field(body):
+        return None
+    found = _find_bytes(body)
+    if found is None:
+        return None
+    try:
+        return json.loads(found)
+    except ValueError:
+        return None
+    except RecursionError:
+        raise _too_deep() from None
+
+
+def _find_bytes(body: bytes) -> bytes | None:
+    start = _START.match(body)
+    if start is None:
+        return None
+    found: bytes | None = None
+    depth, position = 1, start.end()
+    value_from: int | None = None  # of the field's value, while we are within it
+    while (token := _TOKEN.search(body, position)) is not None:
+        position = token.end()
+        kind = body[token.start()]
+        if kind in b"{[":
+            depth += 1
+            if value_from is not None and depth > MAX_FIELD_DEPTH + 1:
+                raise _too_deep()
+        elif kind in b"}]":
+            depth -= 1
+            if depth == 1 and value_from is not None:
+                found, value_from = body[value_from:position], None
+            if depth == 0:
+                break
+        elif depth == 1 and _NAME.fullmatch(body, token.start(), position):
+            colon = _VALUE.match(body, position)
+            if colon is None:
+                continue  # a value that reads like the name
+            if body[colon.end() : colon.end() + 1] in (b"{", b"["):
+                value_from, position = colon.end(), colon.end()
+            elif (scalar := _SCALAR.match(body, colon.end())) is not None:
+                found, position = scalar.group(), scalar.end()
+        if value_from is not None and position - value_from > MAX_FIELD_BYTES:
+            raise InvalidCropError(f"{FIELD}: longer than {MAX_FIELD_BYTES >> 10} KiB")
+    if depth:
+        return None  # not closed: the route says that this is no JSON
+    if found is not None and len(found) > MAX_FIELD_BYTES:
+        raise InvalidCropError(f"{FIELD}: longer than {MAX_FIELD_BYTES >> 10} KiB")
+    return found
+
+
+def _too_deep() -> InvalidCropError:
+    return InvalidCropError(f"{FIELD}: nested too deeply, at most {MAX_FIELD_DEPTH} levels")

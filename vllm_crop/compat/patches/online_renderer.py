@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Notes which request is being rendered, so that one that vLLM will refuse is not localized first.
+
+Why: a renderer gets prompts without their parameters; `temperature: -1` is refused after rendering.
+Replaces: OnlineRenderer.preprocess_chat, OnlineRenderer.preprocess_cmpl (vllm/renderers/online_renderer.py).
+Remove when: vLLM judges a request's parameters before it renders the prompt.
+"""
+
+import functools
+from typing import Any
+
+from vllm_crop.request_context import current_request
+
+REASON = "knows a request's parameters before its images are localized"
+METHODS = ("preprocess_chat", "preprocess_cmpl")
+_MARK = "_vllm_crop_online_renderer_patched"
+
+
+def patch(online_renderer: Any) -> None:
+    """Wrap the methods of the class OnlineRenderer, once."""
+    if hasattr(online_renderer, _MARK):
+        return
+    setattr(online_renderer, _MARK, True)
+    for name in METHODS:
+        setattr(online_renderer, name, _noting(getattr(online_renderer, name)))
+
+
+def _noting(preprocess: Any) -> Any:
+    @functools.wraps(preprocess)
+    async def preprocess_and_note(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        if (context := current_request.get()) is not None:
+            context.request = request
+        return await preprocess(self, request, *args, **kwargs)
+
+    return preprocess_and_note
