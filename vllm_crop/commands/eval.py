@@ -65,12 +65,12 @@ def evaluate(
         "build/eval"
     ),
 ) -> None:
-    """Measure whether answers survive pruning: CROP, rivals and controls at equal budgets.
+    """Measure whether answers survive pruning: CROP, rivals and controls.
 
     Asks held-out questions about generated scenes. Three families can be answered from a region (read,
     relation, compare), two need the whole image (search, count). Every method gets the same questions, the
-    same checkpoint and the same visual tokens, averaged over decoder layers. The unpruned model is always
-    measured, to compare with.
+    same checkpoint and the same visual tokens to answer from, averaged over decoder layers; what the model
+    spends on finding a region is not counted. The unpruned model is always measured, to compare with.
 
     Writes results.json, curves.png and index.html. Every finished cell is kept: run the same command again to
     go on after an interruption, or with more methods or rates to add cells.
