@@ -152,9 +152,10 @@ def _check_packages(served: bool, endpoint: bool) -> None:
     needed = {"torch": True, "transformers": True, "matplotlib": True, "openai": endpoint, "vllm": served}
     missing = [name for name, wanted in needed.items() if wanted and find_spec(name) is None]
     if missing:
+        extras = ["eval"] * (missing != ["vllm"]) + ["vllm"] * ("vllm" in missing)
         typer.echo(
-            f"vllm-crop eval needs {', '.join(missing)}: pip install 'vllm-crop[eval]'"
-            + (", or add --engine transformers" if "vllm" in missing else ""),
+            f"vllm-crop eval needs {', '.join(missing)}: pip install 'vllm-crop[{','.join(extras)}]'"
+            + (", or do without vLLM: --engine transformers" if "vllm" in missing else ""),
             err=True,
         )
         raise typer.Exit(1)
