@@ -3,9 +3,12 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import venv
+import zipfile
+from email.parser import Parser
 from pathlib import Path
 
 import pytest
@@ -59,6 +62,21 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
     return folder
+
+
+def test_the_description_links_to_nothing_that_an_index_page_lacks(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        metadata = Parser().parsestr(archive.read(name).decode())
+    description = metadata.get_payload()
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    assert isinstance(description, str)
+    targets = re.findall(r"\]\(([^)]*)\)", description)
+    assert targets, "not even the paper's"
+    assert [target for target in targets if not target.startswith("https://")] == []
+    assert "![" not in description
+    assert re.search(r"<img|<a |^\[[^\]]+\]:", description, re.MULTILINE) is None
+    assert "What it saves" in description.split("## Supported")[0], "the rest of README is there"
 
 
 def test_the_environment_has_neither_vllm_nor_torch(installed: Path) -> None:
