@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The parts of `make demo` that need no server."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from vllm_crop.benchmarking.server import Server
 from vllm_crop.budget import retained_per_stage
+from vllm_crop.demo import __main__ as demo
 from vllm_crop.demo.client import Answer
 from vllm_crop.demo.report import answers_table, costs_table, shares_table
 from vllm_crop.demo.rows import METHODS, WRONG, Asked, Measured, kv_mib, rows, shares, wrong_region
@@ -16,6 +20,8 @@ from vllm_crop.evaluation.questions import make_test_set
 from vllm_crop.evaluation.regions import cells_of
 from vllm_crop.tinyvqa.checkpoint import LAYERS
 from vllm_crop.tinyvqa.questions import FAMILIES, LOCAL
+
+ROOT = Path(__file__).parents[2]
 
 
 def answer(text: str, tokens: int, ttft_ms: float) -> Answer:
@@ -85,3 +91,43 @@ def test_tables_fit_a_terminal_of_80_columns(measured: Measured, tmp_path: Path)
     assert "1.00x" in text
     assert "no ✗" in text
     assert "…" not in text
+
+
+@pytest.mark.parametrize(
+    ("named", "plugins"),
+    [
+        (None, "crop"),
+        ("", "crop"),
+        ("crop", "crop"),
+        ("lora_resolver", "crop,lora_resolver"),
+        ("lora_resolver,crop,other", "crop,lora_resolver,other"),
+    ],
+)
+def test_a_server_that_is_left_running_has_the_playground(
+    named: str | None,
+    plugins: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    started: dict[str, str] = {}
+
+    @contextmanager
+    def serve(model: str, *options: str, log_path: Path, env: dict[str, str]) -> Iterator[Server]:
+        started.update(env)
+        yield Server(model, "http://127.0.0.1:8123", 1, (), log_path, 1.0)
+
+    def interrupt(_: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(demo, "serve", serve)
+    monkeypatch.setattr(demo, "BUILD", tmp_path)
+    monkeypatch.setattr(demo, "console", Console())
+    monkeypatch.setattr(demo.time, "sleep", interrupt)
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    if named is not None:
+        monkeypatch.setenv("VLLM_PLUGINS", named)
+    demo.main(leave_running=True)
+    assert started["VLLM_PLUGINS"] == plugins
+    assert "http://127.0.0.1:8123/plugins/crop/" in capsys.readouterr().out

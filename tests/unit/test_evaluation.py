@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from pydantic import TypeAdapter
 from rich.console import Console
 from typer.testing import CliRunner
 
+from vllm_crop import evaluation
 from vllm_crop.budget import BudgetError
 from vllm_crop.cli import app
 from vllm_crop.evaluation import session as sessions
@@ -21,9 +23,10 @@ from vllm_crop.evaluation.cells import LOCATE, METHODS, OFF, RATES, GridCell, ma
 from vllm_crop.evaluation.comparisons import agreements, margins
 from vllm_crop.evaluation.controls import near_square, resized, thumbnail_and_crop
 from vllm_crop.evaluation.localizer_score import score_localizer
+from vllm_crop.evaluation.markdown import write_markdown
 from vllm_crop.evaluation.questions import TestScene, make_test_set
 from vllm_crop.evaluation.regions import SOURCES, area, cells_of, coverage, parse_location, regions_for
-from vllm_crop.evaluation.report import make_report, write_report
+from vllm_crop.evaluation.report import Report, make_report, write_report
 from vllm_crop.evaluation.rivals.names import RIVAL_TITLES
 from vllm_crop.evaluation.rivals.registry import RIVALS
 from vllm_crop.evaluation.session import Session, make_tasks
@@ -38,6 +41,7 @@ from vllm_crop.tinyvqa.scenes import is_test_seed
 
 RESIZE = SmartResize(token_side=16, min_pixels=16 * 16**2, max_pixels=2**24)
 PER_FAMILY = 6
+PUBLISHED = Path(evaluation.__file__).parent / "results"
 
 
 @pytest.fixture(scope="module")
@@ -388,6 +392,14 @@ def test_the_page_needs_nothing_else(tmp_path: Path, scenes: tuple[TestScene, ..
     assert len(lines) == 1 + len(results) - 1  # the localizer's own cell is no row
     assert len({line.count("|") for line in lines}) == 1
     assert "![Accuracy against visual tokens](curves.png)" in table
+
+
+def test_the_published_page_is_made_of_the_published_numbers(tmp_path: Path) -> None:
+    report = TypeAdapter(Report).validate_json((PUBLISHED / "results.json").read_text())
+    write_markdown(tmp_path / "README.md", report)
+    assert (PUBLISHED / "README.md").read_text() == (tmp_path / "README.md").read_text()
+    for row in report.rows:
+        assert row.cell.method in METHODS, "a row that no command makes"
 
 
 def test_results_survive_the_disk(tmp_path: Path) -> None:

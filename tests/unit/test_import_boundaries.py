@@ -4,8 +4,10 @@
 import ast
 import importlib.util
 import json
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,6 +38,7 @@ LIGHT_IMPORTS = {
     "import vllm_crop.frontend.hf_overrides": HEAVY,
     "import vllm_crop.frontend.refusals": HEAVY,
     "import vllm_crop.compat.vllm": HEAVY,
+    "import vllm_crop.cli": (*HEAVY, "openai", "matplotlib", "vllm_crop.benchmarking", "vllm_crop.compat"),
     "import vllm_crop.commands.eval": HEAVY,
     "import vllm_crop.evaluation.session": HEAVY,
     "import vllm_crop.evaluation.report": HEAVY,
@@ -44,6 +47,8 @@ LIGHT_IMPORTS = {
     "import vllm_crop_server.middleware": (*HEAVY, "vllm_crop.models", "vllm_crop.compat"),
     "import vllm_crop_server.playground": (*HEAVY, "vllm_crop.models", "vllm_crop.compat"),
 }
+# Distributions of what is imported under another name, or comes with another package.
+DISTRIBUTIONS = {"PIL": "pillow", "safetensors": "transformers", "tokenizers": "transformers"}
 ON_THEIR_OWN = ("vllm_crop.geometry", "vllm_crop.errors")
 
 
@@ -139,3 +144,20 @@ def test_the_library_names_the_server_in_one_constant_only() -> None:
 def test_geometry_and_errors_import_nothing_of_ours() -> None:
     for name in ("geometry", "errors"):
         assert of_package(imports_of(LIBRARY / f"{name}.py"), "vllm_crop") == set()
+
+
+def test_what_is_imported_is_declared() -> None:
+    project = tomllib.loads((LIBRARY.parent / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    declared = [*project["dependencies"], *extras["vllm"], *extras["openai"], *extras["eval"]]
+    names = {re.split(r"[^\w.-]", requirement)[0] for requirement in declared}
+    for source in (*sources("vllm_crop"), *sources("vllm_crop_server")):
+        for name in imports_of(source):
+            package = name.partition(".")[0]
+            if package in sys.stdlib_module_names or package in (
+                "_typeshed",
+                "vllm_crop",
+                "vllm_crop_server",
+            ):
+                continue
+            assert DISTRIBUTIONS.get(package, package) in names, source

@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 from vllm_crop.budget import BudgetError, retained_per_stage, target_average
-from vllm_crop.evaluation.rivals import fastv, ivc_prune, pyramiddrop, sparsevlm, visionzip, vtw
+from vllm_crop.evaluation.rivals import fastv, ivc_prune, novelty, pyramiddrop, sparsevlm, visionzip, vtw
 from vllm_crop.evaluation.rivals.budgets import latest_first_layer, pyramid
 from vllm_crop.evaluation.rivals.cdpruner import most_likely, relevance
 from vllm_crop.evaluation.rivals.divprune import most_diverse
-from vllm_crop.evaluation.rivals.evs import novelty
 from vllm_crop.evaluation.rivals.registry import RIVALS
 from vllm_crop.evaluation.runner.seam import Kept, LayerView, Seen, Sight, top
 from vllm_crop.geometry import TokenGrid
@@ -149,12 +148,12 @@ def test_visionzip_averages_each_group() -> None:
     assert merged.tolist() == [[2.0], [5.0]]
 
 
-def test_evs_keeps_what_differs_from_its_neighbours() -> None:
+def test_novelty_keeps_what_differs_from_its_neighbours() -> None:
     features = torch.tensor([[1.0, 0.0]] * 9)
     features[4] = torch.tensor([0.0, 1.0])
     image = Seen(features, TokenGrid(3, 3), torch.empty(0), torch.empty(0))
     # The first token is new, the odd one differs, and so do those right of it and below it.
-    assert sorted(top(novelty(image), 4).tolist()) == [0, 4, 5, 7]
+    assert sorted(top(novelty.scores(image), 4).tolist()) == [0, 4, 5, 7]
 
 
 def test_ivc_anchors_are_nearest_to_no_turn_and_to_a_quarter_turn() -> None:

@@ -5,18 +5,11 @@ import json
 import shlex
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from vllm_crop.benchmarking.decode import measure_decode
-from vllm_crop.benchmarking.decode_report import decode_json, print_decode
-from vllm_crop.benchmarking.machine import provenance
-from vllm_crop.benchmarking.options import Options
-from vllm_crop.benchmarking.report import print_report, write_json, write_report
-from vllm_crop.benchmarking.runs import LOCALIZED_MODES
-from vllm_crop.benchmarking.session import run_benchmark
 from vllm_crop.budget import Method
 from vllm_crop.commands.region_options import (
     DEFAULTS,
@@ -26,6 +19,9 @@ from vllm_crop.commands.region_options import (
 )
 from vllm_crop.errors import CropError
 from vllm_crop.geometry import Region
+
+if TYPE_CHECKING:
+    from vllm_crop.benchmarking.options import Options
 
 DEFAULT_REGION = ["0.375,0.375,0.625,0.625"]  # the four cells in the middle of the 8x8 grid
 METHODS: tuple[Method, ...] = ("plc", "ilp", "plc+ilp")
@@ -124,7 +120,8 @@ def bench(
     """
     if find_spec("vllm") is None:
         typer.echo(
-            "vllm-crop bench measures vLLM, which is not installed here: pip install vllm==0.32.0", err=True
+            "vllm-crop bench measures vLLM, which is not installed here: pip install 'vllm-crop[vllm]'",
+            err=True,
         )
         raise typer.Exit(1)
     if num_prompts < max(concurrency):
@@ -135,6 +132,10 @@ def bench(
         raise typer.BadParameter(f"{', '.join(sorted(wrong))}: not of {LOCALIZERS}", param_hint="--localizer")
     if wrong := set(method).difference(METHODS):
         raise typer.BadParameter(f"{', '.join(sorted(wrong))}: not of {METHODS}", param_hint="--method")
+    # Late, as all of the benchmark: the other commands start without it.
+    from vllm_crop.benchmarking.options import Options
+    from vllm_crop.benchmarking.runs import LOCALIZED_MODES
+
     request = request_for_image(None, pruning_rate, DEFAULTS.compression, "ilp", eviction_layers)
     result_file = result_file or Path("build/bench") / ("decode.json" if decode else "result.json")
     options = Options(
@@ -177,14 +178,23 @@ def _parse_settings(text: str) -> dict[str, Any]:
     return settings
 
 
-def _run_load(options: Options, result_file: Path, console: Console) -> None:
+def _run_load(options: "Options", result_file: Path, console: Console) -> None:
+    from vllm_crop.benchmarking.machine import provenance
+    from vllm_crop.benchmarking.report import print_report, write_report
+    from vllm_crop.benchmarking.session import run_benchmark
+
     origin = provenance()
     outcome = run_benchmark(options, console)
     write_report(result_file, options, outcome, origin)
     print_report(console, options, outcome, origin)
 
 
-def _run_decode(options: Options, result_file: Path, console: Console) -> None:
+def _run_decode(options: "Options", result_file: Path, console: Console) -> None:
+    from vllm_crop.benchmarking.decode import measure_decode
+    from vllm_crop.benchmarking.decode_report import decode_json, print_decode
+    from vllm_crop.benchmarking.machine import provenance
+    from vllm_crop.benchmarking.report import write_json
+
     origin = provenance()
     outcome = measure_decode(options, console)
     write_json(result_file, decode_json(outcome, origin))

@@ -10,9 +10,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vllm_crop.compat.installation import ENDPOINT_GROUP, ENTRY_POINT_GROUP, describe_installation
-from vllm_crop.eviction.recommendation import BLOCK_SIZE, TEXT_TOKENS
-
 
 def check(
     model: Annotated[
@@ -21,6 +18,8 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Check this installation, and list settings and limits. Exits with 1 if pruning would not start."""
+    from vllm_crop.compat.installation import describe_installation
+
     report = describe_installation(model)
     if as_json:
         typer.echo(json.dumps(report, indent=2))
@@ -30,6 +29,8 @@ def check(
 
 
 def _print_report(console: Console, report: Mapping[str, Any]) -> None:
+    from vllm_crop.compat.installation import ENDPOINT_GROUP, ENTRY_POINT_GROUP
+
     _print_rows(console, "Versions", report["versions"].items())
     console.print(f"  vllm-crop supports vllm{report['supported_vllm']}")
     _print_rows(console, f"Entry points of {ENTRY_POINT_GROUP}", report["entry_points"].items())
@@ -78,6 +79,8 @@ def _print_upstream_points(console: Console, points: Sequence[Mapping[str, Any]]
 
 
 def _print_model(console: Console, model: Mapping[str, Any]) -> None:
+    from vllm_crop.eviction.recommendation import BLOCK_SIZE, TEXT_TOKENS
+
     _print_heading(console, model["name"])
     if not model["supported"]:
         console.print(f"  [red]not supported[/red]: {escape(model['reason'])}", soft_wrap=True)

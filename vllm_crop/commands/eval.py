@@ -65,12 +65,12 @@ def evaluate(
         "build/eval"
     ),
 ) -> None:
-    """Measure whether answers survive pruning: CROP, rivals and controls at equal budgets.
+    """Measure whether answers survive pruning: CROP, rivals and controls.
 
     Asks held-out questions about generated scenes. Three families can be answered from a region (read,
     relation, compare), two need the whole image (search, count). Every method gets the same questions, the
-    same checkpoint and the same visual tokens, averaged over decoder layers. The unpruned model is always
-    measured, to compare with.
+    same checkpoint and the same visual tokens to answer from, averaged over decoder layers; what the model
+    spends on finding a region is not counted. The unpruned model is always measured, to compare with.
 
     Writes results.json, curves.png and index.html. Every finished cell is kept: run the same command again to
     go on after an interruption, or with more methods or rates to add cells.
@@ -152,9 +152,10 @@ def _check_packages(served: bool, endpoint: bool) -> None:
     needed = {"torch": True, "transformers": True, "matplotlib": True, "openai": endpoint, "vllm": served}
     missing = [name for name, wanted in needed.items() if wanted and find_spec(name) is None]
     if missing:
+        extras = ["eval"] * (missing != ["vllm"]) + ["vllm"] * ("vllm" in missing)
         typer.echo(
-            f"vllm-crop eval needs {', '.join(missing)}: pip install 'vllm-crop[eval]'"
-            + (", or add --engine transformers" if "vllm" in missing else ""),
+            f"vllm-crop eval needs {', '.join(missing)}: pip install 'vllm-crop[{','.join(extras)}]'"
+            + (", or do without vLLM: --engine transformers" if "vllm" in missing else ""),
             err=True,
         )
         raise typer.Exit(1)

@@ -25,7 +25,6 @@ from vllm_crop.commands.region_options import (
 )
 from vllm_crop.image_plan import ImagePlan
 from vllm_crop.plan_summary import PlanSummary
-from vllm_crop.preview import draw_preview
 from vllm_crop.vision_geometry import VisionGeometry, geometry_from_configs
 
 _LLAVA_CONFIG = {
@@ -72,6 +71,8 @@ def preview(
     For the region a server finds, with its answer:
       vllm-crop preview photo.jpg "What does the sign say?" --base-url http://localhost:8000/v1
     """
+    from vllm_crop.preview import draw_preview
+
     if (question is None) != (base_url is None):
         raise typer.BadParameter("a question and --base-url need each other", param_hint="QUESTION")
     asked, picture, answer = parse_regions(region, cells), _open(image), None

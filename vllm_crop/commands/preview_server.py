@@ -61,7 +61,9 @@ def ask_server(base_url: str, picture: Image.Image, question: str, crop: dict[st
     try:
         import openai
     except ImportError:
-        raise typer.BadParameter("needs the package openai: pip install openai", param_hint=_OPTION) from None
+        raise typer.BadParameter(
+            "needs the package openai: pip install 'vllm-crop[openai]'", param_hint=_OPTION
+        ) from None
     key = os.environ.get("OPENAI_API_KEY") or "none"
     client = openai.OpenAI(base_url=base_url, api_key=key, max_retries=0)
     try:

@@ -2,6 +2,7 @@
 """Runs the demo; `--serve` leaves the server running instead."""
 
 import json
+import os
 import time
 from typing import Annotated, Any
 
@@ -13,7 +14,7 @@ from vllm_crop.data_url import question_about
 from vllm_crop.demo.client import Client
 from vllm_crop.demo.report import report
 from vllm_crop.demo.rows import measure
-from vllm_crop.demo.setting import BUILD, MODEL, SERVER_ENVIRONMENT, SERVER_OPTIONS
+from vllm_crop.demo.setting import BUILD, MODEL, SERVER_ENVIRONMENT, SERVER_OPTIONS, plugins_with_page
 from vllm_crop.evaluation.questions import make_test_set
 
 console = Console()
@@ -28,9 +29,11 @@ def main(
     if not (MODEL / "model.safetensors").exists():
         console.print(f"[red]There is no {MODEL}: run this in the root of a checkout.[/red]")
         raise typer.Exit(1)
-    log_path = BUILD / "server.log"
+    log_path, env = BUILD / "server.log", dict(SERVER_ENVIRONMENT)
+    if leave_running:
+        env["VLLM_PLUGINS"] = plugins_with_page(os.environ.get("VLLM_PLUGINS"))
     try:
-        with serve(str(MODEL), *SERVER_OPTIONS, log_path=log_path, env=SERVER_ENVIRONMENT) as server:
+        with serve(str(MODEL), *SERVER_OPTIONS, log_path=log_path, env=env) as server:
             if leave_running:
                 wait_for_interrupt(server)
                 return
@@ -47,7 +50,9 @@ def wait_for_interrupt(server: Server) -> None:
     request.write_text(json.dumps(example_request(server.model)))
     scene.picture().save(BUILD / "scene.png")
     url = f"{server.base_url}/v1/chat/completions"
-    console.print(f"Serving at {server.base_url} (log: {server.log_path}). Ask it, for example:\n")
+    console.print(f"Serving at {server.base_url} (log: {server.log_path}).")
+    console.print(f"The playground is at {server.base_url}/plugins/crop/", soft_wrap=True)
+    console.print("Ask it there, or for example with:\n")
     console.print(f"  curl -i {url} -H 'Content-Type: application/json' -d @{request}\n", soft_wrap=True)
     console.print(
         f"asks {scene.questions[0].text!r} about {BUILD / 'scene.png'}. It knows these kinds of questions:"

@@ -19,3 +19,9 @@ SERVER_OPTIONS = (
 SERVER_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 SCENES = 4  # of ten questions each
 KV_TOKENS = 12  # answers are too short to look at the KV cache while one is given
+
+
+def plugins_with_page(named: str | None) -> str:
+    """What VLLM_PLUGINS must say for the playground to be served, beside the plugins it names already."""
+    others = [name for name in (named or "").split(",") if name and name != "crop"]
+    return ",".join(["crop", *others])

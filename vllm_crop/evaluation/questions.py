@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from vllm_crop.tinyvqa.drawing import draw_scene
 from vllm_crop.tinyvqa.questions import FAMILIES, Question, ask
 from vllm_crop.tinyvqa.scenes import Scene, is_test_seed, make_scene, test_seed
 
@@ -25,6 +24,10 @@ class TestScene:
 
     def picture(self) -> Image.Image:
         """The picture at full size."""
+        from vllm_crop.tinyvqa.drawing import (
+            draw_scene,
+        )  # its numpy is slow to load, and names need no picture
+
         return draw_scene(self.scene)
 
 

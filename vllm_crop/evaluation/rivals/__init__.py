@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Other ways to prune visual tokens, each from its paper's formulas; same model, same budgets."""
+"""Other ways to prune visual tokens, each after its paper; same model, same visual tokens."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rivals' names, for those who need no torch."""
+"""The names of published rivals and of one baseline of our own, for those who need no torch."""
 
 RIVAL_TITLES = {
     "fastv": "FastV",
@@ -10,5 +10,5 @@ RIVAL_TITLES = {
     "divprune": "DivPrune",
     "cdpruner": "CDPruner",
     "ivc-prune": "IVC-Prune",
-    "evs": "EVS-style",
+    "novelty": "neighbour novelty (ours)",
 }

@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 from vllm_crop.evaluation.rivals.cdpruner import cdpruner
 from vllm_crop.evaluation.rivals.divprune import divprune
-from vllm_crop.evaluation.rivals.evs import evs
 from vllm_crop.evaluation.rivals.fastv import fastv
 from vllm_crop.evaluation.rivals.ivc_prune import ivc_prune
+from vllm_crop.evaluation.rivals.novelty import novelty
 from vllm_crop.evaluation.rivals.pyramiddrop import pyramiddrop
 from vllm_crop.evaluation.rivals.sparsevlm import sparsevlm
 from vllm_crop.evaluation.rivals.visionzip import visionzip
@@ -24,5 +24,5 @@ RIVALS: dict[str, Callable[[int, int, float], Pruning]] = {
     "divprune": divprune,
     "cdpruner": cdpruner,
     "ivc-prune": ivc_prune,
-    "evs": evs,
+    "novelty": novelty,
 }

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""EVS-style similarity (efficient video sampling, arXiv 2510.14624, as vLLM ships it for videos).
+"""Neighbour novelty: our own baseline, of no paper. Tokens that differ from their neighbours stay.
 
-EVS drops tokens that resemble the token at the same place one frame before. A single image has no frame
-before; here a token is compared with its left and upper neighbours, and the least similar ones stay.
+A token is compared with its left and its upper neighbour, and the least similar ones are kept. The idea is
+taken from efficient video sampling (arXiv 2510.14624), which compares a frame with the one before and would
+keep all of a single image: a score here says nothing about that method.
 """
 
 import torch
@@ -13,7 +14,7 @@ from vllm_crop.budget import retained_count
 from vllm_crop.evaluation.runner.seam import Kept, Pruning, Seen, top
 
 
-def novelty(image: Seen) -> Tensor:
+def scores(image: Seen) -> Tensor:
     """`[tokens]` mean of one minus the cosine with the neighbours; the first token has none and is new."""
     rows, cols = image.grid.rows, image.grid.cols
     field = normalize(image.features, dim=-1).view(rows, cols, -1)
@@ -26,7 +27,7 @@ def novelty(image: Seen) -> Tensor:
     return (total / seen).flatten()
 
 
-def evs(num_tokens: int, num_layers: int, rate: float) -> Pruning:
-    """EVS-style pruning at a pruning rate."""
+def novelty(num_tokens: int, num_layers: int, rate: float) -> Pruning:
+    """Keep the newest tokens at a pruning rate."""
     count = retained_count(num_tokens, rate)
-    return Pruning(lambda sight: Kept.choose(sight.image.features, top(novelty(sight.image), count)[None]))
+    return Pruning(lambda sight: Kept.choose(sight.image.features, top(scores(sight.image), count)[None]))
