@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from vllm_crop.geometry import Region
 from vllm_crop.localizers.decision import Localization
+from vllm_crop.params import ImageRequest
 
 Source = Literal["request", "engine", "openai", "none", "off", "out_of_view"]
 MAX_HEADER_BYTES = 4096
@@ -25,6 +26,7 @@ class ImageFacts:
         region: the region asked for, in fractions of the image as sent.
         source: where the region came from; "none" and "out_of_view" images are served whole.
         localization: what the server's own localizer did, if it was asked.
+        request: what was asked for the image, the server's configuration applied.
     """
 
     tokens: int
@@ -33,6 +35,7 @@ class ImageFacts:
     region: Region | None
     source: Source
     localization: Localization | None = None
+    request: ImageRequest | None = None
 
     @property
     def pruned(self) -> bool:
@@ -60,6 +63,7 @@ def facts_header(images: Sequence[ImageFacts]) -> str:
         "tokens_after_plc": sum(image.tokens_after_plc for image in images),
         "tokens_avg": round(sum(image.tokens_avg for image in images), 2),
         "localizer_ms": _localizer_ms(images),
+        **_settings_json(images),
     }
     for with_region in (True, False):
         described = [image.to_json(with_region) for image in images]
@@ -67,6 +71,20 @@ def facts_header(images: Sequence[ImageFacts]) -> str:
         if len(header) <= MAX_HEADER_BYTES:
             return header
     return json.dumps({**totals, "num_images": len(images)}, separators=(",", ":"))
+
+
+def _settings_json(images: Sequence[ImageFacts]) -> dict[str, Any]:
+    """How the images were pruned, which is the same for all images of a request."""
+    request = images[0].request if images else None
+    if request is None:
+        return {}
+    layers = {"eviction_layers": list(request.eviction_layers)} if request.eviction_layers else {}
+    return {
+        "method": "off" if request.off else request.method,
+        "pruning_rate": request.pruning_rate,
+        "compression": request.compression,
+        **layers,
+    }
 
 
 def _localization_json(localization: Localization) -> dict[str, Any]:

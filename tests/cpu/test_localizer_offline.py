@@ -4,13 +4,14 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 from prometheus_client import REGISTRY
 
 from tests.conftest import CheckpointOf
 from tests.cpu.conftest import Engine, Question
-from tests.families import FAMILIES, LLAVA, QWEN2_5_VL, Family
+from tests.families import FAMILIES, LLAVA, LLAVA_ONEVISION, QWEN2_5_VL, Family
 from tests.pictures import noise_image
 from tests.tinyvqa import CHECKPOINT, ENGINE
 from vllm_crop.evaluation.questions import TestScene, make_test_set
@@ -159,6 +160,8 @@ def test_every_family_answers_with_the_region_it_names(checkpoint_of: Checkpoint
             rate = 1 - 64 / geometry.grid(*picture.size).num_tokens
             glance = {"regions": [Region.whole().as_lists()], "pruning_rate": rate, "method": "plc"}
             region = said_of(engine, picture, text, glance)
+        if region is not None:  # places in what the model sees, which may be the middle of the picture
+            region = geometry.view(*picture.size).unproject(region)
         crop = {"method": "off"} if region is None else {"regions": [region.as_lists()]}
         assert chat(engine, [conversation(picture, text)], crop) == answer
         regions.append(region)
@@ -182,6 +185,65 @@ def added(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
 
     monkeypatch.setattr(LLMEngine, "add_request", noted)
     return seen
+
+
+def test_a_picture_of_many_tiles_is_localized_whatever_clients_may_ask_for(
+    checkpoint_of: CheckpointOf, added: list[tuple[str, int]]
+) -> None:
+    """Averaging a large picture to 64 tokens removes more than the limit for clients allows."""
+    crop = {"localizer": {"kind": "engine", "prompt": "{question}"}, "limits": {"max_pruning_rate": 0.8}}
+    engine = Engine(checkpoint_of(LLAVA_ONEVISION, LLAVA_ONEVISION.deep), crop, LLAVA_ONEVISION)
+    picture, before = noise_image(901, 1152, 1152), outcomes()
+    assert 1 - 64 / engine.processor.geometry.grid(*picture.size).num_tokens > 0.8
+    chat(engine, [conversation(picture, "What is it?")])
+    new = {name.rpartition(" ")[2] for name, count in outcomes().items() if count > before.get(name, 0)}
+    assert new <= {"region", "global"}
+    assert new
+    assert added[0][0].startswith("crop-localizer-")
+
+
+def test_one_image_that_cannot_be_pruned_takes_no_other_along(engine: Engine) -> None:
+    """The request's own settings can move an image under a region that the server would find."""
+    scenes = [conversation(scene.picture(), q.text) for scene, q in ASKED[:2]]
+    outputs = engine.llm.chat(
+        scenes, use_tqdm=False, mm_processor_kwargs={"max_pixels": 128 * 128, "do_sample_frames": False}
+    )
+    assert [output.outputs[0].finish_reason for output in outputs] == ["stop"] * 2 or all(
+        output.outputs[0].token_ids for output in outputs
+    )
+
+
+def test_arrays_are_localized_as_pictures_are(engine: Engine) -> None:
+    scene, question = ASKED[0]
+    text = f"<|im_start|>{{images}}{question.text}<|answer|>"
+    as_picture, as_array = (
+        Question((image,), {"question": question.text}, text, "")  # type: ignore[arg-type]
+        for image in (scene.picture(), np.asarray(scene.picture()))
+    )
+    first, second = engine.ask(as_picture, as_array, steps=2)
+    assert first.prompt_token_ids == second.prompt_token_ids
+    assert len(first.prompt_token_ids) < 200
+
+
+def test_prompt_logprobs_take_evictions_that_the_server_chose_away() -> None:
+    """Nobody has asked for a region: the request is answered as if there had been none."""
+    from vllm import SamplingParams
+
+    crop = {"pruning_rate": 0.5, "method": "ilp", "eviction_layers": [1], "localizer": ENGINE}
+    engine = Engine(CHECKPOINT, crop, QWEN2_5_VL, enable_prefix_caching=False)
+    scene, question = ASKED[0]
+    plain, asked = (
+        engine.llm.chat(
+            conversation(scene.picture(), question.text),
+            SamplingParams(temperature=0, max_tokens=5, prompt_logprobs=logprobs),
+            use_tqdm=False,
+        )[0]
+        for logprobs in (None, 1)
+    )
+    labels = set(engine.processor.eviction_settings.label_ids)
+    assert labels & set(plain.prompt_token_ids)
+    assert not labels & set(asked.prompt_token_ids)
+    assert asked.outputs[0].text == plain.outputs[0].text == question.answer
 
 
 def test_where_all_images_cost_the_same_the_glance_is_averaged(

@@ -35,6 +35,7 @@ _LLAVA_PROCESSOR = {"size": {"shortest_edge": 336}, "crop_size": {"height": 336,
 
 
 def preview(
+    ctx: typer.Context,
     image: Annotated[Path, typer.Argument(help="The picture, in any format Pillow reads.")],
     question: Annotated[
         str | None, typer.Argument(help="What to ask the server at --base-url about it.")
@@ -77,10 +78,22 @@ def preview(
         raise typer.BadParameter("a question and --base-url need each other", param_hint="QUESTION")
     asked, picture, answer = parse_regions(region, cells), _open(image), None
     if base_url is not None and question is not None:
-        crop: dict[str, Any] = {"method": method, "pruning_rate": pruning_rate}
+        given = {name: value for name, value in ctx.params.items() if _is_given(ctx, name)}
+        crop: dict[str, Any] = {name: given[name] for name in ("method", "pruning_rate") if name in given}
         crop |= {"regions": [asked.as_lists()]} if asked else {}
         answer = ask_server(base_url, picture, question, crop)
         asked, model = answer.region, model or answer.checkpoint
+        # What is not asked for the server decides, and it says what.
+        served = answer.settings
+        method, pruning_rate = served["method"], served["pruning_rate"]
+        if compression != served["compression"] and "compression" in given:
+            raise typer.BadParameter(
+                f"the server's is {served['compression']}, and requests cannot choose",
+                param_hint="--compression",
+            )
+        compression = served["compression"]
+        if eviction_layers is None and "eviction_layers" in served:
+            eviction_layers = ",".join(map(str, served["eviction_layers"]))
     request = request_for_image(asked, pruning_rate, compression, method, eviction_layers)
     geometry = geometry_of(model) if model is not None else assumed_llava()
     planned = plan_for_image(geometry, *picture.size, request)
@@ -103,6 +116,12 @@ def preview(
     if counts.evicted:
         typer.echo(counts.describe_layers())
     typer.echo(f"Written to {output}")
+
+
+def _is_given(ctx: typer.Context, name: str) -> bool:
+    """Whether an option stands in the command line."""
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _check(answer: ServerAnswer, planned: ImagePlan, num_layers: int) -> None:

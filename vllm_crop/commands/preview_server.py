@@ -27,6 +27,7 @@ class ServerAnswer:
         region: None where the image was served whole.
         source: where the region came from.
         localizer: what the server's localizer did; None if it was not asked.
+        settings: how the server pruned: method, pruning rate, compression, eviction layers.
     """
 
     text: str
@@ -36,6 +37,7 @@ class ServerAnswer:
     region: Region | None
     source: str
     localizer: dict[str, Any] | None
+    settings: dict[str, Any]
 
     def describe(self) -> str:
         """A sentence on the region."""
@@ -84,7 +86,8 @@ def ask_server(base_url: str, picture: Image.Image, question: str, crop: dict[st
         raise typer.BadParameter(
             f"{base_url} does not prune: start it with vllm serve ... --plugin crop", param_hint=_OPTION
         )
-    (image,) = json.loads(header)["images"]
+    facts = json.loads(header)
+    (image,) = facts["images"]
     boxes = image["region"]
     return ServerAnswer(
         text=response.parse().choices[0].message.content or "",
@@ -94,4 +97,5 @@ def ask_server(base_url: str, picture: Image.Image, question: str, crop: dict[st
         region=Region(tuple(Box(*box) for box in boxes)) if boxes else None,
         source=image["source"],
         localizer=image.get("localizer"),
+        settings=facts,
     )

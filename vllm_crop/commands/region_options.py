@@ -4,6 +4,7 @@
 A server decides with the same functions: image_requests, then plan_image.
 """
 
+import math
 import re
 from typing import Annotated
 
@@ -96,7 +97,8 @@ def request_for_image(
         "pruning_rate": pruning_rate,
         "compression": compression,
         "eviction_layers": parse_layers(eviction_layers) if eviction_layers is not None else None,
-        "limits": {"max_boxes_per_image": MAX_BOXES},  # no operator has set one here
+        # No operator has set limits here.
+        "limits": {"max_boxes_per_image": MAX_BOXES, "max_pruning_rate": math.nextafter(1, 0)},
     }
     try:
         config = CropConfig.from_mapping(settings)

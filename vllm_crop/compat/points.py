@@ -12,3 +12,9 @@ class UpstreamPoint:
     name: str
     parameters: tuple[str, ...]
     reason: str
+
+    @property
+    def model_module(self) -> str | None:
+        """The file of vllm/model_executor/models it is in; None elsewhere, and for what all models share."""
+        name = self.module.removeprefix("vllm.model_executor.models.")
+        return None if name in (self.module, "interfaces") else name

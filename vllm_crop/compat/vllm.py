@@ -17,7 +17,7 @@ from vllm_crop.compat.points import UpstreamPoint
 from vllm_crop.config import CropConfig
 from vllm_crop.errors import UnsupportedVersionError
 from vllm_crop.eviction.config_hook import config_hook
-from vllm_crop.vision_geometry import FAMILIES
+from vllm_crop.vision_geometry import FAMILIES, family_of
 
 SUPPORTED_VERSIONS = SpecifierSet(">=0.32.0,<0.33")
 MODEL_MODULES = {
@@ -30,6 +30,18 @@ MODEL_MODULES = {
     "Qwen3VLMoeForConditionalGeneration": "vllm_crop.models.qwen3_vl_moe",
 }
 
+
+# The files of vllm/model_executor/models that a family's points are in, and those of language models.
+_MODEL_FILES = {
+    "LlavaForConditionalGeneration": ("llava",),
+    "LlavaNextForConditionalGeneration": ("llava_next",),
+    "LlavaOnevisionForConditionalGeneration": ("llava_onevision",),
+    "Qwen2VLForConditionalGeneration": ("qwen2_vl",),
+    "Qwen2_5_VLForConditionalGeneration": ("qwen2_5_vl",),
+    "Qwen3VLForConditionalGeneration": ("qwen3_vl", "qwen3"),
+    "Qwen3VLMoeForConditionalGeneration": ("qwen3_vl_moe", "qwen3_vl", "qwen3_moe"),
+}
+_LANGUAGE_FILES = {"llama": ("llama",), "mistral": ("mistral", "llama")}
 
 _PROCESSOR = "vllm.multimodal.processing.processor"
 UPSTREAM_POINTS = (
@@ -251,9 +263,13 @@ def find_problem(point: UpstreamPoint) -> str | None:
         found: Any = importlib.import_module(point.module)
         for part in point.name.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError):
+    except AttributeError:
         return f"{point.module}.{point.name} is gone"
-    except (OSError, RuntimeError) as error:  # a library beneath vLLM is broken
+    except ModuleNotFoundError as error:
+        if error.name is not None and f"{point.module}.".startswith(f"{error.name}."):
+            return f"{point.module}.{point.name} is gone"
+        return f"{point.module} cannot be imported: {error}"
+    except (ImportError, OSError, RuntimeError) as error:  # a library beneath vLLM is broken
         return f"{point.module} cannot be imported: {error}"
     parameters = tuple(inspect.signature(found).parameters)
     if parameters[: len(point.parameters)] != point.parameters:
@@ -281,8 +297,21 @@ def _patch_engine_args(arg_utils: ModuleType) -> None:
     model_config.patch(arg_utils.EngineArgs, _require_supported_for)
 
 
-def _require_supported_for(config: CropConfig) -> None:
-    require_supported([*UPSTREAM_POINTS, *(EVICTION_POINTS if config.stages else ())])
+def _require_supported_for(config: CropConfig, hf_config: Any) -> None:
+    """Check what any server needs, or, once it is known, what the served model needs."""
+    points = [*UPSTREAM_POINTS, *(EVICTION_POINTS if config.stages else ())]
+    if hf_config is None:
+        require_supported(point for point in points if point.model_module is None)
+        return
+    served = served_modules(hf_config)
+    require_supported(point for point in points if point.model_module in served)
+
+
+def served_modules(hf_config: Any) -> frozenset[str]:
+    """vLLM's model files that a model is made of: another family's may be missing or broken."""
+    family = family_of(hf_config.to_dict())
+    language = hf_config.get_text_config().model_type
+    return frozenset((*_MODEL_FILES[family], *_LANGUAGE_FILES.get(language, ())))
 
 
 def _patch_input_processor(module: ModuleType) -> None:

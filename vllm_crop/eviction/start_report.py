@@ -53,7 +53,7 @@ def report_start(
             f"{expected.groups}: leave out VLLM_KV_CACHE_LAYOUT and --kv-cache-dtype-skip-layers, or tell us"
         )
     config = CropConfig.from_mapping(hf_config.crop)
-    image_tokens = geometry.max_tokens
+    image_tokens = getattr(hf_config, "crop_max_image_tokens", geometry.max_tokens)
     method = config.method if method_evicts(config.method) else "plc+ilp"
     kept = retained_per_stage(image_tokens, config.pruning_rate, method, geometry.num_layers, stages)
     for line in describe(expected, image_tokens, kept):

@@ -8,7 +8,7 @@ from vllm_crop.budget import BudgetError, check_eviction_layers, retained_per_st
 from vllm_crop.config import CONFIG_KEY, CropConfig
 from vllm_crop.errors import UnsupportedFlagError
 from vllm_crop.localizers.settings import LocalizerConfig
-from vllm_crop.vision_geometry import geometry_from_configs
+from vllm_crop.vision_geometry import VisionGeometry, geometry_from_configs
 
 REFUSED = {
     "VLLM_USE_RUST_FRONTEND=1": "the Rust front end replaces the Python API server that reads `crop`",
@@ -65,7 +65,7 @@ def refuse_model(model_config: Any, config: CropConfig) -> None:
         refuse("--tokenizer-mode other than auto|hf|slow")
     if config.stages:
         refuse_budget(model_config, config)
-    geometry = geometry_from_configs(model_config.hf_config.to_dict(), {})
+    geometry = served_geometry(model_config)
     if config.position_ids == "original" and not geometry.uses_mrope:
         room = model_config.hf_text_config.max_position_embeddings - geometry.max_tokens
         if model_config.max_model_len > room:
@@ -75,13 +75,29 @@ def refuse_model(model_config: Any, config: CropConfig) -> None:
             )
 
 
+def served_geometry(model_config: Any) -> VisionGeometry:
+    """The geometry of a server: its checkpoint's image processor, with the server's settings over it.
+
+    How many tokens an image can have stands there and not in config.json: up to 16,384 for Qwen-VL, where
+    transformers' default would be 1,280.
+    """
+    checkpoint: dict[str, Any] = getattr(model_config, "hf_image_processor_config", None) or {}
+    multimodal = getattr(model_config, "multimodal_config", None)
+    overrides: dict[str, Any] = getattr(multimodal, "mm_processor_kwargs", None) or {}
+    overrides = {**overrides, **overrides.get("images_kwargs", {})}
+    settings = {**checkpoint, **overrides}
+    if isinstance(checkpoint.get("size"), dict) and isinstance(overrides.get("size"), dict):
+        settings["size"] = {**checkpoint["size"], **overrides["size"]}
+    return geometry_from_configs(model_config.hf_config.to_dict(), settings)
+
+
 def refuse_budget(model_config: Any, config: CropConfig) -> None:
     """Refuse eviction layers the model does not have, or that cannot meet the server's pruning rate.
 
     Raises:
         UnsupportedFlagError: naming layers or a rate that would do.
     """
-    geometry = geometry_from_configs(model_config.hf_config.to_dict(), {})
+    geometry = served_geometry(model_config)
     try:
         check_eviction_layers(config.stages, geometry.num_layers, geometry.first_eviction_layer)
     except BudgetError as error:

@@ -290,4 +290,5 @@ def _image_facts(
         region=request.region,
         source=source,
         localization=localization,
+        request=request,
     )

@@ -32,6 +32,9 @@ class PrunedModelMixin(nn.Module):
         """As upstream; in stages if rows go."""
         embeds = kwargs.get("inputs_embeds")
         in_stages = self.eviction is not None and (dropping is not None or self.eviction.runs_all_steps)
+        if dropping is not None and (embeds is None or self.eviction is None):
+            # All rows would run with attention metadata of fewer.
+            raise RuntimeError("a step that evicts visual tokens came without its embeddings")
         if not in_stages or embeds is None:  # no embeddings where the server takes no images
             stock: Any = super()
             return stock.forward(input_ids, positions, *args, **kwargs)

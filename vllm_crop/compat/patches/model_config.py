@@ -18,7 +18,7 @@ from vllm_crop.config import CONFIG_KEY, CropConfig
 from vllm_crop.errors import CropError, UnsupportedFlagError
 from vllm_crop.eviction.start import attach_eviction
 from vllm_crop.frontend.hf_overrides import compose_hf_overrides
-from vllm_crop.frontend.refusals import refuse_flags, refuse_localizer, refuse_model
+from vllm_crop.frontend.refusals import refuse_flags, refuse_localizer, refuse_model, served_geometry
 
 REASON = "selects the Crop architectures through hf_overrides when additional_config.crop is set"
 STOCK_RENDERER = ("vllm.renderers.hf", "HfRenderer")
@@ -27,8 +27,12 @@ logger = logging.getLogger("vllm.plugins.crop")  # below vLLM's own logger, to s
 _MARK = "_vllm_crop_model_config_patched"
 
 
-def patch(engine_args: Any, require_supported: Callable[[CropConfig], None]) -> None:
-    """Wrap the method of the class EngineArgs, once."""
+def patch(engine_args: Any, require_supported: Callable[[CropConfig, Any], None]) -> None:
+    """Wrap the method of the class EngineArgs, once.
+
+    Args:
+        require_supported: checks the installed vLLM, and then what of it the served model is built on.
+    """
     if hasattr(engine_args, _MARK):
         return
     setattr(engine_args, _MARK, True)
@@ -41,7 +45,7 @@ def patch(engine_args: Any, require_supported: Callable[[CropConfig], None]) -> 
         if settings is None:
             return create_model_config(self, *args, **kwargs)
         config = CropConfig.from_mapping(settings)
-        require_supported(config)
+        require_supported(config, None)
         refuse_flags(self)
         refuse_localizer(self, config.localizer)
         user_overrides = self.hf_overrides
@@ -53,9 +57,12 @@ def patch(engine_args: Any, require_supported: Callable[[CropConfig], None]) -> 
             raise
         finally:
             self.hf_overrides = user_overrides
+        require_supported(config, model_config.hf_config)
         refuse_model(model_config, config)
         if config.stages:
             attach_eviction(model_config, config.stages)
+            # The scheduler's start report counts with it, in a process that has no image processor.
+            model_config.hf_config.crop_max_image_tokens = served_geometry(model_config).max_tokens
         logger.info("Visual token pruning is on for %s: %s", model_config.architecture, config)
         select_renderer(importlib.import_module("vllm.renderers.registry").RENDERER_REGISTRY.renderers)
         return model_config
