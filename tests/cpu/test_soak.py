@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hundreds of mixed requests on engines with eviction whose KV pool is too small for them.
 
-They come at random, share prefixes, are preempted and aborted, and take over each other's ids. SOAK_REQUESTS
-sets how many, over all configurations.
+They come at random, share prefixes, are preempted and aborted, and take over each other's ids. Images come
+under names (`uuid`) that move from one to another, or as a name alone; in between come requests that are
+refused, for what they ask or after their images have been processed. SOAK_REQUESTS sets how many are
+answered, over all configurations.
 """
 
 import os
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -15,6 +18,7 @@ import numpy as np
 import pytest
 
 from tests.cpu.conftest import Engine, ReferenceFor, _answer
+from tests.pictures import noise_image
 from tests.soak_requests import LONGEST_ANSWER, Fate, Load, SoakRequest
 
 pytestmark = pytest.mark.vllm_runtime
@@ -27,6 +31,16 @@ NUM_QUESTIONS = 40  # per configuration; every one is answered once by the refer
 IDS = [f"request-{index}" for index in range(20)]  # few, so that ids soon come back
 MOST_LIVE = 18
 
+NAMES = [f"name-{index}" for index in range(4)]
+REFUSED = {
+    "one name for two": "stands for two different images",
+    "a name nobody knows": "data is not provided",
+    "a region too many": r"crop\.regions",
+    "too long": "maximum context length",
+    "bad parameters": "logprobs",
+    "logprobs of evicted tokens": "prompt_logprobs: not possible",
+}
+EVICTED = {"method": "ilp", "pruning_rate": 0.5}
 STAGED = {"method": "plc+ilp", "eviction_layers": [2, 5], "compression": "prune", "position_ids": "original"}
 # Pools hold the largest request, two unpruned images, and little more.
 CONFIGURATIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -140,6 +154,8 @@ class Soak:
         self.scheduler = engine.scheduler
         self.load = Load(rng, NUM_QUESTIONS)
         self.live: dict[str, SoakRequest] = {}
+        self.hostile = Random(f"{rng.random()}")
+        self.named: dict[str, Any] = {}  # the image last sent with each name
         self.counts = watch.counts
         self.worst = 0.0
 
@@ -147,6 +163,8 @@ class Soak:
         """Until all have been answered or aborted."""
         while self.counts["requests"] < num_requests or self.live:
             self.abort_some()
+            if self.hostile.random() < 0.06:
+                self.add_one_that_is_refused()
             if self.counts["requests"] < num_requests:
                 self.add_some()
                 self.abort_some()  # before their first step
@@ -180,9 +198,64 @@ class Soak:
             ignore_eos=True,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        prompt = self.engine.llm._preprocess_cmpl_one(asked.question.prompt())
+        prompt = self.engine.llm._preprocess_cmpl_one(self.with_names(asked.question.prompt()))
         assert self.core.add_request(req_id, prompt, sampling) == req_id
         self.live[req_id] = asked
+
+    def with_names(self, prompt: dict[str, Any]) -> dict[str, Any]:
+        """Half of the images come with a name, some of them as a name alone."""
+        images = list(prompt.get("multi_modal_data", {}).get("image", ()))
+        names: list[str | None] = [None] * len(images)
+        free = list(NAMES)
+        for index, image in enumerate(images):
+            if self.hostile.random() < 0.5:
+                continue
+            known = [name for name in free if self.named.get(name) is image]
+            names[index] = name = self.hostile.choice(known or free)
+            free.remove(name)
+            self.named[name] = image
+            if known:
+                images[index] = None
+                self.counts["names alone"] += 1
+        if not any(names):
+            return prompt
+        return {**prompt, "multi_modal_data": {"image": images}, "multi_modal_uuids": {"image": names}}
+
+    def add_one_that_is_refused(self) -> None:
+        """Of a question that may be asked again: nothing may be left of it."""
+        from vllm import SamplingParams
+        from vllm.exceptions import VLLMClientError
+
+        asked = self.hostile.choice([one for one in self.load.catalogue if one.images])
+        kind = self.hostile.choice(list(REFUSED))
+        prompt, options = asked.prompt(), {}
+        crop = prompt["mm_processor_kwargs"]["crop"]
+        if kind == "one name for two":
+            other = next(
+                one for one in self.load.catalogue if one.images and one.images[0] != asked.images[0]
+            )
+            prompt = replace(asked, images=(asked.images[0], other.images[0])).prompt()
+            prompt["mm_processor_kwargs"] = {"crop": {**crop, "regions": [None, None]}}
+            prompt["multi_modal_uuids"] = {"image": ["twice", "twice"]}
+        elif kind == "a name nobody knows":
+            prompt["multi_modal_data"] = {"image": [None] * len(asked.images)}
+            prompt["multi_modal_uuids"] = {"image": ["unheard of"] * len(asked.images)}
+        elif kind == "a region too many":
+            prompt["mm_processor_kwargs"] = {"crop": {**crop, "regions": [None] * 7}}
+        elif kind == "too long":
+            prompt["prompt"] += " and" * 3000
+        elif kind == "bad parameters":
+            options = {"logprobs": 10**6}
+        else:
+            # Of an image that only this request has: it must come with its data afterwards.
+            image = noise_image(5000 + self.counts["refused"])
+            question = replace(asked, images=(image,), crop={**EVICTED, "regions": [[0.3, 0.3, 0.6, 0.6]]})
+            prompt, options = question.prompt(), {"prompt_logprobs": 1}
+        sampling = SamplingParams(**{"temperature": 0, "max_tokens": 2, **options})
+        with pytest.raises((ValueError, VLLMClientError), match=REFUSED[kind]):
+            self.core.add_request("refused", self.engine.llm._preprocess_cmpl_one(prompt), sampling)
+        self.counts["refused"] += 1
+        self.counts[f"refused: {kind}"] += 1
 
     def abort_some(self) -> None:
         """Those that have come to the point where they are to be aborted, soon after that."""
@@ -278,6 +351,8 @@ def test_soak(
     print(f"{name}: {soak.report()}")
     counts = soak.counts
     assert counts["preemptions"] >= num_requests // 25
+    assert counts["refused"] >= num_requests // 12
+    assert counts["names alone"] >= num_requests // 25
     assert counts["aborted prefilling"] + counts["aborted decoding"] >= num_requests // 25
     assert counts["dropping steps"] >= num_requests * 3 // 50
     assert counts["other steps"] >= num_requests * 3 // 50

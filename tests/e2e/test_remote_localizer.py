@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Regions from another server: a real `vllm serve`, killed and back again, and ones that misbehave."""
 
+import gzip
 import json
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,20 @@ class Misbehaving:
             handler.send_header("Location", f"{self.url}/elsewhere")
             handler.end_headers()
             return
+        if self.mode in ("endless", "promising", "bomb"):
+            handler.send_response(200)
+            handler.send_header("Content-Type", "application/json")
+            if self.mode == "promising":
+                handler.send_header("Content-Length", str(400 << 20))
+            if self.mode == "bomb":
+                handler.send_header("Content-Encoding", "gzip")
+            handler.end_headers()
+            body = gzip.compress(b" " * (100 << 20)) if self.mode == "bomb" else b" " * (1 << 20)
+            with suppress(OSError):  # whoever asked has gone away
+                for _ in range(1 if self.mode == "bomb" else 400):
+                    handler.wfile.write(body)
+            handler.close_connection = True
+            return
         status, body = self.mode
         handler.send_response(status)
         handler.send_header("Content-Type", "application/json")
@@ -74,6 +89,12 @@ def completion(text: Any, **more: Any) -> bytes:
     return json.dumps(
         {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]}
     ).encode()
+
+
+def confident(logprob: str) -> bytes:
+    """A legal place, with one token of this probability, as JSON or what Python takes for it."""
+    marked = completion("2335", logprobs={"content": [{"token": "2", "logprob": 12345, "top_logprobs": []}]})
+    return marked.replace(b"12345", logprob.encode())
 
 
 @contextmanager
@@ -144,18 +165,26 @@ def _boxes(question: Any) -> list[list[float]]:
 BAD: dict[str, tuple[Any, str]] = {
     "slow": ("slow", "timeout"),
     "redirecting": ("redirecting", "error"),
-    "html": ((200, b"<html>hello</html>"), "error"),
-    "an empty body": ((200, b""), "error"),
-    "bytes": ((200, bytes(range(256)) * 40), "error"),
-    "an empty object": ((200, b"{}"), "error"),
-    "a list": ((200, b"[1, 2]"), "error"),
-    "no choices": ((200, b'{"choices": []}'), "error"),
-    "no text": ((200, completion(None)), "error"),
-    "a number for text": ((200, completion(5)), "error"),
+    "html": ((200, b"<html>hello</html>"), "unreadable"),
+    "an empty body": ((200, b""), "unreadable"),
+    "bytes": ((200, bytes(range(256)) * 40), "unreadable"),
+    "an empty object": ((200, b"{}"), "unreadable"),
+    "a list": ((200, b"[1, 2]"), "unreadable"),
+    "no choices": ((200, b'{"choices": []}'), "unreadable"),
+    "no text": ((200, completion(None)), "unreadable"),
+    "a number for text": ((200, completion(5)), "unreadable"),
     "prose": ((200, completion("It is near the top.")), "unreadable"),
     "a megabyte": ((200, completion("0" * 1_000_000)), "unreadable"),
     "cells that are none": ((200, completion("9999")), "unreadable"),
-    "logprobs of another shape": ((200, completion("2335", logprobs={"content": [5]})), "error"),
+    "logprobs of another shape": ((200, completion("2335", logprobs={"content": [5]})), "unreadable"),
+    "a confidence that is no number": ((200, confident("NaN")), "unreadable"),
+    "an infinite confidence": ((200, confident("-Infinity")), "unreadable"),
+    "a confidence in words": ((200, confident('"sure"')), "unreadable"),
+    "a confidence of thousands of digits": ((200, confident("1" * 5000)), "unreadable"),
+    "nested without end": ((200, b"[" * 200_000), "unreadable"),
+    "400 megabytes": ("endless", "unreadable"),
+    "a promise of 400 megabytes": ("promising", "unreadable"),
+    "a bomb": ("bomb", "unreadable"),
     "out of order": ((500, b"oops"), "error"),
     "busy": ((429, b"{}"), "error"),
     "another key": ((401, b"{}"), "error"),
@@ -210,6 +239,37 @@ def test_a_remote_that_behaves_again_is_believed(
     assert image["localizer"]["confidence"] is None
     ((_, headers),) = misbehaving.seen
     assert headers["authorization" if "authorization" in headers else "Authorization"] == f"Bearer {KEY}"
+
+
+def test_a_remote_that_hangs_is_left_alone_and_asked_again(misbehaving: Misbehaving, logs: Path) -> None:
+    scene, question = LOCAL[0]
+    breaker = {"suspend_after": 2, "suspend_s": 4.0, "timeout_s": 1.0, "max_retries": 0}
+    with served_with(misbehaving.url, logs / "hanging.log", **breaker) as (server, client):
+
+        def answered(number: int) -> tuple[str, float]:
+            picture = scene.picture()
+            picture.putpixel((0, 0), (9, 9, number))
+            start = time.monotonic()
+            image = found(ask(client, picture, question))
+            return image["localizer"]["outcome"], time.monotonic() - start
+
+        misbehaving.mode = "slow"
+        hanging = [answered(number) for number in range(5)]
+        assert [outcome for outcome, _ in hanging] == ["timeout"] * 2 + ["suspended"] * 3
+        assert all(seconds < 1 for outcome, seconds in hanging if outcome == "suspended")
+        assert metric(server, "crop:localizer_suspensions_total") == 1
+        time.sleep(4)
+        misbehaving.mode = 200, completion("2335")
+        assert [answered(10 + number)[0] for number in range(3)] == ["region"] * 3
+        warnings = [line for line in server.log_path.read_text().splitlines() if "WARNING" in line]
+        assert sum("in a row" in line or "answers again" in line for line in warnings) == 2
+
+
+def test_whatever_a_remote_says_is_a_line_of_the_log_at_most(served: tuple[Server, openai.OpenAI]) -> None:
+    server, _ = served
+    log = server.log_path.read_text()
+    assert "Traceback" not in log
+    assert "\nERROR" not in log
 
 
 def test_the_key_is_in_no_log(served: tuple[Server, openai.OpenAI], logs: Path) -> None:

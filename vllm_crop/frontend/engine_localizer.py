@@ -17,7 +17,7 @@ from vllm_crop.geometry import ImageView, Region
 from vllm_crop.localizers.base import Asked, LocalizerError, Located, UnreadableAnswerError
 from vllm_crop.localizers.dialects import dialect_with
 from vllm_crop.localizers.settings import LocalizerConfig
-from vllm_crop.localizers.thumbnails import off_the_loop, shrink, size_for_tokens
+from vllm_crop.localizers.thumbnails import not_huge, off_the_loop, shrink, size_for_tokens
 from vllm_crop.params import CropParams, CropRequest
 from vllm_crop.request_context import RequestContext, current_request
 from vllm_crop.vision_geometry import VisionGeometry
@@ -86,8 +86,8 @@ class EngineLocalizer:
             picture, request = shrink(image, size), CropRequest(CropParams(method="off"), limited=False)
         else:
             # Every image costs the same here: average its tokens over the whole image instead.
-            picture = image
-            full = self.geometry.grid(*image.size).num_tokens
+            picture = not_huge(image)
+            full = self.geometry.grid(*picture.size).num_tokens
             rate = 1 - self.config.thumbnail_tokens / full
             whole = CropParams(regions=[Region.whole()], pruning_rate=rate, method="plc")
             request = CropRequest(whole, limited=False)

@@ -11,9 +11,9 @@ from functools import partial
 from typing import Any
 
 from PIL import Image
+from vllm.exceptions import VLLMClientError
 
 from vllm_crop.config import CropConfig
-from vllm_crop.errors import CropError
 from vllm_crop.frontend.engine_localizer import EngineLocalizer
 from vllm_crop.geometry import Box, Region
 from vllm_crop.localizers.base import Localizer, LocalizerError, Located, UnreadableAnswerError
@@ -190,8 +190,8 @@ class Localizing:
     def _failure(self, error: Exception) -> Outcome:
         """What an exception counts as; the request goes on with the whole image."""
         outcome: Outcome = "unreadable" if isinstance(error, UnreadableAnswerError) else "error"
-        # ValueError: an image or a question that vLLM refuses. Anything else is a mistake, maybe ours.
-        expected = isinstance(error, LocalizerError | ValueError)
+        # An image or a question that vLLM refuses; anything else is a mistake, maybe ours.
+        expected = isinstance(error, LocalizerError | ValueError | VLLMClientError)
         self.log.warning(
             outcome if expected else "unexpected",
             "The localizer failed (%s): %s",
@@ -244,7 +244,7 @@ def _says_of_localizer(error: Exception) -> bool | None:
     if isinstance(error, UnreadableAnswerError):
         return True
     # What vLLM or we refuse of this image or question says nothing about other requests.
-    return None if isinstance(error, CropError | ValueError) else False
+    return None if isinstance(error, ValueError | VLLMClientError) else False
 
 
 def _one_line(error: Exception) -> str:

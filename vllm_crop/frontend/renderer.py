@@ -11,6 +11,7 @@ from functools import cached_property
 from statistics import fmean
 from typing import Any
 
+from vllm.exceptions import VLLMClientError
 from vllm.renderers.hf import HfRenderer
 
 from vllm_crop.budget import retained_count
@@ -170,7 +171,7 @@ class CropRenderer(HfRenderer):
         try:
             sampling = request.to_sampling_params(1, {})
             sampling.verify(self.model_config, None, self.config.structured_outputs_config, self.tokenizer)
-        except ValueError:
+        except (ValueError, VLLMClientError):
             return True
         return False
 

@@ -19,7 +19,7 @@ Made = TypeVar("Made")
 _WORKERS = ThreadPoolExecutor(max_workers=2, thread_name_prefix="crop-thumbnails")
 
 _HUGE = 16_000_000  # pixels; smaller pictures are averaged exactly
-_BAND = 4_000_000  # pixels converted at once
+_BAND = 2_000_000  # pixels converted at once
 _ATTEMPTS = 50  # token counts come in steps: a little smaller each time until they fit
 
 
@@ -38,7 +38,19 @@ def shrink(image: Image.Image, size: tuple[int, int]) -> Image.Image:
         image = _reduced(image, size)
     smaller = size[0] <= image.width and size[1] <= image.height
     method = Image.Resampling.BOX if smaller else Image.Resampling.BICUBIC
-    return image.convert("RGB").resize(size, method)
+    return _rgb(image).resize(size, method)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    return image if image.mode == "RGB" else image.convert("RGB")  # which copies what is RGB already
+
+
+def not_huge(image: Image.Image) -> Image.Image:
+    """The image, or a smaller one of its aspect that is still larger than what any model looks at."""
+    scale = math.sqrt(_BAND / (image.width * image.height))
+    if image.width * image.height <= _HUGE:
+        return image
+    return shrink(image, (max(1, round(image.width * scale)), max(1, round(image.height * scale))))
 
 
 def _reduced(image: Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -51,7 +63,7 @@ def _reduced(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     lines = max(1, _BAND // (image.width * factors[1])) * factors[1]
     for top in range(0, image.height, lines):
         band = image.crop((0, top, image.width, min(image.height, top + lines)))
-        reduced.paste(band.convert("RGB").reduce(factors), (0, top // factors[1]))
+        reduced.paste(_rgb(band).reduce(factors), (0, top // factors[1]))
     return reduced
 
 

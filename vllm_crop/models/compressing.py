@@ -45,10 +45,14 @@ class CompressingEncoder:
             num_tokens: per image, unpruned.
             encode: the indices of some of the images -> their features, `[num_tokens, hidden]` each.
             crop_assignment: per image `[num_tokens]`, or empty for an image served whole.
-            crop_image_key: per image two 64-bit words naming its pixels, or empty.
+            crop_image_key: per image two 64-bit words made of its pixels, or empty.
             crop_positions: per image `[num_embeddings]`, or empty; checked against the result.
         """
-        keys: list[ImageKey] = [tuple(key.tolist()) for key in crop_image_key]
+        # With the size of what is stored: nothing that names an image may bring features of another size.
+        keys: list[ImageKey] = [
+            (*key.tolist(), count) if len(key) else ()
+            for key, count in zip(crop_image_key, num_tokens, strict=True)
+        ]
         features = self._features(num_tokens, encode, keys)
         plans = zip(num_tokens, crop_assignment, crop_positions, strict=True)
         embeddings = []

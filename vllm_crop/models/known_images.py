@@ -122,30 +122,38 @@ def identify(
     trusted = [uuid if image is None else None for uuid, image in zip(uuids, data, strict=True)]
     hashes = hashes_of(replace(inputs, mm_uuid_items={**others, "image": trusted}))
     keys = list(hashes.get("image", ()))
-    _refuse_contradictions(uuids, {index: keys[index] for index, one in enumerate(data) if one is not None})
     names: Sequence[str] = ()
-    if any(uuids):
+    if any(uuid is not None for uuid in uuids):
         # As vLLM would key them: a name stands for an image processed with certain settings.
         given = [uuid or "" for uuid in uuids]
         names = hashes_of(replace(inputs, mm_uuid_items={**others, "image": given}))["image"]
     sizes: list[tuple[int, int] | None] = [None] * len(images)
-    for index, image in enumerate(data):
-        if image is None or not isinstance(images, ImageProcessorItems):
-            continue  # embeddings have no size, and pass vLLM's caches by
-        size = images.get_image_size(index)
-        sizes[index] = size.width, size.height
-        if uuids[index] is not None and known is not None:
-            known.remember(names[index], salt, KnownImage(keys[index], (size.width, size.height)), image)
     by_name: dict[int, KnownImage] = {}
+    shown: list[tuple[str | None, str]] = []
     for index, image in enumerate(data):
         if image is not None:
+            shown.append((uuids[index], keys[index]))
             continue
+        # As in stock vLLM, a name alone means an image of an earlier request.
         found = None if known is None else known.find(names[index], salt)
         if found is None:
             keys[index] = hashlib.blake2b(b"unknown name " + keys[index].encode(), digest_size=32).hexdigest()
         else:
             by_name[index] = found
             keys[index], sizes[index] = found.key, found.size
+            shown.append((uuids[index], found.key))
+    _refuse_contradictions(shown)
+    # With their encoded bytes, which `get` takes off.
+    sent = images.get_all_items_for_hash() if images else ()
+    for index, image in enumerate(data):
+        if image is None or not isinstance(images, ImageProcessorItems):
+            continue  # embeddings have no size, and pass vLLM's caches by
+        size = images.get_image_size(index)
+        sizes[index] = size.width, size.height
+        if uuids[index] is not None and known is not None:
+            known.remember(
+                names[index], salt, KnownImage(keys[index], (size.width, size.height)), sent[index]
+            )
     return RequestImages(hashes, tuple(keys), tuple(sizes), by_name)
 
 
@@ -157,10 +165,9 @@ def _checked_uuids(inputs: ProcessorInputs, num_images: int) -> list[str | None]
     return uuids
 
 
-def _refuse_contradictions(uuids: Sequence[str | None], keys: Mapping[int, str]) -> None:
+def _refuse_contradictions(shown: Sequence[tuple[str | None, str]]) -> None:
     claimed: dict[str, str] = {}
-    for index, key in keys.items():
-        uuid = uuids[index]
+    for uuid, key in shown:
         if uuid is not None and claimed.setdefault(uuid, key) != key:
             raise InvalidCropError(f"uuid {shorten(uuid)} stands for two different images", "uuid")
 
