@@ -23,6 +23,9 @@ _FEW_SETS = 8  # up to so many, one after the other
 _SMALL_BITS, _LARGE_BITS = 6, 20  # sets of fewer than 2 ** 6 tokens in a table, larger ones by computing
 _LONG = 4000  # tokens from which counting is quicker than sorting
 
+_NO_SET = int(np.iinfo(np.uint16).max)
+_NO_CUT = int(np.iinfo(np.int32).max)
+
 
 class Patches(NamedTuple):
     """Tokens by patch.
@@ -70,7 +73,7 @@ def middles(places: Places, patches: Patches) -> Indices:
         offset = axis - centroid.repeat(sizes)
         distances += offset * offset
     nearest = distances == np.minimum.reduceat(distances, starts).repeat(sizes)
-    found: Indices = np.minimum.reduceat(np.where(nearest, tokens, np.iinfo(np.int64).max), starts)
+    found: Indices = np.minimum.reduceat(np.where(nearest, tokens, len(places.row)), starts)
     return found
 
 
@@ -135,17 +138,17 @@ class _Codes:
             by_column: which order each set wants.
         """
         size = 2 * self.num_tokens
-        codes = self._in_order[codes + (by_column * size)[set_of]]
-        if len(codes) < _LONG or len(by_column) > np.iinfo(np.uint16).max:
+        codes = self._in_order.take(codes + (by_column * size).take(set_of))
+        if len(codes) < _LONG or len(by_column) > _NO_SET:
             keys = set_of * size
             codes = codes + keys
             codes.sort()  # by set, then by code; sets keep their places
             codes -= keys
             return codes
-        holder = np.full(size, np.iinfo(np.uint16).max, dtype=np.uint16)
+        holder = np.full(size, _NO_SET, dtype=np.uint16)
         holder[codes] = set_of
-        codes = (holder < len(by_column)).nonzero()[0]
-        by_set: Indices = codes[holder[codes].argsort(kind="stable")]
+        codes = (holder != _NO_SET).nonzero()[0]
+        by_set: Indices = codes.take(holder.take(codes).argsort(kind="stable"))
         return by_set
 
 
@@ -186,9 +189,9 @@ def _split(
                 break
         starts = totals.cumsum() - totals
         set_of = np.arange(len(totals)).repeat(totals)
-        height, width = (_extents(axis[codes], starts) for axis in (of.row, of.col))
+        height, width = (_extents(axis.take(codes), starts) for axis in (of.row, of.col))
         codes = of.sort(codes, set_of, width > height)
-        line = of.line[codes]
+        line = of.line.take(codes)
         cuts, before = _cuts(line[1:] != line[:-1], set_of, starts, totals, counts)
         totals, counts = _halves(cuts, totals), _halves(before, counts)
     codes, sizes = (np.concatenate(parts) for parts in zip(*done, strict=True))
@@ -229,16 +232,16 @@ def _cuts(
     if totals.max() < 1 << _SMALL_BITS:
         table = _small_sets()
         rows = (((totals << _SMALL_BITS) + counts) << _SMALL_BITS) - starts
-        rated = table[rows[set_of] + np.arange(len(set_of))]
-        rated[1:][~changes] = np.iinfo(rated.dtype).max
+        rated = table.take(rows.take(set_of) + np.arange(len(set_of)))
+        rated[1:][~changes] = _NO_CUT
         return _unpack(np.minimum.reduceat(rated, starts).astype(np.int64), _SMALL_BITS)
     borders = changes.nonzero()[0] + 1
-    of = set_of[borders]
-    cut, total = borders - starts[of], totals[of]
+    of = set_of.take(borders)
+    cut, total = borders - starts.take(of), totals.take(of)
     central = (2 * abs(2 * cut - total) <= total).nonzero()[0]  # the others are no good
-    of = of[central]
+    of = of.take(central)
     best = _rate(totals, counts, np.zeros_like(totals), _LARGE_BITS)
-    np.minimum.at(best, of, _rate(total[central], counts[of], cut[central], _LARGE_BITS))
+    np.minimum.at(best, of, _rate(total.take(central), counts.take(of), cut.take(central), _LARGE_BITS))
     return _unpack(best, _LARGE_BITS)
 
 
@@ -269,8 +272,8 @@ def _cut(borders: Sequence[int], start: int, total: int, count: int) -> tuple[in
     return round(total * share / count), share
 
 
-# The same rule for many cuts at once. A cut is one number, the better the smaller: its distance from the middle,
-# then where it is, then how many patches go before it, in fields of some bits.
+# The same rule for many cuts at once. A cut is one number, the better the smaller: its distance from the
+# middle, then where it is, then how many patches go before it, in fields of some bits.
 
 
 def _rate(total: Indices, count: Indices, cut: Indices, bits: int) -> Indices:
@@ -281,12 +284,12 @@ def _rate(total: Indices, count: Indices, cut: Indices, bits: int) -> Indices:
         bits: of a field.
     """
     rest = total - cut
-    share = np.minimum(np.rint(count * cut / total), np.minimum(cut, count - 1))
-    share = np.maximum(share, np.maximum(1, count - rest))
+    share: Indices = np.rint(count * cut / total).astype(np.int64)
+    share = np.maximum(np.minimum(share, np.minimum(cut, count - 1)), np.maximum(1, count - rest))
     one, other = cut / share, rest / (count - share)
-    distance = abs(cut - rest)
+    distance: Indices = np.abs(cut - rest)
     similar = np.maximum(one, other) <= _SIMILAR * np.minimum(one, other)
-    rated = _pack(2 * distance + (cut > rest), cut, share.astype(np.int64), bits)
+    rated = _pack(2 * distance + (cut > rest), cut, share, bits)
     half = count // 2
     middle = np.rint(total * half / count).astype(np.int64)
     return np.where(similar & (2 * distance <= total), rated, _pack(2 << bits, middle, half, bits))
