@@ -171,3 +171,20 @@ def cpu_ms(call: Callable[[], object], repeats: int) -> float:
         call()
         times.append(time.process_time() - start)
     return 1000 * min(times)
+
+
+@pytest.mark.parametrize(("side", "bound_ms"), [(24, 0.3), (128, 5.0)])
+def test_planning_is_no_bottleneck(side: int, bound_ms: float) -> None:
+    """With room for a slow machine that is busy with other things."""
+    grid = TokenGrid(side, side)
+    rates = itertools.count(0.778, 1e-9)  # never the same plan, or the cache would answer
+    quick = cpu_ms(lambda: make_plan(grid, MIDDLE, next(rates), "pool"), repeats=20)
+    assert quick < 3 * bound_ms
+    if side == 128:
+        slow = cpu_ms(lambda: slow_plan(grid, MIDDLE, 0.778, "pool"), repeats=2)
+        assert slow > 8 * quick
+
+
+def test_a_whole_image_costs_next_to_nothing() -> None:
+    grid = TokenGrid(128, 128)
+    assert cpu_ms(lambda: whole_image_plan(grid), repeats=50) < 0.3

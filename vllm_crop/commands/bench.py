@@ -14,6 +14,7 @@ from vllm_crop.benchmarking.decode import measure_decode
 from vllm_crop.benchmarking.decode_report import decode_json, print_decode
 from vllm_crop.benchmarking.machine import provenance
 from vllm_crop.benchmarking.options import Options
+from vllm_crop.benchmarking.planning import measure_planning, planning_table
 from vllm_crop.benchmarking.report import print_report, write_json, write_report
 from vllm_crop.benchmarking.runs import LOCALIZED_MODES
 from vllm_crop.benchmarking.session import run_benchmark
@@ -94,6 +95,17 @@ def bench(
         bool,
         typer.Option("--decode", help="Measure what eviction costs a decode step instead, in a minute."),
     ] = False,
+    planning: Annotated[
+        bool,
+        typer.Option("--planning", help="Measure what plans cost instead, in CPU time; needs no vLLM."),
+    ] = False,
+    api_cpu: Annotated[
+        bool,
+        typer.Option(
+            "--api-cpu",
+            help="Measure what the plugin adds to the API process instead, in CPU time per request.",
+        ),
+    ] = False,
     serve_args: Annotated[
         str, typer.Option(metavar="ARGS", help="More options for `vllm serve`, as one quoted string.")
     ] = "",
@@ -116,12 +128,19 @@ def bench(
       vllm-crop bench --concurrency 1 --repeats 1
     What does eviction cost while answers are generated?
       vllm-crop bench --decode
+    What does it cost the API process?
+      vllm-crop bench --planning
+      vllm-crop bench --api-cpu
     Is it still faster if the server finds the region itself?
       vllm-crop bench --method plc --localizer engine --localizer remote
     Your own model; its speed needs no weights, but both servers must fit:
       vllm-crop bench --model llava-hf/llava-1.5-7b-hf \\
         --serve-args "--load-format dummy" --concurrency 32 --num-prompts 128
     """
+    console = Console(highlight=False)
+    if planning:
+        console.print(planning_table(measure_planning()))
+        return
     if find_spec("vllm") is None:
         typer.echo(
             "vllm-crop bench measures vLLM, which is not installed here: pip install vllm==0.32.0", err=True
@@ -154,7 +173,6 @@ def bench(
         localizers=tuple(mode for mode in LOCALIZED_MODES if mode.split()[0] in localizer),
         localizer_config=_parse_settings(localizer_config),
     )
-    console = Console(highlight=False)
     try:
         (_run_decode if decode else _run_load)(options, result_file, console)
     except CropError as error:
