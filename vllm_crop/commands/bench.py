@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from vllm_crop.benchmarking.api_cpu import api_cpu_table, measure_api_cpu
 from vllm_crop.benchmarking.decode import measure_decode
 from vllm_crop.benchmarking.decode_report import decode_json, print_decode
 from vllm_crop.benchmarking.machine import provenance
@@ -146,6 +147,9 @@ def bench(
             "vllm-crop bench measures vLLM, which is not installed here: pip install vllm==0.32.0", err=True
         )
         raise typer.Exit(1)
+    if api_cpu:
+        console.print(api_cpu_table(measure_api_cpu()))
+        return
     if num_prompts < max(concurrency):
         raise typer.BadParameter(
             f"{num_prompts} requests cannot keep {max(concurrency)} in flight", param_hint="--num-prompts"
