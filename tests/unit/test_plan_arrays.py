@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 from strategies import boxes, eviction_settings, regions
 
 from tests.slow_plan import embeddings_of, place_of, slow_plan, tokens_in
+from tests.slow_plan import even_patches as slowly_split
 from tests.slow_plan import retained_per_stage as all_bisections
 from vllm_crop import plan as planning
 from vllm_crop.budget import BudgetError, Method, retained_per_stage
 from vllm_crop.families.anyres import LLAVA_NEXT, LLAVA_ONEVISION, AnyResolution
 from vllm_crop.geometry import Box, GridPart, Region, TokenGrid
+from vllm_crop.patches import even_patches
 from vllm_crop.plan import CACHE_BYTES, Compression, make_plan, whole_image_plan
 from vllm_crop.token_grids import ImageTokens, TokenGrids
 
@@ -77,6 +79,27 @@ def test_plans_are_those_of_the_slow_reference(
     except BudgetError:
         assume(False)
     assert embeddings_of(plan) == slow_plan(grid, region, rate, compression, method, num_layers, layers)
+
+
+@settings(deadline=None, max_examples=400)
+@given(any_tokens(), st.data())
+def test_any_tokens_are_split_as_by_the_slow_reference(grid: ImageTokens, data: st.DataObject) -> None:
+    chance = data.draw(st.randoms(use_true_random=False))
+    tokens = sorted(chance.sample(range(grid.num_tokens), data.draw(st.integers(1, grid.num_tokens))))
+    count = data.draw(st.integers(0, len(tokens)))
+    patches = even_patches(grid.places(), np.array(tokens), count)
+    found = np.split(patches.tokens, patches.sizes.cumsum()[:-1]) if count else []
+    assert sorted(sorted(patch.tolist()) for patch in found) == sorted(
+        sorted(patch) for patch in slowly_split(grid, tokens, count)
+    )
+
+
+def test_of_equal_shares_the_group_wins_that_comes_first_in_the_prompt() -> None:
+    """A newline of one row before what another row shows."""
+    grid = TokenGrids((GridPart(TokenGrid(2, 1), newlines=True),))
+    patches = even_patches(grid.places(), np.array([1, 2]), 1)
+    assert patches.tokens.tolist() == [1]
+    assert slowly_split(grid, [1, 2], 1) == [[1]]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -89,7 +89,8 @@ def api_cpu_table(measured: Iterator[ApiTimes]) -> Table:
 
 def _make_checkpoint(folder: Path) -> Path:
     """A tiny Qwen2.5-VL whose pictures may be as large as the published one's."""
-    from vllm_crop.dummy_qwen2_5_vl import DummySize, make_checkpoint
+    from vllm_crop.dummy_llava import DummySize
+    from vllm_crop.dummy_qwen2_5_vl import make_checkpoint
 
     make_checkpoint(folder, DummySize(layers=28, max_positions=40_000))
     for name in ("preprocessor_config.json", "processor_config.json"):
