@@ -24,6 +24,7 @@ from transformers import (
     Qwen3VLMoeForConditionalGeneration,
 )
 
+from tests.slow_plan import embeddings_of
 from vllm_crop.budget import Method
 from vllm_crop.geometry import Region, TokenGrid
 from vllm_crop.plan import Compression, TokenPlan, make_plan, whole_image_plan
@@ -67,7 +68,7 @@ class Prompt:
 
 def naive_compress(features: torch.Tensor, plan: TokenPlan) -> torch.Tensor:
     """One mean per planned embedding, written out: `[num_tokens, hidden]` -> `[num_embeddings, hidden]`."""
-    return torch.stack([features[list(e.tokens)].mean(dim=0) for e in plan.embeddings])
+    return torch.stack([features[list(e.tokens)].mean(dim=0) for e in embeddings_of(plan)])
 
 
 class HfReference:
@@ -175,11 +176,11 @@ class HfReference:
             rows.append(naive_compress(self.features(image), plan))
             if original_positions:
                 within, span = self.image_positions(plan.grid)
-                within = within[:, [e.position for e in plan.embeddings]]
+                within = within[:, [e.position for e in embeddings_of(plan)]]
             else:
                 within, span = self._same_in_all_dimensions(torch.arange(len(rows[-1]))), len(rows[-1])
             positions.append(within + next_position)
-            evicted_from.extend(e.evicted_from_layer for e in plan.embeddings)
+            evicted_from.extend(e.evicted_from_layer for e in embeddings_of(plan))
             next_position += span
         evicted_from[-1] = None  # the first answer token comes from the last row, even if it is an image's
         depth = self.geometry.num_layers

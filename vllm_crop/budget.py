@@ -7,6 +7,7 @@ with fewer tokens later.
 
 from collections.abc import Sequence
 from itertools import pairwise
+from operator import mul
 from typing import Literal
 
 from vllm_crop.errors import CropError
@@ -92,13 +93,19 @@ def retained_per_stage(
     def sizes(fraction: float) -> list[float]:
         return [max(1.0, num_tokens * fraction**stage) for stage in stages]
 
+    def rounded(sizes: list[float]) -> tuple[int, ...]:
+        return tuple(map(round, sizes))
+
     low, high = 0.0, 1.0
-    for _ in range(_BISECTIONS):
+    for bisection in range(_BISECTIONS):
         middle = (low + high) / 2
-        total = sum(width * size for width, size in zip(widths, sizes(middle), strict=True))
+        total = sum(map(mul, widths, sizes(middle)))
         low, high = (middle, high) if total <= target * num_layers else (low, middle)
+        # Mostly both ends come to the same whole numbers long before they meet.
+        if bisection % 6 == 5 and (counts := rounded(sizes(high))) == rounded(sizes(low)):
+            return counts
     # Each is at most half a token off, and so is their average.
-    return tuple(round(size) for size in sizes(high))
+    return rounded(sizes(high))
 
 
 def _least_average(num_tokens: int, num_layers: int, first_layer: int) -> float:

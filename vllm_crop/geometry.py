@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Boxes, regions and token grids: where things are in an image, in plain numbers.
+"""Boxes, regions and token grids: where things are in an image, in numbers.
 
 Coordinates are fractions of the image, x to the right and y down, half-open: [x0, x1) by [y0, y1).
 """
@@ -7,6 +7,12 @@ Coordinates are fractions of the image, x to the right and y down, half-open: [x
 import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Mask = NDArray[np.bool_]
+Indices = NDArray[np.int64]
 
 GRID_CELLS = 8  # CROP's localizer speaks of an 8x8 grid (paper section 3.1)
 _EDGE_TOLERANCE = 1e-6  # of a token: 1/3 of 24 columns is column 8, not 7.999
@@ -87,17 +93,19 @@ class TokenGrid:
         col0, col1 = _span(box.x0, box.x1, self.cols)
         return row0, row1, col0, col1
 
-    def tokens_in(self, region: Region) -> tuple[int, ...]:
-        """Ascending indices of the tokens whose area the region touches."""
-        touched: set[int] = set()
+    def mask(self, region: Region) -> Mask:
+        """Mark the tokens whose area the region touches, `[num_tokens]`."""
+        touched = np.zeros((self.rows, self.cols), dtype=bool)
         for box in region.boxes:
             row0, row1, col0, col1 = self.span(box)
-            touched.update(row * self.cols + col for row in range(row0, row1) for col in range(col0, col1))
-        return tuple(sorted(touched))
+            touched[row0:row1, col0:col1] = True
+        return touched.reshape(-1)
 
-    def place(self, token: int) -> "Place":
-        """Where a token is."""
-        return Place(0, *divmod(token, self.cols))
+    def places(self) -> "Places":
+        """Say where every token is."""
+        tokens = np.arange(self.num_tokens, dtype=np.int32)
+        rows = tokens // self.cols
+        return Places(np.zeros_like(rows), rows, tokens - rows * np.int32(self.cols))
 
     @property
     def parts(self) -> "tuple[GridPart, ...]":
@@ -113,12 +121,18 @@ class TokenGrid:
         return {"grid": [self.rows, self.cols]}
 
 
-class Place(NamedTuple):
-    """Where a token is. Only tokens of one group are neighbours and averaged with each other."""
+class Places(NamedTuple):
+    """Where tokens are, each array `[num_tokens]`, int32.
 
-    group: int
-    row: int
-    col: int
+    Attributes:
+        group: only tokens of one group are neighbours and averaged with each other.
+        row: within the group.
+        col: within the group.
+    """
+
+    group: NDArray[np.int32]
+    row: NDArray[np.int32]
+    col: NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -156,18 +170,16 @@ class GridPart:
         row, col = divmod(token - self.first, self.row_length)
         return (row, col) if 0 <= row < self.grid.rows and col < self.grid.cols else None
 
-    def tokens_in(self, region: Region) -> set[int]:
-        """The tokens that the region touches, and the newlines of their rows."""
+    def mask(self, region: Region) -> Mask:
+        """Mark this grid's tokens that the region touches, and the newlines of their rows, `[num_tokens]`."""
+        touched = np.zeros((self.grid.rows, self.row_length), dtype=bool)
         seen = ImageView(self.window).project(region)
-        if seen is None or not self.grid.num_tokens:
-            return set()
-        spans = [self.grid.span(box) for box in seen.boxes]
-        return {
-            self.token(row, col)
-            for row0, row1, col0, col1 in spans
-            for row in range(row0, row1)
-            for col in [*range(col0, col1), *range(self.grid.cols, self.row_length)]
-        }
+        if seen is not None and self.grid.num_tokens:
+            for box in seen.boxes:
+                row0, row1, col0, col1 = self.grid.span(box)
+                touched[row0:row1, col0:col1] = True
+                touched[row0:row1, self.grid.cols :] = True
+        return touched.reshape(-1)
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Self
 
+import numpy as np
+
 from vllm_crop.geometry import Region
-from vllm_crop.plan import TokenPlan
+from vllm_crop.plan import NEVER, TokenPlan
 
 
 @dataclass(frozen=True)
@@ -50,24 +52,25 @@ class PlanSummary:
         Raises:
             ValueError: the plan evicts at a layer that such a model does not have.
         """
-        evicted = Counter(e.evicted_from_layer for e in plan.embeddings if e.evicted_from_layer is not None)
+        seen_by_all = plan.evicted_from_layer == NEVER
+        evicted = Counter(plan.evicted_from_layer[~seen_by_all].tolist())
         if any(layer >= num_layers for layer in evicted):
             raise ValueError(f"the plan evicts from layer {max(evicted)}, beyond {num_layers} layers")
-        inside = set(plan.grid.tokens_in(region)) if region else set()
-        seen_by_all = [e.tokens for e in plan.embeddings if e.evicted_from_layer is None]
-        kept = [tokens[0] for tokens in seen_by_all if len(tokens) == 1]
-        region_kept = sum(token in inside for token in kept)
+        sizes = plan.sizes
+        kept, pooled = seen_by_all & (sizes == 1), seen_by_all & (sizes > 1)
+        inside = plan.grid.mask(region) if region else np.zeros(plan.grid.num_tokens, dtype=bool)
+        region_kept = int(inside[plan.position[kept]].sum())
         return cls(
             tokens=plan.grid.num_tokens,
             embeddings=plan.num_embeddings,
             layers=_runs(plan.tokens_per_layer(num_layers)),
-            region_tokens=len(inside) if region else None,
+            region_tokens=int(inside.sum()) if region else None,
             region_kept=region_kept,
-            others_kept=len(kept) - region_kept,
-            pooled=len(seen_by_all) - len(kept),
-            pooled_tokens=sum(len(tokens) for tokens in seen_by_all if len(tokens) > 1),
+            others_kept=int(kept.sum()) - region_kept,
+            pooled=int(pooled.sum()),
+            pooled_tokens=int(sizes[pooled].sum()),
             evicted=tuple(sorted(evicted.items())),
-            left_out=plan.assignment().count(-1),
+            left_out=int((plan.assignment < 0).sum()),
         )
 
     @property

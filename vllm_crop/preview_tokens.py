@@ -7,7 +7,7 @@ from itertools import product
 from PIL import Image, ImageDraw, ImageOps
 
 from vllm_crop.geometry import GridPart, TokenGrid
-from vllm_crop.plan import TokenPlan
+from vllm_crop.plan import NEVER, TokenPlan
 
 PixelBox = tuple[int, int, int, int]
 Cell = tuple[int, int]  # row, column
@@ -37,19 +37,19 @@ def draw_tokens(seen: Image.Image, plan: TokenPlan, part: GridPart | None = None
     grid = part.grid
     means = seen.resize((grid.cols, grid.rows), Image.Resampling.BOX)
     drawing = faded(seen)
-    stages = sorted({e.evicted_from_layer for e in plan.embeddings if e.evicted_from_layer is not None})
-    for embedding in plan.embeddings:
-        places = [place for token in embedding.tokens if (place := part.cell(token))]
+    stages = plan.eviction_layers
+    for tokens, layer in zip(plan.members(), plan.evicted_from_layer.tolist(), strict=True):
+        places = [place for token in tokens if (place := part.cell(token))]
         if not places:
             continue
         colour = _mean_colour(means, places)
         for place in places:
             box = _cell(seen, grid, place)
             cell = seen.crop(box)
-            if len(embedding.tokens) > 1:
+            if len(tokens) > 1:
                 cell = Image.blend(cell, Image.new("RGB", cell.size, colour), _PATCH_OPACITY)
-            if embedding.evicted_from_layer is not None:
-                cell = shaded(cell, stages.index(embedding.evicted_from_layer), len(stages))
+            if layer != NEVER:
+                cell = shaded(cell, stages.index(layer), len(stages))
             drawing.paste(cell, box[:2])
     return _with_lines(drawing, plan, part)
 
@@ -87,8 +87,7 @@ def _mean_colour(means: Image.Image, places: list[Cell]) -> tuple[int, int, int]
 
 def _with_lines(drawing: Image.Image, plan: TokenPlan, part: GridPart) -> Image.Image:
     """Lines between neighbours that are not part of the same embedding."""
-    assigned = plan.assignment()
-    sizes = [len(embedding.tokens) for embedding in plan.embeddings]
+    assigned, sizes = plan.assignment.tolist(), plan.sizes.tolist()
     kinds = [0 if index < 0 else min(sizes[index], 2) for index in assigned]
     lines: list[list[PixelBox]] = [[] for _ in _LINES]
     for place, beside in _neighbours(part.grid):

@@ -2,10 +2,11 @@
 """Images whose tokens are several grids one after another, such as a view of the whole and tiles of it."""
 
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
-from vllm_crop.geometry import GridPart, Place, Region, TokenGrid
+import numpy as np
+
+from vllm_crop.geometry import GridPart, Mask, Places, Region, TokenGrid
 
 
 @dataclass(frozen=True)
@@ -30,18 +31,22 @@ class TokenGrids:
         """How many visual tokens the image costs unpruned, newlines included."""
         return sum(part.num_tokens for part in self.parts)
 
-    def tokens_in(self, region: Region) -> tuple[int, ...]:
-        """Ascending indices of the tokens of all grids that the region touches, with their newlines."""
-        return tuple(sorted(chain.from_iterable(part.tokens_in(region) for part in self.parts)))
+    def mask(self, region: Region) -> Mask:
+        """Mark the tokens of all grids that the region touches, with their newlines, `[num_tokens]`."""
+        return np.concatenate([part.mask(region) for part in self.parts])
 
-    def place(self, token: int) -> Place:
-        """Where a token is. Every grid is a group of its own, and so are its newlines."""
-        index = max(index for index, part in enumerate(self.parts) if part.first <= token)
-        part = self.parts[index]
-        row, col = divmod(token - part.first, part.row_length)
-        if col == part.grid.cols:
-            return Place(2 * index + 1, row, 0)
-        return Place(2 * index, row, col)
+    def places(self) -> Places:
+        """Say where every token is. Every grid is a group of its own, and so are its newlines."""
+        places = np.empty((3, self.num_tokens), dtype=np.int32)
+        for index, part in enumerate(self.parts):
+            shape = (part.grid.rows, part.row_length)
+            group, row, col = places[:, part.first : part.first + part.num_tokens].reshape(3, *shape)
+            group[:, : part.grid.cols] = 2 * index
+            group[:, part.grid.cols :] = 2 * index + 1
+            row[:] = np.arange(part.grid.rows)[:, None]
+            col[:] = np.arange(part.row_length)
+            col[:, part.grid.cols :] = 0
+        return Places(*places)
 
     def describe(self) -> str:
         """Such as "24 x 24 and 48 x 36 with newlines"."""

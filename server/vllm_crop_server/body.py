@@ -17,7 +17,7 @@ LONGEST_NAME = 26  # bytes: every letter may be written as an escape
 
 # "crop" as a JSON string, in every spelling that JSON has for it.
 _NAME = re.compile(rb'"(?:c|\\u0063)(?:r|\\u0072)(?:o|\\u006[fF])(?:p|\\u0070)"')
-_TOKEN = re.compile(rb'[{}\[\]]|"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+_TOKEN = re.compile(rb'[{}\[\]]|"[^"\\]*+(?:\\.[^"\\]*+)*+"|"', re.DOTALL)
 _VALUE = re.compile(rb"\s*+:\s*+")
 _SCALAR = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[^,\]}\s]++', re.DOTALL)
 _START = re.compile(rb"(?:\xef\xbb\xbf)?\s*+\{")
@@ -80,6 +80,8 @@ def _find_bytes(body: bytes) -> bytes | None:
                 found, value_from = body[value_from:position], None
             if depth == 0:
                 break
+        elif position - token.start() == 1:
+            return None  # a string that does not end
         elif depth == 1 and _NAME.fullmatch(body, token.start(), position):
             colon = _VALUE.match(body, position)
             if colon is None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.slow_plan import embeddings_of
 from tests.untrained_tinyvqa import make_untrained
 from vllm_crop.budget import retained_count
 from vllm_crop.evaluation.asking import Answer, SceneTask
@@ -174,15 +175,17 @@ def test_crops_plans_run_as_a_mask_over_the_unpruned_model_would(
 def by_transformers_layers(runner: QwenRunner, seen: Seen, text: str, plan: TokenPlan) -> torch.Tensor:
     """One prompt, one layer of transformers after the other, with an additive mask and no sharing."""
     prompts = runner.prompts.make([seen.grid], [text])
-    rows = torch.stack([seen.features[list(e.tokens)].mean(0) for e in plan.embeddings])
+    rows = torch.stack([seen.features[list(e.tokens)].mean(0) for e in embeddings_of(plan)])
     ids, lead = prompts.texts.ids[0], prompts.lead
     hidden = torch.cat(
         [runner.language.embed_tokens(prompts.prefix[:lead]), rows, runner.language.embed_tokens(ids)]
     )
-    kept = [lead + embedding.position for embedding in plan.embeddings]
+    kept = [lead + embedding.position for embedding in embeddings_of(plan)]
     after = prompts.next_position + torch.arange(len(ids)).expand(3, -1)
     positions = torch.cat([prompts.positions[:, :lead], prompts.positions[:, kept], after], dim=1)
-    stays = [LAYERS] * lead + [e.evicted_from_layer or LAYERS for e in plan.embeddings] + [LAYERS] * len(ids)
+    stays = (
+        [LAYERS] * lead + [e.evicted_from_layer or LAYERS for e in embeddings_of(plan)] + [LAYERS] * len(ids)
+    )
     for index, layer in enumerate(runner.language.layers):
         present = torch.tensor([until > index for until in stays])
         hidden, positions = hidden[present], positions[:, present]

@@ -11,6 +11,7 @@ import pytest
 from tests.cpu.conftest import Engine, Question, ReferenceFor
 from tests.cpu.test_parity import TOLERANCE, cells, difference
 from tests.pictures import noise_image
+from tests.slow_plan import embeddings_of, plan_of
 from vllm_crop.dummy_llava import DummySize, make_checkpoint
 from vllm_crop.eviction.grouping import KVGrouping, layers_per_stage, predict_grouping
 from vllm_crop.eviction.settings import EvictionSettings
@@ -156,9 +157,9 @@ def serve_plan(engine: Engine, monkeypatch: pytest.MonkeyPatch, leaves_at: Seque
     whole = whole_image_plan(engine.processor.geometry.grid(336, 336))
     embeddings = tuple(
         replace(embedding, evicted_from_layer=layer)
-        for embedding, layer in zip(whole.embeddings, leaves_at, strict=True)
+        for embedding, layer in zip(embeddings_of(whole), leaves_at, strict=True)
     )
-    plan, decide = replace(whole, embeddings=embeddings), engine.processor.decide
+    plan, decide = plan_of(whole.grid, whole.pruning_rate, embeddings), engine.processor.decide
 
     def planned(*args: Any) -> Any:
         return tuple(replace(decision, plan=plan) for decision in decide(*args))

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,7 +19,7 @@ from tests.cpu.test_parity import NOTICEABLE, TOLERANCE, cells, difference
 from tests.cpu.test_soak import keep_request_id
 from tests.pictures import noise_image
 from tests.reference import HfLlava, Prompt, Reference
-from vllm_crop.plan import TokenPlan
+from vllm_crop.plan import NEVER, TokenPlan
 
 pytestmark = pytest.mark.vllm_runtime
 
@@ -191,12 +192,12 @@ def test_everything_evicted(
     for answer in answers:
         check(answer, reference)
     assert answers[1].num_cached_tokens == (answers[1].num_prompt_tokens - 1) // 32 * 32
-    whole = planned_reference(deep_hf, engine, asked, replace(plan, embeddings=unlabelled(plan)), steps=4)
+    whole = planned_reference(deep_hf, engine, asked, unlabelled(plan), steps=4)
     assert difference(whole, reference) > NOTICEABLE
 
 
-def unlabelled(plan: TokenPlan) -> Any:
-    return tuple(replace(embedding, evicted_from_layer=None) for embedding in plan.embeddings)
+def unlabelled(plan: TokenPlan) -> TokenPlan:
+    return replace(plan, evicted_from_layer=np.full_like(plan.evicted_from_layer, NEVER))
 
 
 def test_labels_in_text_mean_nothing(engine: Engine, deep_hf: HfLlava) -> None:

@@ -31,6 +31,7 @@ from tests.cpu.test_parity import NOTICEABLE, TOLERANCE, cells, difference
 from tests.families import LLAVA_NEXT
 from tests.pictures import noise_image
 from tests.reference import HfReference
+from tests.slow_plan import embeddings_of, plan_of
 from vllm_crop.geometry import TokenGrid
 from vllm_crop.params import CropParams
 from vllm_crop.vision_geometry import geometry_from_configs
@@ -123,11 +124,11 @@ def test_what_becomes_of_newlines_matters(pool: Engine, reference_for: Reference
     ends = {tiles.token(row, tiles.grid.cols) for row in range(tiles.grid.rows)}
     shifted = tuple(
         replace(e, tokens=tuple(token - 1 for token in e.tokens)) if ends.issuperset(e.tokens) else e
-        for e in plan.embeddings
+        for e in embeddings_of(plan)
     )
-    assert shifted != plan.embeddings
+    assert shifted != embeddings_of(plan)
     prompt = hf.processor.tokenizer.encode(asked.prompt(hf.image)["prompt"], add_special_tokens=False)
-    wrong = hf.generate(prompt, [image], [replace(plan, embeddings=shifted)], STEPS)
+    wrong = hf.generate(prompt, [image], [plan_of(plan.grid, plan.pruning_rate, shifted)], STEPS)
     assert difference(answer, wrong) > NOTICEABLE
 
 

@@ -65,7 +65,8 @@ def test_the_command_prints_the_servers_plan(
     ids = served["prompt_token_ids"][placeholder.offset :][: placeholder.length]
     settings = processor.eviction_settings
     image_token_id = processor.info.get_hf_processor().image_token_id
-    leaves_at = [settings.stage_leaving_at(e["evicted_from_layer"]) for e in plan["embeddings"]]
+    stage_of = {None: 0, **{layer: stage for stage, layer in enumerate(settings.stages, start=1)}}
+    leaves_at = [stage_of[e["evicted_from_layer"]] for e in plan["embeddings"]]
     assert ids == [settings.label_ids[stage - 1] if stage else image_token_id for stage in leaves_at]
     assignment = item["crop_assignment"].data.tolist()
     if not assignment:  # not compressed, so vLLM's own count

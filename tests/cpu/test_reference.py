@@ -16,6 +16,7 @@ from transformers.models.llama import modeling_llama
 from tests.cpu.conftest import TEXT
 from tests.pictures import noise_image
 from tests.reference import HfLlava, HfReference, Prompt, Reference
+from tests.slow_plan import embeddings_of, plan_of
 from vllm_crop.dummy_llava import DEEP, PADDED_IDS, VOCAB_SIZE, make_checkpoint
 from vllm_crop.geometry import Region
 from vllm_crop.plan import TokenPlan, whole_image_plan
@@ -44,10 +45,8 @@ def evicting(hf: HfLlava, seed: int, layers: Sequence[int | None], step: int = 1
     """Every `step`-th token of an image, each evicted from one of `layers` on."""
     whole = whole_image_plan(hf.geometry.token_grid)
     choose = random.Random(seed).choice
-    return replace(
-        whole,
-        embeddings=tuple(replace(e, evicted_from_layer=choose(layers)) for e in whole.embeddings[::step]),
-    )
+    left = [replace(e, evicted_from_layer=choose(layers)) for e in embeddings_of(whole)[::step]]
+    return plan_of(whole.grid, whole.pruning_rate, left)
 
 
 def embed(

@@ -11,6 +11,7 @@ from checkpoint_json import write_llava
 from PIL import Image
 from typer.testing import CliRunner
 
+from tests.slow_plan import embeddings_of
 from vllm_crop.budget import Method
 from vllm_crop.commands.preview import assumed_llava, preview
 from vllm_crop.families.anyres import LLAVA_NEXT, AnyResolution
@@ -61,7 +62,7 @@ def test_pooled_tokens_take_the_colour_of_their_patch() -> None:
     picture.paste((255, 255, 255), (240, 0, 480, 480))
     plan = plan_of("pool", rate=0.99)
     drawing = draw_tokens(picture, plan)
-    for embedding in plan.embeddings:
+    for embedding in embeddings_of(plan):
         if len(embedding.tokens) == 1:
             continue
         share = sum(token % 24 >= 12 for token in embedding.tokens) / len(embedding.tokens)
@@ -76,8 +77,8 @@ def test_left_out_tokens_fade() -> None:
     picture = Image.new("RGB", (480, 480), (255, 0, 0))
     plan = plan_of("prune")
     drawing = draw_tokens(picture, plan)
-    left_out = plan.assignment().index(-1)
-    kept = plan.embeddings[0].tokens[0]
+    left_out = plan.assignment.tolist().index(-1)
+    kept = embeddings_of(plan)[0].tokens[0]
     red, green, blue = drawing.getpixel((left_out % 24 * 20 + 10, left_out // 24 * 20 + 10))
     assert max(red, green, blue) - min(red, green, blue) < 10
     assert drawing.getpixel((kept % 24 * 20 + 10, kept // 24 * 20 + 10)) == (255, 0, 0)
@@ -88,7 +89,7 @@ def test_evicted_tokens_lie_in_a_shade_that_lightens_stage_by_stage() -> None:
     plan = make_plan(GRID, CORNER, 0.8, "pool", "ilp", 32, (2, 8, 16, 24))
     drawing = draw_tokens(picture, plan)
     colours: dict[int | None, set[Any]] = {}
-    for embedding in plan.embeddings:
+    for embedding in embeddings_of(plan):
         row, col = divmod(embedding.position, 24)
         colour = drawing.getpixel((col * 20 + 10, row * 20 + 10))
         colours.setdefault(embedding.evicted_from_layer, set()).add(colour)
@@ -104,7 +105,7 @@ def test_evicted_tokens_lie_in_a_shade_that_lightens_stage_by_stage() -> None:
 def test_an_evicted_patch_is_shaded_in_its_colour() -> None:
     picture = Image.new("RGB", (480, 480), (255, 255, 255))
     plan = make_plan(GRID, CORNER, 0.9, "pool", "plc+ilp", 32, (2,))
-    patch = next(e for e in plan.embeddings if len(e.tokens) > 1 and e.evicted_from_layer == 2)
+    patch = next(e for e in embeddings_of(plan) if len(e.tokens) > 1 and e.evicted_from_layer == 2)
     row, col = divmod(patch.position, 24)
     pixel = draw_tokens(picture, plan).getpixel((col * 20 + 10, row * 20 + 10))
     assert pixel == shaded(Image.new("RGB", (1, 1), "white"), 0, 1).getpixel((0, 0))
@@ -185,7 +186,7 @@ def test_every_grid_of_an_image_is_drawn() -> None:
     picture = Image.new("RGB", (640, 400), (255, 0, 0))
     drawing = draw_preview(picture, WHOLE, plan, None)
     assert drawing.width == LONG_SIDE
-    assigned = plan.assignment()
+    assigned = plan.assignment.tolist()
     for part, top in zip(plan.grid.parts, (0, 625 + 12), strict=True):
         rows, cols = part.grid.rows, part.grid.cols
         for row, col in itertools.product(range(rows), range(cols)):

@@ -5,6 +5,7 @@ import itertools
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from vllm_crop.eviction.labels import write_labels
 from vllm_crop.eviction.prompt_eviction import PromptEviction, read_labels
 from vllm_crop.eviction.settings import EvictionSettings, embed_indices, image_placeholders
+from vllm_crop.plan import NEVER
 
 IMAGE_ID, LABEL_IDS = 100, (101, 102, 103)
 TEXT_IDS = (1, 2, IMAGE_ID, *LABEL_IDS)  # a user may write every id
@@ -170,7 +172,7 @@ def test_the_last_prompt_token_stays_though_it_is_an_images() -> None:
 
 
 def test_one_stage_per_embedding_is_needed() -> None:
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ValueError, match="1 embeddings leave or stay, the prompt has room for 2"):
         write_labels([100, 100, 1], [0, 1], [1], LABEL_IDS)
 
 
@@ -181,8 +183,8 @@ def test_embeddings_go_where_the_placeholder_has_them(offset: int, mask: list[bo
 
     found = embed_indices(placeholder)
 
-    assert found == [offset + index for index, takes_one in enumerate(mask) if takes_one or all_of_it]
-    assert all(type(index) is int for index in found)
+    expected = [offset + index for index, takes_one in enumerate(mask) if takes_one or all_of_it]
+    assert found.tolist() == expected
 
 
 def test_only_images_are_looked_at() -> None:
@@ -206,4 +208,10 @@ def test_settings_travel_in_the_hf_config() -> None:
 
     read = EvictionSettings.from_hf_config(hf_config)
     assert read == EvictionSettings((2, 5), LABEL_IDS[:2])
-    assert [read.stage_leaving_at(layer) for layer in (None, 2, 5)] == [0, 1, 2]
+
+
+def test_stages_begin_at_eviction_layers() -> None:
+    settings = EvictionSettings((2, 5), LABEL_IDS[:2])
+    assert settings.stages_leaving_at(np.array([NEVER, 2, 5, 2])).tolist() == [0, 1, 2, 1]
+    with pytest.raises(ValueError, match=r"layers \[3\] are none of the stages \[2, 5\]"):
+        settings.stages_leaving_at(np.array([2, 3, NEVER]))

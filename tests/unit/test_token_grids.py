@@ -10,8 +10,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from strategies import boxes, eviction_settings, exact, regions
 
+from tests.slow_plan import embeddings_of, tokens_in
 from vllm_crop.budget import BudgetError, Method, retained_count, retained_per_stage
-from vllm_crop.geometry import Box, GridPart, Place, Region, TokenGrid
+from vllm_crop.geometry import Box, GridPart, Region, TokenGrid
 from vllm_crop.plan import Compression, TokenPlan, make_plan, whole_image_plan
 from vllm_crop.plan_summary import PlanSummary
 from vllm_crop.token_grids import TokenGrids
@@ -46,22 +47,22 @@ def newlines(grid: TokenGrids) -> dict[int, tuple[int, ...]]:
 @given(several_grids())
 def test_tokens_are_numbered_through_all_grids_row_by_row(grid: TokenGrids) -> None:
     places = [
-        (Place(2 * index, row, col) if col < part.grid.cols else Place(2 * index + 1, row, 0))
+        ((2 * index, row, col) if col < part.grid.cols else (2 * index + 1, row, 0))
         for index, part in enumerate(grid.parts)
         for row in range(part.grid.rows)
         for col in range(part.grid.cols + part.newlines)
     ]
-    assert [grid.place(token) for token in range(grid.num_tokens)] == places
+    assert list(zip(*(axis.tolist() for axis in grid.places()), strict=True)) == places
     for index, part in enumerate(grid.parts):
         cells = [part.cell(token) for token in range(grid.num_tokens)]
-        assert cells == [(p.row, p.col) if p.group == 2 * index else None for p in places]
+        assert cells == [(row, col) if group == 2 * index else None for group, row, col in places]
 
 
 @given(several_grids(), regions())
 def test_a_region_has_the_tokens_it_touches_in_every_grid_and_their_newlines(
     grid: TokenGrids, region: Region
 ) -> None:
-    found = set(grid.tokens_in(region))
+    found = set(grid.mask(region).nonzero()[0].tolist())
     for part in grid.parts:
         x0, y0, x1, y1 = map(exact, part.window.as_list())
         for row, col in itertools.product(range(part.grid.rows), range(part.grid.cols)):
@@ -84,32 +85,34 @@ def test_a_region_has_the_tokens_it_touches_in_every_grid_and_their_newlines(
 def test_plans_deliver_the_budget_and_average_within_a_group(
     grid: TokenGrids, region: Region, rate: float, compression: Compression
 ) -> None:
-    inside = set(grid.tokens_in(region))
+    inside = set(tokens_in(grid, region))
     assume(inside)
     plan = make_plan(grid, region, rate, compression)
     assert plan.num_embeddings == retained_count(grid.num_tokens, rate)
-    used = [token for embedding in plan.embeddings for token in embedding.tokens]
+    used = [token for embedding in embeddings_of(plan) for token in embedding.tokens]
     assert len(used) == len(set(used))
-    positions = [embedding.position for embedding in plan.embeddings]
+    positions = [embedding.position for embedding in embeddings_of(plan)]
     assert positions == sorted(set(positions))
-    for embedding in plan.embeddings:
+    group = grid.places().group.tolist()
+    for embedding in embeddings_of(plan):
         assert embedding.position in embedding.tokens
-        assert len({grid.place(token).group for token in embedding.tokens}) == 1
+        assert len({group[token] for token in embedding.tokens}) == 1
         assert len(embedding.tokens) == 1 or inside.isdisjoint(embedding.tokens)
-    kept = {embedding.tokens[0] for embedding in plan.embeddings if len(embedding.tokens) == 1}
+    kept = {embedding.tokens[0] for embedding in embeddings_of(plan) if len(embedding.tokens) == 1}
     assert inside <= kept or kept <= inside
 
 
 @settings(deadline=None)
 @given(several_grids(), regions(), rates)
 def test_every_group_of_the_context_gets_its_share(grid: TokenGrids, region: Region, rate: float) -> None:
-    inside = set(grid.tokens_in(region))
+    inside = set(tokens_in(grid, region))
     left = retained_count(grid.num_tokens, rate) - len(inside)
     assume(inside and left > 0)
     context = [token for token in range(grid.num_tokens) if token not in inside]
-    sizes = Counter(grid.place(token).group for token in context)
+    group = grid.places().group.tolist()
+    sizes = Counter(group[token] for token in context)
     plan = make_plan(grid, region, rate, "prune")
-    got = Counter(grid.place(e.position).group for e in plan.embeddings if e.position not in inside)
+    got = Counter(group[e.position] for e in embeddings_of(plan) if e.position not in inside)
     assert all(abs(got[group] - left * size / len(context)) < 1 for group, size in sizes.items())
 
 
@@ -118,7 +121,7 @@ def test_every_group_of_the_context_gets_its_share(grid: TokenGrids, region: Reg
 def test_eviction_delivers_the_counts_of_every_stage(
     grid: TokenGrids, region: Region, rate: float, method: Method, depth: tuple[int, tuple[int, ...]]
 ) -> None:
-    assume(grid.tokens_in(region))
+    assume(tokens_in(grid, region))
     num_layers, layers = depth
     try:
         counts = retained_per_stage(grid.num_tokens, rate, method, num_layers, layers)
@@ -131,7 +134,7 @@ def test_eviction_delivers_the_counts_of_every_stage(
 def test_newlines_stay_with_the_rows_of_the_region_and_are_averaged_with_newlines() -> None:
     plan = make_plan(NEXT, Region((Box(0.25, 0.25, 0.5, 0.5),)), 0.889, "pool")
     ends = newlines(NEXT)
-    by_token = {token: e.tokens for e in plan.embeddings for token in e.tokens}
+    by_token = {token: e.tokens for e in embeddings_of(plan) for token in e.tokens}
     assert plan.num_embeddings == retained_count(2340, 0.889) == 260
     assert [newline for newline in ends if by_token[newline] == (newline,)] == list(ends)[9:18]
     assert all(set(by_token[newline]) <= set(ends) for newline in ends)
@@ -139,7 +142,7 @@ def test_newlines_stay_with_the_rows_of_the_region_and_are_averaged_with_newline
 
 def test_a_region_is_kept_in_both_grids() -> None:
     region = Region((Box(0.25, 0.25, 0.5, 0.5),))
-    assert len(NEXT.tokens_in(region)) == 6 * 6 + 9 * (12 + 1)
+    assert NEXT.mask(region).sum() == 6 * 6 + 9 * (12 + 1)
     plan = make_plan(NEXT, region, 0.889, "pool")
     summary = PlanSummary.of(plan, region, 32)
     assert (summary.tokens, summary.region_tokens, summary.region_kept) == (2340, 153, 153)
@@ -147,7 +150,7 @@ def test_a_region_is_kept_in_both_grids() -> None:
 
 def test_an_image_left_whole_keeps_every_token() -> None:
     whole = whole_image_plan(NEXT)
-    assert whole.assignment() == list(range(2340))
+    assert whole.assignment.tolist() == list(range(2340))
     assert make_plan(NEXT, Region.whole(), 0.0, "pool") == whole
 
 
@@ -170,5 +173,5 @@ def test_grids_that_do_not_follow_each_other_are_a_mistake() -> None:
 def test_a_grid_without_columns_is_newlines_of_no_region() -> None:
     thin = TokenGrids((WHOLE, GridPart(TokenGrid(72, 0), first=576, newlines=True)))
     assert thin.num_tokens == 576 + 72
-    assert thin.tokens_in(Region.whole()) == tuple(range(576))
+    assert thin.mask(Region.whole()).nonzero()[0].tolist() == list(range(576))
     assert make_plan(thin, Region.whole(), 0.05, "pool").num_embeddings == 616

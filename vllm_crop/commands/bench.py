@@ -90,6 +90,17 @@ def bench(
         bool,
         typer.Option("--decode", help="Measure what eviction costs a decode step instead, in a minute."),
     ] = False,
+    planning: Annotated[
+        bool,
+        typer.Option("--planning", help="Measure what plans cost instead, in CPU time; needs no vLLM."),
+    ] = False,
+    api_cpu: Annotated[
+        bool,
+        typer.Option(
+            "--api-cpu",
+            help="Measure what the plugin adds to the API process instead, in CPU time per request.",
+        ),
+    ] = False,
     serve_args: Annotated[
         str, typer.Option(metavar="ARGS", help="More options for `vllm serve`, as one quoted string.")
     ] = "",
@@ -112,18 +123,32 @@ def bench(
       vllm-crop bench --concurrency 1 --repeats 1
     What does eviction cost while answers are generated?
       vllm-crop bench --decode
+    What does it cost the API process?
+      vllm-crop bench --planning
+      vllm-crop bench --api-cpu
     Is it still faster if the server finds the region itself?
       vllm-crop bench --method plc --localizer engine --localizer remote
     Your own model; its speed needs no weights, but both servers must fit:
       vllm-crop bench --model llava-hf/llava-1.5-7b-hf \\
         --serve-args "--load-format dummy" --concurrency 32 --num-prompts 128
     """
+    console = Console(highlight=False)
+    if planning:
+        from vllm_crop.benchmarking.planning import measure_planning, planning_table
+
+        console.print(planning_table(measure_planning()))
+        return
     if find_spec("vllm") is None:
         typer.echo(
             "vllm-crop bench measures vLLM, which is not installed here: pip install 'vllm-crop[vllm]'",
             err=True,
         )
         raise typer.Exit(1)
+    if api_cpu:
+        from vllm_crop.benchmarking.api_cpu import api_cpu_table, measure_api_cpu
+
+        console.print(api_cpu_table(measure_api_cpu()))
+        return
     if num_prompts < max(concurrency):
         raise typer.BadParameter(
             f"{num_prompts} requests cannot keep {max(concurrency)} in flight", param_hint="--num-prompts"
@@ -155,7 +180,6 @@ def bench(
         localizers=tuple(mode for mode in LOCALIZED_MODES if mode.split()[0] in localizer),
         localizer_config=_parse_settings(localizer_config),
     )
-    console = Console(highlight=False)
     try:
         (_run_decode if decode else _run_load)(options, result_file, console)
     except CropError as error:

@@ -24,8 +24,8 @@ from vllm_crop.commands.region_options import (
     request_for_image,
     why_whole,
 )
-from vllm_crop.geometry import Place, Region
-from vllm_crop.plan import TokenPlan
+from vllm_crop.geometry import Region
+from vllm_crop.plan import NEVER, TokenPlan
 from vllm_crop.plan_summary import PlanSummary
 
 Cell = tuple[str, str]
@@ -96,8 +96,8 @@ def _summary(token_plan: TokenPlan, region: Region | None, asked: float, num_lay
 
 def _drawing(token_plan: TokenPlan, region: Region, width: int) -> Text:
     """The grids, `width` characters a token, newlines at the end of their rows, and what they mean."""
-    inside, assigned = set(token_plan.grid.tokens_in(region)), token_plan.assignment()
-    stages = sorted({e.evicted_from_layer for e in token_plan.embeddings if e.evicted_from_layer is not None})
+    inside, assigned = token_plan.grid.mask(region).tolist(), token_plan.assignment.tolist()
+    stages, leaves_at = token_plan.eviction_layers, token_plan.evicted_from_layer.tolist()
     patches = _patch_cells(token_plan)
     drawing, shown = Text(), set()
 
@@ -105,10 +105,9 @@ def _drawing(token_plan: TokenPlan, region: Region, width: int) -> Text:
         index = assigned[token]
         if index < 0:
             return _LEFT_OUT_CELL
-        layer = token_plan.embeddings[index].evicted_from_layer
-        if layer is not None:
-            return _EVICTED_CELLS[stages.index(layer)]
-        return patches.get(index, _REGION_CELL if token in inside else _KEPT_CELL)
+        if leaves_at[index] != NEVER:
+            return _EVICTED_CELLS[stages.index(leaves_at[index])]
+        return patches.get(index, _REGION_CELL if inside[token] else _KEPT_CELL)
 
     for part in token_plan.grid.parts:
         if part.first:
@@ -141,16 +140,17 @@ def _append(drawing: Text, cell: Cell, width: int = 2) -> None:
 
 def _patch_cells(token_plan: TokenPlan) -> dict[int, Cell]:
     """A cell for each pooled embedding, another one than its neighbours have where that is possible."""
-    grid = token_plan.grid
-    held = {grid.place(token): index for token, index in enumerate(token_plan.assignment())}
+    group, row, col = (axis.tolist() for axis in token_plan.grid.places())
+    held = dict(zip(zip(group, row, col, strict=True), token_plan.assignment.tolist(), strict=True))
     chosen: dict[int, Cell] = {}
-    for index, embedding in enumerate(token_plan.embeddings):
-        if len(embedding.tokens) == 1:
+    for index, tokens in enumerate(token_plan.members()):
+        if len(tokens) == 1:
             continue
         taken = set()
-        for group, row, col in map(grid.place, embedding.tokens):
-            for near in ((row - 1, col), (row + 1, col), (row, col - 1), (row, col + 1)):
-                taken.add(chosen.get(held.get(Place(group, *near), -1)))
+        for token in tokens:
+            for down, right in ((-1, 0), (1, 0), (0, -1), (0, 1)):
+                near = group[token], row[token] + down, col[token] + right
+                taken.add(chosen.get(held.get(near, -1)))
         free = [cell for cell in _PATCH_CELLS if cell not in taken]
         chosen[index] = free[0] if free else _PATCH_CELLS[index % len(_PATCH_CELLS)]
     return chosen

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vllm_crop.evaluation.runner.seam import Kept, LayerView, Pruning, Sight
-from vllm_crop.plan import PlannedEmbedding, TokenPlan
+from vllm_crop.plan import TokenPlan
 
 
 def crop_pruning(plans: Sequence[TokenPlan], num_layers: int) -> Pruning:
@@ -18,11 +18,11 @@ def crop_pruning(plans: Sequence[TokenPlan], num_layers: int) -> Pruning:
 
     def before(sight: Sight) -> Kept:
         features = torch.stack([_compressed(sight.image.features, plan) for plan in plans])
-        tokens = torch.tensor([[e.position for e in plan.embeddings] for plan in plans])
+        tokens = torch.stack([torch.tensor(plan.position).long() for plan in plans])
         return Kept(features, tokens)
 
     def choose(view: LayerView, count: int) -> Tensor:
-        rows = torch.tensor([_staying(plan, view.layer) for plan in plans])
+        rows = torch.stack([_staying(plan, view.layer) for plan in plans])
         assert rows.shape[1] == count, f"{rows.shape[1]} tokens stay, {count} planned"
         return rows
 
@@ -31,14 +31,10 @@ def crop_pruning(plans: Sequence[TokenPlan], num_layers: int) -> Pruning:
 
 
 def _compressed(features: Tensor, plan: TokenPlan) -> Tensor:
-    return torch.stack([features[list(e.tokens)].mean(0) for e in plan.embeddings])
+    return torch.stack([features[tokens].mean(0) for tokens in plan.members()])
 
 
-def _staying(plan: TokenPlan, layer: int) -> list[int]:
+def _staying(plan: TokenPlan, layer: int) -> Tensor:
     """Which of the embeddings present before a layer it still runs with."""
-
-    def seen_by(embedding: PlannedEmbedding, layer: int) -> bool:
-        return embedding.evicted_from_layer is None or embedding.evicted_from_layer > layer
-
-    present = [embedding for embedding in plan.embeddings if seen_by(embedding, layer - 1)]
-    return [index for index, embedding in enumerate(present) if seen_by(embedding, layer)]
+    present = plan.evicted_from_layer[plan.evicted_from_layer >= layer]
+    return torch.from_numpy((present > layer).nonzero()[0])

@@ -76,7 +76,7 @@ def cells_of(region: Region, side: int) -> set[int]:
     """The cells a region touches, numbered row by row."""
     from vllm_crop.geometry import TokenGrid
 
-    return set(TokenGrid(side, side).tokens_in(region))
+    return set(TokenGrid(side, side).mask(region).nonzero()[0].tolist())
 
 
 def _unless_whole(region: Region | None) -> Region | None:

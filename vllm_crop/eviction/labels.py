@@ -8,6 +8,9 @@ same ids, and block hashes tell different plans apart. Outside placeholder range
 
 from collections.abc import Collection, Sequence
 
+import numpy as np
+from numpy.typing import ArrayLike
+
 from vllm_crop.errors import UnsupportedModelError
 
 
@@ -41,8 +44,8 @@ def choose_label_ids(
 
 def write_labels(
     prompt_token_ids: list[int],
-    token_indices: Sequence[int],
-    leaves_at: Sequence[int],
+    token_indices: ArrayLike,
+    leaves_at: ArrayLike,
     label_ids: Sequence[int],
 ) -> None:
     """Label one image's placeholders in place.
@@ -51,8 +54,15 @@ def write_labels(
         prompt_token_ids: the whole prompt.
         token_indices: where the image's embeddings go, in order.
         leaves_at: per embedding the stage it leaves at, 0 for never.
+
+    Raises:
+        ValueError: there are not as many of these as of those.
     """
+    indices, stages = np.asarray(token_indices, dtype=np.int64), np.asarray(leaves_at, dtype=np.int64)
+    if len(indices) != len(stages):
+        raise ValueError(f"{len(stages)} embeddings leave or stay, the prompt has room for {len(indices)}")
     last = len(prompt_token_ids) - 1  # its row gives the first answer token: it stays in all layers
-    for token_index, stage in zip(token_indices, leaves_at, strict=True):
-        if stage and token_index != last:
-            prompt_token_ids[token_index] = label_ids[stage - 1]
+    leaving = (stages > 0) & (indices != last)
+    labels = np.asarray(label_ids)[stages[leaving] - 1]
+    for token_index, label in zip(indices[leaving].tolist(), labels.tolist(), strict=True):
+        prompt_token_ids[token_index] = label

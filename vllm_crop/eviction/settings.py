@@ -5,6 +5,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Self
 
+import numpy as np
+from numpy.typing import NDArray
+
+from vllm_crop.plan import NEVER
+
 STAGES, LABEL_IDS = "stages", "label_ids"
 
 
@@ -30,17 +35,26 @@ class EvictionSettings:
         """Write the settings into the HF config."""
         hf_config.crop_eviction = {STAGES: list(self.stages), LABEL_IDS: list(self.label_ids)}
 
-    def stage_leaving_at(self, layer: int | None) -> int:
-        """The stage that begins at an eviction layer, 0 for None."""
-        return 0 if layer is None else self.stages.index(layer) + 1
+    def stages_leaving_at(self, layers: NDArray[np.int32]) -> NDArray[np.int64]:
+        """The stage that begins at each of some eviction layers, 0 for NEVER.
+
+        Raises:
+            ValueError: no stage begins at one of them.
+        """
+        stages = np.zeros(len(layers), dtype=np.int64)
+        for stage, layer in enumerate(self.stages, start=1):
+            stages[layers == layer] = stage
+        if strangers := set(layers[stages == 0].tolist()) - {NEVER}:
+            raise ValueError(f"layers {sorted(strangers)} are none of the stages {list(self.stages)}")
+        return stages
 
 
-def embed_indices(placeholder: Any) -> list[int]:
+def embed_indices(placeholder: Any) -> NDArray[np.int64]:
     """The token indices in a placeholder range that take an embedding (vLLM's PlaceholderRange)."""
-    within = (
-        range(placeholder.length) if placeholder.is_embed is None else placeholder.is_embed.nonzero()[:, 0]
-    )
-    return [placeholder.offset + int(index) for index in within]
+    if placeholder.is_embed is None:
+        return np.arange(placeholder.offset, placeholder.offset + placeholder.length)
+    within: NDArray[np.int64] = placeholder.is_embed.nonzero()[:, 0].numpy()
+    return placeholder.offset + within
 
 
 def image_placeholders(mm_features: Iterable[Any]) -> list[tuple[int, int]]:

@@ -10,6 +10,7 @@ from vllm_crop.plan import TokenPlan
 
 ASSIGNMENT, POSITIONS, IMAGE_KEY = "crop_assignment", "crop_positions", "crop_image_key"
 CROP_FIELDS = (ASSIGNMENT, POSITIONS, IMAGE_KEY)
+_NOTHING = torch.empty(0, dtype=torch.int32)
 
 
 def hash_with_request(image_hash: str, request: ImageRequest, position_ids: str | None) -> str:
@@ -26,13 +27,12 @@ def hash_with_request(image_hash: str, request: ImageRequest, position_ids: str 
 
 def assignment(plan: TokenPlan | None) -> torch.Tensor:
     """`[num_tokens]`, or empty for an image that is not compressed."""
-    return torch.tensor([] if plan is None else plan.assignment(), dtype=torch.int32)
+    return _NOTHING if plan is None else torch.tensor(plan.assignment)
 
 
 def positions(plan: TokenPlan | None) -> torch.Tensor:
     """`[num_embeddings]`, or empty for an image that is not compressed."""
-    indices = [] if plan is None else [embedding.position for embedding in plan.embeddings]
-    return torch.tensor(indices, dtype=torch.int32)
+    return _NOTHING if plan is None else torch.tensor(plan.position)
 
 
 def image_key(image_hash: str) -> torch.Tensor:

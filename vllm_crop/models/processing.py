@@ -155,7 +155,7 @@ class CropProcessorMixin(BaseMultiModalProcessor):
         for decision, placeholder in zip(decisions, placeholders, strict=True):
             if decision.plan is None or not decision.plan.evicts:
                 continue
-            leaves_at = [settings.stage_leaving_at(e.evicted_from_layer) for e in decision.plan.embeddings]
+            leaves_at = settings.stages_leaving_at(decision.plan.evicted_from_layer)
             write_labels(
                 processed["prompt_token_ids"], embed_indices(placeholder), leaves_at, settings.label_ids
             )

@@ -41,11 +41,11 @@ def _choose(
     questions: Sequence[Question], side: int, grid: TokenGrid, rate: float, chance: random.Random
 ) -> tuple[list[int], list[int]]:
     region = Region(tuple(box for question in questions for box in question.region(side).boxes))
-    needed, left = grid.tokens_in(region), retained_count(grid.num_tokens, rate)
+    inside, left = grid.mask(region), retained_count(grid.num_tokens, rate)
+    needed, others = (mask.nonzero()[0].tolist() for mask in (inside, ~inside))
     if chance.random() < 0.5 or len(needed) > left:
         plan = make_plan(grid, region, rate, "pool")
-        return plan.assignment(), [embedding.position for embedding in plan.embeddings]
-    others = sorted(set(range(grid.num_tokens)) - set(needed))
+        return plan.assignment.tolist(), plan.position.tolist()
     kept = sorted([*needed, *chance.sample(others, left - len(needed))])
     assignment = [-1] * grid.num_tokens
     for index, token in enumerate(kept):

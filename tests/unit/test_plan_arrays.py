@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plans over arrays against the same written out, how long they take, and how much of them is kept."""
+
+import itertools
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from strategies import boxes, eviction_settings, regions
+
+from tests.slow_plan import embeddings_of, place_of, slow_plan, tokens_in
+from tests.slow_plan import even_patches as slowly_split
+from tests.slow_plan import retained_per_stage as all_bisections
+from vllm_crop import plan as planning
+from vllm_crop.budget import BudgetError, Method, retained_per_stage
+from vllm_crop.families.anyres import LLAVA_NEXT, LLAVA_ONEVISION, AnyResolution
+from vllm_crop.geometry import Box, GridPart, Region, TokenGrid
+from vllm_crop.patches import even_patches
+from vllm_crop.plan import CACHE_BYTES, Compression, make_plan, whole_image_plan
+from vllm_crop.token_grids import ImageTokens, TokenGrids
+
+NEXT = AnyResolution.from_settings({}, LLAVA_NEXT, 336, 24, None).tokens(672, 672)
+MIDDLE = Region((Box(0.375, 0.375, 0.625, 0.625),))
+AWKWARD = {
+    "tiny": Region((Box(0.301, 0.301, 0.302, 0.302),)),
+    "several": Region((Box(0.1, 0.1, 0.2, 0.35), Box(0.5, 0.6, 0.9, 0.7), Box(0.7, 0.1, 0.8, 0.8))),
+    "nearly whole": Region((Box(0, 0, 1, 0.97),)),
+    "middle": MIDDLE,
+}
+METHODS: dict[str, tuple[Compression, Method, tuple[int, ...]]] = {
+    "pool": ("pool", "plc", ()),
+    "prune": ("prune", "plc", ()),
+    "ilp": ("pool", "ilp", (2,)),
+    "plc+ilp": ("pool", "plc+ilp", (2,)),
+    "plc+ilp, two": ("prune", "plc+ilp", (2, 16)),
+    "ilp, four": ("pool", "ilp", (2, 8, 16, 24)),
+}
+rates = st.one_of(st.floats(0, 0.999), st.sampled_from([0.5, 0.667, 0.778, 0.889, 0.95]))
+
+
+@st.composite
+def any_tokens(draw: st.DrawFn) -> ImageTokens:
+    """One grid, thin ones among them, or several with newlines and windows."""
+    side = st.integers(1, 28)
+    if draw(st.booleans()):
+        rows, cols = draw(st.one_of(st.tuples(side, side), st.tuples(st.just(1), st.integers(1, 200))))
+        return TokenGrid(cols, rows) if draw(st.booleans()) else TokenGrid(rows, cols)
+    parts: list[GridPart] = []
+    for _ in range(draw(st.integers(1, 3))):
+        first = parts[-1].first + parts[-1].num_tokens if parts else 0
+        grid = TokenGrid(draw(side), draw(side))
+        parts.append(GridPart(grid, draw(boxes(-10, 110)), first, draw(st.booleans())))
+    return TokenGrids(tuple(parts))
+
+
+@settings(deadline=None, max_examples=400)
+@given(
+    any_tokens(),
+    regions(),
+    rates,
+    st.sampled_from(["pool", "prune"]),
+    st.sampled_from(["plc", "ilp", "plc+ilp"]),
+    eviction_settings(),
+)
+def test_plans_are_those_of_the_slow_reference(
+    grid: ImageTokens,
+    region: Region,
+    rate: float,
+    compression: Compression,
+    method: Method,
+    depth: tuple[int, tuple[int, ...]],
+) -> None:
+    num_layers, layers = depth
+    try:
+        plan = make_plan(grid, region, rate, compression, method, num_layers, layers)
+    except BudgetError:
+        assume(False)
+    assert embeddings_of(plan) == slow_plan(grid, region, rate, compression, method, num_layers, layers)
+
+
+@settings(deadline=None, max_examples=400)
+@given(any_tokens(), st.data())
+def test_any_tokens_are_split_as_by_the_slow_reference(grid: ImageTokens, data: st.DataObject) -> None:
+    chance = data.draw(st.randoms(use_true_random=False))
+    tokens = sorted(chance.sample(range(grid.num_tokens), data.draw(st.integers(1, grid.num_tokens))))
+    count = data.draw(st.integers(0, len(tokens)))
+    patches = even_patches(grid.places(), np.array(tokens), count)
+    found = np.split(patches.tokens, patches.sizes.cumsum()[:-1]) if count else []
+    assert sorted(sorted(patch.tolist()) for patch in found) == sorted(
+        sorted(patch) for patch in slowly_split(grid, tokens, count)
+    )
+
+
+def test_of_equal_shares_the_group_wins_that_comes_first_in_the_prompt() -> None:
+    """A newline of one row before what another row shows."""
+    grid = TokenGrids((GridPart(TokenGrid(2, 1), newlines=True),))
+    patches = even_patches(grid.places(), np.array([1, 2]), 1)
+    assert patches.tokens.tolist() == [1]
+    assert slowly_split(grid, [1, 2], 1) == [[1]]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "grid",
+    [TokenGrid(24, 24), TokenGrid(64, 64), TokenGrid(128, 128), NEXT],
+    ids=["24x24", "64x64", "128x128", "LLaVA-NeXT 672x672"],
+)
+def test_plans_of_published_sizes_are_those_of_the_slow_reference(grid: ImageTokens, method: str) -> None:
+    compression, name, layers = METHODS[method]
+    for index, (region, rate) in enumerate(zip(AWKWARD.values(), (0.889, 0.5, 0.667, 0.778), strict=True)):
+        if grid.num_tokens > 10_000 and index % 2:
+            continue  # the reference takes a while
+        plan = make_plan(grid, region, rate, compression, name, 32, layers)
+        assert embeddings_of(plan) == slow_plan(grid, region, rate, compression, name, 32, layers)
+
+
+def test_plans_of_many_tiles_are_those_of_the_slow_reference() -> None:
+    grid = AnyResolution.from_settings({}, LLAVA_ONEVISION, 384, 27, None).tokens(2304, 2304)
+    assert grid.num_tokens > 7000
+    for region, method in itertools.product((AWKWARD["several"], MIDDLE), ("pool", "plc+ilp, two")):
+        compression, name, layers = METHODS[method]
+        plan = make_plan(grid, region, 0.778, compression, name, 28, layers)
+        assert embeddings_of(plan) == slow_plan(grid, region, 0.778, compression, name, 28, layers)
+
+
+@settings(deadline=None)
+@given(any_tokens(), regions())
+def test_masks_and_places_are_those_of_the_slow_reference(grid: ImageTokens, region: Region) -> None:
+    assert tuple(grid.mask(region).nonzero()[0].tolist()) == tokens_in(grid, region)
+    places = zip(*(axis.tolist() for axis in grid.places()), strict=True)
+    assert list(places) == [place_of(grid, token) for token in range(grid.num_tokens)]
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.integers(1, 20_000), rates, st.sampled_from(["ilp", "plc+ilp"]), eviction_settings())
+def test_stages_are_those_of_all_bisections(
+    num_tokens: int, rate: float, method: Method, depth: tuple[int, tuple[int, ...]]
+) -> None:
+    try:
+        counts = retained_per_stage(num_tokens, rate, method, *depth)
+    except BudgetError:
+        assume(False)
+    assert counts == all_bisections(num_tokens, rate, method, *depth)
+
+
+def test_the_arrays_of_a_plan_cannot_be_written_to() -> None:
+    for plan in (make_plan(NEXT, MIDDLE, 0.5, "pool"), whole_image_plan(NEXT)):
+        for array in (plan.assignment, plan.position, plan.evicted_from_layer):
+            assert array.dtype == np.int32
+            with pytest.raises(ValueError, match="read-only"):
+                array[0] = 1
+
+
+def test_equal_plans_hash_alike_and_others_are_not_equal() -> None:
+    grid = TokenGrid(4, 4)
+    plan = make_plan(grid, MIDDLE, 0.5, "pool", "plc+ilp", 8, (2,))
+    planning._plan_counts.cache.clear()
+    again = make_plan(grid, MIDDLE, 0.5, "pool", "plc+ilp", 8, (2,))
+    assert plan is not again
+    assert plan == again
+    assert hash(plan) == hash(again)
+    others = [
+        make_plan(grid, MIDDLE, 0.5, "pool", "plc+ilp", 8, (3,)),
+        make_plan(grid, MIDDLE, 0.5, "prune", "plc+ilp", 8, (2,)),
+        make_plan(TokenGrid(2, 8), MIDDLE, 0.5, "pool", "plc+ilp", 8, (2,)),
+    ]
+    assert all(plan != other for other in (*others, "a plan"))
+
+
+def test_plans_kept_stay_within_their_bytes() -> None:
+    """Clients choose regions: neither many plans nor many boxes take more."""
+    cache = planning._plan_counts.cache
+    grid = TokenGrid(128, 128)
+    for step in range(60):
+        side = (step + 1) / 128
+        region = Region(tuple(Box(0, 0, side, side) for _ in range(50)))
+        plan = make_plan(grid, region, 0.3, "prune")
+        assert make_plan(grid, region, 0.3, "prune") is plan
+        assert CACHE_BYTES >= cache.currsize >= sum(kept.assignment.nbytes for kept in cache.values())
+    assert len(cache) < 60, "nothing was forgotten"
+    small = [make_plan(TokenGrid(8, 8), MIDDLE, step / 1000, "pool") for step in range(900)]
+    assert make_plan(TokenGrid(8, 8), MIDDLE, 0.899, "pool") is small[-1]
+    assert cache.currsize <= CACHE_BYTES
+
+
+def cpu_ms(call: Callable[[], object], repeats: int) -> float:
+    """The quickest of several calls, in CPU time: what else the machine does matters little."""
+    times = []
+    for _ in range(repeats):
+        start = time.process_time()
+        call()
+        times.append(time.process_time() - start)
+    return 1000 * min(times)
+
+
+@pytest.mark.parametrize(("side", "bound_ms"), [(24, 0.3), (128, 5.0)])
+def test_planning_is_no_bottleneck(side: int, bound_ms: float) -> None:
+    """With room for a slow machine that is busy with other things."""
+    grid = TokenGrid(side, side)
+    rates = itertools.count(0.778, 1e-9)  # never the same plan, or the cache would answer
+    quick = cpu_ms(lambda: make_plan(grid, MIDDLE, next(rates), "pool"), repeats=20)
+    assert quick < 3 * bound_ms
+    if side == 128:
+        slow = cpu_ms(lambda: slow_plan(grid, MIDDLE, 0.778, "pool"), repeats=2)
+        assert slow > 8 * quick
+
+
+def test_a_whole_image_costs_next_to_nothing() -> None:
+    grid = TokenGrid(128, 128)
+    assert cpu_ms(lambda: whole_image_plan(grid), repeats=50) < 0.3
