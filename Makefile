@@ -5,7 +5,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 # What reaches the model runner. In the interpreter a step takes 0.3 s: one batch has all scenarios.
-V2_TESTS := $(addprefix tests/cpu/test_,runner.py parity.py caches.py eviction_caches.py eviction_scheduling.py \
+V2_TESTS := $(addprefix tests/cpu/test_,runner.py parity.py caches.py image_names.py eviction_caches.py eviction_scheduling.py \
 	eviction_graphs.py soak.py qwen2_5_vl.py llava_next.py llava_onevision.py tinyvqa_served.py) \
 	tests/cpu/test_eviction_parity.py::test_all_scenarios_in_one_batch
 export HF_HUB_OFFLINE ?= 1

@@ -9,7 +9,18 @@ from PIL import Image
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
-from tests.cpu.conftest import STEPS, Answer, Engine, EngineOf, Question, ReferenceFor, ReferenceOf, _answer
+from tests.conftest import CheckpointOf
+from tests.cpu.conftest import (
+    SETTINGS,
+    STEPS,
+    Answer,
+    Engine,
+    EngineOf,
+    Question,
+    ReferenceFor,
+    ReferenceOf,
+    _answer,
+)
 from tests.cpu.test_parity import TOLERANCE, difference
 from tests.families import QWEN2_5_VL
 from tests.pictures import noise_image
@@ -26,6 +37,15 @@ Ask = Callable[..., Answer]
 @pytest.fixture(scope="module")
 def engine(engine_of: EngineOf) -> Engine:
     return engine_of(QWEN2_5_VL, "staged")
+
+
+@pytest.fixture(scope="module")
+def engine_without_cache(checkpoint_of: CheckpointOf) -> Engine:
+    """Nothing but the encoder cache and ours is there to mix images up."""
+    setting = SETTINGS["staged"]
+    checkpoint = checkpoint_of(QWEN2_5_VL, QWEN2_5_VL.deep)
+    options = {**setting.options, "mm_processor_cache_gb": 0, "enable_prefix_caching": False}
+    return Engine(checkpoint, setting.crop, QWEN2_5_VL, **options)
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +101,21 @@ def test_a_name_given_to_another_image_later_is_the_later_image(
         question = Question((picture(number, size),), crop_of(method, [FIRST]))
         check(engine, reference_for, question, named(engine, question, [name], [True]))
         check(engine, reference_for, question, named(engine, question, [name], [False]))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_without_vllms_cache_names_decide_nothing_either(
+    engine_without_cache: Engine, reference_for: ReferenceFor, method: str
+) -> None:
+    small, large = picture(85, SMALL), picture(86, LARGE)
+    for images in ((small, large), (large, small)):
+        question = Question(images, crop_of(method, [FIRST, SECOND]))
+        with pytest.raises(VLLMValidationError, match="stands for two different images"):
+            named(engine_without_cache, question, ["twice"] * 2, [True] * 2)
+    for image in (small, large, small):
+        question = Question((image,), crop_of(method, [FIRST]))
+        answer = named(engine_without_cache, question, ["moves"], [True])
+        check(engine_without_cache, reference_for, question, answer)
 
 
 def test_the_same_image_twice_under_one_name_is_no_contradiction(

@@ -94,6 +94,36 @@ def test_all_at_once(client: openai.OpenAI, hf: HfLlava) -> None:
     assert answers == [answer_of(hf, *question) for question in asked]
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_names_of_images_decide_nothing(client: openai.OpenAI, hf: HfLlava, method: Method) -> None:
+    """On two workers that read images from shared memory: a name that moves, alone, and for two at once."""
+
+    def named(*images: Any, sent: bool = True) -> Any:
+        (message,) = messages(*images)
+        for part in message["content"][: len(images)]:
+            part["uuid"] = f"name-{method}"
+            part["image_url"] = part["image_url"] if sent else None
+        return [message]
+
+    def ask(asked: list[Any], regions: int = 1) -> Any:
+        crop = {"regions": [FIRST.as_lists()] * regions, "method": method}
+        return client.chat.completions.create(
+            model=MODEL,
+            messages=asked,
+            max_tokens=STEPS,
+            temperature=0,
+            extra_body={**EVERY_TOKEN, "crop": crop},
+        )
+
+    for image in (SQUARE, WIDE, SQUARE):
+        for sent in (True, False):
+            said = ask(named(image, sent=sent)).choices[0].message.content
+            assert said == answer_of(hf, image, FIRST, method)
+    for images in ((SQUARE, WIDE), (WIDE, SQUARE)):
+        with pytest.raises(openai.BadRequestError, match="stands for two different images"):
+            ask(named(*images), regions=2)
+
+
 def test_clients_that_hang_up_leave_nothing_behind(
     client: openai.OpenAI, hf: HfLlava, server: Server
 ) -> None:

@@ -164,6 +164,30 @@ def test_a_view_of_the_whole_image_leaves_regions_as_they_are(region: Region) ->
     assert ImageView(WHOLE).project(region) == region
 
 
+@given(box=boxes(), window=boxes())
+def test_what_is_projected_comes_back(box: Box, window: Box) -> None:
+    view, region = ImageView(window), Region((box,))
+    projected = view.project(region)
+    if projected is None:
+        return
+    back = view.unproject(projected)
+    if back is None:  # thinner than numbers are exact
+        return
+    expected = (
+        max(box.x0, window.x0),
+        max(box.y0, window.y0),
+        min(box.x1, window.x1),
+        min(box.y1, window.y1),
+    )
+    assert back.boxes[0].as_list() == pytest.approx(expected, abs=1e-9)
+
+
+def test_places_in_the_padding_around_an_image_are_none_in_it() -> None:
+    padded = ImageView(Box(-0.5, 0.0, 1.5, 1.0))
+    assert padded.unproject(Region((Box(0.0, 0.0, 0.25, 1.0),))) is None
+    assert padded.unproject(Region((Box(0.0, 0.0, 0.5, 1.0),))) == Region((Box(0.0, 0.0, 0.5, 1.0),))
+
+
 def test_boxes_out_of_view_are_left_out_of_the_projection() -> None:
     centre = ImageView(Box(0.25, 0.0, 0.75, 1.0))
     outside, inside = Box(0.0, 0.0, 0.25, 1.0), Box(0.5, 0.0, 1.0, 0.5)

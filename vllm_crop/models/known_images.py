@@ -92,12 +92,14 @@ class RequestImages:
         keys: those of the images, also of images that came as a name alone.
         sizes: width and height in pixels, None where they are not known.
         by_name: the images that came as a name alone and are known, by index.
+        named: names, images and data of those that came with both.
     """
 
     hashes: Mapping[str, Sequence[str]]
     keys: tuple[str, ...]
     sizes: tuple[tuple[int, int] | None, ...]
     by_name: Mapping[int, KnownImage]
+    named: Sequence[tuple[str, KnownImage, Any]] = ()
 
 
 def identify(
@@ -110,7 +112,7 @@ def identify(
 
     Args:
         hashes_of: vLLM's own keys, which are names where names are given.
-        known: where names are looked up and noted; None where vLLM has no cache that would know them either.
+        known: where names are looked up; None where vLLM has no cache that would know them either.
 
     Raises:
         InvalidCropError: a name is no string, or stands for two images.
@@ -145,16 +147,15 @@ def identify(
     _refuse_contradictions(shown)
     # With their encoded bytes, which `get` takes off.
     sent = images.get_all_items_for_hash() if images else ()
+    named: list[tuple[str, KnownImage, Any]] = []
     for index, image in enumerate(data):
         if image is None or not isinstance(images, ImageProcessorItems):
             continue  # embeddings have no size, and pass vLLM's caches by
         size = images.get_image_size(index)
         sizes[index] = size.width, size.height
-        if uuids[index] is not None and known is not None:
-            known.remember(
-                names[index], salt, KnownImage(keys[index], (size.width, size.height)), sent[index]
-            )
-    return RequestImages(hashes, tuple(keys), tuple(sizes), by_name)
+        if uuids[index] is not None:
+            named.append((names[index], KnownImage(keys[index], (size.width, size.height)), sent[index]))
+    return RequestImages(hashes, tuple(keys), tuple(sizes), by_name, named)
 
 
 def _checked_uuids(inputs: ProcessorInputs, num_images: int) -> list[str | None]:

@@ -115,6 +115,9 @@ class CropProcessorMixin(BaseMultiModalProcessor):
         processed = super().apply(
             replace(inputs, hf_processor_mm_kwargs={**plain, CROP_KEY: items}), timing_ctx
         )
+        if known is not None:  # not before: vLLM's cache knows nothing of a request that failed either
+            for name, image, data in images.named:
+                known.remember(name, asked.salt, image, data)
         processed[DECISIONS] = decisions
         if any(decision.plan is not None and decision.plan.evicts for decision in decisions):
             if asked.found is not None:
