@@ -7,6 +7,7 @@ from typing import Any
 from zlib import crc32
 
 import pytest
+import torch
 from PIL import Image
 from vllm.exceptions import VLLMValidationError
 
@@ -324,3 +325,9 @@ def test_regions_differ(deep_reference_for: ReferenceFor, evicting_engine: Engin
     for index, one in enumerate(references):
         for other in references[:index]:
             assert difference(one, other) > NOTICEABLE
+
+
+def test_a_step_that_evicts_never_runs_without_its_embeddings(evicting_engine: Engine) -> None:
+    """All rows would run with attention metadata of fewer."""
+    with pytest.raises(RuntimeError, match="without its embeddings"):
+        evicting_engine.model.forward(None, torch.zeros(1, dtype=torch.long), dropping=object())

@@ -2,6 +2,8 @@
 """Requests that mean harm, or look as if: each is answered or refused, and the next one is answered right."""
 
 import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -41,7 +43,8 @@ SLOWEST_HEALTH_S = 1.0
 @pytest.fixture(scope="module")
 def server(logs: Path) -> Iterator[Server]:
     """Finds regions itself, is prepared to evict, has limits for clients."""
-    crop = crop_options(ENGINE, eviction_layers=[1], limits={"max_pruning_rate": 0.9})
+    limits = {"max_pruning_rate": 0.9}
+    crop = crop_options(ENGINE, eviction_layers=[1], compression="prune", limits=limits)
     with serve(str(CHECKPOINT), *crop, *COMMON, log_path=logs / "hostile.log") as running:
         yield running
 
@@ -110,6 +113,12 @@ def health_watched(server: Server) -> Iterator[None]:
             done.set()
             watcher.result()
     assert slowest[0] < SLOWEST_HEALTH_S
+
+
+def test_the_localizer_is_warm_before_anyone_asks(server: Server) -> None:
+    """The first of all tests here: the server has asked itself once, for nobody."""
+    assert metric(server, "vllm:request_success_total") == 1
+    assert metric(server, "crop:localizations_total") == 0
 
 
 # A name for two images.
@@ -190,6 +199,27 @@ def test_nothing_of_an_unpruned_image_counts_as_saved(server: Server) -> None:
     body = chat([part(noise(9, (384, 384)))], "?", mm_processor_kwargs={"max_pixels": 128 * 128})
     said = facts(post(server, "/v1/chat/completions", {**body, "crop": {"method": "off"}}))
     assert said["tokens"] == said["tokens_after_plc"] == said["tokens_avg"] < 576
+
+
+def test_a_preview_shows_what_the_server_does_and_not_what_it_would_do_itself(
+    server: Server, tmp_path: Path
+) -> None:
+    """At another rate, another way of compressing than the command's own."""
+    scene, question = LOCAL[2]
+    scene.picture().save(tmp_path / "scene.png")
+    arguments = ["preview", "scene.png", question, "--base-url", f"{server.base_url}/v1"]
+    launch = "from vllm_crop.cli import app; app()"
+    command = [sys.executable, "-c", launch, *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "576 -> 64 tokens" in done.stdout
+    assert "others kept" in done.stdout
+    assert "pooled" not in done.stdout
+    refused = subprocess.run(
+        [*command, "--compression", "pool"], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert refused.returncode == 2
+    assert "requests cannot choose" in refused.stderr
 
 
 # Refused before work, and before caches believe something.

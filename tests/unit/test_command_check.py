@@ -213,3 +213,25 @@ def test_a_checkpoint_with_several_grids(tmp_path: Path) -> None:
     assert (
         "2340 tokens for an image of 640x480 (24 x 24 and 36 x 48 with newlines), 32 decoder layers" in said
     )
+
+
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [
+        (None, "upstream_like.function is gone"),
+        ("other = 1", "upstream_like.function is gone"),
+        ("import a_library_that_is_missing", "upstream_like cannot be imported: No module named"),
+        ("raise ImportError('libcuda.so: no such file')", "upstream_like cannot be imported: libcuda.so"),
+    ],
+)
+def test_what_is_gone_and_what_is_broken_beneath_are_told_apart(
+    source: str | None, problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if source is not None:
+        (tmp_path / "upstream_like.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "upstream_like", raising=False)
+    found = compat.find_problem(UpstreamPoint("upstream_like", "function", (), "is called"))
+    monkeypatch.delitem(sys.modules, "upstream_like", raising=False)
+    assert found is not None
+    assert found.startswith(problem)

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 from transformers import LlavaConfig
 
+from vllm_crop.compat import vllm as compat
 from vllm_crop.config import CropConfig
 from vllm_crop.errors import UnsupportedFlagError
-from vllm_crop.frontend.refusals import REFUSED, refuse_flags, refuse_localizer, refuse_model
+from vllm_crop.frontend.refusals import REFUSED, refuse_flags, refuse_localizer, refuse_model, served_geometry
 from vllm_crop.localizers.settings import LocalizerConfig
 
 
@@ -112,3 +113,41 @@ def test_a_localizer_that_could_never_answer_is_refused() -> None:
         refuse_localizer(SimpleNamespace(enable_lora=False), adapter)
     refuse_localizer(SimpleNamespace(enable_lora=True), adapter)
     refuse_localizer(SimpleNamespace(enable_lora=False), LocalizerConfig(kind="engine"))
+
+
+def test_image_sizes_are_the_checkpoints_and_not_a_librarys_default() -> None:
+    """Published Qwen2.5-VL allows 16,384 tokens; transformers' default is 1,280."""
+    config = {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "model_type": "qwen2_5_vl",
+        "num_hidden_layers": 28,
+        "vision_config": {"patch_size": 14, "spatial_merge_size": 2},
+    }
+    published = {"min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14, "merge_size": 2}
+    served = SimpleNamespace(
+        hf_config=SimpleNamespace(to_dict=lambda: config),
+        hf_image_processor_config=published,
+        multimodal_config=SimpleNamespace(mm_processor_kwargs=None),
+    )
+    assert served_geometry(served).max_tokens == 16384
+    served.multimodal_config.mm_processor_kwargs = {"max_pixels": 1003520}
+    assert served_geometry(served).max_tokens == 1280
+
+
+def test_a_server_needs_nothing_of_another_family(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LLaVA starts where Qwen3-VL's file of vLLM cannot be imported, and the other way round."""
+    looked_at: list[str] = []
+    monkeypatch.setattr(compat, "find_problem", lambda point: looked_at.append(point.module))
+    config = CropConfig.from_mapping({"method": "ilp"})
+    for model, text in (("Llava", "llama"), ("Qwen3VL", "qwen3_vl_text")):
+        looked_at.clear()
+        hf_config = SimpleNamespace(
+            to_dict=lambda model=model: {"architectures": [f"Crop{model}ForConditionalGeneration"]},
+            get_text_config=lambda text=text: SimpleNamespace(model_type=text),
+        )
+        compat._require_supported_for(config, None)
+        assert not any(module.startswith("vllm.model_executor.models.qwen") for module in looked_at)
+        compat._require_supported_for(config, hf_config)
+        files = {module.rpartition(".")[2] for module in looked_at if ".model_executor.models." in module}
+        expected = {"llava", "llama"} if model == "Llava" else {"qwen3_vl", "qwen3"}
+        assert files - {"interfaces"} == expected
