@@ -12,7 +12,6 @@ from vllm.exceptions import VLLMValidationError
 from tests.conftest import CheckpointOf
 from tests.cpu.conftest import (
     SETTINGS,
-    STEPS,
     Answer,
     Engine,
     EngineOf,
@@ -30,6 +29,7 @@ pytestmark = pytest.mark.vllm_runtime
 FIRST, SECOND = [0.1, 0.1, 0.4, 0.4], [0.5, 0.5, 0.9, 0.9]
 # Of more and fewer tokens: what is taken for the other is noticed, or would end the engine.
 SMALL, LARGE = (168, 168), (448, 336)
+STEPS = 3  # of which the first would show another image already
 METHODS = ["plc", "ilp", "plc+ilp", "off"]
 Ask = Callable[..., Answer]
 
@@ -70,7 +70,7 @@ def named(
 
 
 def check(engine: Engine, reference_for: ReferenceFor, question: Question, answer: Answer) -> None:
-    reference = reference_for(question, engine.config)
+    reference = reference_for(question, engine.config, steps=STEPS)
     assert answer.token_ids == reference.token_ids
     assert difference(answer, reference) <= TOLERANCE
 
