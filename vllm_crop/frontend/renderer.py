@@ -25,6 +25,7 @@ from vllm_crop.metrics import crop_metrics
 from vllm_crop.models.deciding import ImageDecision
 from vllm_crop.models.processing import CROP_KEY, DECISIONS, FACTS, CropProcessorMixin, as_validation_error
 from vllm_crop.params import CropParams, CropRequest, image_requests
+from vllm_crop.patches import use_compiled
 from vllm_crop.request_context import RequestContext, current_request
 
 MESSAGES = "crop_messages"  # in a prompt on its way through the renderer
@@ -40,6 +41,12 @@ class CropRenderer(HfRenderer):
 
     engine: ServingEngine | OfflineEngine | None = None
     chat_template: str | None = None
+
+    def __init__(self, config: Any, tokenizer: Any) -> None:
+        """As upstream; what makes plans is compiled now, before any request is there to wait for it."""
+        super().__init__(config, tokenizer)
+        if isinstance(self.mm_processor, CropProcessorMixin):
+            use_compiled()
 
     @cached_property
     def _localizing(self) -> Localizing | None:
