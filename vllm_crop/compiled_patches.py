@@ -13,6 +13,7 @@ from typing import Any
 
 import numba
 import numpy as np
+from llvmlite.binding import ffi
 from numpy.typing import NDArray
 
 from vllm_crop.geometry import Indices
@@ -20,6 +21,10 @@ from vllm_crop.patches import SIMILAR
 
 if numba.config.DISABLE_JIT:
     raise ImportError("NUMBA_DISABLE_JIT is set")
+
+# vLLM's CPU worker asks every object in every module for its `__dict__` (vllm/triton_utils/dispatcher.py) and
+# fails at start on llvmlite's handle of LLVM, which answers any name with a function, and keeps its answers.
+ffi.lib._fntab["__dict__"] = {}
 
 _SIGNATURE = "void(int32[::1], int32[::1], int64[::1], int64[::1], float64, int64[::1], int64[::1])"
 # Sets that wait while one is cut: of each depth one. The larger part of a cut is 3/4 of a set or less, so the
@@ -40,7 +45,7 @@ def split(
     Returns:
         Indices of tokens patch by patch, and the patches' sizes, in no particular order.
     """
-    order, sizes = np.empty(len(row), dtype=np.int64), np.empty(counts.sum(), dtype=np.int64)
+    order, sizes = np.empty(len(row), dtype=np.int64), np.empty(sum(counts.tolist()), dtype=np.int64)
     _split(row, col, totals, counts, SIMILAR, order, sizes)
     return order, sizes
 

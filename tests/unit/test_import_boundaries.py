@@ -57,6 +57,7 @@ LIGHT_IMPORTS = {
 # Distributions of what is imported under another name, or comes with another package.
 DISTRIBUTIONS = {
     "PIL": "pillow",
+    "llvmlite": "vllm",
     "numba": "vllm",
     "safetensors": "transformers",
     "tokenizers": "transformers",

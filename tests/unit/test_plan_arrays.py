@@ -5,7 +5,7 @@ import itertools
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import pytest
@@ -244,6 +244,18 @@ def test_without_numba_plans_are_made_by_numpy(
     assert [record.levelname for record in caplog.records] == ["INFO"]
     assert "by numpy" in caplog.text
     assert make_plan(TokenGrid(8, 8), MIDDLE, 0.51, "pool").num_embeddings == 31
+
+
+def test_objects_of_the_compiler_have_attributes_that_vllm_can_look_through() -> None:
+    """As vllm/triton_utils/dispatcher.py does when a CPU worker starts; it ends at the first that has not."""
+    pytest.importorskip("numba")
+    assert patches.use_compiled()
+    compiler = [module for name, module in sys.modules.items() if name.startswith(("numba", "llvmlite"))]
+    assert len(compiler) > 100
+    for module in compiler:
+        for value in list(vars(module).values()):
+            if hasattr(value, "__dict__"):
+                assert isinstance(vars(value), Mapping), (module, value)
 
 
 def test_compiled_code_is_not_kept_where_no_folder_can_be_written_to() -> None:
