@@ -81,12 +81,15 @@ def even_patches(places: Places, tokens: Indices, count: int) -> Patches:
     """
     if count == len(tokens):
         return Patches(tokens, np.ones(count, dtype=np.int64))
+    if not count:
+        return Patches(tokens[:0], tokens[:0])
     if places.group[-1]:
         tokens, totals, counts = _by_group(places.group, tokens, count)
+        wanted = counts > 0
+        if not wanted.all():
+            tokens, totals, counts = tokens[wanted.repeat(totals)], totals[wanted], counts[wanted]
     else:  # all are of the first group
         totals, counts = np.array([len(tokens)]), np.array([count])
-    if not counts.all():
-        tokens, totals, counts = tokens[(counts > 0).repeat(totals)], totals[counts > 0], counts[counts > 0]
     split = _split if _compiled is None else _compiled
     order, sizes = split(places.row[tokens], places.col[tokens], totals, counts)
     return Patches(tokens[order], sizes)
@@ -205,8 +208,6 @@ def _split(
         Indices of tokens patch by patch, and the patches' sizes, in no particular order.
     """
     done: list[tuple[Indices, Indices]] = []
-    if not len(totals):
-        return totals, totals
     of = _Codes(row, col, totals)
     codes = of.first
     while True:

@@ -8,7 +8,6 @@ messages, completions, batches, tokenization and offline `LLM`.
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
-from statistics import fmean
 from typing import Any
 
 from vllm.exceptions import VLLMClientError
@@ -294,7 +293,7 @@ def _image_facts(
         # Without a plan nothing was taken away, whatever the request's own settings made of the image.
         tokens=plan.grid.num_tokens if plan else num_placeholders,
         tokens_after_plc=num_placeholders,
-        tokens_avg=fmean(plan.tokens_per_layer(num_layers)) if plan else float(num_placeholders),
+        tokens_avg=plan.tokens_avg(num_layers) if plan else float(num_placeholders),
         region=request.region,
         source=source,
         localization=localization,
