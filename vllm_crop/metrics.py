@@ -2,14 +2,17 @@
 """Prometheus metrics `crop:*`, in the API server's process beside vLLM's own on /metrics."""
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
+from typing import TypeVar
 
 from prometheus_client import Counter, Histogram
+from prometheus_client.metrics import MetricWrapperBase
 
 from vllm_crop.facts import ImageFacts
 from vllm_crop.localizers.decision import FALLBACKS, Localization
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+_Metric = TypeVar("_Metric", bound=MetricWrapperBase)
 _CONFIDENCE = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
 
 
@@ -77,11 +80,16 @@ class CropMetrics:
     def record(self, model_name: str, images: Sequence[ImageFacts]) -> None:
         """Count one request's images."""
         for image in images:
-            self.visual_tokens.labels(model_name).inc(image.tokens)
-            self.visual_tokens_retained.labels(model_name).inc(image.tokens_avg)
-            self.images.labels(model_name, image.source).inc()
+            _labelled(self.visual_tokens, model_name).inc(image.tokens)
+            _labelled(self.visual_tokens_retained, model_name).inc(image.tokens_avg)
+            _labelled(self.images, model_name, image.source).inc()
         outcome = "pruned" if any(image.pruned for image in images) else "whole"
-        self.requests.labels(model_name, outcome).inc()
+        _labelled(self.requests, model_name, outcome).inc()
+
+
+@cache  # every request asks for the same few, none of which a client can name
+def _labelled(metric: _Metric, *labels: str) -> _Metric:
+    return metric.labels(*labels)
 
 
 @lru_cache(maxsize=1)

@@ -107,6 +107,8 @@ class CropParams(BaseModel):
             return value
         if not isinstance(value, Mapping):
             raise InvalidCropError(f"crop must be an object, got {shorten(value)}")
+        if not value:
+            return _NOTHING_ASKED
         _check_size(value)
         try:
             return cls.model_validate(dict(value))
@@ -114,6 +116,9 @@ class CropParams(BaseModel):
             first = error.errors(include_url=False)[0]["loc"]
             parameter = ".".join(["crop", *(str(part)[:LONGEST_KEY] for part in first[:1])])
             raise InvalidCropError(describe_errors(error, "crop", cls), parameter) from None
+
+
+_NOTHING_ASKED = CropParams()
 
 
 def _check_size(value: Mapping[Any, Any]) -> None:

@@ -4,10 +4,14 @@
 A set of tokens that is to become `count` patches is cut in two across its longer side, each half gets its
 share of them, and is cut again. Sets of the same depth do not depend on each other, so all of them are cut at
 once: a plan of thousands of patches takes a dozen steps over arrays and not thousands of calls.
+
+A server does without these steps: `use_compiled` puts `vllm_crop.compiled_patches` in their place, the only
+part of planning that imports more than numpy, and only when called. Patches are the same either way.
 """
 
+import logging
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -16,7 +20,9 @@ from numpy.typing import NDArray
 
 from vllm_crop.geometry import Indices, Places
 
-_SIMILAR = 1.2  # how much larger the patches on one side of a cut may be, on average
+logger = logging.getLogger("vllm.plugins.crop")
+
+SIMILAR = 1.2  # how much larger the patches on one side of a cut may be, on average
 
 # How the cuts of many sets are found quickest depends on how many and how large they are.
 _FEW_SETS = 8  # up to so many, one after the other
@@ -25,6 +31,10 @@ _LONG = 4000  # tokens from which counting is quicker than sorting
 
 _NO_SET = int(np.iinfo(np.uint16).max)
 _NO_CUT = int(np.iinfo(np.int32).max)
+
+
+_Split = Callable[[NDArray[np.int32], NDArray[np.int32], Indices, Indices], tuple[Indices, Indices]]
+_compiled: _Split | None = None  # see use_compiled
 
 
 class Patches(NamedTuple):
@@ -39,6 +49,26 @@ class Patches(NamedTuple):
     sizes: Indices
 
 
+def use_compiled() -> bool:
+    """Split by compiled code from now on, in this process, if numba is there to compile it.
+
+    For processes that make plan after plan: the first call takes some hundred milliseconds, seconds where
+    nothing was compiled before, later ones nothing. Never fails: without numba plans stay as they are.
+
+    Returns:
+        Whether it is compiled code.
+    """
+    global _compiled
+    if _compiled is None:
+        try:
+            from vllm_crop.compiled_patches import split
+        except Exception as error:  # numba refuses numpy versions, platforms and folders in many ways
+            logger.info("Plans are made by numpy, compiled code would be quicker: %s", error)
+        else:
+            _compiled = split
+    return _compiled is not None
+
+
 def even_patches(places: Places, tokens: Indices, count: int) -> Patches:
     """Split tokens into compact patches of similar size.
 
@@ -51,13 +81,17 @@ def even_patches(places: Places, tokens: Indices, count: int) -> Patches:
     """
     if count == len(tokens):
         return Patches(tokens, np.ones(count, dtype=np.int64))
+    if not count:
+        return Patches(tokens[:0], tokens[:0])
     if places.group[-1]:
         tokens, totals, counts = _by_group(places.group, tokens, count)
+        wanted = counts > 0
+        if not wanted.all():
+            tokens, totals, counts = tokens[wanted.repeat(totals)], totals[wanted], counts[wanted]
     else:  # all are of the first group
         totals, counts = np.array([len(tokens)]), np.array([count])
-    if not counts.all():
-        tokens, totals, counts = tokens[(counts > 0).repeat(totals)], totals[counts > 0], counts[counts > 0]
-    order, sizes = _split(places.row[tokens], places.col[tokens], totals, counts)
+    split = _split if _compiled is None else _compiled
+    order, sizes = split(places.row[tokens], places.col[tokens], totals, counts)
     return Patches(tokens[order], sizes)
 
 
@@ -174,8 +208,6 @@ def _split(
         Indices of tokens patch by patch, and the patches' sizes, in no particular order.
     """
     done: list[tuple[Indices, Indices]] = []
-    if not len(totals):
-        return totals, totals
     of = _Codes(row, col, totals)
     codes = of.first
     while True:
@@ -266,7 +298,7 @@ def _cut(borders: Sequence[int], start: int, total: int, count: int) -> tuple[in
             break
         share = min(max(round(count * cut / total), 1, count - (total - cut)), cut, count - 1)
         sizes = cut / share, (total - cut) / (count - share)
-        if max(sizes) <= _SIMILAR * min(sizes):
+        if max(sizes) <= SIMILAR * min(sizes):
             return cut, share
     share = count // 2
     return round(total * share / count), share
@@ -288,7 +320,7 @@ def _rate(total: Indices, count: Indices, cut: Indices, bits: int) -> Indices:
     share = np.maximum(np.minimum(share, np.minimum(cut, count - 1)), np.maximum(1, count - rest))
     one, other = cut / share, rest / (count - share)
     distance: Indices = np.abs(cut - rest)
-    similar = np.maximum(one, other) <= _SIMILAR * np.minimum(one, other)
+    similar = np.maximum(one, other) <= SIMILAR * np.minimum(one, other)
     rated = _pack(2 * distance + (cut > rest), cut, share, bits)
     half = count // 2
     middle = np.rint(total * half / count).astype(np.int64)

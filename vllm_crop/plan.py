@@ -7,6 +7,7 @@ Follows the contract of vllm/multimodal/video_prune: the count is known before a
 
 from collections.abc import Hashable
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from threading import Lock
 from typing import Any, Literal
 
@@ -75,7 +76,7 @@ class TokenPlan:
         """Whether the image takes fewer placeholders than it has tokens."""
         return self.num_embeddings < self.grid.num_tokens
 
-    @property
+    @cached_property
     def evicts(self) -> bool:
         """Whether some decoder layers run without some of the embeddings."""
         return bool((self.evicted_from_layer != NEVER).any())
@@ -104,6 +105,12 @@ class TokenPlan:
         )
         left: list[int] = (self.num_embeddings - leaving.cumsum()).tolist()
         return left
+
+    def tokens_avg(self, num_layers: int) -> float:
+        """Count the image's embeddings that a decoder layer runs with, averaged over the layers."""
+        if not self.evicts:
+            return float(self.num_embeddings)
+        return int(np.minimum(self.evicted_from_layer, num_layers).sum()) / num_layers
 
     def pruning_rate_got(self, num_layers: int) -> float:
         """The fraction of (token, layer) pairs removed."""
@@ -186,7 +193,7 @@ def _plan_counts(
 ) -> TokenPlan:
     """Make a plan for counts that are known: of all embeddings, then after each eviction."""
     first, *later = counts
-    places = grid.places()
+    places = _places(grid)
     assignment, position = _compressed(places, inside, first, compression)
     leaves_at = np.full(grid.num_tokens, NEVER, dtype=np.int32)
     left = position
@@ -195,6 +202,14 @@ def _plan_counts(
         left = _region_first(places, inside, left, count)
         leaves_at[left] = NEVER
     return TokenPlan(grid, pruning_rate, assignment, position.astype(np.int32), leaves_at[position])
+
+
+@lru_cache(maxsize=8)  # pictures of one size often come one after another
+def _places(grid: ImageTokens) -> Places:
+    places = grid.places()
+    for array in places:
+        array.setflags(write=False)
+    return places
 
 
 def _compressed(

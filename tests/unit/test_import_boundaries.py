@@ -27,7 +27,7 @@ LIGHT_IMPORTS = {
     "import vllm_crop; vllm_crop.register(); vllm_crop.register()": HEAVY,
     "import vllm_crop.geometry": HEAVY,
     "import vllm_crop.errors": HEAVY,
-    "import vllm_crop.plan": HEAVY,
+    "import vllm_crop.plan": (*HEAVY, "numba"),
     "import vllm_crop.params": HEAVY,
     "import vllm_crop.config": HEAVY,
     "import vllm_crop.preprocessing": HEAVY,
@@ -38,7 +38,14 @@ LIGHT_IMPORTS = {
     "import vllm_crop.frontend.hf_overrides": HEAVY,
     "import vllm_crop.frontend.refusals": HEAVY,
     "import vllm_crop.compat.vllm": HEAVY,
-    "import vllm_crop.cli": (*HEAVY, "openai", "matplotlib", "vllm_crop.benchmarking", "vllm_crop.compat"),
+    "import vllm_crop.cli": (
+        *HEAVY,
+        "numba",
+        "openai",
+        "matplotlib",
+        "vllm_crop.benchmarking",
+        "vllm_crop.compat",
+    ),
     "import vllm_crop.commands.eval": HEAVY,
     "import vllm_crop.evaluation.session": HEAVY,
     "import vllm_crop.evaluation.report": HEAVY,
@@ -48,7 +55,13 @@ LIGHT_IMPORTS = {
     "import vllm_crop_server.playground": (*HEAVY, "vllm_crop.models", "vllm_crop.compat"),
 }
 # Distributions of what is imported under another name, or comes with another package.
-DISTRIBUTIONS = {"PIL": "pillow", "safetensors": "transformers", "tokenizers": "transformers"}
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "llvmlite": "vllm",
+    "numba": "vllm",
+    "safetensors": "transformers",
+    "tokenizers": "transformers",
+}
 ON_THEIR_OWN = ("vllm_crop.geometry", "vllm_crop.errors")
 
 

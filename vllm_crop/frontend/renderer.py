@@ -8,7 +8,6 @@ messages, completions, batches, tokenization and offline `LLM`.
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
-from statistics import fmean
 from typing import Any
 
 from vllm.exceptions import VLLMClientError
@@ -25,6 +24,7 @@ from vllm_crop.metrics import crop_metrics
 from vllm_crop.models.deciding import ImageDecision
 from vllm_crop.models.processing import CROP_KEY, DECISIONS, FACTS, CropProcessorMixin, as_validation_error
 from vllm_crop.params import CropParams, CropRequest, image_requests
+from vllm_crop.patches import use_compiled
 from vllm_crop.request_context import RequestContext, current_request
 
 MESSAGES = "crop_messages"  # in a prompt on its way through the renderer
@@ -40,6 +40,12 @@ class CropRenderer(HfRenderer):
 
     engine: ServingEngine | OfflineEngine | None = None
     chat_template: str | None = None
+
+    def __init__(self, config: Any, tokenizer: Any) -> None:
+        """As upstream; what makes plans is compiled now, before any request is there to wait for it."""
+        super().__init__(config, tokenizer)
+        if isinstance(self.mm_processor, CropProcessorMixin):
+            use_compiled()
 
     @cached_property
     def _localizing(self) -> Localizing | None:
@@ -287,7 +293,7 @@ def _image_facts(
         # Without a plan nothing was taken away, whatever the request's own settings made of the image.
         tokens=plan.grid.num_tokens if plan else num_placeholders,
         tokens_after_plc=num_placeholders,
-        tokens_avg=fmean(plan.tokens_per_layer(num_layers)) if plan else float(num_placeholders),
+        tokens_avg=plan.tokens_avg(num_layers) if plan else float(num_placeholders),
         region=request.region,
         source=source,
         localization=localization,

@@ -119,16 +119,18 @@ def identify(
     """
     images: Any = inputs.mm_data_items.get("image") or ()
     data = [images.get(index) for index in range(len(images))]
-    others = {name: ids for name, ids in (inputs.mm_uuid_items or {}).items() if name != "image"}
     uuids = _checked_uuids(inputs, len(images))
-    trusted = [uuid if image is None else None for uuid, image in zip(uuids, data, strict=True)]
-    hashes = hashes_of(replace(inputs, mm_uuid_items={**others, "image": trusted}))
-    keys = list(hashes.get("image", ()))
     names: Sequence[str] = ()
     if any(uuid is not None for uuid in uuids):
+        others = {name: ids for name, ids in (inputs.mm_uuid_items or {}).items() if name != "image"}
+        trusted = [uuid if image is None else None for uuid, image in zip(uuids, data, strict=True)]
+        hashes = hashes_of(replace(inputs, mm_uuid_items={**others, "image": trusted}))
         # As vLLM would key them: a name stands for an image processed with certain settings.
         given = [uuid or "" for uuid in uuids]
         names = hashes_of(replace(inputs, mm_uuid_items={**others, "image": given}))["image"]
+    else:
+        hashes = hashes_of(inputs)
+    keys = list(hashes.get("image", ()))
     sizes: list[tuple[int, int] | None] = [None] * len(images)
     by_name: dict[int, KnownImage] = {}
     shown: list[tuple[str | None, str]] = []

@@ -3,14 +3,16 @@
 
 import hashlib
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from vllm_crop.params import ImageRequest
 from vllm_crop.plan import TokenPlan
 
 ASSIGNMENT, POSITIONS, IMAGE_KEY = "crop_assignment", "crop_positions", "crop_image_key"
 CROP_FIELDS = (ASSIGNMENT, POSITIONS, IMAGE_KEY)
-_NOTHING = torch.empty(0, dtype=torch.int32)
+_NOTHING, _NO_KEY = torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=torch.int64)
 
 
 def hash_with_request(image_hash: str, request: ImageRequest, position_ids: str | None) -> str:
@@ -27,18 +29,22 @@ def hash_with_request(image_hash: str, request: ImageRequest, position_ids: str 
 
 def assignment(plan: TokenPlan | None) -> torch.Tensor:
     """`[num_tokens]`, or empty for an image that is not compressed."""
-    return _NOTHING if plan is None else torch.tensor(plan.assignment)
+    return _NOTHING if plan is None else _tensor(plan.assignment)
 
 
 def positions(plan: TokenPlan | None) -> torch.Tensor:
     """`[num_embeddings]`, or empty for an image that is not compressed."""
-    return _NOTHING if plan is None else torch.tensor(plan.position)
+    return _NOTHING if plan is None else _tensor(plan.position)
+
+
+def _tensor(array: NDArray[np.int32]) -> torch.Tensor:
+    # A copy: plans are kept, and torch could write to what it shares.
+    return torch.from_numpy(array.copy())
 
 
 def image_key(image_hash: str) -> torch.Tensor:
     """Two 64-bit words that name the image's pixels, or empty for an image not to be remembered."""
     if not image_hash:
-        return torch.empty(0, dtype=torch.int64)
+        return _NO_KEY
     digest = hashlib.blake2b(image_hash.encode(), digest_size=16).digest()
-    words = [int.from_bytes(digest[start : start + 8], "big", signed=True) for start in (0, 8)]
-    return torch.tensor(words, dtype=torch.int64)
+    return torch.frombuffer(bytearray(digest), dtype=torch.int64)

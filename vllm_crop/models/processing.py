@@ -87,9 +87,10 @@ class CropProcessorMixin(BaseMultiModalProcessor):
         """
         if cache is None:
             return None
-        if cache not in self._known_images:
-            self._known_images[cache] = KnownImages(self.crop_config.limits.named_images_mib << 20)
-        return self._known_images[cache]
+        known = self._known_images.get(cache)
+        if known is None:
+            known = self._known_images[cache] = KnownImages(self.crop_config.limits.named_images_mib << 20)
+        return known
 
     # Overrides of BaseMultiModalProcessor. `crop` is taken out before every call to super: the HF processor
     # is cached by its kwargs, and must never see ours.
@@ -186,6 +187,8 @@ class CropProcessorMixin(BaseMultiModalProcessor):
         if items is None:
             return kwargs
         missing = [index for index, cached in enumerate(mm_is_cached.get("image", ())) if not cached]
+        if len(missing) == len(items.decisions):
+            return {**kwargs, CROP_KEY: items}
         picked = replace(
             items,
             decisions=tuple(items.decisions[index] for index in missing),
