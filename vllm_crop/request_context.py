@@ -21,6 +21,7 @@ class RequestContext:
         model_name: label to count the facts under once the request is accepted; None leaves them uncounted.
         adapters: the server's loaded LoRA adapters by name.
         inner: what is asked for the image of the localizer's own request; None for requests of clients.
+        only_counts: whether the route counts tokens and answers nothing.
         request: vLLM's own object for the request, with its sampling parameters, where one is known.
         unsent: items that vLLM's processor cache takes for sent since this request was rendered, with what
             makes it forget them. They are sent once the request has reached the engine.
@@ -32,6 +33,7 @@ class RequestContext:
     model_name: str | None = None
     adapters: Mapping[str, Any] = field(default_factory=dict)
     inner: CropRequest | None = None
+    only_counts: bool = False
     request: Any = None
     unsent: dict[str, Callable[[str], None]] = field(default_factory=dict)
 

@@ -23,6 +23,7 @@ from vllm_crop_server.body import FIELD, LONGEST_NAME, find_field, is_utf8, may_
 from vllm_crop_server.schemas import error_body
 
 FACTS_HEADER = "x-crop-facts"
+COUNT_ROUTE = "/count_tokens"  # of the messages API, which vLLM renders as if it were to be answered
 BATCH_ROUTE = "/chat/completions/batch"
 MAX_BODY_BYTES = 512 << 20
 LARGE_BODY_BYTES = 1 << 20  # read beside the event loop
@@ -61,7 +62,9 @@ class _Exchange:
         self.scope = scope
         self.receive = receive
         self.send = send
-        self.context = RequestContext(adapters=_loaded_adapters(scope))
+        self.context = RequestContext(
+            adapters=_loaded_adapters(scope), only_counts=scope["path"].endswith(COUNT_ROUTE)
+        )
         self.rejection: tuple[int, InvalidCropError] | None = None
         self.rejected = False
         self.chunks: list[bytes] = []

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Requests that mean harm, or look as if: each is answered or refused, and the next one is answered right."""
 
+import base64
+import io
 import json
 import subprocess
 import sys
@@ -15,9 +17,11 @@ from typing import Any
 import httpx2
 import openai
 import pytest
+import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from vllm.utils.serial_utils import tensor2base64
 
 from tests.e2e.conftest import MODEL, OPTIONS, metric
 from tests.tinyvqa import CHECKPOINT, ENGINE, ask, crop_options, facts, found
@@ -33,7 +37,7 @@ LOCAL = [(scene, q.text) for scene in SCENES for q in scene.questions if q.boxes
 # What an operator may well set; none of it may reach the localizer's own requests.
 COMMON = (
     *OPTIONS,
-    "--trust-request-mm-kwargs",
+    *("--trust-request-mm-kwargs", "--enable-mm-embeds"),
     *("--reasoning-parser", "qwen3", "--default-chat-template-kwargs", '{"enable_thinking": false}'),
 )
 BOX, OTHER = [0.1, 0.1, 0.4, 0.4], [0.2, 0.2, 0.6, 0.6]
@@ -265,6 +269,52 @@ def test_prompt_logprobs_take_the_evictions_that_the_server_chose_away(server: S
         assert said["tokens_after_plc"] == 576 or method == "plc+ilp"
 
 
+def test_min_tokens_is_no_wrong_parameter(server: Server) -> None:
+    scene, question = LOCAL[0]
+    body = chat([part(noise(24, scene.picture().size))], question, min_tokens=2)
+    assert found(post(server, "/v1/chat/completions", body))["localizer"]["outcome"] != "not_asked"
+
+
+def test_who_asks_for_too_much_takes_no_image_from_others(server: Server) -> None:
+    """One client's request is refused while others ask about the same image, new to the server each time."""
+    crop = {"regions": [BOX], "method": "ilp", "pruning_rate": 0.5}
+    for number in range(8):
+        body = chat([part(noise(300 + number, (336, 336)))], "?", crop=crop)
+        bodies = [{**body, "prompt_logprobs": 1}, body, body]
+        with ThreadPoolExecutor(3) as pool:
+            statuses = list(pool.map(lambda b: post(server, "/v1/chat/completions", b).status_code, bodies))
+        assert statuses == [400, 200, 200]
+
+
+def test_a_batch_that_is_localized_takes_no_image_from_others(server: Server) -> None:
+    scene, question = LOCAL[1]
+    for number in range(4):
+        first = noise(400 + 10 * number, scene.picture().size)
+        others = [noise(401 + 10 * number + index, scene.picture().size) for index in range(6)]
+        batch = {
+            "model": MODEL,
+            "messages": [question_about(picture, question) for picture in (first, *others)],
+            "max_tokens": 3,
+        }
+        with ThreadPoolExecutor(2) as pool:
+            running = pool.submit(post, server, "/v1/chat/completions/batch", batch)
+            time.sleep(0.1)
+            victim = post(server, "/v1/chat/completions", chat([part(first)], question))
+            assert victim.status_code == 200, victim.text
+            assert running.result().status_code == 200, running.result().text
+
+
+def test_embeddings_of_several_images_are_left_as_they_are(server: Server, stock: Server) -> None:
+    """vLLM makes one item of them for some families: nothing is sought, and nothing is refused."""
+    rows = {"image_embeds": torch.ones(16, 128), "image_grid_thw": torch.tensor([1, 8, 8])}
+    encoded = {name: tensor2base64(tensor) for name, tensor in rows.items()}
+    for count in (1, 2):
+        embedded = [{"type": "image_embeds", "image_embeds": encoded}] * count
+        ours, theirs = (post(one, "/v1/chat/completions", chat(embedded, "?")) for one in (server, stock))
+        assert ours.status_code == theirs.status_code == 200, ours.text
+        assert ours.json()["usage"]["prompt_tokens"] == theirs.json()["usage"]["prompt_tokens"]
+
+
 # Bounds before parsing.
 
 
@@ -306,6 +356,34 @@ def test_tokenizing_tells_nothing_of_what_others_have_asked(server: Server, clie
     before = post(server, "/tokenize", body).json()["count"]
     assert found(ask(client, picture, question))["region"] is not None
     assert post(server, "/tokenize", body).json()["count"] == before
+
+
+def test_counting_tokens_asks_nobody_and_counts_for_nobody(server: Server) -> None:
+    before = [metric(server, name) for name in ("vllm:request_success_total", "crop:requests_total")]
+    source = {"type": "base64", "media_type": "image/png", "data": data_url(noise(32, (384, 384)))[22:]}
+    content = [{"type": "image", "source": source}, {"type": "text", "text": LOCAL[0][1]}]
+    body = {"model": MODEL, "messages": [{"role": "user", "content": content}]}
+    response = post(server, "/v1/messages/count_tokens", body)
+    assert response.status_code == 200
+    assert response.json()["input_tokens"] > 576
+    after = [metric(server, name) for name in ("vllm:request_success_total", "crop:requests_total")]
+    assert after == before
+
+
+def test_a_name_alone_is_not_decoded_where_nobody_looks(server: Server) -> None:
+    """A small file of 81 megapixels, named eight times: by who only counts tokens, and in vain."""
+    huge = io.BytesIO()
+    Image.new("L", (9000, 9000), 77).save(huge, "PNG")
+    url = f"data:image/png;base64,{base64.b64encode(huge.getvalue()).decode()}"
+    sent = {"type": "image_url", "image_url": {"url": url}, "uuid": "huge"}
+    question = LOCAL[0][1]
+    assert post(server, "/v1/chat/completions", chat([sent], question)).status_code in (200, 400)
+    body = chat([part(None, "huge")] * 8, question)
+    with health_watched(server):
+        for more, route in (({}, "/tokenize"), ({"temperature": -1}, "/v1/chat/completions")):
+            start = time.monotonic()
+            assert post(server, route, {**body, **more}).status_code == 400
+            assert time.monotonic() - start < 2
 
 
 def test_salts_keep_answers_of_the_localizer_apart(server: Server, client: openai.OpenAI) -> None:

@@ -208,7 +208,7 @@ def images_sought(
     params: CropParams,
     config: CropConfig,
     salt: str | None = None,
-    by_name: Callable[[int], Any] = lambda index: None,
+    by_name: Callable[[int], Picture | None] = lambda index: None,
 ) -> list[Sought]:
     """The images of a prompt with their questions; empty if the request wants no regions found.
 
@@ -216,10 +216,12 @@ def images_sought(
         data: the prompt's multimodal data.
         messages: the conversation it was made of; empty for a prompt that came as text or tokens.
         salt: the prompt's `cache_salt`.
-        by_name: gives the image that came as a uuid alone, None if it is not known.
+        by_name: gives the picture that came as a uuid alone, None if it is not known.
     """
     items = data.get("image")
-    items = [] if items is None else items if isinstance(items, list | tuple) else [items]
+    if not isinstance(items, list | tuple):
+        # A single picture; or embeddings of images, how many only vLLM can tell.
+        items = [] if as_picture(items) is None else [items]
     pinning = params.localize or config.localizer.conversation
     if not items or params.regions is not None or pinning == "off" or is_off(params, config):
         return []
@@ -228,7 +230,7 @@ def images_sought(
         # Asked for by name; or a prompt without messages, or images we know no message of.
         questions = [params.question] * len(items)
     return [
-        Sought(as_picture(by_name(index) if item is None else item), question and normalised(question), salt)
+        Sought(by_name(index) if item is None else as_picture(item), question and normalised(question), salt)
         for index, (item, question) in enumerate(zip(items, questions, strict=True))
     ]
 

@@ -10,16 +10,17 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-from vllm.exceptions import VLLMClientError
+from vllm.exceptions import VLLMClientError, VLLMValidationError
 from vllm.renderers.hf import HfRenderer
 
-from vllm_crop.budget import retained_count
+from vllm_crop.budget import method_evicts, retained_count
+from vllm_crop.compat.patches.input_processor import IN_THE_WAY, evictions_refused
 from vllm_crop.errors import CropError
 from vllm_crop.facts import ImageFacts, Source
 from vllm_crop.frontend.engines import OfflineEngine, ServingEngine
 from vllm_crop.frontend.localization import Localizing, Sought, images_sought
 from vllm_crop.localizers.decision import Localization
-from vllm_crop.localizers.thumbnails import as_picture
+from vllm_crop.localizers.thumbnails import Picture, as_picture
 from vllm_crop.metrics import crop_metrics
 from vllm_crop.models.deciding import ImageDecision
 from vllm_crop.models.processing import CROP_KEY, DECISIONS, FACTS, CropProcessorMixin, as_validation_error
@@ -41,12 +42,6 @@ class CropRenderer(HfRenderer):
     engine: ServingEngine | OfflineEngine | None = None
     chat_template: str | None = None
 
-    def __init__(self, config: Any, tokenizer: Any) -> None:
-        """As upstream; what makes plans is compiled now, before any request is there to wait for it."""
-        super().__init__(config, tokenizer)
-        if isinstance(self.mm_processor, CropProcessorMixin):
-            use_compiled()
-
     @cached_property
     def _localizing(self) -> Localizing | None:
         """None where regions come from clients alone."""
@@ -56,7 +51,13 @@ class CropRenderer(HfRenderer):
         return Localizing(self, processor.geometry, processor.crop_config)
 
     def attach_engine(self, kind: Callable[[Any], ServingEngine | OfflineEngine], engine: Any) -> None:
-        """Told by every engine of its renderer (compat/patches/engine.py)."""
+        """Told by every engine of its renderer (compat/patches/engine.py), once it runs.
+
+        What makes plans is compiled now: before any request is there to wait for it, and after the engine's
+        processes have been started, which need nothing of the compiler.
+        """
+        if isinstance(self.mm_processor, CropProcessorMixin):
+            use_compiled()
         if self._localizing is not None and self._localizing.config.kind == "engine":
             self.engine = kind(engine)
 
@@ -90,10 +91,8 @@ class CropRenderer(HfRenderer):
         asked, sought = self._look_at(prompt, messages)
         localizations: list[Localization] = []
         if sought and self._localizing is not None:
-            served = not self._will_be_refused(prompt, asked.params)
-            localizations = (
-                self._localizing.localize_now(sought) if served else self._localizing.not_asked(sought)
-            )
+            self._refuse_before_work(prompt, asked.params)
+            localizations = self._localizing.localize_now(sought)
         self._hand_over(prompt, asked, localizations)
         try:
             engine_input = super().process_for_engine(prompt, arrival_time, **kwargs)
@@ -113,11 +112,19 @@ class CropRenderer(HfRenderer):
         if sought and self._localizing is not None:
             # What is only tokenized asks nobody, and learns nothing of what others have asked: vLLM answers
             # /tokenize without an API key.
-            tokenized = kwargs.get("skip_mm_cache", False)
-            if tokenized or self._will_be_refused(prompt, asked.params):
+            context = current_request.get()
+            if kwargs.get("skip_mm_cache", False) or (context is not None and context.only_counts):
                 localizations = self._localizing.not_asked(sought)
             else:
-                localizations = await self._localizing.localize(sought)
+                self._refuse_before_work(prompt, asked.params)
+                if context is not None:
+                    # Of a batch: while this conversation waits, no other request may find the images of
+                    # the ones before it in vLLM's cache: the engine has not got them yet. They go with data.
+                    context.forget_unsent()
+                if self._will_be_refused():
+                    localizations = self._localizing.not_asked(sought)
+                else:
+                    localizations = await self._localizing.localize(sought)
         self._hand_over(prompt, asked, localizations)
         try:
             engine_input = await super().process_for_engine_async(prompt, arrival_time, **kwargs)
@@ -145,6 +152,7 @@ class CropRenderer(HfRenderer):
             data = prompt.get("multi_modal_data") or {}
             # Before any localization is paid for, as far as vLLM has not to read the images for it.
             image_requests(params, config, _num_images(data, params))
+        self._refuse_evictions_without_rows(params)
         asked = CropRequest(params, salt=salt)
         if self._localizing is None:
             return asked, []
@@ -154,40 +162,68 @@ class CropRenderer(HfRenderer):
         uuids = (prompt.get("multi_modal_uuids") or {}).get("image") or ()
         uuids = [uuids] if isinstance(uuids, str) else uuids
 
-        def by_name(index: int) -> Any:
+        def by_name(index: int) -> Picture | None:
             uuid = uuids[index] if index < len(uuids) else None
             if known is None or not isinstance(uuid, str) or (found := known.find(uuid, salt)) is None:
                 return None
-            return known.data_of(found)
+            return known.picture_of(found)
 
         return asked, images_sought(data, messages, params, config, salt, by_name)
 
-    def _will_be_refused(self, prompt: Any, params: CropParams) -> bool:
-        """Whether vLLM will not serve the request whatever is found: it need not be localized.
+    def _refuse_before_work(self, prompt: Any, params: CropParams) -> None:
+        """Refuse a request that vLLM will not serve whatever is found, before its images are looked at.
 
-        It says so in its own words; a mistake here costs a saving and no answer.
+        Raises:
+            VLLMValidationError: vLLM's own for a wrong sampling parameter; or the prompt is longer than the
+                model takes with the fewest tokens its images can have.
         """
-        return self._has_bad_parameters() or self._is_too_long(prompt, params)
+        self._sampling()
+        # A prompt that is cut to a length is cut after its images have been expanded.
+        request = _vllm_request()
+        if getattr(request, "truncate_prompt_tokens", None) is None:
+            self._refuse_too_long(prompt, params)
 
-    def _has_bad_parameters(self) -> bool:
-        context = current_request.get()
-        request: Any = None if context is None else context.request
+    def _sampling(self) -> Any:
+        """The request's sampling parameters, None where they are not known.
+
+        Raises:
+            VLLMValidationError, ValueError: they are wrong, as vLLM would say after rendering.
+        """
+        request = _vllm_request()
         if getattr(request, "use_beam_search", False) or not hasattr(request, "to_sampling_params"):
+            return None
+        return request.to_sampling_params(self.model_config.max_model_len, {})
+
+    def _will_be_refused(self) -> bool:
+        """Whether the engine will not take the request's parameters: it need not be localized.
+
+        vLLM says so itself, for a stream after the response has begun.
+        """
+        sampling = self._sampling()
+        if sampling is None:
             return False
         try:
-            sampling = request.to_sampling_params(1, {})
             sampling.verify(self.model_config, None, self.config.structured_outputs_config, self.tokenizer)
         except (ValueError, VLLMClientError):
             return True
         return False
 
-    def _is_too_long(self, prompt: Any, params: CropParams) -> bool:
-        """Whether the prompt is longer than the model takes with the fewest tokens its images can have."""
+    def _refuse_evictions_without_rows(self, params: CropParams) -> None:
+        """Refuse evictions asked for beside prompt logprobs, before vLLM's caches know of the images."""
+        config = self.mm_processor.crop_config
+        evicts = method_evicts(params.method or config.method) and any(params.regions or ())
+        if not evicts or (sampling := self._sampling()) is None:
+            return
+        for name in IN_THE_WAY:
+            if getattr(sampling, name, None) is not None:
+                raise evictions_refused(name)
+
+    def _refuse_too_long(self, prompt: Any, params: CropParams) -> None:
         processor = self.mm_processor
         rate = processor.crop_config.pruning_rate if params.pruning_rate is None else params.pruning_rate
         method = params.method or processor.crop_config.method
         images = _images(prompt.get("multi_modal_data") or {})
-        least = len(prompt.get("prompt_token_ids") or ()) - len(images)
+        least, most = len(prompt.get("prompt_token_ids") or ()) - len(images), self.model_config.max_model_len
         for image in images:
             size = getattr(image, "size", None)
             if not isinstance(size, tuple):
@@ -195,9 +231,12 @@ class CropRenderer(HfRenderer):
             try:
                 tokens = processor.geometry.grid(*size).num_tokens
             except CropError:
-                return True
+                return  # the image processor says so
             least += tokens if method == "ilp" else retained_count(tokens, rate)
-        return bool(least >= self.model_config.max_model_len)
+        if least >= most:
+            raise VLLMValidationError(
+                f"Input length (at least {least}) exceeds model's maximum context length ({most})."
+            )
 
     def _hand_over(self, prompt: Any, asked: CropRequest, localizations: Sequence[Localization]) -> None:
         """Tell the multimodal processor what is asked for."""
@@ -222,6 +261,8 @@ class CropRenderer(HfRenderer):
         if not decisions:
             return
         placeholders = engine_input["mm_placeholders"]["image"]
+        if len(localizations) != len(decisions):
+            localizations = ()  # of embeddings that vLLM has taken apart: none of them was looked at
         found = (
             [
                 replace(one, region=None, outcome="not_possible") if decision.whole == "not_possible" else one
@@ -236,8 +277,9 @@ class CropRenderer(HfRenderer):
             for decision, placeholder, localization in zip(decisions, placeholders, found, strict=True)
         ]
         engine_input[FACTS] = facts
-        model_name = None if skip_mm_cache else self.model_config.served_model_name
         context = current_request.get()
+        only_counts = skip_mm_cache or (context is not None and context.only_counts)
+        model_name = None if only_counts else self.model_config.served_model_name
         if context is None:
             if model_name is not None:
                 crop_metrics().record(model_name, facts)
@@ -261,6 +303,12 @@ class CropRenderer(HfRenderer):
             for item, mm_hash in zip(items, engine_input["mm_hashes"][modality], strict=True):
                 if item is not None:
                     context.unsent[mm_hash] = cache.invalidate
+
+
+def _vllm_request() -> Any:
+    """vLLM's object for the request being served over HTTP, where one is known."""
+    context = current_request.get()
+    return None if context is None else context.request
 
 
 def _images(data: Any) -> list[Any]:

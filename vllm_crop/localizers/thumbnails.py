@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
+from vllm_crop.errors import UnsupportedImageError
 from vllm_crop.vision_geometry import VisionGeometry
 
 Made = TypeVar("Made")
@@ -80,8 +81,11 @@ def size_for_tokens(
     scale = math.sqrt(max_tokens / full)
     for _ in range(_ATTEMPTS):
         size = max(1, round(width * scale)), max(1, round(height * scale))
-        if geometry.grid(*size).num_tokens <= max_tokens:
-            return size
+        try:
+            if geometry.grid(*size).num_tokens <= max_tokens:
+                return size
+        except UnsupportedImageError:  # a line so narrow that a smaller one has no pixel across
+            return None
         scale *= 0.97
     return None
 

@@ -2,7 +2,7 @@
 """What is done with each image of a request."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from vllm.multimodal.parse import ImageProcessorItems
@@ -69,6 +69,8 @@ class ImageDecider:
             UnsupportedImageError: for a client's region; the image processor refuses the image too.
         """
         images = mm_items.get("image") or ()
+        if asked.found is not None and len(asked.found) != len(images):
+            asked = replace(asked, found=(None,) * len(images))  # embeddings that vLLM has taken apart
         requests = asked.images(self.config, len(images))
         try:
             return self._decide(images, requests, sizes, other_kwargs)

@@ -20,6 +20,7 @@ from vllm.multimodal.parse import ImageProcessorItems
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from vllm_crop.config import shorten
+from vllm_crop.localizers.thumbnails import Picture, as_picture
 from vllm_crop.params import InvalidCropError
 
 MAX_NAMES = 65536  # images; what is kept of one, without its data, is a few hundred bytes
@@ -61,8 +62,9 @@ class KnownImages:
             data: a PIL image, or vLLM's MediaWithBytes around one.
         """
         with self._lock:
-            for scope in {salt, _SAME_FOR_ALL}:
-                self._images[_short(name, scope)] = image
+            self._images[_short(name, salt)] = image
+            # A tenant that has a salt takes no name away from those who have none.
+            self._images.setdefault(_short(name, _SAME_FOR_ALL), image)
             if image.key not in self._data and _num_bytes(data) <= self._data.maxsize:
                 encoded = isinstance(data, MediaWithBytes)
                 self._data[image.key] = _Encoded(data.original_bytes, data.io_config) if encoded else data
@@ -74,6 +76,14 @@ class KnownImages:
                 if (image := self._images.get(_short(name, scope))) is not None:
                     return image
         return None
+
+    def picture_of(self, image: KnownImage) -> Picture | None:
+        """The image for a localizer, decoded when it is looked at; None if its data is forgotten."""
+        with self._lock:
+            kept = self._data.get(image.key)
+        if isinstance(kept, _Encoded):
+            return Picture(lambda: kept.decode().media, kept.original_bytes, kept.io_config)
+        return as_picture(kept)
 
     def data_of(self, image: KnownImage) -> Any:
         """The image as it was sent, decoded as it was then; None if its data is forgotten."""

@@ -23,6 +23,7 @@ from vllm_crop.request_context import current_request
 
 REASON = "settles what a request's parameters and its prompt allow together"
 UNLABELLED, FACTS = "crop_unlabelled", "crop_facts"  # as vllm_crop/models/processing.py writes them
+IN_THE_WAY = ("prompt_logprobs", "prompt_logprob_token_ids")  # sampling parameters
 _MARK = "_vllm_crop_input_processor_patched"
 
 
@@ -70,19 +71,13 @@ def settle_request(request: Any, prompt: Any, settings: EvictionSettings) -> Non
     parameter = _parameter_in_the_way(request)
     if parameter is None or not settings.stages:
         return
-    from vllm.exceptions import VLLMValidationError
-
     from vllm_crop.eviction.prompt_eviction import read_labels
 
     placeholders = image_placeholders(request.mm_features or ())
     if read_labels(request.prompt_token_ids or (), placeholders, settings.label_ids) is None:
         return
     if (unlabelled := prompt.get(UNLABELLED)) is None:
-        raise VLLMValidationError(
-            f"{parameter}: not possible for a request whose visual tokens are evicted; send crop.method "
-            "'plc' or 'off'",
-            parameter=parameter,
-        )
+        raise evictions_refused(parameter)
     request.prompt_token_ids = list(unlabelled)
     if (context := current_request.get()) is not None:
         stale = {id(facts) for facts in prompt.get(FACTS, ())}
@@ -90,6 +85,17 @@ def settle_request(request: Any, prompt: Any, settings: EvictionSettings) -> Non
             replace(facts, tokens_avg=float(facts.tokens_after_plc)) if id(facts) in stale else facts
             for facts in context.facts
         ]
+
+
+def evictions_refused(parameter: str) -> Any:
+    """The VLLMValidationError for a parameter that evictions cannot go with."""
+    from vllm.exceptions import VLLMValidationError
+
+    return VLLMValidationError(
+        f"{parameter}: not possible for a request whose visual tokens are evicted; send crop.method 'plc' or "
+        "'off'",
+        parameter=parameter,
+    )
 
 
 def _newly_sent(prompt: Any) -> list[str]:
@@ -105,7 +111,7 @@ def _newly_sent(prompt: Any) -> list[str]:
 
 
 def _parameter_in_the_way(request: Any) -> str | None:
-    for name in ("prompt_logprobs", "prompt_logprob_token_ids"):
+    for name in IN_THE_WAY:
         if getattr(request.sampling_params, name, None) is not None:
             return name
     return "resumable" if request.resumable else None
