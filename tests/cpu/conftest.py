@@ -25,7 +25,7 @@ from tests.conftest import CheckpointOf
 from tests.families import LLAVA, Family
 from tests.reference import HfReference, Reference
 from vllm_crop.config import CropConfig
-from vllm_crop.params import CropParams, image_requests
+from vllm_crop.params import CropParams, CropRequest, image_requests
 
 TEXT = "USER: {images}What is the time, and where?\nASSISTANT:"
 STEPS = 8
@@ -161,6 +161,15 @@ def _answer(output: Any) -> Answer:
         output.num_cached_tokens or 0,
         list(output.prompt_token_ids),
     )
+
+
+def decided(processor: Any, image: Any, crop: Any) -> Any:
+    """What the front end decides about one image."""
+    items = processor.info.parse_mm_data({"image": image})
+    size = items["image"].get_image_size(0)
+    asked = CropRequest(CropParams.parse(crop))
+    (decision,) = processor._decider.decide(asked, items, [(size.width, size.height)])
+    return decision
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from vllm.exceptions import VLLMValidationError
 
-from tests.cpu.conftest import Answer, Engine, Question, ReferenceFor, _answer
+from tests.cpu.conftest import Answer, Engine, Question, ReferenceFor, _answer, decided
 from tests.cpu.test_caches import right
 from tests.cpu.test_parity import NOTICEABLE, TOLERANCE, cells, difference
 from tests.pictures import noise_image
@@ -197,11 +197,7 @@ def test_a_longer_turn_of_a_conversation(
 
 def planned(engine: Engine, image: Image.Image, asked: Question) -> TokenPlan | None:
     """The plan the engine has made."""
-    from vllm_crop.params import CropParams
-
-    items = engine.processor.info.parse_mm_data({"image": [image]})
-    (decision,) = engine.processor.decide(CropParams.parse(asked.crop), items, ["planned here"])
-    plan: TokenPlan | None = decision.plan
+    plan: TokenPlan | None = decided(engine.processor, image, asked.crop).plan
     return plan
 
 

@@ -25,6 +25,7 @@ from tests.cpu.conftest import (
     ReferenceFor,
     ReferenceOf,
     _answer,
+    decided,
 )
 from tests.cpu.test_caches import about, right
 from tests.cpu.test_parity import NOTICEABLE, TOLERANCE, cells, difference
@@ -33,7 +34,6 @@ from tests.pictures import noise_image
 from tests.reference import HfReference
 from tests.slow_plan import embeddings_of, plan_of
 from vllm_crop.geometry import TokenGrid
-from vllm_crop.params import CropParams
 from vllm_crop.vision_geometry import geometry_from_configs
 
 pytestmark = pytest.mark.vllm_runtime
@@ -118,9 +118,8 @@ def test_what_becomes_of_newlines_matters(pool: Engine, reference_for: Reference
     image = noise_image(420, 500, 400)
     asked = about(image, FIRST)
     (answer,) = right(pool, reference_for, asked)
-    items = pool.processor.info.parse_mm_data({"image": image})
-    (decision,) = pool.processor.decide(CropParams.parse(asked.crop), items, ["some image"])
-    plan, tiles = decision.plan, decision.plan.grid.parts[1]
+    plan = decided(pool.processor, image, asked.crop).plan
+    tiles = plan.grid.parts[1]
     ends = {tiles.token(row, tiles.grid.cols) for row in range(tiles.grid.rows)}
     shifted = tuple(
         replace(e, tokens=tuple(token - 1 for token in e.tokens)) if ends.issuperset(e.tokens) else e

@@ -25,6 +25,7 @@ from tests.cpu.conftest import (
     ReferenceFor,
     ReferenceOf,
     _answer,
+    decided,
 )
 from tests.cpu.test_caches import about, right
 from tests.cpu.test_parity import NOTICEABLE, TOLERANCE, cells, difference
@@ -35,7 +36,7 @@ from vllm_crop.config import CropConfig
 from vllm_crop.eviction.decoder import _gather_positions
 from vllm_crop.geometry import TokenGrid
 from vllm_crop.models.deciding import ImageDecider
-from vllm_crop.params import CropParams, InvalidCropError
+from vllm_crop.params import CropParams, CropRequest, InvalidCropError
 
 pytestmark = pytest.mark.vllm_runtime
 
@@ -60,12 +61,6 @@ def reference_for(reference_of: ReferenceOf) -> ReferenceFor:
     return reference_of(QWEN2_5_VL, "pool")
 
 
-def decisions(engine: Engine, image: Any, crop: dict[str, Any]) -> Any:
-    processor = engine.processor
-    items = processor.info.parse_mm_data({"image": image})
-    return processor.decide(CropParams.parse(crop), items, ["some image"])
-
-
 def test_tokens_before_are_those_of_the_image(pool: Engine) -> None:
     sizes = {
         (500, 400): 18 * 14,
@@ -75,8 +70,8 @@ def test_tokens_before_are_those_of_the_image(pool: Engine) -> None:
         (3000, 3000): 25 * 25,
     }
     for size, tokens in sizes.items():
-        (decision,) = decisions(pool, noise_image(0, *size), {"regions": [FIRST]})
-        assert decision.full_tokens == tokens, size
+        decision = decided(pool.processor, noise_image(0, *size), {"regions": [FIRST]})
+        assert decision.plan.grid.num_tokens == tokens, size
 
 
 def test_the_smallest_and_the_narrowest_image(pool: Engine, reference_for: ReferenceFor) -> None:
@@ -264,11 +259,12 @@ def test_positions_that_run_past_the_rotary_table_are_refused(pool: Engine) -> N
         info = SimpleNamespace(ctx=SimpleNamespace(model_config=model_config))
         decider = ImageDecider(info, config, pool.processor.geometry)
         params = CropParams.parse({"regions": [FIRST] * len(images), "pruning_rate": 0.9})
-        hashes = [str(index) for index, _ in enumerate(images)]
-        return decider.decide(params, {"image": ImageProcessorItems(list(images))}, hashes)
+        sizes = [image.size for image in images]
+        return decider.decide(CropRequest(params), {"image": ImageProcessorItems(list(images))}, sizes)
 
     (found,) = decide(1000, long)
-    assert (found.full_tokens, found.plan.num_embeddings, found.positions_beyond) == (200, 20, 180)
+    assert (found.plan.grid.num_tokens, found.plan.num_embeddings) == (200, 20)
+    assert found.positions_beyond == 180
     assert decide(1000, square)[0].positions_beyond == 0
     decide(3820, long)
     with pytest.raises(InvalidCropError, match="has room for 179"):

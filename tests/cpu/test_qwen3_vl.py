@@ -35,7 +35,7 @@ from tests.reference import HfReference
 from vllm_crop.config import CropConfig
 from vllm_crop.geometry import Region, TokenGrid
 from vllm_crop.models.deciding import ImageDecider
-from vllm_crop.params import CropParams, InvalidCropError
+from vllm_crop.params import CropParams, CropRequest, InvalidCropError
 from vllm_crop.plan import TokenPlan
 
 pytestmark = pytest.mark.vllm_runtime
@@ -248,9 +248,10 @@ def test_positions_that_run_past_the_rotary_table_are_refused(pool: Engine) -> N
         decider = ImageDecider(info, CropConfig(position_ids="original"), pool.processor.geometry)
         params = CropParams.parse({"regions": [cells(0, 0, 1, 1)], "pruning_rate": 0.9})
         images = pool.processor.info.parse_mm_data({"image": noise_image(409, 5120, 32)})
-        return decider.decide(params, images, ["some image"])
+        return decider.decide(CropRequest(params), images, [(5120, 32)])
 
     (found,) = decide(856)
-    assert (found.full_tokens, found.plan.num_embeddings, found.positions_beyond) == (160, 16, 144)
+    assert (found.plan.grid.num_tokens, found.plan.num_embeddings) == (160, 16)
+    assert found.positions_beyond == 144
     with pytest.raises(InvalidCropError, match="has room for 143"):
         decide(857)
