@@ -159,12 +159,12 @@ def serve_plan(engine: Engine, monkeypatch: pytest.MonkeyPatch, leaves_at: Seque
         replace(embedding, evicted_from_layer=layer)
         for embedding, layer in zip(embeddings_of(whole), leaves_at, strict=True)
     )
-    plan, decide = plan_of(whole.grid, whole.pruning_rate, embeddings), engine.processor.decide
+    plan, decide = plan_of(whole.grid, whole.pruning_rate, embeddings), engine.processor._decider.decide
 
     def planned(*args: Any) -> Any:
         return tuple(replace(decision, plan=plan) for decision in decide(*args))
 
-    monkeypatch.setattr(engine.processor, "decide", planned)
+    monkeypatch.setattr(engine.processor._decider, "decide", planned)
     return plan
 
 

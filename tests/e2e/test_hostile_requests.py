@@ -4,6 +4,7 @@
 import base64
 import io
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -214,13 +215,19 @@ def test_a_preview_shows_what_the_server_does_and_not_what_it_would_do_itself(
     arguments = ["preview", "scene.png", question, "--base-url", f"{server.base_url}/v1"]
     launch = "from vllm_crop.cli import app; app()"
     command = [sys.executable, "-c", launch, *arguments]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    wide = {**os.environ, "COLUMNS": "200"}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, env=wide)
     assert done.returncode == 0, done.stderr
     assert "576 -> 64 tokens" in done.stdout
     assert "others kept" in done.stdout
     assert "pooled" not in done.stdout
     refused = subprocess.run(
-        [*command, "--compression", "pool"], cwd=tmp_path, capture_output=True, text=True, timeout=120
+        [*command, "--compression", "pool"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=wide,
     )
     assert refused.returncode == 2
     assert "requests cannot choose" in refused.stderr
@@ -459,6 +466,8 @@ def test_any_request_is_answered_as_stock_vllm_does_where_it_is_not_pruned(
     if ours.status_code == 400 and crop is not None and theirs.status_code == 200:
         # Refused for its field alone; or for a list of regions of another length, a rate out of reach.
         assert ours.json()["error"]["param"].startswith(("crop", "prompt_logprobs")), ours.text
+        # Both have seen the same images afterwards.
+        assert post(server, "/v1/chat/completions", body).status_code == 200
         return
     if theirs.status_code >= 500:
         return  # its cache has drifted from its engine's; ours must not
