@@ -128,7 +128,7 @@ class CropConfig(BaseModel):
         if rate > limits.max_pruning_rate:
             raise ValueError(
                 f"max_pruning_rate {limits.max_pruning_rate:g} is what requests may ask for at most, but the "
-                f"server's own pruning_rate is {rate:g}"
+                f"server's own pruning_rate is {rate:g}: lower that one or raise this"
             )
         return limits
 

@@ -34,7 +34,7 @@ METHODS: dict[str, tuple[Compression, Method, tuple[int, ...]]] = {
     "plc, prune": ("prune", "plc", ()),
     "ilp": ("pool", "ilp", (2,)),
     "plc+ilp": ("pool", "plc+ilp", (2,)),
-    "plc+ilp, 2 layers": ("pool", "plc+ilp", (2, 16)),
+    "plc+ilp, 2": ("pool", "plc+ilp", (2, 16)),
 }
 REGIONS = (
     Region((Box(0.375, 0.375, 0.625, 0.625),)),
@@ -81,8 +81,9 @@ def planning_table(measured: Iterator[PlanTimes]) -> Table:
     table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1))
     for title in ("tokens", "method"):
         table.add_column(title, no_wrap=True)
-    for title in ("CPU ms\nmedian", "min", "max", "plans"):
-        table.add_column(title, justify="right", no_wrap=True)
+    for title in ("median", "min", "max", "plans"):
+        table.add_column(title, justify="right", no_wrap=True, min_width=6)
+    table.title = "CPU milliseconds of one plan"
     last = None
     for one in measured:
         if one.size != last and last is not None:
@@ -91,5 +92,6 @@ def planning_table(measured: Iterator[PlanTimes]) -> Table:
         numbers = [f"{value:.2f}" for value in (median(times), min(times), max(times))]
         table.add_row("" if one.size == last else one.size, one.method, *numbers, str(len(times)))
         last = one.size
-    table.caption = f"Tokens are split by {'compiled code' if use_compiled() else 'numpy, without numba'}."
+    split_by = "compiled code" if use_compiled() else "numpy, without numba"
+    table.caption = f"2: evicted at two layers. Tokens are split by {split_by}."
     return table

@@ -111,7 +111,10 @@ def preview(
     if model is None:
         typer.echo("No --model: LLaVA-1.5 assumed, a 24 x 24 grid on the 336-pixel centre crop.")
     counts = PlanSummary.of(planned.tokens, planned.region, num_layers)
-    reason = "" if planned.region else f": {why_whole(request, asked)}"
+    why = why_whole(request, asked)
+    if answer is not None and answer.localizer is not None and answer.localizer["outcome"] == "global":
+        why = "the localizer says that the question needs all of it"
+    reason = "" if planned.region else f": {why}"
     typer.echo(f"{counts.tokens} -> {counts.after} ({counts.change})  {counts.describe()}{reason}")
     if counts.evicted:
         typer.echo(counts.describe_layers())

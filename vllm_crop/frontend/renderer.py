@@ -333,7 +333,7 @@ def _image_facts(
         source = "off"
     elif decision.whole == "out_of_view":
         source = "out_of_view"
-    elif localization is not None:
+    elif localization is not None and localization.outcome != "not_asked":
         source = localization.localizer
     elif request.region is None:
         source = "none"
