@@ -80,6 +80,21 @@ def test_a_request_with_many_images_leaves_room_for_others(counting: Counting) -
     assert asyncio.run(both()) < 3 * counting.seconds  # and not behind thirty others
 
 
+def test_who_asks_the_same_as_a_busy_request_does_not_wait_for_the_rest_of_it(counting: Counting) -> None:
+    async def both() -> float:
+        asked = service(max_running_per_request=1)
+        loop = asyncio.get_running_loop()
+        many = asyncio.ensure_future(asked.localize(images(20)))
+        await asyncio.sleep(counting.seconds / 2)
+        start = loop.time()
+        await asked.localize(images(20)[-1:])
+        alone = loop.time() - start
+        await many
+        return alone
+
+    assert asyncio.run(both()) < 5 * counting.seconds
+
+
 def test_what_one_tenant_was_told_is_not_known_to_another(counting: Counting) -> None:
     async def asked() -> list[bool]:
         answers = service()

@@ -141,6 +141,19 @@ UPSTREAM_POINTS = (
         )
         for method in online_renderer.METHODS
     ),
+    *(
+        UpstreamPoint(
+            f"vllm.entrypoints.openai.{api}.protocol",
+            f"{request}.to_sampling_params",
+            ("self", most_tokens, "default_sampling_params"),
+            "tells parameters that will be refused before images are localized",
+        )
+        for api, request, most_tokens in (
+            ("chat_completion", "ChatCompletionRequest", "max_tokens"),
+            ("completion", "CompletionRequest", "max_tokens"),
+            ("responses", "ResponsesRequest", "default_max_tokens"),
+        )
+    ),
     UpstreamPoint(
         "vllm.sampling_params",
         "SamplingParams.verify",

@@ -110,11 +110,14 @@ class Localizing:
         try:
             async with asyncio.timeout(self.config.timeout_s):
                 key = await off_the_loop(self._key, sought)
-                cached = self.answers.get(key) is not None
-                if not (cached or admitted):
+                if (known := self.answers.get(key)) is not None:
+                    return self._settled(known, start, cached=True), None
+                if not admitted:
                     return self._without("suspended", start), None
-                located = await self.answers.make(key, partial(self._locate, key, sought, share))
-                return self._settled(located, start, cached), None if cached else True
+                # The share is the request's own: others who ask the same do not wait for its other images.
+                async with share:
+                    located = await self.answers.make(key, partial(self._locate, key, sought))
+                return self._settled(located, start, cached=False), True
         except TimeoutError:
             self.log.warning(
                 "timeout",
@@ -157,8 +160,8 @@ class Localizing:
         except Exception as error:
             return self._without(self._failure(error), start)
 
-    async def _locate(self, key: Key, sought: Sought, share: asyncio.Semaphore) -> Located:
-        async with share, self._slots:
+    async def _locate(self, key: Key, sought: Sought) -> Located:
+        async with self._slots:
             self._asking.add(key)
             try:
                 picture, question = sought.known
