@@ -6,6 +6,7 @@ of caches are made of what an image shows (vllm/multimodal/hasher.py). Stock vLL
 two images of one name would share their features.
 """
 
+import copy
 import hashlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -59,15 +60,14 @@ class KnownImages:
         Args:
             name: of any length.
             salt: the request's `cache_salt`.
-            data: a PIL image, or vLLM's MediaWithBytes around one.
+            data: a PIL image, vLLM's MediaWithBytes around one, or an array.
         """
         with self._lock:
             self._images[_short(name, salt)] = image
             # A tenant that has a salt takes no name away from those who have none.
             self._images.setdefault(_short(name, _SAME_FOR_ALL), image)
             if image.key not in self._data and _num_bytes(data) <= self._data.maxsize:
-                encoded = isinstance(data, MediaWithBytes)
-                self._data[image.key] = _Encoded(data.original_bytes, data.io_config) if encoded else data
+                self._data[image.key] = _kept(data)
 
     def find(self, name: str, salt: str | None) -> KnownImage | None:
         """The image last sent with this name: by requests of this salt, else by any, as stock vLLM has it."""
@@ -198,10 +198,19 @@ class _Encoded:
         return ImageMediaIO(**options).load_bytes(self.original_bytes)
 
 
+def _kept(data: Any) -> Any:
+    if isinstance(data, MediaWithBytes):
+        return _Encoded(data.original_bytes, data.io_config)
+    # Offline it is the caller's own, who may draw on it: its key would then stand for another image.
+    return data.copy() if isinstance(data, Image.Image) else copy.deepcopy(data)
+
+
 def _num_bytes(data: Any) -> int:
     if isinstance(data, _Encoded | MediaWithBytes):
         return len(data.original_bytes)
-    return data.width * data.height * len(data.getbands()) if isinstance(data, Image.Image) else 1
+    if isinstance(data, Image.Image):
+        return data.width * data.height * len(data.getbands())
+    return int(getattr(data, "nbytes", 1))
 
 
 def _short(name: str, salt: str | None) -> bytes:
