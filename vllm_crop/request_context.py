@@ -9,6 +9,10 @@ from typing import Any
 from vllm_crop.facts import ImageFacts
 from vllm_crop.params import CropParams, CropRequest
 
+# Keys of the engine's input, on its way from the multimodal processor to the engine.
+FACTS = "crop_facts"  # what the renderer says of its images
+UNLABELLED = "crop_unlabelled"  # the prompt's ids without the evictions that the server chose itself
+
 
 @dataclass
 class RequestContext:

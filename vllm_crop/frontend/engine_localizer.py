@@ -136,7 +136,8 @@ class EngineLocalizer:
         said = output.outputs[0]
         text = self.renderer.get_tokenizer().decode(list(said.token_ids), skip_special_tokens=True)
         logprob = said.cumulative_logprob
-        confidence = None if logprob is None else math.exp(min(0.0, logprob))
+        # In this order what is no number stays none, and is no confidence.
+        confidence = None if logprob is None else math.exp(min(logprob, 0.0))
         region = self.dialect.read(text, glance.pixels)
         if region is None:
             return Located(None, confidence)

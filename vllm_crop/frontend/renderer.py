@@ -14,7 +14,7 @@ from vllm.exceptions import VLLMClientError, VLLMValidationError
 from vllm.renderers.hf import HfRenderer
 
 from vllm_crop.budget import method_evicts, retained_count
-from vllm_crop.compat.patches.input_processor import IN_THE_WAY, evictions_refused
+from vllm_crop.compat.patches.input_processor import IN_THE_WAY, evictions_refused, newly_sent
 from vllm_crop.errors import CropError
 from vllm_crop.facts import ImageFacts, Source
 from vllm_crop.frontend.engines import OfflineEngine, ServingEngine
@@ -23,10 +23,10 @@ from vllm_crop.localizers.decision import Localization
 from vllm_crop.localizers.thumbnails import Picture, as_picture
 from vllm_crop.metrics import crop_metrics
 from vllm_crop.models.deciding import ImageDecision
-from vllm_crop.models.processing import CROP_KEY, DECISIONS, FACTS, CropProcessorMixin, as_validation_error
+from vllm_crop.models.processing import CROP_KEY, DECISIONS, CropProcessorMixin, as_validation_error
 from vllm_crop.params import CropParams, CropRequest, image_requests
 from vllm_crop.patches import use_compiled
-from vllm_crop.request_context import RequestContext, current_request
+from vllm_crop.request_context import FACTS, RequestContext, current_request
 
 MESSAGES = "crop_messages"  # in a prompt on its way through the renderer
 
@@ -116,12 +116,12 @@ class CropRenderer(HfRenderer):
             if kwargs.get("skip_mm_cache", False) or (context is not None and context.only_counts):
                 localizations = self._localizing.not_asked(sought)
             else:
-                self._refuse_before_work(prompt, asked.params)
+                sampling = self._refuse_before_work(prompt, asked.params)
                 if context is not None:
                     # Of a batch: while this conversation waits, no other request may find the images of
                     # the ones before it in vLLM's cache: the engine has not got them yet. They go with data.
                     context.forget_unsent()
-                if self._will_be_refused():
+                if self._will_be_refused(sampling):
                     localizations = self._localizing.not_asked(sought)
                 else:
                     localizations = await self._localizing.localize(sought)
@@ -170,18 +170,22 @@ class CropRenderer(HfRenderer):
 
         return asked, images_sought(data, messages, params, config, salt, by_name)
 
-    def _refuse_before_work(self, prompt: Any, params: CropParams) -> None:
+    def _refuse_before_work(self, prompt: Any, params: CropParams) -> Any:
         """Refuse a request that vLLM will not serve whatever is found, before its images are looked at.
+
+        Returns:
+            Its sampling parameters, None where they are not known.
 
         Raises:
             VLLMValidationError: vLLM's own for a wrong sampling parameter; or the prompt is longer than the
                 model takes with the fewest tokens its images can have.
         """
-        self._sampling()
+        sampling = self._sampling()
         # A prompt that is cut to a length is cut after its images have been expanded.
         request = _vllm_request()
         if getattr(request, "truncate_prompt_tokens", None) is None:
             self._refuse_too_long(prompt, params)
+        return sampling
 
     def _sampling(self) -> Any:
         """The request's sampling parameters, None where they are not known.
@@ -194,12 +198,11 @@ class CropRenderer(HfRenderer):
             return None
         return request.to_sampling_params(self.model_config.max_model_len, {})
 
-    def _will_be_refused(self) -> bool:
+    def _will_be_refused(self, sampling: Any) -> bool:
         """Whether the engine will not take the request's parameters: it need not be localized.
 
         vLLM says so itself, for a stream after the response has begun.
         """
-        sampling = self._sampling()
         if sampling is None:
             return False
         try:
@@ -297,12 +300,8 @@ class CropRenderer(HfRenderer):
     def _note_unsent(self, engine_input: Any, context: RequestContext) -> None:
         """vLLM's cache now takes new items for sent; they are when the request has reached the engine."""
         cache = self.mm_processor_cache
-        if cache is None:
-            return
-        for modality, items in engine_input["mm_kwargs"].items():
-            for item, mm_hash in zip(items, engine_input["mm_hashes"][modality], strict=True):
-                if item is not None:
-                    context.unsent[mm_hash] = cache.invalidate
+        if cache is not None:
+            context.unsent.update(dict.fromkeys(newly_sent(engine_input), cache.invalidate))
 
 
 def _vllm_request() -> Any:

@@ -25,12 +25,11 @@ from vllm_crop.models import plan_fields
 from vllm_crop.models.deciding import ImageDecider, ImageDecision
 from vllm_crop.models.known_images import KnownImages, RequestImages, identify
 from vllm_crop.params import CropParams, CropRequest, InvalidCropError
+from vllm_crop.request_context import UNLABELLED
 from vllm_crop.vision_geometry import VisionGeometry, geometry_from_configs
 
 CROP_KEY = "crop"
 DECISIONS = "crop_decisions"  # in the processed prompt, for the renderer, which takes it out
-FACTS = "crop_facts"  # what the renderer says of its images
-UNLABELLED = "crop_unlabelled"  # the prompt's ids without the evictions that the server chose itself
 
 
 @dataclass(frozen=True)

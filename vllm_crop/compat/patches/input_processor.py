@@ -19,10 +19,9 @@ from dataclasses import replace
 from typing import Any
 
 from vllm_crop.eviction.settings import EvictionSettings, image_placeholders
-from vllm_crop.request_context import current_request
+from vllm_crop.request_context import FACTS, UNLABELLED, current_request
 
 REASON = "settles what a request's parameters and its prompt allow together"
-UNLABELLED, FACTS = "crop_unlabelled", "crop_facts"  # as vllm_crop/models/processing.py writes them
 IN_THE_WAY = ("prompt_logprobs", "prompt_logprob_token_ids")  # sampling parameters
 _MARK = "_vllm_crop_input_processor_patched"
 
@@ -40,7 +39,7 @@ def patch(input_processor: Any) -> None:
         if not hasattr(self.model_config.hf_config, "crop"):  # a server that does not prune
             return process_inputs(self, *args, **kwargs)
         prompt = arguments.bind(self, *args, **kwargs).arguments["prompt"]
-        sent = _newly_sent(prompt)
+        sent = newly_sent(prompt)
         try:
             request = process_inputs(self, *args, **kwargs)
             settle_request(request, prompt, EvictionSettings.from_hf_config(self.model_config.hf_config))
@@ -98,7 +97,7 @@ def evictions_refused(parameter: str) -> Any:
     )
 
 
-def _newly_sent(prompt: Any) -> list[str]:
+def newly_sent(prompt: Any) -> list[str]:
     """The items of a prompt whose data goes along: vLLM's cache did not know them before."""
     if not isinstance(prompt, dict) or prompt.get("type") != "multimodal":
         return []
