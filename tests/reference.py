@@ -344,7 +344,9 @@ class HfQwen3VL(HfQwen2_5VL):
 
     def features(self, image: Image.Image) -> torch.Tensor:
         seen = self.see(image)
-        return torch.cat([seen.pooler_output[0], *(level[0] for level in seen.deepstack_features)], dim=1)
+        # Per layer a list with a tensor per image, or (transformers before 5.19) one tensor for all images.
+        levels = [level if isinstance(level, torch.Tensor) else level[0] for level in seen.deepstack_features]
+        return torch.cat([seen.pooler_output[0], *levels], dim=1)
 
     def deepstack(self, added: torch.Tensor) -> dict[str, Any]:
         everywhere = torch.ones(1, added.shape[1], dtype=torch.bool)  # nothing is added to text: zeros

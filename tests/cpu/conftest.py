@@ -62,6 +62,8 @@ class Answer:
     prompt_token_ids: list[int] = field(default_factory=list)
 
 
+# On top of the defaults below, for another device (tests/gpu_runner.py).
+DEVICE_OPTIONS: dict[str, Any] = {}
 # An LLM that is collected takes the process groups of all others in its process along.
 _KEPT: list[Any] = []
 
@@ -88,7 +90,7 @@ class Engine:
             "seed": 0,
             "additional_config": {} if crop is None else {"crop": dict(crop)},
         }
-        self.llm = LLM(model=str(checkpoint), **(defaults | options))
+        self.llm = LLM(model=str(checkpoint), **(defaults | DEVICE_OPTIONS | options))
         _KEPT.append(self.llm)
         # The first engine of a process makes the process groups of all, but one for experts only if it has
         # some: any group of one process will do.

@@ -320,6 +320,8 @@ def test_abort(engine: Engine, deep_reference_for: ReferenceFor, when: str) -> N
 @pytest.mark.parametrize("aborted", [False, True], ids=["finished", "aborted"])
 def test_an_id_used_again_at_once(engine: Engine, deep_reference_for: ReferenceFor, aborted: bool) -> None:
     """The worker hears of the end of the one and of the beginning of the other in the same step."""
+    if aborted and engine.llm.llm_engine.vllm_config.scheduler_config.async_scheduling:
+        pytest.skip("vLLM itself gives the new request what is still under way for an old one of its id")
     questions = [pruned(340), pruned(340, LOW), unpruned(341), pruned(341), TEXT_ONLY, pruned(340)]
     for question in questions:
         if aborted:

@@ -157,7 +157,7 @@ class TestLoad:
     def test_arguments(self, tmp_path: Path) -> None:
         spec = RunSpec("plc", 4, 0, seed=7)
         body = make_options(tmp_path).extra_body("plc")
-        arguments = bench_arguments(spec, self.SERVER, 16, 8, body)
+        arguments = bench_arguments(spec, self.SERVER, 16, 8, 1024, body)
         pairs = dict(zip(arguments[:-2:2], arguments[1:-2:2], strict=True))
         assert json.loads(pairs["--extra-body"]) == {
             "crop": {"method": "plc", "regions": [[[0.25, 0.25, 0.5, 0.5]]], "pruning_rate": 0.75}

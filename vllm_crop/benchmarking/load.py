@@ -15,7 +15,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, ParamSpec, Self, TypeVar
 
-from vllm_crop.benchmarking.options import IMAGE_SIDE
 from vllm_crop.benchmarking.runs import RunError, RunSpec
 from vllm_crop.benchmarking.server import HOST, Server
 
@@ -56,9 +55,14 @@ class Client:
 
 
 def bench_arguments(
-    spec: RunSpec, server: Server, num_prompts: int, output_len: int, extra_body: Mapping[str, Any]
+    spec: RunSpec,
+    server: Server,
+    num_prompts: int,
+    output_len: int,
+    image_side: int,
+    extra_body: Mapping[str, Any],
 ) -> list[str]:
-    """The options of `vllm bench serve` for one run: closed loop, one random image per request.
+    """The options of `vllm bench serve` for one run: closed loop, one random square image per request.
 
     No ready check and no warm-up of its own: both send the first request of the run beforehand, which the
     prefix cache would then answer.
@@ -76,7 +80,7 @@ def bench_arguments(
         "--random-input-len": QUESTION_TOKENS,
         "--random-output-len": output_len,
         "--random-mm-limit-mm-per-prompt": json.dumps({"image": 1, "video": 0}),
-        "--random-mm-bucket-config": f"{{({IMAGE_SIDE}, {IMAGE_SIDE}, 1): 1.0}}",
+        "--random-mm-bucket-config": f"{{({image_side}, {image_side}, 1): 1.0}}",
         "--percentile-metrics": "ttft,tpot",
         "--metric-percentiles": "99",
         "--ready-check-timeout-sec": 0,

@@ -15,7 +15,7 @@ from vllm_crop.params import ImageRequest, InvalidCropError
 from vllm_crop.plan import TokenPlan
 from vllm_crop.vision_geometry import VisionGeometry
 
-IMAGE_SIDE = 336
+IMAGE_SIDE = 336  # LLaVA-1.5's own, for what times the dummy model only
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Options:
     """What the command line decides; `model` None is the dummy model.
 
     Attributes:
+        image_side: pixels, of the square random images.
         localizers: modes in which the server finds regions, for the first of the methods.
         localizer_config: more settings of their localizers.
     """
@@ -40,6 +41,7 @@ class Options:
     stock: bool
     serve_args: tuple[str, ...]
     folder: Path
+    image_side: int = IMAGE_SIDE
     localizers: tuple[LocalizedMode, ...] = ()
     localizer_config: Mapping[str, Any] = field(default_factory=dict)
 
@@ -85,7 +87,7 @@ class Options:
             check_eviction_layers(stages, geometry.num_layers, geometry.first_eviction_layer)
         request = ImageRequest(region, self.pruning_rate, "pool", method, stages)
         try:
-            return plan_image(geometry, IMAGE_SIDE, IMAGE_SIDE, request).tokens
+            return plan_image(geometry, self.image_side, self.image_side, request).tokens
         except InvalidCropError as error:
             raise BudgetError(str(error).removeprefix(f"{error.parameter}: ")) from None
 

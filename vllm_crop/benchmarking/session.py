@@ -92,7 +92,9 @@ def _measure(options: Options, targets: Mapping[Mode, Target], client: Client, c
 
 def _run(options: Options, spec: RunSpec, num_prompts: int, target: Target, client: Client) -> Run:
     server = target.server
-    arguments = bench_arguments(spec, server, num_prompts, options.output_len, options.extra_body(spec.mode))
+    arguments = bench_arguments(
+        spec, server, num_prompts, options.output_len, options.image_side, options.extra_body(spec.mode)
+    )
     try:
         before = get_text(f"{server.base_url}/metrics")
         with KVSampler(server.base_url, target.capacity) as sampler:

@@ -17,6 +17,7 @@ from vllm_crop.commands.region_options import (
     parse_regions,
     request_for_image,
 )
+from vllm_crop.config import DEFAULT_STAGES
 from vllm_crop.errors import CropError
 from vllm_crop.geometry import Region
 
@@ -64,6 +65,9 @@ def bench(
         int, typer.Option(min=1, help="Runs of each mode per concurrency, all modes in turn.")
     ] = 3,
     output_len: Annotated[int, typer.Option(min=2, help="Tokens each request generates.")] = 8,
+    image_side: Annotated[
+        int, typer.Option(min=32, help="Pixels, of the square random images; more of them give more tokens.")
+    ] = 336,
     seed: Annotated[int, typer.Option(help="First seed of the random images and questions.")] = 0,
     stock: Annotated[
         bool,
@@ -129,7 +133,7 @@ def bench(
     Is it still faster if the server finds the region itself?
       vllm-crop bench --method plc --localizer engine --localizer remote
     Your own model; its speed needs no weights, but both servers must fit:
-      vllm-crop bench --model llava-hf/llava-1.5-7b-hf \\
+      vllm-crop bench --model Qwen/Qwen3-VL-8B-Instruct --image-side 1024 \\
         --serve-args "--load-format dummy" --concurrency 32 --num-prompts 128
     """
     console = Console(highlight=False)
@@ -161,6 +165,8 @@ def bench(
     from vllm_crop.benchmarking.options import Options
     from vllm_crop.benchmarking.runs import LOCALIZED_MODES
 
+    if eviction_layers is None and model is not None and not decode:
+        eviction_layers = _first_layers(model)
     request = request_for_image(None, pruning_rate, DEFAULTS.compression, "ilp", eviction_layers)
     result_file = result_file or Path("build/bench") / ("decode.json" if decode else "result.json")
     options = Options(
@@ -173,6 +179,7 @@ def bench(
         num_prompts=num_prompts,
         repeats=repeats,
         output_len=output_len,
+        image_side=image_side,
         seed=seed,
         stock=stock,
         serve_args=tuple(shlex.split(serve_args)),
@@ -190,6 +197,17 @@ def bench(
         console.print("Stopped, and the server with it.")
         raise typer.Exit(130) from None
     console.print(f"Every single run: {result_file}", markup=False)
+
+
+def _first_layers(model: str) -> str:
+    """The default, or the first layer that this model can evict at."""
+    from vllm_crop.checkpoint_files import load_geometry
+
+    try:
+        first = load_geometry(model).first_eviction_layer
+    except CropError as error:
+        raise typer.BadParameter(str(error), param_hint="--model") from None
+    return ",".join(str(max(layer, first)) for layer in DEFAULT_STAGES)
 
 
 def _parse_settings(text: str) -> dict[str, Any]:
