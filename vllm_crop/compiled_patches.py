@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The split of `vllm_crop.patches`, compiled: what a server plans with.
+"""The loops of `vllm_crop.patches`, compiled: what a server plans with.
 
 Over arrays a plan of 24 x 24 tokens is a few dozen calls of numpy on hardly any data, which hold the GIL of a
-process that has other requests to serve. Compiled, the same rule is a loop over tokens: it takes a fraction
-of the time and lets other threads run. numba compiles it; vLLM brings that along.
+process that has other requests to serve. Compiled, the same rules are loops over tokens: they take a fraction
+of the time and let other threads run. numba compiles it; vLLM brings that along.
 
 Importing this module imports numba and compiles, or loads what was compiled before, which takes longer than
 thousands of plans. `vllm_crop.patches.use_compiled` does it once.
@@ -26,7 +26,10 @@ if numba.config.DISABLE_JIT:
 # fails at start on llvmlite's handle of LLVM, which answers any name with a function, and keeps its answers.
 ffi.lib._fntab["__dict__"] = {}
 
-_SIGNATURE = "void(int32[::1], int32[::1], int64[::1], int64[::1], float64, int64[::1], int64[::1])"
+_SPLIT = "void(int32[::1], int32[::1], int64[::1], int64[::1], float64, int64[::1], int64[::1])"
+# Places of a picture are kept and must not be written to.
+_KEPT = "Array(int32, 1, 'C', readonly=True)"
+_MIDDLES = f"void({_KEPT}, {_KEPT}, int64[::1], int64[::1], int64[::1])"
 # Sets that wait while one is cut: of each depth one. The larger part of a cut is 3/4 of a set or less, so the
 # 2 ** 31 tokens that fit into int32 are at most 75 deep.
 _MAX_DEPTH = 128
@@ -48,6 +51,39 @@ def split(
     order, sizes = np.empty(len(row), dtype=np.int64), np.empty(sum(counts.tolist()), dtype=np.int64)
     _split(row, col, totals, counts, SIMILAR, order, sizes)
     return order, sizes
+
+
+def middles(row: NDArray[np.int32], col: NDArray[np.int32], tokens: Indices, sizes: Indices) -> Indices:
+    """Find the token of each patch nearest to its centroid as `vllm_crop.patches` does.
+
+    Args:
+        row, col: where each token of the image is, `[num_image_tokens]`.
+        tokens, sizes: the patches.
+    """
+    found = np.empty(len(sizes), dtype=np.int64)
+    _middles(row, col, tokens, sizes, found)
+    return found
+
+
+def _all_middles(row, col, tokens, sizes, found):  # type: ignore[no-untyped-def]
+    """Fill `found`; as `middles`, in what numba can compile."""
+    start = 0
+    for index in range(len(sizes)):
+        end = start + sizes[index]
+        rows = cols = 0
+        for place in range(start, end):
+            rows += row[tokens[place]]
+            cols += col[tokens[place]]
+        middle_row, middle_col = rows / sizes[index], cols / sizes[index]
+        nearest, best = -1, 0.0
+        for place in range(start, end):
+            token = tokens[place]
+            down, right = row[token] - middle_row, col[token] - middle_col
+            distance = down * down + right * right
+            if nearest < 0 or distance < best or (distance == best and token < nearest):
+                nearest, best = token, distance
+        found[index] = nearest
+        start = end
 
 
 def _split_all(row, col, totals, counts, similar, order, sizes):  # type: ignore[no-untyped-def]
@@ -132,12 +168,15 @@ def _split_all(row, col, totals, counts, similar, order, sizes):  # type: ignore
             num_waiting += 2
 
 
-def _compiled(cache: bool) -> Any:
-    # The signature makes numba compile now; no request waits for it.
-    return numba.njit(_SIGNATURE, nogil=True, cache=cache)(_split_all)
+def _compiled(cache: bool) -> tuple[Any, Any]:
+    # The signatures make numba compile now; no request waits for it.
+    def compiled(signature: str, function: Any) -> Any:
+        return numba.njit(signature, nogil=True, cache=cache)(function)
+
+    return compiled(_SPLIT, _split_all), compiled(_MIDDLES, _all_middles)
 
 
 try:
-    _split = _compiled(cache=True)
+    _split, _middles = _compiled(cache=True)
 except RuntimeError:  # no folder that numba can write to
-    _split = _compiled(cache=False)
+    _split, _middles = _compiled(cache=False)

@@ -33,8 +33,14 @@ _NO_SET = int(np.iinfo(np.uint16).max)
 _NO_CUT = int(np.iinfo(np.int32).max)
 
 
-_Split = Callable[[NDArray[np.int32], NDArray[np.int32], Indices, Indices], tuple[Indices, Indices]]
-_compiled: _Split | None = None  # see use_compiled
+class _Compiled(NamedTuple):
+    """`vllm_crop.compiled_patches`; see use_compiled."""
+
+    split: Callable[[NDArray[np.int32], NDArray[np.int32], Indices, Indices], tuple[Indices, Indices]]
+    middles: Callable[[NDArray[np.int32], NDArray[np.int32], Indices, Indices], Indices]
+
+
+_compiled: _Compiled | None = None
 
 
 class Patches(NamedTuple):
@@ -61,11 +67,11 @@ def use_compiled() -> bool:
     global _compiled
     if _compiled is None:
         try:
-            from vllm_crop.compiled_patches import split
+            from vllm_crop.compiled_patches import middles, split
         except Exception as error:  # numba refuses numpy versions, platforms and folders in many ways
             logger.info("Plans are made by numpy, compiled code would be quicker: %s", error)
         else:
-            _compiled = split
+            _compiled = _Compiled(split, middles)
     return _compiled is not None
 
 
@@ -90,7 +96,7 @@ def even_patches(places: Places, tokens: Indices, count: int) -> Patches:
             tokens, totals, counts = tokens[wanted.repeat(totals)], totals[wanted], counts[wanted]
     else:  # all are of the first group
         totals, counts = np.array([len(tokens)]), np.array([count])
-    split = _split if _compiled is None else _compiled
+    split = _split if _compiled is None else _compiled.split
     order, sizes = split(places.row[tokens], places.col[tokens], totals, counts)
     return Patches(tokens[order], sizes)
 
@@ -100,6 +106,8 @@ def middles(places: Places, patches: Patches) -> Indices:
     tokens, sizes = patches
     if len(tokens) == len(sizes):
         return tokens
+    if _compiled is not None:
+        return _compiled.middles(places.row, places.col, tokens, sizes)
     starts = sizes.cumsum() - sizes
     distances = np.zeros(len(tokens))
     for axis in (places.row[tokens], places.col[tokens]):

@@ -19,6 +19,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from vllm_crop.patches import use_compiled
 from vllm_crop.sample_picture import draw_sample_picture
 
 SIZES = ((336, 336), (1280, 720), (3840, 2160))
@@ -52,6 +53,7 @@ class ApiTimes:
 
 def measure_api_cpu(repeats: int = 15) -> Iterator[ApiTimes]:
     """Render requests of every size and mode, a new picture each time, modes in turn."""
+    use_compiled()  # as a renderer does when it gets an engine
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = _make_checkpoint(Path(folder))
         stock, ours = _renderer(checkpoint, {}), _renderer(checkpoint, {"crop": CROP})
