@@ -11,7 +11,7 @@ V2_TESTS := $(addprefix tests/cpu/test_,runner.py parity.py caches.py image_name
 export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 
-.PHONY: help setup demo serve test test-unit lint format clean
+.PHONY: help setup demo serve eval test test-unit lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -20,10 +20,13 @@ setup:  ## make or repair .venv
 	@PYTHON=$(PYTHON) docker/cpu/install.sh $(VENV)
 
 demo: setup  ## serve a small model, ask with every method, show what each saves
-	@$(BIN)/python -m vllm_crop.demo
+	@$(BIN)/python -m lab.demo
 
 serve: setup  ## the same server, left running until Ctrl-C
-	@$(BIN)/python -m vllm_crop.demo --serve
+	@$(BIN)/python -m lab.demo --serve
+
+eval: setup  ## are answers still right: CROP, rivals, controls (ARGS="--quick" in minutes)
+	@$(BIN)/python -m lab.evaluation $(ARGS)
 
 test: setup  ## all tests: unit, server, real vLLM engine on both model runners, `vllm serve` over HTTP
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)

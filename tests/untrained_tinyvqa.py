@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from vllm_crop.tinyvqa import checkpoint, words
+from lab.tinyvqa import checkpoint, words
 
 
 def make_untrained(folder: Path, layers: int) -> Path:

@@ -5,7 +5,6 @@ import typer
 
 from vllm_crop.commands.bench import bench
 from vllm_crop.commands.check import check
-from vllm_crop.commands.eval import evaluate
 from vllm_crop.commands.plan import plan
 from vllm_crop.commands.preview import preview
 
@@ -17,4 +16,14 @@ app = typer.Typer(
 )
 for command in (check, plan, preview, bench):
     app.command()(command)
-app.command("eval")(evaluate)  # the function's own name would hide Python's
+
+
+@app.command("eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def evaluate() -> None:
+    """Say where accuracy is measured: in a clone of the repository, with its model and its scenes."""
+    typer.echo(
+        "The evaluation is part of the repository and not of the installed package. In a clone of it: "
+        "python -m lab.evaluation --help",
+        err=True,
+    )
+    raise typer.Exit(1)

@@ -6,20 +6,20 @@ from pathlib import Path
 import pytest
 import torch
 
+from lab.evaluation.asking import Answer, SceneTask
+from lab.evaluation.cells import LOCATE, OFF, GridCell
+from lab.evaluation.crop_pruning import crop_pruning
+from lab.evaluation.questions import TestScene, make_test_set
+from lab.evaluation.regions import regions_for
+from lab.evaluation.rivals.registry import RIVALS
+from lab.evaluation.runner.qwen import QwenRunner, Reply
+from lab.evaluation.runner.seam import Pruning, Seen
+from lab.evaluation.transformers_answers import TransformersAnswers
+from lab.tinyvqa import words
 from tests.slow_plan import embeddings_of
 from tests.untrained_tinyvqa import make_untrained
 from vllm_crop.budget import retained_count
-from vllm_crop.evaluation.asking import Answer, SceneTask
-from vllm_crop.evaluation.cells import LOCATE, OFF, GridCell
-from vllm_crop.evaluation.crop_pruning import crop_pruning
-from vllm_crop.evaluation.questions import TestScene, make_test_set
-from vllm_crop.evaluation.regions import regions_for
-from vllm_crop.evaluation.rivals.registry import RIVALS
-from vllm_crop.evaluation.runner.qwen import QwenRunner, Reply
-from vllm_crop.evaluation.runner.seam import Pruning, Seen
-from vllm_crop.evaluation.transformers_answers import TransformersAnswers
 from vllm_crop.plan import TokenPlan, make_plan
-from vllm_crop.tinyvqa import words
 
 RATES = (0.667, 0.889, 0.926)
 CLOSE = 2e-5  # nats, in float32; a mistake changes tenths

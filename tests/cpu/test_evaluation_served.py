@@ -7,16 +7,16 @@ from typing import Any
 import pytest
 from transformers import AutoProcessor
 
+from lab.evaluation.asking import SceneTask, ask
+from lab.evaluation.cells import CROP_METHODS, LOCATE, OFF, GridCell
+from lab.evaluation.questions import make_test_set
+from lab.evaluation.regions import regions_for
+from lab.evaluation.served.accounting import Accounting, CountError
+from lab.evaluation.served.offline import EngineAnswers
+from lab.evaluation.transformers_answers import TransformersAnswers
 from tests.cpu import conftest
 from tests.untrained_tinyvqa import make_untrained
 from vllm_crop.config import CropConfig
-from vllm_crop.evaluation.asking import SceneTask, ask
-from vllm_crop.evaluation.cells import CROP_METHODS, LOCATE, OFF, GridCell
-from vllm_crop.evaluation.questions import make_test_set
-from vllm_crop.evaluation.regions import regions_for
-from vllm_crop.evaluation.served.accounting import Accounting, CountError
-from vllm_crop.evaluation.served.offline import EngineAnswers
-from vllm_crop.evaluation.transformers_answers import TransformersAnswers
 from vllm_crop.params import InvalidCropError
 from vllm_crop.smart_resize import SmartResize
 

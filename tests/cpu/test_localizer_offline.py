@@ -9,17 +9,17 @@ import pytest
 from PIL import Image
 from prometheus_client import REGISTRY
 
+from lab.evaluation.questions import TestScene, make_test_set
+from lab.tinyvqa import words
+from lab.tinyvqa.drawing import thumbnail
 from tests.conftest import CheckpointOf
 from tests.cpu.conftest import Engine, Question
 from tests.families import FAMILIES, LLAVA, LLAVA_ONEVISION, QWEN2_5_VL, Family
 from tests.pictures import noise_image
 from tests.tinyvqa import CHECKPOINT, ENGINE
-from vllm_crop.evaluation.questions import TestScene, make_test_set
 from vllm_crop.geometry import Region
 from vllm_crop.localizers.dialects import DIALECTS, read_cells
 from vllm_crop.localizers.thumbnails import shrink, size_for_tokens
-from vllm_crop.tinyvqa import words
-from vllm_crop.tinyvqa.drawing import thumbnail
 
 pytestmark = pytest.mark.vllm_runtime
 

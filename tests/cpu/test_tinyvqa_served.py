@@ -30,8 +30,8 @@ def tinyvqa(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
     from transformers import Qwen2_5_VLForConditionalGeneration
 
+    from lab.tinyvqa import checkpoint, words
     from vllm_crop.dummy_llava import DummySize, scale_weights
-    from vllm_crop.tinyvqa import checkpoint, words
 
     tokenizer = words.make_tokenizer()
     torch.manual_seed(0)

@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from vllm_crop.tinyvqa import checkpoint, words
-from vllm_crop.tinyvqa.questions import FAMILIES
-from vllm_crop.tinyvqa.training import trainer
-from vllm_crop.tinyvqa.training.batches import Batch, BatchMaker, Task
-from vllm_crop.tinyvqa.training.labels import IGNORED
-from vllm_crop.tinyvqa.training.language import answer_states, look_loss
-from vllm_crop.tinyvqa.training.phases import Phase
+from lab.tinyvqa import checkpoint, words
+from lab.tinyvqa.questions import FAMILIES
+from lab.tinyvqa.training import trainer
+from lab.tinyvqa.training.batches import Batch, BatchMaker, Task
+from lab.tinyvqa.training.labels import IGNORED
+from lab.tinyvqa.training.language import answer_states, look_loss
+from lab.tinyvqa.training.phases import Phase
 
 EACH_FAMILY = dict.fromkeys(FAMILIES, 1.0)
 TASKS = {

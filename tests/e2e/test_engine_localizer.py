@@ -18,17 +18,17 @@ import psutil
 import pytest
 from PIL import Image
 
+from lab.evaluation.answerers import Answerers
+from lab.evaluation.asking import SceneTask
+from lab.evaluation.cells import OFF, GridCell
+from lab.evaluation.options import Options
+from lab.evaluation.questions import TestScene, make_test_set
+from lab.evaluation.session import locations, make_tasks
+from lab.evaluation.transformers_answers import TransformersAnswers
 from tests.e2e.conftest import API_KEY, MODEL, OPTIONS, metric
 from tests.tinyvqa import CHECKPOINT, ENGINE, ask, crop_options, facts, found, said_of_thumbnail
 from vllm_crop.benchmarking.server import Server, get_text, serve
 from vllm_crop.data_url import data_url, question_about
-from vllm_crop.evaluation.answerers import Answerers
-from vllm_crop.evaluation.asking import SceneTask
-from vllm_crop.evaluation.cells import OFF, GridCell
-from vllm_crop.evaluation.options import Options
-from vllm_crop.evaluation.questions import TestScene, make_test_set
-from vllm_crop.evaluation.session import locations, make_tasks
-from vllm_crop.evaluation.transformers_answers import TransformersAnswers
 from vllm_crop.geometry import Region
 from vllm_crop.localizers.decision import FALLBACKS
 
@@ -248,8 +248,8 @@ def test_tokenizing_asks_nobody(server: Server, client: openai.OpenAI) -> None:
 def test_the_localizers_prompt_is_a_fifth_of_the_full_one_or_less(client: openai.OpenAI) -> None:
     scene, question = LOCAL[0]
     full = ask(client, scene.picture(), question, {"method": "off"}).parse().usage.prompt_tokens
-    from vllm_crop.tinyvqa import words
-    from vllm_crop.tinyvqa.drawing import thumbnail
+    from lab.tinyvqa import words
+    from lab.tinyvqa.drawing import thumbnail
 
     asked = ask(client, thumbnail(scene.picture()), words.LOCATE + question, {"method": "off"})
     assert asked.parse().usage.prompt_tokens <= 0.2 * full

@@ -24,11 +24,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from vllm.utils.serial_utils import tensor2base64
 
+from lab.evaluation.questions import make_test_set
 from tests.e2e.conftest import MODEL, OPTIONS, metric
 from tests.tinyvqa import CHECKPOINT, ENGINE, ask, crop_options, facts, found
 from vllm_crop.benchmarking.server import Server, get_text, serve
 from vllm_crop.data_url import data_url, question_about
-from vllm_crop.evaluation.questions import make_test_set
 from vllm_crop.params import MAX_FIELD_BYTES, MAX_KEYS
 
 pytestmark = pytest.mark.e2e

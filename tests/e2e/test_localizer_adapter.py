@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
+from lab.evaluation.questions import make_test_set
 from tests.e2e.conftest import OPTIONS, metric
 from tests.tinyvqa import CHECKPOINT, ENGINE, ask, crop_options, found, said_of_thumbnail
 from vllm_crop.benchmarking.server import Server, serve
-from vllm_crop.evaluation.questions import make_test_set
 
 pytestmark = pytest.mark.e2e
 

@@ -14,11 +14,11 @@ from typing import Any
 import openai
 import pytest
 
+from lab.evaluation.questions import make_test_set
+from lab.tinyvqa.drawing import THUMBNAIL
 from tests.e2e.conftest import MODEL, OPTIONS, metric
 from tests.tinyvqa import CHECKPOINT, ask, crop_options, found
 from vllm_crop.benchmarking.server import HOST, Server, free_port, get_text, serve
-from vllm_crop.evaluation.questions import make_test_set
-from vllm_crop.tinyvqa.drawing import THUMBNAIL
 
 pytestmark = pytest.mark.e2e
 

@@ -121,9 +121,6 @@ def test_check_says_that_vllm_is_missing(installed: Path, model: Path) -> None:
     [
         (("bench",), "'vllm-crop[vllm]'"),
         (("bench", "--decode"), "'vllm-crop[vllm]'"),
-        (("eval",), "'vllm-crop[eval,vllm]'"),
-        (("eval", "--engine", "transformers"), "'vllm-crop[eval]'"),
-        (("eval", "--base-url", "http://localhost:1/v1"), "'vllm-crop[eval]'"),
     ],
 )
 def test_what_cannot_run_says_in_a_sentence_what_to_install(
@@ -133,6 +130,24 @@ def test_what_cannot_run_says_in_a_sentence_what_to_install(
     assert (finished.returncode, finished.stdout) == (1, "")
     assert f"pip install {packages}" in finished.stderr
     assert finished.stderr.count("\n") == 1
+
+
+def test_what_needs_the_repository_says_so(installed: Path) -> None:
+    finished = run(installed / "vllm-crop", "eval", "--quick", cwd=installed)
+    assert (finished.returncode, finished.stdout) == (1, "")
+    assert "python -m lab.evaluation" in finished.stderr
+
+
+def test_the_wheel_has_no_laboratory_and_no_results(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    assert {name.split("/")[0] for name in names} == {
+        "vllm_crop",
+        "vllm_crop_server",
+        "vllm_crop-0.1.0.dist-info",
+    }
+    suspicious = re.compile(r"lab/|results|tinyvqa|rivals|safetensors|dummy|checkpoints?/")
+    assert [name for name in names if suspicious.search(name)] == []
 
 
 def test_asking_a_server_says_what_to_install(installed: Path, tmp_path: Path) -> None:

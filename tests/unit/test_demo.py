@@ -9,17 +9,17 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from lab.demo import __main__ as demo
+from lab.demo.client import Answer
+from lab.demo.report import answers_table, costs_table, shares_table
+from lab.demo.rows import METHODS, WRONG, Asked, Measured, kv_mib, rows, shares, wrong_region
+from lab.demo.setting import EVICTION_LAYERS, PRUNING_RATE
+from lab.evaluation.questions import make_test_set
+from lab.evaluation.regions import cells_of
+from lab.tinyvqa.checkpoint import LAYERS
+from lab.tinyvqa.questions import FAMILIES, LOCAL
 from vllm_crop.benchmarking.server import Server
 from vllm_crop.budget import retained_per_stage
-from vllm_crop.demo import __main__ as demo
-from vllm_crop.demo.client import Answer
-from vllm_crop.demo.report import answers_table, costs_table, shares_table
-from vllm_crop.demo.rows import METHODS, WRONG, Asked, Measured, kv_mib, rows, shares, wrong_region
-from vllm_crop.demo.setting import EVICTION_LAYERS, PRUNING_RATE
-from vllm_crop.evaluation.questions import make_test_set
-from vllm_crop.evaluation.regions import cells_of
-from vllm_crop.tinyvqa.checkpoint import LAYERS
-from vllm_crop.tinyvqa.questions import FAMILIES, LOCAL
 
 ROOT = Path(__file__).parents[2]
 

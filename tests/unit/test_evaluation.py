@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts of `vllm-crop eval` that need no model: questions, regions, statistics, controls, bookkeeping."""
+"""The parts of lab/evaluation that need no model: questions, regions, statistics, controls, bookkeeping."""
 
 import json
 import math
@@ -14,30 +14,30 @@ from pydantic import TypeAdapter
 from rich.console import Console
 from typer.testing import CliRunner
 
-from vllm_crop import evaluation
+from lab import evaluation
+from lab.evaluation import session as sessions
+from lab.evaluation.__main__ import app
+from lab.evaluation.asking import Answer, SceneTask, ask
+from lab.evaluation.cells import LOCATE, METHODS, OFF, RATES, GridCell, make_grid
+from lab.evaluation.comparisons import agreements, margins
+from lab.evaluation.controls import near_square, resized, thumbnail_and_crop
+from lab.evaluation.localizer_score import score_localizer
+from lab.evaluation.markdown import write_markdown
+from lab.evaluation.questions import TestScene, make_test_set
+from lab.evaluation.regions import SOURCES, area, cells_of, coverage, parse_location, regions_for
+from lab.evaluation.report import Report, make_report, write_report
+from lab.evaluation.rivals.names import RIVAL_TITLES
+from lab.evaluation.rivals.registry import RIVALS
+from lab.evaluation.session import Session, make_tasks
+from lab.evaluation.stats import difference, retention, wilson
+from lab.evaluation.store import CellResult, Store
+from lab.evaluation.summary import summarize
+from lab.evaluation.thresholds import THRESHOLDS, sweep
+from lab.tinyvqa.questions import FAMILIES, boxes_region
+from lab.tinyvqa.scenes import is_test_seed
 from vllm_crop.budget import BudgetError
-from vllm_crop.cli import app
-from vllm_crop.evaluation import session as sessions
-from vllm_crop.evaluation.asking import Answer, SceneTask, ask
-from vllm_crop.evaluation.cells import LOCATE, METHODS, OFF, RATES, GridCell, make_grid
-from vllm_crop.evaluation.comparisons import agreements, margins
-from vllm_crop.evaluation.controls import near_square, resized, thumbnail_and_crop
-from vllm_crop.evaluation.localizer_score import score_localizer
-from vllm_crop.evaluation.markdown import write_markdown
-from vllm_crop.evaluation.questions import TestScene, make_test_set
-from vllm_crop.evaluation.regions import SOURCES, area, cells_of, coverage, parse_location, regions_for
-from vllm_crop.evaluation.report import Report, make_report, write_report
-from vllm_crop.evaluation.rivals.names import RIVAL_TITLES
-from vllm_crop.evaluation.rivals.registry import RIVALS
-from vllm_crop.evaluation.session import Session, make_tasks
-from vllm_crop.evaluation.stats import difference, retention, wilson
-from vllm_crop.evaluation.store import CellResult, Store
-from vllm_crop.evaluation.summary import summarize
-from vllm_crop.evaluation.thresholds import THRESHOLDS, sweep
 from vllm_crop.geometry import Region
 from vllm_crop.smart_resize import SmartResize
-from vllm_crop.tinyvqa.questions import FAMILIES, boxes_region
-from vllm_crop.tinyvqa.scenes import is_test_seed
 
 RESIZE = SmartResize(token_side=16, min_pixels=16 * 16**2, max_pixels=2**24)
 PER_FAMILY = 6
@@ -374,7 +374,11 @@ def test_the_page_needs_nothing_else(tmp_path: Path, scenes: tuple[TestScene, ..
     agreed = agreements(results, store)
     assert [(one.cell, one.engine, one.asked) for one in agreed] == [(OFF, "stand-in", 5 * PER_FAMILY)]
     assert agreed[0].same < agreed[0].asked
-    origin = {"git_revision": "<abc>", "command": ["/bin/vllm-crop", "eval", "-o", "a b"], "seconds": 90.0}
+    origin = {
+        "git_revision": "<abc>",
+        "command": ["/lab/evaluation/__main__.py", "-o", "a b"],
+        "seconds": 90.0,
+    }
     origin["revisions_of_cells"] = ["0123456789abcdef", "unknown"]
     report = make_report(scenes, results, agreed, origin)
     write_report(tmp_path, report)
@@ -387,7 +391,9 @@ def test_the_page_needs_nothing_else(tmp_path: Path, scenes: tuple[TestScene, ..
     assert [row["cell"]["method"] for row in found["rows"]] == ["off", "plc", "ilp", "fastv"]
     assert found["provenance"] == origin
     table = (tmp_path / "README.md").read_text()
-    assert "`vllm-crop eval -o 'a b'`, cells measured at 0123456789ab, unknown, in 2 minutes" in table
+    assert (
+        "`python -m lab.evaluation -o 'a b'`, cells measured at 0123456789ab, unknown, in 2 minutes" in table
+    )
     lines = [line for line in table.splitlines() if line.startswith("| ")]
     assert len(lines) == 1 + len(results) - 1  # the localizer's own cell is no row
     assert len({line.count("|") for line in lines}) == 1
@@ -428,25 +434,23 @@ def test_results_survive_the_disk(tmp_path: Path) -> None:
 )
 def test_wrong_options_are_named(arguments: list[str], complaint: str) -> None:
     pytest.importorskip("matplotlib")
-    finished = CliRunner().invoke(
-        app, ["eval", "--engine", "transformers", *arguments], env={"COLUMNS": "300"}
-    )
+    finished = CliRunner().invoke(app, ["--engine", "transformers", *arguments], env={"COLUMNS": "300"})
     assert finished.exit_code == 2
     assert complaint in finished.output
 
 
 def test_a_missing_checkpoint_is_said_with_what_to_do(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    finished = CliRunner().invoke(app, ["eval", "--engine", "transformers", "--model", str(tmp_path)])
+    finished = CliRunner().invoke(app, ["--engine", "transformers", "--model", str(tmp_path)])
     assert finished.exit_code == 1
-    assert "vllm_crop.tinyvqa.training" in finished.output
+    assert "lab.tinyvqa.training" in finished.output
 
 
 def test_another_architecture_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     (tmp_path / "config.json").write_text('{"architectures": ["LlavaForConditionalGeneration"]}')
     (tmp_path / "model.safetensors").write_bytes(b"")
-    finished = CliRunner().invoke(app, ["eval", "--engine", "transformers", "--model", str(tmp_path)])
+    finished = CliRunner().invoke(app, ["--engine", "transformers", "--model", str(tmp_path)])
     assert finished.exit_code == 1
     assert "Qwen2_5_VLForConditionalGeneration" in finished.output
 

@@ -12,11 +12,11 @@ from typing import Any, ClassVar
 import pytest
 from PIL import Image
 
+from lab.evaluation.asking import Answer, Asked, SceneTask, ask
+from lab.evaluation.cells import OFF, SERVER, GridCell
+from lab.evaluation.questions import make_test_set
+from lab.evaluation.served.endpoint import EndpointAnswers, EndpointError
 from vllm_crop.config import CropConfig
-from vllm_crop.evaluation.asking import Answer, Asked, SceneTask, ask
-from vllm_crop.evaluation.cells import OFF, SERVER, GridCell
-from vllm_crop.evaluation.questions import make_test_set
-from vllm_crop.evaluation.served.endpoint import EndpointAnswers, EndpointError
 from vllm_crop.smart_resize import SmartResize
 
 openai = pytest.importorskip("openai")

@@ -16,8 +16,8 @@ import pytest
 import vllm_crop
 
 LIBRARY = Path(vllm_crop.__file__).parent
-# The last two measure: with vLLM's own load generator, and answers of its engine.
-MAY_IMPORT_VLLM = ("models", "eviction", "frontend", "compat", "benchmarking", "evaluation")
+# The last one measures, with vLLM's own load generator.
+MAY_IMPORT_VLLM = ("models", "eviction", "frontend", "compat", "benchmarking")
 HEAVY = ("torch", "vllm")
 
 # What is run, and the packages or modules that must not be loaded by it.
@@ -46,9 +46,9 @@ LIGHT_IMPORTS = {
         "vllm_crop.benchmarking",
         "vllm_crop.compat",
     ),
-    "import vllm_crop.commands.eval": HEAVY,
-    "import vllm_crop.evaluation.session": HEAVY,
-    "import vllm_crop.evaluation.report": HEAVY,
+    "import lab.evaluation.__main__": HEAVY,
+    "import lab.evaluation.session": HEAVY,
+    "import lab.evaluation.report": HEAVY,
     "import vllm_crop.compression.pool": ("vllm",),
     "import vllm_crop.compression.feature_cache": ("vllm",),
     "import vllm_crop_server.middleware": (*HEAVY, "vllm_crop.models", "vllm_crop.compat"),
@@ -58,9 +58,11 @@ LIGHT_IMPORTS = {
 DISTRIBUTIONS = {
     "PIL": "pillow",
     "llvmlite": "vllm",
+    "torch": "vllm",
+    "transformers": "vllm",
     "numba": "vllm",
-    "safetensors": "transformers",
-    "tokenizers": "transformers",
+    "safetensors": "vllm",
+    "tokenizers": "vllm",
 }
 ON_THEIR_OWN = ("vllm_crop.geometry", "vllm_crop.errors")
 
@@ -162,7 +164,7 @@ def test_geometry_and_errors_import_nothing_of_ours() -> None:
 def test_what_is_imported_is_declared() -> None:
     project = tomllib.loads((LIBRARY.parent / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    declared = [*project["dependencies"], *extras["vllm"], *extras["openai"], *extras["eval"]]
+    declared = [*project["dependencies"], *extras["vllm"], *extras["openai"]]
     names = {re.split(r"[^\w.-]", requirement)[0] for requirement in declared}
     for source in (*sources("vllm_crop"), *sources("vllm_crop_server")):
         for name in imports_of(source):

@@ -5,13 +5,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from lab.evaluation.rivals import fastv, ivc_prune, novelty, pyramiddrop, sparsevlm, visionzip, vtw
+from lab.evaluation.rivals.budgets import latest_first_layer, pyramid
+from lab.evaluation.rivals.cdpruner import most_likely, relevance
+from lab.evaluation.rivals.divprune import most_diverse
+from lab.evaluation.rivals.registry import RIVALS
+from lab.evaluation.runner.seam import Kept, LayerView, Seen, Sight, top
 from vllm_crop.budget import BudgetError, retained_per_stage, target_average
-from vllm_crop.evaluation.rivals import fastv, ivc_prune, novelty, pyramiddrop, sparsevlm, visionzip, vtw
-from vllm_crop.evaluation.rivals.budgets import latest_first_layer, pyramid
-from vllm_crop.evaluation.rivals.cdpruner import most_likely, relevance
-from vllm_crop.evaluation.rivals.divprune import most_diverse
-from vllm_crop.evaluation.rivals.registry import RIVALS
-from vllm_crop.evaluation.runner.seam import Kept, LayerView, Seen, Sight, top
 from vllm_crop.geometry import TokenGrid
 
 TOKENS, LAYERS = 576, 12

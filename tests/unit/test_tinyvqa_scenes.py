@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lab.tinyvqa.drawing import CELL, THUMBNAIL, draw_scene, thumbnail
+from lab.tinyvqa.questions import FAMILIES, GLOBAL, LOCAL, Question, ask
+from lab.tinyvqa.scenes import COLOURS, SHAPES, Scene, Thing, make_scene, neighbours
 from vllm_crop.localizers.dialects import WHOLE
-from vllm_crop.tinyvqa.drawing import CELL, THUMBNAIL, draw_scene, thumbnail
-from vllm_crop.tinyvqa.questions import FAMILIES, GLOBAL, LOCAL, Question, ask
-from vllm_crop.tinyvqa.scenes import COLOURS, SHAPES, Scene, Thing, make_scene, neighbours
 
 SEEDS = st.integers(0, 2**40)
 SIDES = st.integers(3, 8)

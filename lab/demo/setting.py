@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the demo serves and asks."""
+
+import json
+from pathlib import Path
+
+BUILD = Path("build/demo")
+MODEL = Path("lab/checkpoints/tinyvqa")
+PRUNING_RATE = 0.889  # 64 of 576 tokens on average over layers, the least of the paper's three
+# The first of twelve layers alone spends 48 of these 64 tokens with "ilp"; a second one would leave no room.
+EVICTION_LAYERS = (1,)
+BLOCK_SIZE = 32  # the smallest on a CPU
+LOCALIZER = {"kind": "engine", "prompt": "where:{question}", "timeout_s": 60}
+SERVER_OPTIONS = (
+    *("--plugin", "crop", "--crop-config"),
+    json.dumps({"pruning_rate": PRUNING_RATE, "eviction_layers": EVICTION_LAYERS, "localizer": LOCALIZER}),
+    *("--dtype", "float32", "--max-model-len", "2048", "--block-size", str(BLOCK_SIZE), "--enforce-eager"),
+)
+SERVER_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+SCENES = 4  # of ten questions each
+KV_TOKENS = 12  # answers are too short to look at the KV cache while one is given
+
+
+def plugins_with_page(named: str | None) -> str:
+    """What VLLM_PLUGINS must say for the playground to be served, beside the plugins it names already."""
+    others = [name for name in (named or "").split(",") if name and name != "crop"]
+    return ",".join(["crop", *others])

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who answers which cell. Each is started when its first unfinished cell comes, and only then."""
+
+from functools import cached_property
+
+from lab.evaluation.asking import Answerer
+from lab.evaluation.cells import GridCell
+from lab.evaluation.options import Options
+from lab.evaluation.served.accounting import Accounting
+from vllm_crop.config import CropConfig
+from vllm_crop.errors import CropError, UnsupportedModelError
+from vllm_crop.smart_resize import SmartResize
+
+
+class Answerers:
+    """The answerers of one run."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+
+    def __call__(self, cell: GridCell) -> Answerer:
+        """Who answers a cell.
+
+        Raises:
+            CropError: it cannot be started; the message says what to do.
+        """
+        name = self.options.engine_for(cell)
+        if name == "transformers":
+            return self._transformers
+        return self._endpoint if name == "endpoint" else self._engine
+
+    @cached_property
+    def _transformers(self) -> Answerer:
+        from lab.evaluation.transformers_answers import TransformersAnswers
+
+        return TransformersAnswers(self.options.model, self.options.eviction_layers)
+
+    @cached_property
+    def _engine(self) -> Answerer:
+        from lab.evaluation.served.offline import EngineAnswers
+
+        crop = self.options.crop_settings() if self.options.prunes else None
+        return EngineAnswers(self._accounting(), crop)
+
+    @cached_property
+    def _endpoint(self) -> Answerer:
+        from lab.evaluation.served.endpoint import EndpointAnswers
+
+        assert self.options.base_url is not None
+        return EndpointAnswers(self._accounting(), self.options.base_url)
+
+    def _accounting(self) -> Accounting:
+        from transformers import AutoProcessor
+
+        from vllm_crop.checkpoint_files import load_geometry
+
+        model, config = str(self.options.model), None
+        if self.options.prunes:
+            try:
+                load_geometry(model)
+            except UnsupportedModelError as error:
+                raise CropError(f"{error}. On transformers it works: add --engine transformers") from None
+            config = CropConfig.from_mapping(self.options.crop_settings())
+        processor = AutoProcessor.from_pretrained(model)
+        resize = SmartResize.of_processor(processor.image_processor)
+        return Accounting(model, processor, resize, config)

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The grid: what is measured with which method, region source and pruning rate."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lab.evaluation.rivals.names import RIVAL_TITLES
+
+CROP_METHODS = ("plc", "ilp", "plc+ilp")
+CONTROLS = {
+    "resize": "iso-token resize",
+    "two-images": "thumb + crop",
+    "no-image": "no image at all",
+}
+METHODS: tuple[str, ...] = ("off", *CROP_METHODS, *CONTROLS, *RIVAL_TITLES)
+RATES = (0.667, 0.778, 0.889, 0.926)
+SERVER = "server"  # requests carry no region: the server finds one
+TRUSTED = ("localizer", "oracle", SERVER)  # sources of regions that are meant to help
+LOCATE = "locate"  # the localizer's own answers; no row of the table
+
+
+@dataclass(frozen=True)
+class GridCell:
+    """One cell: all questions of the test set, asked in one way.
+
+    Attributes:
+        region: the region source, None for methods that take no region.
+        pruning_rate: None for methods that have none.
+    """
+
+    method: str
+    region: str | None = None
+    pruning_rate: float | None = None
+
+    @property
+    def row(self) -> str:
+        """The row of the table, as people read it."""
+        if self.method in CROP_METHODS:
+            return f"CROP {self.method}, {self.region}"
+        if self.method in CONTROLS:
+            return CONTROLS[self.method] + (f", {self.region}" if self.region else "")
+        return RIVAL_TITLES.get(self.method, "unpruned" if self.method == "off" else self.method)
+
+    @property
+    def slug(self) -> str:
+        """A file name."""
+        rate = None if self.pruning_rate is None else f"{self.pruning_rate:g}"
+        return "-".join(part for part in (self.method, self.region, rate) if part)
+
+    @property
+    def sends_regions(self) -> bool:
+        """Whether its requests say where to look."""
+        return self.region not in (None, SERVER)
+
+    @property
+    def is_rival(self) -> bool:
+        """Whether only the transformers runner can do it."""
+        return self.method in RIVAL_TITLES
+
+
+OFF = GridCell("off")
+
+
+def make_grid(methods: Sequence[str], rates: Sequence[float], regions: Sequence[str]) -> list[GridCell]:
+    """The cells in the order they run: the unpruned model first, which all others are compared with.
+
+    Sources that are not meant to help are controls: they run with the first of CROP's methods only.
+    """
+    grid = [OFF]
+    first = next((method for method in methods if method in CROP_METHODS), None)
+    for method in dict.fromkeys(methods):
+        if method == "no-image":
+            grid.append(GridCell(method))
+        elif method in CROP_METHODS:
+            sources = [one for one in regions if method == first or one in TRUSTED]
+            grid += [GridCell(method, source, rate) for source in sources for rate in rates]
+        elif method == "two-images":
+            sources = [one for one in regions if one in TRUSTED and one != SERVER]
+            grid += [GridCell(method, source, rate) for source in sources for rate in rates]
+        elif method != "off":
+            grid += [GridCell(method, None, rate) for rate in rates]
+    return grid

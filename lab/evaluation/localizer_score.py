@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How good the model's own regions are."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from lab.evaluation.cells import LOCATE
+from lab.evaluation.questions import TestScene
+from lab.evaluation.regions import area, coverage, parse_location
+from lab.evaluation.stats import Estimate, wilson
+from lab.evaluation.store import CellResult
+from vllm_crop.localizers.dialects import WHOLE
+
+
+@dataclass(frozen=True)
+class LocalizerScore:
+    """How good the model's own regions are.
+
+    Attributes:
+        covered: local questions whose minimal region is covered entirely.
+        coverage: share of the minimal region's cells covered, on average.
+        area: share of the image's cells, on average over local questions.
+        whole: search and count questions answered with the whole image.
+        unreadable: answers that are no location; the image is served whole then.
+        ms: median time of one such request, thumbnail to last digit; comes on top of a TTFT.
+    """
+
+    covered: Estimate
+    coverage: float
+    area: float
+    whole: Estimate
+    unreadable: int
+    asked: int
+    ms: float | None
+
+
+def score_localizer(scenes: Sequence[TestScene], results: Sequence[CellResult]) -> LocalizerScore | None:
+    """From the localizer's own cell; None where nobody asked it."""
+    result = next((one for one in results if one.cell.method == LOCATE), None)
+    if result is None:
+        return None
+    said = iter(result.answers)
+    local: list[tuple[float, float]] = []
+    whole: list[bool] = []
+    unreadable = 0
+    for scene in scenes:
+        side = scene.scene.side
+        for question in scene.questions:
+            text = next(said).text
+            region = parse_location(text)
+            unreadable += region is None
+            if question.boxes:
+                local.append((coverage(region, question, side), area(region, side)))
+            else:
+                whole.append(text == WHOLE)
+    covered, areas = [one[0] for one in local], [one[1] for one in local]
+    entirely = wilson(sum(share == 1 for share in covered), len(covered))
+    return LocalizerScore(
+        entirely,
+        fmean(covered),
+        fmean(areas),
+        wilson(sum(whole), len(whole)),
+        unreadable,
+        len(local) + len(whole),
+        result.ttft_ms,
+    )

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table as Markdown, to be kept beside the numbers."""
+
+import shlex
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from lab.evaluation.page import COLUMNS, NOTES, row_cells
+from lab.evaluation.report import Report, describe_localizer
+
+
+def write_markdown(path: Path, report: Report) -> None:
+    """Write notes, table and how it came about."""
+    path.write_text("\n".join(_parts(report)) + "\n", encoding="utf-8")
+
+
+def _parts(report: Report) -> Iterator[str]:
+    yield "# Do answers survive pruning?\n\n![Accuracy against visual tokens](curves.png)\n"
+    origin = report.provenance
+    program, *arguments = origin["command"]
+    name = ["python", "-m", "lab.evaluation"] if program.endswith("__main__.py") else [Path(program).name]
+    command = shlex.join([*name, *arguments])
+    revisions = ", ".join(revision[:12] for revision in origin["revisions_of_cells"])
+    made = f"Made by `{command}`, cells measured at {revisions}, in {origin['seconds'] / 60:.0f} minutes"
+    yield f"{made}. Margins, thresholds and all settings are in `results.json`.\n"
+    for note in NOTES:
+        yield f"* {note}"
+    if report.localizer:
+        yield f"* {describe_localizer(report.localizer)}"
+    yield ""
+    yield _line(COLUMNS)
+    yield "|" + "---|" * len(COLUMNS)
+    for row in report.rows:
+        yield _line(row_cells(row))
+    yield ""
+    for row in report.rows:
+        if row.impossible:
+            yield f"* {row.cell.row} at {row.cell.pruning_rate:g}: {row.impossible}"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |"

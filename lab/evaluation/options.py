@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is asked of one evaluation, and what its cells have in common."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lab.evaluation.cells import CROP_METHODS, GridCell
+from vllm_crop.errors import CropError
+
+Engine = Literal["vllm", "transformers"]
+ARCHITECTURE = "Qwen2_5_VLForConditionalGeneration"
+
+
+class CheckpointError(CropError):
+    """The checkpoint cannot be evaluated."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """One run.
+
+    Attributes:
+        engine: what answers everything but rivals, which need the transformers runner.
+        base_url: an endpoint that answers instead.
+        eviction_layers: of CROP's ilp and plc+ilp.
+    """
+
+    model: Path
+    per_family: int
+    grid: tuple[GridCell, ...]
+    engine: Engine
+    base_url: str | None
+    eviction_layers: tuple[int, ...]
+    seed: int
+    folder: Path
+
+    @property
+    def prunes(self) -> bool:
+        """Whether some cell needs the plugin."""
+        return any(cell.method in CROP_METHODS for cell in self.grid)
+
+    def engine_for(self, cell: GridCell) -> str:
+        """The name of what answers a cell."""
+        if cell.is_rival:
+            return "transformers"
+        return "endpoint" if self.base_url else self.engine
+
+    def crop_settings(self) -> dict[str, Any]:
+        """The plugin's settings: prepared for every method; positions as in the unpruned prompt."""
+        layers = list(self.eviction_layers)
+        return {"method": "plc", "eviction_layers": layers, "position_ids": "original"}
+
+    def settings(self) -> dict[str, Any]:
+        """What the cells of one table must share."""
+        return {
+            "weights": weights_hash(self.model),
+            "per_family": self.per_family,
+            "seed": self.seed,
+            "eviction_layers": list(self.eviction_layers),
+        }
+
+
+def weights_hash(model: Path) -> str:
+    """SHA-256 of a checkpoint's weights, so that a newer training is not taken for an older one.
+
+    Raises:
+        CheckpointError: there is none, or of another architecture.
+    """
+    config, weights = model / "config.json", model / "model.safetensors"
+    if not (config.exists() and weights.exists()):
+        raise CheckpointError(
+            f"{model} has no config.json and model.safetensors. Give a checkpoint with --model, or train "
+            "one: python -m lab.tinyvqa.training --out build/tinyvqa"
+        )
+    found = json.loads(config.read_text()).get("architectures")
+    if found != [ARCHITECTURE]:
+        raise CheckpointError(f"{model} is {found}; the evaluation knows {ARCHITECTURE} so far")
+    with weights.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""transformers' decoder layers, one by one, on an image's tokens and many questions behind them.
+
+The questions share the image's rows until a method gives each its own. Text is padded on the right, where no
+causal attention sees it.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
+
+from lab.evaluation.runner.seam import LayerView, Pruning, repeat_heads
+
+Heads = tuple[Tensor, Tensor, Tensor]  # queries, keys and values [batch, heads, tokens, width]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Tokens with their rotations; `[batch, tokens, ...]`, a batch of one is shared by all questions."""
+
+    hidden: Tensor
+    cos: Tensor
+    sin: Tensor
+
+    def keep(self, index: Tensor, lead: int) -> "Rows":
+        """The first `lead` tokens, and of those behind them `index` `[questions, kept]`."""
+        leading = torch.arange(lead).expand(len(index), -1)
+        every = torch.cat([leading, index + lead], dim=1)
+        return Rows(*(_gather(part, every) for part in (self.hidden, self.cos, self.sin)))
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What stands behind the image: `ids` and `words` `[questions, length]`, `lengths` `[questions]`."""
+
+    ids: Tensor
+    words: Tensor
+    lengths: Tensor
+
+
+@dataclass
+class LayerCache:
+    """Keys and values `[batch, heads, tokens, width]` of one layer."""
+
+    image_keys: Tensor
+    image_values: Tensor
+    keys: Tensor
+    values: Tensor
+
+
+def _gather(part: Tensor, index: Tensor) -> Tensor:
+    part = part.expand(len(index), -1, -1)
+    return part.gather(1, index[..., None].expand(-1, -1, part.shape[-1]))
+
+
+class Decoder:
+    """A language model that is run layer by layer."""
+
+    def __init__(self, language: Any) -> None:
+        self.language = language
+
+    def rows(self, hidden: Tensor, positions: Tensor) -> Rows:
+        """Tokens `[batch, tokens, hidden]` at positions `[3, batch, tokens]`."""
+        return Rows(hidden, *self.language.rotary_emb(hidden, positions))
+
+    def prefill(
+        self, image: Rows, lead: int, text: Rows, texts: Texts, pruning: Pruning
+    ) -> tuple[Tensor, list[LayerCache], list[int]]:
+        """Run the prompts.
+
+        Args:
+            image: what stands before the questions, the first `lead` of it never pruned.
+            text: the questions `[questions, length, hidden]`.
+
+        Returns:
+            The last hidden states `[questions, length, hidden]`, the cache, and the visual tokens per layer.
+        """
+        length = text.hidden.shape[1]
+        causal = torch.ones(length, length, dtype=torch.bool).tril()
+        cache: list[LayerCache] = []
+        present: list[int] = []
+        before: tuple[Heads, Heads] | None = None
+        for index, layer in enumerate(self.language.layers):
+            if index in pruning.stages:
+                assert before is not None, "nothing can leave before layer 1"
+                assert pruning.choose is not None, "stages without a choice"
+                view = self._view(index, before, image, lead, text, texts, causal)
+                image = image.keep(pruning.choose(view, pruning.stages[index]), lead)
+            of_image, of_text = _project(layer, image), _project(layer, text)
+            seen = torch.ones(length, image.hidden.shape[1], dtype=torch.bool)
+            mixed = _attend(of_text[0], of_image, of_text, torch.cat([seen, causal], dim=1))
+            text = replace(text, hidden=_finish(layer, text.hidden, mixed))
+            own = functional.scaled_dot_product_attention(*of_image, is_causal=True, enable_gqa=True)
+            image = replace(image, hidden=_finish(layer, image.hidden, own))
+            cache.append(LayerCache(*of_image[1:], *of_text[1:]))
+            present.append(image.hidden.shape[1] - lead)
+            before = of_image, of_text
+        return self.language.norm(text.hidden), cache, present
+
+    def step(self, token: Rows, cache: list[LayerCache], lengths: Tensor, prompt: int) -> Tensor:
+        """One more token of every question `[questions, 1, hidden]`; the last hidden states of them."""
+        slots = torch.arange(cache[0].keys.shape[2] + 1)
+        # What was padded stays unseen; what was generated stands behind it.
+        own = (slots < lengths[:, None]) | (slots >= prompt)
+        for layer, kept in zip(self.language.layers, cache, strict=True):
+            query, key, value = _project(layer, token)
+            kept.keys = torch.cat([kept.keys, key], dim=2)
+            kept.values = torch.cat([kept.values, value], dim=2)
+            seen = torch.ones(len(own), kept.image_keys.shape[2], dtype=torch.bool)
+            mask = torch.cat([seen, own], dim=1)[:, None, None]
+            image, text = (query, kept.image_keys, kept.image_values), (query, kept.keys, kept.values)
+            mixed = _attend(query, image, text, mask)
+            token = replace(token, hidden=_finish(layer, token.hidden, mixed))
+        states: Tensor = self.language.norm(token.hidden)
+        return states
+
+    def _view(
+        self,
+        index: int,
+        before: tuple[Heads, Heads],
+        image: Rows,
+        lead: int,
+        text: Rows,
+        texts: Texts,
+        causal: Tensor,
+    ) -> LayerView:
+        (_, keys, _), (queries, own_keys, _) = before
+
+        def next_view() -> LayerView:
+            layer = self.language.layers[index]
+            coming = _project(layer, image), _project(layer, text)
+            return self._view(index, coming, image, lead, text, texts, causal)
+
+        heads, width = queries.shape[1], queries.shape[-1]
+        among = queries @ repeat_heads(own_keys, heads).transpose(2, 3) / width**0.5
+        among = among.masked_fill(~causal, float("-inf"))
+        leading = queries @ repeat_heads(keys[:, :, :lead], heads).transpose(2, 3) / width**0.5
+        others = torch.cat([leading, among], dim=-1)
+        return LayerView(index, queries, keys[:, :, lead:], others, texts.lengths, texts.words, next_view)
+
+
+def _project(layer: Any, rows: Rows) -> Heads:
+    attention, hidden = layer.self_attn, layer.input_layernorm(rows.hidden)
+    batch, count, _ = hidden.shape
+    query, key, value = (
+        linear(hidden).view(batch, count, -1, attention.head_dim).transpose(1, 2)
+        for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    query, key = apply_rotary_pos_emb(query, key, rows.cos, rows.sin)
+    return query, key, value
+
+
+def _attend(query: Tensor, image: Heads, text: Heads, mask: Tensor) -> Tensor:
+    key, value = (
+        torch.cat([image[part].expand(len(query), -1, -1, -1), text[part]], dim=2) for part in (1, 2)
+    )
+    return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+
+
+def _finish(layer: Any, hidden: Tensor, mixed: Tensor) -> Tensor:
+    hidden = hidden + layer.self_attn.o_proj(mixed.transpose(1, 2).flatten(2))
+    finished: Tensor = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    return finished

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Any OpenAI-compatible server that serves the checkpoint; with the plugin, if CROP is to be measured."""
+
+import json
+import math
+import os
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from itertools import chain
+from statistics import median
+from typing import Any
+
+from PIL import Image
+
+from lab.evaluation.asking import Answer, Asked, SceneTask, ask
+from lab.evaluation.cells import LOCATE, GridCell
+from lab.evaluation.served.accounting import Accounting
+from vllm_crop.data_url import data_url
+from vllm_crop.errors import CropError
+
+IN_FLIGHT = 16
+
+
+class EndpointError(CropError):
+    """The endpoint did not answer."""
+
+
+class EndpointAnswers:
+    """An Answerer over HTTP."""
+
+    name = "endpoint"
+
+    def __init__(self, accounting: Accounting, base_url: str) -> None:
+        from openai import OpenAI, OpenAIError
+
+        self.accounting, self.base_url = accounting, base_url
+        self.client: Any = OpenAI(base_url=base_url, api_key=os.environ.get("OPENAI_API_KEY", "unused"))
+        try:
+            self.served = self.client.models.list().data[0].id
+        except (OpenAIError, IndexError) as error:
+            raise EndpointError(
+                f"{base_url} does not answer as an OpenAI-compatible server ({error}): is it up, and does "
+                "the address end in /v1?"
+            ) from None
+
+    def answer(self, cell: GridCell, tasks: Sequence[SceneTask]) -> list[list[Answer]]:
+        """Per scene and question, several in flight."""
+        asked = [ask(cell, task, self.accounting.resize) for task in tasks]
+        self.accounting.check(list(chain.from_iterable(asked)))
+        with ThreadPoolExecutor(IN_FLIGHT) as pool:
+            answer = partial(self._answer, logprobs=cell.method == LOCATE)
+            answers = iter(list(pool.map(answer, chain.from_iterable(asked))))
+        return [[next(answers) for _ in questions] for questions in asked]
+
+    def ttft_ms(self, cell: GridCell, tasks: Sequence[SceneTask]) -> float:
+        """Median time to the first streamed token, of the localizer to the last, one request at a time."""
+        times = []
+        for task in tasks:
+            (first, *_) = ask(cell, task, self.accounting.resize)
+            start = time.perf_counter()
+            with self._complete(first, stream=True).parse() as stream:
+                chunks = (chunk for chunk in stream if chunk.choices)
+                deque(chunks, maxlen=0) if cell.method == LOCATE else next(chunks)
+            times.append(1e3 * (time.perf_counter() - start))
+        return median(times[1:])  # the first one warms up
+
+    def _answer(self, asked: Asked, logprobs: bool) -> Answer:
+        raw = self._complete(asked, **({"logprobs": True} if logprobs else {}))
+        response = raw.parse()
+        if asked.crop is not None and "regions" not in asked.crop:
+            asked = replace(asked, crop={**asked.crop, "regions": [_found(raw.headers)]})
+        choice = response.choices[0]
+        answer = self.accounting.answer(asked, choice.message.content or "", response.usage.prompt_tokens)
+        if not logprobs:
+            return answer
+        return replace(answer, confidence=math.exp(sum(token.logprob for token in choice.logprobs.content)))
+
+    def _complete(self, asked: Asked, **options: Any) -> Any:
+        from openai import OpenAIError
+
+        # A server that finds regions itself would prune what is to be answered unpruned.
+        unpruned = {} if self.accounting.config is None else {"crop": {"method": "off"}}
+        content = [_image_part(image) for image in asked.images] + [{"type": "text", "text": asked.text}]
+        try:
+            return self.client.chat.completions.with_raw_response.create(
+                model=self.served,
+                messages=[{"role": "user", "content": content}],
+                temperature=0,
+                max_tokens=asked.steps,
+                extra_body=unpruned if asked.crop is None else {"crop": asked.crop},
+                **options,
+            )
+        except OpenAIError as error:
+            hint = " Does it run with --plugin crop?" if asked.crop else ""
+            raise EndpointError(f"{self.base_url} refused a question: {error}.{hint}") from None
+
+
+def _found(headers: Mapping[str, str]) -> list[list[float]] | None:
+    """The region that the server has found, None where it served the image whole."""
+    header = headers.get("x-crop-facts")
+    (image,) = json.loads(header)["images"] if header else ({},)
+    if "localizer" not in image:
+        raise EndpointError("the server finds no regions: start it with a localizer in --crop-config")
+    region: list[list[float]] | None = image["region"]
+    return region
+
+
+def _image_part(image: Image.Image) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": data_url(image)}}

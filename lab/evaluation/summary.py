@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From answers to the table: accuracy, retention and cost of every cell, and who is clear of whom."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import compress
+from statistics import fmean
+
+from lab.evaluation.cells import LOCATE, OFF, GridCell
+from lab.evaluation.questions import TestScene
+from lab.evaluation.stats import Estimate, retention, wilson
+from lab.evaluation.store import CellResult
+from lab.tinyvqa.questions import FAMILIES, LOCAL
+
+GROUPS: dict[str, tuple[str, ...]] = {"local": LOCAL, "all": FAMILIES}
+
+
+@dataclass(frozen=True)
+class GroupScore:
+    """A cell's answers to some families.
+
+    Attributes:
+        retained: share of the unpruned model's accuracy, None if that is zero.
+        visual_tokens: per image, averaged over layers and questions.
+        kv_tokens: the same of the whole prompt.
+    """
+
+    asked: int
+    accuracy: Estimate
+    retained: Estimate | None
+    visual_tokens: float
+    kv_tokens: float
+    prompt_tokens: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """A cell of the grid with its scores, by group and by family; no scores where it is impossible."""
+
+    cell: GridCell
+    engine: str
+    groups: dict[str, GroupScore]
+    families: dict[str, Estimate]
+    seconds_per_question: float
+    ttft_ms: float | None
+    impossible: str | None
+
+
+def right_answers(scenes: Sequence[TestScene], result: CellResult) -> list[bool]:
+    """Exact match, question by question."""
+    expected = [question.answer for scene in scenes for question in scene.questions]
+    return [answer.text == wanted for answer, wanted in zip(result.answers, expected, strict=True)]
+
+
+def summarize(scenes: Sequence[TestScene], results: Sequence[CellResult]) -> list[Row]:
+    """A row per cell, in the order of the results; the unpruned model's is among them."""
+    families = families_of(scenes)
+    base = right_answers(scenes, next(result for result in results if result.cell == OFF))
+    return [_row(scenes, families, result, base) for result in results if result.cell.method != LOCATE]
+
+
+def families_of(scenes: Sequence[TestScene]) -> list[str]:
+    """The family of every question, in order."""
+    return [question.family for scene in scenes for question in scene.questions]
+
+
+def _row(
+    scenes: Sequence[TestScene], families: Sequence[str], result: CellResult, base: Sequence[bool]
+) -> Row:
+    if result.impossible:
+        return Row(result.cell, result.engine, {}, {}, 0.0, None, result.impossible)
+    right = right_answers(scenes, result)
+    groups = {name: _group(result, right, base, [f in of for f in families]) for name, of in GROUPS.items()}
+    by_family = {}
+    for family in FAMILIES:
+        chosen = list(compress(right, [one == family for one in families]))
+        by_family[family] = wilson(sum(chosen), len(chosen))
+    pace = result.seconds / len(right)
+    return Row(result.cell, result.engine, groups, by_family, pace, result.ttft_ms, None)
+
+
+def _group(
+    result: CellResult, right: Sequence[bool], base: Sequence[bool], chosen: Sequence[bool]
+) -> GroupScore:
+    ours, theirs = list(compress(right, chosen)), list(compress(base, chosen))
+    answers = list(compress(result.answers, chosen))
+    return GroupScore(
+        len(ours),
+        wilson(sum(ours), len(ours)),
+        retention(ours, theirs),
+        fmean(answer.visual_tokens for answer in answers),
+        fmean(answer.kv_tokens for answer in answers),
+        fmean(answer.prompt_tokens for answer in answers),
+    )
