@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.checkpoints import llava_next, llava_onevision, qwen2_vl, qwen3_vl, qwen3_vl_moe
 from tests.reference import (
     HfLlava,
     HfLlavaNext,
@@ -15,16 +16,8 @@ from tests.reference import (
     HfQwen3VLMoe,
     HfReference,
 )
-from vllm_crop import (
-    dummy_llava,
-    dummy_llava_next,
-    dummy_llava_onevision,
-    dummy_qwen2_5_vl,
-    dummy_qwen2_vl,
-    dummy_qwen3_vl,
-    dummy_qwen3_vl_moe,
-)
-from vllm_crop.dummy_llava import DEEP, TINY, DummySize
+from vllm_crop.benchmarking import dummy_llava, dummy_qwen2_5_vl
+from vllm_crop.benchmarking.dummy_llava import DEEP, TINY, DummySize
 
 
 @dataclass(frozen=True)
@@ -49,26 +42,22 @@ class Family:
 
 
 LLAVA = Family("llava", dummy_llava.make_checkpoint, TINY, DEEP, HfLlava)
-LLAVA_NEXT = Family(
-    "llava_next", dummy_llava_next.make_checkpoint, dummy_llava_next.TINY, dummy_llava_next.TINY, HfLlavaNext
-)
+LLAVA_NEXT = Family("llava_next", llava_next.make_checkpoint, llava_next.TINY, llava_next.TINY, HfLlavaNext)
 LLAVA_ONEVISION = Family(
     "llava_onevision",
-    dummy_llava_onevision.make_checkpoint,
-    dummy_llava_onevision.TINY,
-    dummy_llava_onevision.TINY,
+    llava_onevision.make_checkpoint,
+    llava_onevision.TINY,
+    llava_onevision.TINY,
     HfLlavaOnevision,
 )
 QWEN2_VL = Family(
-    "qwen2_vl", dummy_qwen2_vl.make_checkpoint, dummy_qwen2_5_vl.TINY, dummy_qwen2_5_vl.TINY, HfQwen2VL
+    "qwen2_vl", qwen2_vl.make_checkpoint, dummy_qwen2_5_vl.TINY, dummy_qwen2_5_vl.TINY, HfQwen2VL
 )
 QWEN2_5_VL = Family(
     "qwen2_5_vl", dummy_qwen2_5_vl.make_checkpoint, dummy_qwen2_5_vl.TINY, dummy_qwen2_5_vl.TINY, HfQwen2_5VL
 )
-QWEN3_VL = Family(
-    "qwen3_vl", dummy_qwen3_vl.make_checkpoint, dummy_qwen3_vl.TINY, dummy_qwen3_vl.TINY, HfQwen3VL
-)
+QWEN3_VL = Family("qwen3_vl", qwen3_vl.make_checkpoint, qwen3_vl.TINY, qwen3_vl.TINY, HfQwen3VL)
 QWEN3_VL_MOE = Family(
-    "qwen3_vl_moe", dummy_qwen3_vl_moe.make_checkpoint, dummy_qwen3_vl.TINY, dummy_qwen3_vl.TINY, HfQwen3VLMoe
+    "qwen3_vl_moe", qwen3_vl_moe.make_checkpoint, qwen3_vl.TINY, qwen3_vl.TINY, HfQwen3VLMoe
 )
 FAMILIES = (LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_VL, QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE)

@@ -25,11 +25,10 @@ from transformers import (
 )
 
 from tests.slow_plan import embeddings_of
-from vllm_crop.budget import Method
-from vllm_crop.geometry import Region, TokenGrid
-from vllm_crop.plan import Compression, TokenPlan, make_plan, whole_image_plan
-from vllm_crop.token_grids import ImageTokens
-from vllm_crop.vision_geometry import geometry_from_configs
+from vllm_crop.families.registry import geometry_from_configs
+from vllm_crop.planning.budget import Method
+from vllm_crop.planning.geometry import ImageTokens, Region, TokenGrid
+from vllm_crop.planning.plan import Compression, TokenPlan, make_plan, whole_image_plan
 
 
 @dataclass(frozen=True)

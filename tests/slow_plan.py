@@ -8,10 +8,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vllm_crop.budget import Method, check_eviction_layers, method_evicts, retained_count, target_average
-from vllm_crop.geometry import GridPart, ImageView, Region, TokenGrid
-from vllm_crop.plan import NEVER, Compression, TokenPlan
-from vllm_crop.token_grids import ImageTokens, TokenGrids
+from vllm_crop.planning.budget import (
+    Method,
+    check_eviction_layers,
+    method_evicts,
+    retained_count,
+    target_average,
+)
+from vllm_crop.planning.geometry import GridPart, ImageTokens, ImageView, Region, TokenGrid, TokenGrids
+from vllm_crop.planning.plan import NEVER, Compression, TokenPlan
 
 _SIMILAR = 1.2  # how much larger the patches on one side of a cut may be, on average
 
@@ -104,7 +109,7 @@ def place_of(grid: ImageTokens, token: int) -> Place:
 def retained_per_stage(
     num_tokens: int, pruning_rate: float, method: Method, num_layers: int, eviction_layers: Sequence[int]
 ) -> tuple[int, ...]:
-    """`vllm_crop.budget.retained_per_stage` with all 60 bisections, without its check of what fits."""
+    """`retained_per_stage` of planning/budget.py with all 60 bisections, without its check of what fits."""
     if method == "off":
         return (num_tokens,)
     if not method_evicts(method):
@@ -134,7 +139,7 @@ def slow_plan(
     num_layers: int = 1,
     eviction_layers: tuple[int, ...] = (),
 ) -> tuple[PlannedEmbedding, ...]:
-    """The embeddings that `vllm_crop.plan.make_plan` plans, in prompt order."""
+    """The embeddings that `vllm_crop.planning.plan.make_plan` plans, in prompt order."""
     first, *later = retained_per_stage(grid.num_tokens, pruning_rate, method, num_layers, eviction_layers)
     inside = frozenset(tokens_in(grid, region))
     embeddings = _compressed(grid, inside, first, compression)

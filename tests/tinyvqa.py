@@ -12,9 +12,9 @@ from PIL import Image
 from lab.tinyvqa import words
 from lab.tinyvqa.drawing import thumbnail
 from tests.e2e.conftest import MODEL
-from vllm_crop.data_url import question_about
-from vllm_crop.geometry import Region
+from vllm_crop.client import question_about
 from vllm_crop.localizers.dialects import DIALECTS, read_cells
+from vllm_crop.planning.geometry import Region
 
 CHECKPOINT = Path(__file__).parent.parent / "models" / "tinyvqa"
 ENGINE = {"kind": "engine", "prompt": "where:{question}", "timeout_s": 60}

@@ -16,10 +16,10 @@ from pydantic import (
     model_validator,
 )
 
-from vllm_crop.budget import Method, method_evicts
 from vllm_crop.errors import UnsupportedFlagError
 from vllm_crop.localizers.settings import LocalizerConfig
-from vllm_crop.plan import Compression
+from vllm_crop.planning.budget import Method, method_evicts
+from vllm_crop.planning.plan import Compression
 
 PositionIds = Literal["renumbered", "original"]
 

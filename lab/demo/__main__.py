@@ -14,8 +14,8 @@ from lab.demo.report import report
 from lab.demo.rows import measure
 from lab.demo.setting import BUILD, MODEL, SERVER_ENVIRONMENT, SERVER_OPTIONS, plugins_with_page
 from lab.evaluation.questions import make_test_set
-from vllm_crop.benchmarking.server import Server, ServerError, serve
-from vllm_crop.data_url import question_about
+from vllm_crop.client import question_about
+from vllm_crop.measuring.server import Server, ServerError, serve
 
 console = Console()
 

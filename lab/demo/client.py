@@ -13,7 +13,7 @@ from PIL import Image
 
 from lab.demo.setting import KV_TOKENS
 from vllm_crop.benchmarking.kv import KVCapacity, blocks_in_use
-from vllm_crop.data_url import question_about
+from vllm_crop.client import question_about
 
 
 @dataclass(frozen=True)

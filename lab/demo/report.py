@@ -13,12 +13,12 @@ from lab.demo.rows import WRONG, Asked, Measured, rows, shares
 from lab.demo.setting import BUILD, EVICTION_LAYERS, MODEL, PRUNING_RATE, SERVER_OPTIONS
 from lab.tinyvqa.checkpoint import LAYERS
 from lab.tinyvqa.questions import FAMILIES
-from vllm_crop.benchmarking.machine import provenance
-from vllm_crop.checkpoint_files import load_geometry
-from vllm_crop.geometry import Box, Region
-from vllm_crop.image_plan import plan_image
-from vllm_crop.params import ImageRequest
-from vllm_crop.preview import draw_preview
+from vllm_crop.drawing.preview import draw_preview
+from vllm_crop.families.checkpoint import load_geometry
+from vllm_crop.measuring.provenance import provenance
+from vllm_crop.planning.geometry import Box, Region
+from vllm_crop.planning.planner import plan_image
+from vllm_crop.request import ImageRequest
 
 _SHOWN = ("off", "plc", WRONG)  # what fits a terminal; summary.json has all
 

@@ -16,7 +16,7 @@ from lab.evaluation.questions import TestScene, make_test_set
 from lab.tinyvqa.checkpoint import HIDDEN, LAYERS
 from lab.tinyvqa.questions import FAMILIES, Question
 from vllm_crop.eviction.grouping import predict_grouping
-from vllm_crop.geometry import GRID_CELLS, Region
+from vllm_crop.planning.geometry import GRID_CELLS, Region
 
 METHODS = ("off", "plc", "ilp", "plc+ilp")
 WRONG = "wrong region"

@@ -9,7 +9,7 @@ from lab.evaluation.options import Options
 from lab.evaluation.served.accounting import Accounting
 from vllm_crop.config import CropConfig
 from vllm_crop.errors import CropError, UnsupportedModelError
-from vllm_crop.smart_resize import SmartResize
+from vllm_crop.families.qwen_vl import SmartResize
 
 
 class Answerers:
@@ -52,7 +52,7 @@ class Answerers:
     def _accounting(self) -> Accounting:
         from transformers import AutoProcessor
 
-        from vllm_crop.checkpoint_files import load_geometry
+        from vllm_crop.families.checkpoint import load_geometry
 
         model, config = str(self.options.model), None
         if self.options.prunes:

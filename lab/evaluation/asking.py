@@ -12,9 +12,9 @@ from lab.evaluation.controls import resized, thumbnail_and_crop
 from lab.evaluation.questions import TestScene
 from lab.tinyvqa import words
 from lab.tinyvqa.drawing import thumbnail
-from vllm_crop.budget import retained_count
-from vllm_crop.geometry import Region
-from vllm_crop.smart_resize import SmartResize
+from vllm_crop.families.qwen_vl import SmartResize
+from vllm_crop.planning.budget import retained_count
+from vllm_crop.planning.geometry import Region
 
 ANSWER_STEPS = 4  # "yellow triangle" and the end take three
 LOCATE_STEPS = 9  # two boxes of four digits and the end

@@ -5,8 +5,8 @@ import math
 
 from PIL import Image
 
-from vllm_crop.geometry import Region
-from vllm_crop.smart_resize import SmartResize
+from vllm_crop.families.qwen_vl import SmartResize
+from vllm_crop.planning.geometry import Region
 
 
 def near_square(tokens: int, aspect: float = 1.0) -> tuple[int, int]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lab.evaluation.runner.seam import Kept, LayerView, Pruning, Sight
-from vllm_crop.plan import TokenPlan
+from vllm_crop.planning.plan import TokenPlan
 
 
 def crop_pruning(plans: Sequence[TokenPlan], num_layers: int) -> Pruning:

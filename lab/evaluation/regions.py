@@ -8,9 +8,9 @@ from typing import Literal, get_args
 from lab.evaluation.cells import SERVER
 from lab.evaluation.questions import TestScene
 from lab.tinyvqa.questions import CellBox, Question
-from vllm_crop.geometry import Box, Region
 from vllm_crop.localizers.base import UnreadableAnswerError
 from vllm_crop.localizers.dialects import read_cells
+from vllm_crop.planning.geometry import Box, Region
 
 Source = Literal["oracle", "localizer", "random", "centre", "shuffled", "whole"]
 SOURCES: tuple[str, ...] = get_args(Source)
@@ -74,7 +74,7 @@ def area(region: Region | None, side: int) -> float:
 
 def cells_of(region: Region, side: int) -> set[int]:
     """The cells a region touches, numbered row by row."""
-    from vllm_crop.geometry import TokenGrid
+    from vllm_crop.planning.geometry import TokenGrid
 
     return set(TokenGrid(side, side).mask(region).nonzero()[0].tolist())
 

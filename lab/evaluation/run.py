@@ -14,7 +14,7 @@ from lab.evaluation.questions import make_test_set
 from lab.evaluation.report import Report, make_report
 from lab.evaluation.session import Session
 from lab.evaluation.store import CellResult, Store
-from vllm_crop.benchmarking.machine import provenance
+from vllm_crop.measuring.provenance import provenance
 
 
 def evaluate(options: Options, console: Console) -> Report:

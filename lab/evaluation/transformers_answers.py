@@ -15,9 +15,9 @@ from lab.evaluation.runner.qwen import UNPRUNED, QwenRunner, Reply
 from lab.evaluation.runner.seam import Pruning, Seen
 from lab.tinyvqa.drawing import draw_scene
 from lab.tinyvqa.scenes import Scene
-from vllm_crop.budget import Method
-from vllm_crop.plan import make_plan
-from vllm_crop.smart_resize import SmartResize
+from vllm_crop.families.qwen_vl import SmartResize
+from vllm_crop.planning.budget import Method
+from vllm_crop.planning.plan import make_plan
 
 _SCENES_KEPT = 4096  # 0.7 MB each
 

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from lab.tinyvqa.scenes import COLOURS, DIGITS, SHAPES, Cell, Scene, Thing, neighbours
-from vllm_crop.geometry import Box, Region
 from vllm_crop.localizers.dialects import WHOLE
+from vllm_crop.planning.geometry import Box, Region
 
 LOCAL = ("read", "relation", "compare")
 GLOBAL = ("search", "count")

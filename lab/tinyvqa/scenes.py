@@ -9,7 +9,7 @@ import random
 from dataclasses import dataclass
 from itertools import product
 
-from vllm_crop.geometry import GRID_CELLS
+from vllm_crop.planning.geometry import GRID_CELLS
 
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange")
 SHAPES = ("circle", "square", "triangle", "cross")

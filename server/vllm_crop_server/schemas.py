@@ -3,7 +3,7 @@
 
 from typing import Any
 
-from vllm_crop.params import InvalidCropError
+from vllm_crop.request import InvalidCropError
 
 
 def error_body(error: InvalidCropError, status: int, path: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from tests.conftest import CheckpointOf
 from tests.families import LLAVA, Family
 from tests.reference import HfReference, Reference
 from vllm_crop.config import CropConfig
-from vllm_crop.params import CropParams, CropRequest, image_requests
+from vllm_crop.request import CropParams, CropRequest, image_requests
 
 TEXT = "USER: {images}What is the time, and where?\nASSISTANT:"
 STEPS = 8

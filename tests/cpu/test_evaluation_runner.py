@@ -18,8 +18,8 @@ from lab.evaluation.transformers_answers import TransformersAnswers
 from lab.tinyvqa import words
 from tests.slow_plan import embeddings_of
 from tests.untrained_tinyvqa import make_untrained
-from vllm_crop.budget import retained_count
-from vllm_crop.plan import TokenPlan, make_plan
+from vllm_crop.planning.budget import retained_count
+from vllm_crop.planning.plan import TokenPlan, make_plan
 
 RATES = (0.667, 0.889, 0.926)
 CLOSE = 2e-5  # nats, in float32; a mistake changes tenths

@@ -15,7 +15,7 @@ from tests.cpu.test_caches import right
 from tests.cpu.test_parity import NOTICEABLE, TOLERANCE, cells, difference
 from tests.pictures import noise_image
 from tests.reference import HfLlava
-from vllm_crop.plan import TokenPlan
+from vllm_crop.planning.plan import TokenPlan
 
 pytestmark = pytest.mark.vllm_runtime
 

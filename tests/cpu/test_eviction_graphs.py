@@ -12,8 +12,8 @@ from tests.cpu.conftest import Engine, Question, ReferenceFor
 from tests.cpu.test_parity import NOTICEABLE, TOLERANCE, cells, difference
 from tests.pictures import noise_image
 from vllm_crop.eviction.grouping import predict_packed_grouping
-from vllm_crop.eviction.late_view import RunningEvictions
-from vllm_crop.eviction.start_report import built_groups
+from vllm_crop.eviction.report import built_groups
+from vllm_crop.eviction.stage_inputs import RunningEvictions
 
 pytestmark = pytest.mark.vllm_runtime
 

@@ -12,10 +12,10 @@ from tests.cpu.conftest import Engine, Question, ReferenceFor
 from tests.cpu.test_parity import TOLERANCE, cells, difference
 from tests.pictures import noise_image
 from tests.slow_plan import embeddings_of, plan_of
-from vllm_crop.dummy_llava import DummySize, make_checkpoint
+from vllm_crop.benchmarking.dummy_llava import DummySize, make_checkpoint
 from vllm_crop.eviction.grouping import KVGrouping, layers_per_stage, predict_grouping
-from vllm_crop.eviction.settings import EvictionSettings
-from vllm_crop.plan import TokenPlan, whole_image_plan
+from vllm_crop.eviction.markers import EvictionSettings
+from vllm_crop.planning.plan import TokenPlan, whole_image_plan
 
 pytestmark = pytest.mark.vllm_runtime
 

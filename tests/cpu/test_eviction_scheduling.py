@@ -19,7 +19,7 @@ from tests.cpu.test_parity import NOTICEABLE, TOLERANCE, cells, difference
 from tests.cpu.test_soak import keep_request_id
 from tests.pictures import noise_image
 from tests.reference import HfLlava, Prompt, Reference
-from vllm_crop.plan import NEVER, TokenPlan
+from vllm_crop.planning.plan import NEVER, TokenPlan
 
 pytestmark = pytest.mark.vllm_runtime
 

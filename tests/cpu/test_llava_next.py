@@ -33,8 +33,8 @@ from tests.cpu.test_parity import NOTICEABLE, TOLERANCE, cells, difference
 from tests.families import LLAVA_NEXT
 from tests.pictures import noise_image
 from tests.reference import HfReference
-from vllm_crop.geometry import TokenGrid
-from vllm_crop.vision_geometry import geometry_from_configs
+from vllm_crop.families.registry import geometry_from_configs
+from vllm_crop.planning.geometry import TokenGrid
 
 pytestmark = pytest.mark.vllm_runtime
 

@@ -17,9 +17,9 @@ from tests.cpu.conftest import Engine, Question
 from tests.families import FAMILIES, LLAVA, LLAVA_ONEVISION, QWEN2_5_VL, Family
 from tests.pictures import noise_image
 from tests.tinyvqa import CHECKPOINT, ENGINE
-from vllm_crop.geometry import Region
 from vllm_crop.localizers.dialects import DIALECTS, read_cells
 from vllm_crop.localizers.thumbnails import shrink, size_for_tokens
+from vllm_crop.planning.geometry import Region
 
 pytestmark = pytest.mark.vllm_runtime
 

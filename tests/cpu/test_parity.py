@@ -7,7 +7,7 @@ from tests.cpu.conftest import Answer, Engine, EngineOf, Question, ReferenceFor,
 from tests.families import FAMILIES, Family
 from tests.pictures import noise_image
 from tests.reference import Reference
-from vllm_crop.geometry import Region
+from vllm_crop.planning.geometry import Region
 
 pytestmark = pytest.mark.vllm_runtime
 each_family = pytest.mark.parametrize("family", FAMILIES, ids=str)

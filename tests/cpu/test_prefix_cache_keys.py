@@ -23,7 +23,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 from vllm.v1.request import Request
 
 from vllm_crop.eviction.kv_cache import PrunedAttentionSpec, PrunedKVCacheManager
-from vllm_crop.eviction.labels import write_labels
+from vllm_crop.eviction.markers import write_labels
 from vllm_crop.eviction.prefix_cache import PlannedBlockHashes, StageHashes
 from vllm_crop.eviction.prompt_eviction import PromptEviction, read_labels
 

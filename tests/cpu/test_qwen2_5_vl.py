@@ -34,9 +34,9 @@ from tests.pictures import noise_image
 from tests.reference import HfReference
 from vllm_crop.config import CropConfig
 from vllm_crop.eviction.decoder import _gather_positions
-from vllm_crop.geometry import TokenGrid
 from vllm_crop.models.deciding import ImageDecider
-from vllm_crop.params import CropParams, CropRequest, InvalidCropError
+from vllm_crop.planning.geometry import TokenGrid
+from vllm_crop.request import CropParams, CropRequest, InvalidCropError
 
 pytestmark = pytest.mark.vllm_runtime
 

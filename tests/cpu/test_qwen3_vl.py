@@ -33,10 +33,10 @@ from tests.families import QWEN2_5_VL, QWEN3_VL, Family
 from tests.pictures import noise_image
 from tests.reference import HfReference
 from vllm_crop.config import CropConfig
-from vllm_crop.geometry import Region, TokenGrid
 from vllm_crop.models.deciding import ImageDecider
-from vllm_crop.params import CropParams, CropRequest, InvalidCropError
-from vllm_crop.plan import TokenPlan
+from vllm_crop.planning.geometry import Region, TokenGrid
+from vllm_crop.planning.plan import TokenPlan
+from vllm_crop.request import CropParams, CropRequest, InvalidCropError
 
 pytestmark = pytest.mark.vllm_runtime
 

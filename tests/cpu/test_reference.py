@@ -17,9 +17,9 @@ from tests.cpu.conftest import TEXT
 from tests.pictures import noise_image
 from tests.reference import HfLlava, HfReference, Prompt, Reference
 from tests.slow_plan import embeddings_of, plan_of
-from vllm_crop.dummy_llava import DEEP, PADDED_IDS, VOCAB_SIZE, make_checkpoint
-from vllm_crop.geometry import Region
-from vllm_crop.plan import TokenPlan, whole_image_plan
+from vllm_crop.benchmarking.dummy_llava import DEEP, PADDED_IDS, VOCAB_SIZE, make_checkpoint
+from vllm_crop.planning.geometry import Region
+from vllm_crop.planning.plan import TokenPlan, whole_image_plan
 
 EXACT = 1e-6  # nats over the full vocabulary
 NOTICEABLE = 1e-2

@@ -10,8 +10,8 @@ from tests.cpu.test_parity import NOTICEABLE, TOLERANCE, cells, difference
 from tests.families import QWEN2_5_VL
 from tests.pictures import noise_image
 from tests.reference import HfQwen2_5VL
-from vllm_crop.checkpoint_files import load_geometry
-from vllm_crop.geometry import TokenGrid
+from vllm_crop.families.checkpoint import load_geometry
+from vllm_crop.planning.geometry import TokenGrid
 
 pytestmark = pytest.mark.vllm_runtime
 
@@ -31,7 +31,7 @@ def tinyvqa(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     from lab.tinyvqa import checkpoint, words
-    from vllm_crop.dummy_llava import DummySize, scale_weights
+    from vllm_crop.benchmarking.dummy_llava import DummySize, scale_weights
 
     tokenizer = words.make_tokenizer()
     torch.manual_seed(0)

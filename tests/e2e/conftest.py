@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_crop.benchmarking.server import Server, get_text, serve
+from vllm_crop.measuring.server import Server, get_text, serve
 
 API_KEY = "sekret-0123"
 MODEL = "tiny-llava"

@@ -12,7 +12,7 @@ import pytest
 from tests.e2e.conftest import OPTIONS, metric
 from tests.e2e.test_serve import FIRST, SECOND, SQUARE, chat, expected
 from tests.reference import HfLlava
-from vllm_crop.benchmarking.server import serve
+from vllm_crop.measuring.server import serve
 
 pytestmark = pytest.mark.e2e
 

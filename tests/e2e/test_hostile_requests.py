@@ -27,9 +27,9 @@ from vllm.utils.serial_utils import tensor2base64
 from lab.evaluation.questions import make_test_set
 from tests.e2e.conftest import MODEL, OPTIONS, metric
 from tests.tinyvqa import CHECKPOINT, ENGINE, ask, crop_options, facts, found
-from vllm_crop.benchmarking.server import Server, get_text, serve
-from vllm_crop.data_url import data_url, question_about
-from vllm_crop.params import MAX_FIELD_BYTES, MAX_KEYS
+from vllm_crop.client import data_url, question_about
+from vllm_crop.measuring.server import Server, get_text, serve
+from vllm_crop.request import MAX_FIELD_BYTES, MAX_KEYS
 
 pytestmark = pytest.mark.e2e
 

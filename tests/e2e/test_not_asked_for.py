@@ -11,8 +11,8 @@ import pytest
 
 from tests.e2e.conftest import MODEL, OPTIONS
 from tests.pictures import noise_image
-from vllm_crop.benchmarking.server import Server, serve
-from vllm_crop.data_url import data_url
+from vllm_crop.client import data_url
+from vllm_crop.measuring.server import Server, serve
 
 pytestmark = pytest.mark.e2e
 

@@ -22,9 +22,9 @@ from tests.e2e.test_serve import EVERY_TOKEN, FIRST, STEPS, TEXT, chat, expected
 from tests.families import LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_5_VL, QWEN3_VL, Family
 from tests.pictures import noise_image
 from tests.reference import HfReference
-from vllm_crop.benchmarking.server import Server, get_text, serve
-from vllm_crop.checkpoint_files import load_geometry
 from vllm_crop.errors import UnsupportedImageError
+from vllm_crop.families.checkpoint import load_geometry
+from vllm_crop.measuring.server import Server, get_text, serve
 
 pytestmark = pytest.mark.e2e
 

@@ -15,8 +15,8 @@ from tests.e2e.test_serve import FIRST, SECOND, chat, expected
 from tests.families import QWEN2_5_VL, QWEN3_VL, Family
 from tests.pictures import noise_image
 from tests.reference import HfReference
-from vllm_crop.benchmarking.server import Server, serve
-from vllm_crop.budget import Method
+from vllm_crop.measuring.server import Server, serve
+from vllm_crop.planning.budget import Method
 
 pytestmark = pytest.mark.e2e
 

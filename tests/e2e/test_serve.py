@@ -16,11 +16,11 @@ from PIL import Image
 from tests.e2e.conftest import API_KEY, MODEL, metric
 from tests.pictures import noise_image
 from tests.reference import HfLlava, HfReference
-from vllm_crop.benchmarking.server import Server, get_text
-from vllm_crop.budget import Method
-from vllm_crop.data_url import data_url
-from vllm_crop.geometry import Region
-from vllm_crop.plan import Compression
+from vllm_crop.client import data_url
+from vllm_crop.measuring.server import Server, get_text
+from vllm_crop.planning.budget import Method
+from vllm_crop.planning.geometry import Region
+from vllm_crop.planning.plan import Compression
 
 pytestmark = pytest.mark.e2e
 

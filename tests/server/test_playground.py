@@ -16,14 +16,13 @@ from vllm_crop_server.playground.pages import STATIC
 from vllm_crop_server.playground.plan_route import MAX_BODY_BYTES, PLAN_PATH, SETTINGS_PATH
 
 from vllm_crop.config import CropConfig
-from vllm_crop.families.anyres import LLAVA_NEXT as TILES
-from vllm_crop.families.anyres import AnyResolution
-from vllm_crop.families.llava import LlavaGeometry, LlavaNextGeometry
+from vllm_crop.families.llava import ClipPreprocessing, LlavaGeometry
+from vllm_crop.families.llava_next import LLAVA_NEXT as TILES
+from vllm_crop.families.llava_next import AnyResolution, LlavaNextGeometry
 from vllm_crop.families.qwen_vl import Qwen2_5VLGeometry
-from vllm_crop.geometry import Region, TokenGrid
-from vllm_crop.plan import make_plan
-from vllm_crop.preprocessing import ClipPreprocessing
-from vllm_crop.vision_geometry import VisionGeometry
+from vllm_crop.families.registry import VisionGeometry
+from vllm_crop.planning.geometry import Region, TokenGrid
+from vllm_crop.planning.plan import make_plan
 
 LLAVA = LlavaGeometry(
     TokenGrid(24, 24),

@@ -5,7 +5,7 @@ from fractions import Fraction
 
 from hypothesis import strategies as st
 
-from vllm_crop.geometry import Box, Region, TokenGrid
+from vllm_crop.planning.geometry import Box, Region, TokenGrid
 
 STEPS = 100  # a box edge that misses a token edge misses it by far more than the tolerance
 

@@ -19,8 +19,8 @@ from transformers.models.llava_next.modeling_llava_next import get_anyres_image_
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
 
 from vllm_crop.errors import UnsupportedModelError
-from vllm_crop.families.anyres import LLAVA_NEXT, LLAVA_ONEVISION, AnyResolution
-from vllm_crop.geometry import TokenGrid
+from vllm_crop.families.llava_next import LLAVA_NEXT, LLAVA_ONEVISION, AnyResolution
+from vllm_crop.planning.geometry import TokenGrid
 
 PUBLISHED = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 NINE = [[336 * rows, 336 * cols] for rows, cols in product((1, 2, 3), (1, 2, 3))]

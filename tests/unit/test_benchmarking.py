@@ -23,12 +23,10 @@ from vllm_crop.benchmarking.decode_report import decode_json, print_decode, summ
 from vllm_crop.benchmarking.kv import KVCapacity, KVSampler, KVUsage, metric_sum
 from vllm_crop.benchmarking.load import bench_arguments
 from vllm_crop.benchmarking.localizers import engine_localizer, outcomes, remote_localizer
-from vllm_crop.benchmarking.machine import Machine, git_revision, provenance
 from vllm_crop.benchmarking.options import Options
 from vllm_crop.benchmarking.prefill import ModelShape, ideals, prefill_flops
 from vllm_crop.benchmarking.report import print_report, write_report
 from vllm_crop.benchmarking.runs import Mode, Run, RunError, RunSpec, schedule
-from vllm_crop.benchmarking.server import Server, ServerError, get_text, log_tail, serve
 from vllm_crop.benchmarking.session import Outcome
 from vllm_crop.benchmarking.summary import Ratio, mean_prompt_tokens, summarize
 from vllm_crop.benchmarking.tables import ideal_table, table
@@ -37,9 +35,11 @@ from vllm_crop.cli import app
 from vllm_crop.config import CropConfig
 from vllm_crop.errors import CropError
 from vllm_crop.eviction.grouping import predict_grouping
-from vllm_crop.eviction.late_view import LateView, RunningEvictions
-from vllm_crop.geometry import Box, Region
-from vllm_crop.vision_geometry import VisionGeometry, geometry_from_configs
+from vllm_crop.eviction.stage_inputs import LateView, RunningEvictions
+from vllm_crop.families.registry import VisionGeometry, geometry_from_configs
+from vllm_crop.measuring.provenance import Machine, git_revision, provenance
+from vllm_crop.measuring.server import Server, ServerError, get_text, log_tail, serve
+from vllm_crop.planning.geometry import Box, Region
 
 METRICS = """\
 # HELP vllm:kv_cache_usage_perc KV-cache usage. 1 means 100 percent usage.

@@ -9,7 +9,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from strategies import eviction_settings
 
-from vllm_crop.budget import (
+from vllm_crop.planning.budget import (
     BudgetError,
     Method,
     check_eviction_layers,

@@ -12,15 +12,15 @@ import pytest
 from checkpoint_json import LLAVA, PROCESSOR, write_json, write_llava
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from vllm_crop.checkpoint_files import (
+from vllm_crop.benchmarking.dummy_llava import make_checkpoint
+from vllm_crop.errors import UnsupportedModelError
+from vllm_crop.families.checkpoint import (
     CheckpointFileError,
     load_geometry,
     load_image_processor_settings,
     load_model_config,
 )
-from vllm_crop.dummy_llava import make_checkpoint
-from vllm_crop.errors import UnsupportedModelError
-from vllm_crop.geometry import TokenGrid
+from vllm_crop.planning.geometry import TokenGrid
 
 
 def test_geometry_of_a_checkpoint_as_transformers_saves_it(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_a_path_that_does_not_exist_is_said() -> None:
 def test_reading_imports_neither_torch_nor_vllm(tmp_path: Path) -> None:
     model = write_llava(tmp_path)
     program = (
-        "import sys; from vllm_crop.checkpoint_files import load_geometry; "
+        "import sys; from vllm_crop.families.checkpoint import load_geometry; "
         "import vllm_crop.commands.plan, vllm_crop.commands.preview, vllm_crop.commands.check; "
         f"load_geometry({model!r}); print({{'torch', 'transformers', 'vllm'}} & set(sys.modules))"
     )

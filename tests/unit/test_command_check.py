@@ -12,15 +12,15 @@ import typer
 from checkpoint_json import write_json, write_llava, write_llava_next
 from typer.testing import CliRunner
 
-from vllm_crop.budget import check_eviction_layers
 from vllm_crop.commands.check import check
 from vllm_crop.compat import installation
 from vllm_crop.compat import vllm as compat
+from vllm_crop.compat.eviction_refusals import refused_with_eviction
+from vllm_crop.compat.refusals import REFUSED
 from vllm_crop.compat.vllm import UpstreamPoint
 from vllm_crop.config import CropConfig
-from vllm_crop.eviction.recommendation import recommended_layer, savings
-from vllm_crop.eviction.refusals import refused_with_eviction
-from vllm_crop.frontend.refusals import REFUSED
+from vllm_crop.eviction.report import recommended_layer, savings
+from vllm_crop.planning.budget import check_eviction_layers
 
 app = typer.Typer()
 app.command()(check)

@@ -11,12 +11,11 @@ import typer
 from checkpoint_json import write_json, write_llava, write_llava_next, write_qwen2_5_vl, write_qwen3_vl
 from typer.testing import CliRunner
 
-from vllm_crop.budget import retained_count
 from vllm_crop.commands.plan import plan
 from vllm_crop.config import CropConfig
-from vllm_crop.geometry import Box, GridPart, Region, TokenGrid
-from vllm_crop.plan import make_plan, whole_image_plan
-from vllm_crop.token_grids import TokenGrids
+from vllm_crop.planning.budget import retained_count
+from vllm_crop.planning.geometry import Box, GridPart, Region, TokenGrid, TokenGrids
+from vllm_crop.planning.plan import make_plan, whole_image_plan
 
 GRID = TokenGrid(24, 24)
 SQUARE = "672x672"  # seen whole: fractions of the image are fractions of the view

@@ -8,10 +8,9 @@ from hypothesis import strategies as st
 from strategies import grids, regions
 
 from tests.slow_plan import embeddings_of
-from vllm_crop.compression.feature_cache import FeatureCache
-from vllm_crop.compression.pool import compress
-from vllm_crop.geometry import Region, TokenGrid
-from vllm_crop.plan import Compression, make_plan, whole_image_plan
+from vllm_crop.models.features import FeatureCache, compress
+from vllm_crop.planning.geometry import Region, TokenGrid
+from vllm_crop.planning.plan import Compression, make_plan, whole_image_plan
 
 
 def naive_compress(features: torch.Tensor, assignment: list[int]) -> torch.Tensor:

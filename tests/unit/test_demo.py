@@ -18,8 +18,8 @@ from lab.evaluation.questions import make_test_set
 from lab.evaluation.regions import cells_of
 from lab.tinyvqa.checkpoint import LAYERS
 from lab.tinyvqa.questions import FAMILIES, LOCAL
-from vllm_crop.benchmarking.server import Server
-from vllm_crop.budget import retained_per_stage
+from vllm_crop.measuring.server import Server
+from vllm_crop.planning.budget import retained_per_stage
 
 ROOT = Path(__file__).parents[2]
 

@@ -35,9 +35,9 @@ from lab.evaluation.summary import summarize
 from lab.evaluation.thresholds import THRESHOLDS, sweep
 from lab.tinyvqa.questions import FAMILIES, boxes_region
 from lab.tinyvqa.scenes import is_test_seed
-from vllm_crop.budget import BudgetError
-from vllm_crop.geometry import Region
-from vllm_crop.smart_resize import SmartResize
+from vllm_crop.families.qwen_vl import SmartResize
+from vllm_crop.planning.budget import BudgetError
+from vllm_crop.planning.geometry import Region
 
 RESIZE = SmartResize(token_side=16, min_pixels=16 * 16**2, max_pixels=2**24)
 PER_FAMILY = 6

@@ -17,7 +17,7 @@ from lab.evaluation.cells import OFF, SERVER, GridCell
 from lab.evaluation.questions import make_test_set
 from lab.evaluation.served.endpoint import EndpointAnswers, EndpointError
 from vllm_crop.config import CropConfig
-from vllm_crop.smart_resize import SmartResize
+from vllm_crop.families.qwen_vl import SmartResize
 
 openai = pytest.importorskip("openai")
 

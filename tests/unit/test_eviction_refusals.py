@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 
+from vllm_crop.compat.eviction_hook import CPU_WORKER, SCHEDULER, config_hook, prepare_engine
 from vllm_crop.compat.eviction_points import CPU_RUNNER_POINTS
-from vllm_crop.errors import UnsupportedFlagError
-from vllm_crop.eviction.config_hook import CPU_WORKER, SCHEDULER, config_hook, prepare_engine
-from vllm_crop.eviction.refusals import (
+from vllm_crop.compat.eviction_refusals import (
     REFUSED,
     REFUSED_GRAPHS,
     captures_mixed_steps,
@@ -20,7 +19,8 @@ from vllm_crop.eviction.refusals import (
     refuse_graphs,
     refused_with_eviction,
 )
-from vllm_crop.eviction.settings import EvictionSettings
+from vllm_crop.errors import UnsupportedFlagError
+from vllm_crop.eviction.markers import EvictionSettings
 
 BREAKABLE = "VLLM_USE_BREAKABLE_CUDAGRAPH"
 STOCK_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"

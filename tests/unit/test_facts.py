@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import regions
 
-from vllm_crop.facts import MAX_HEADER_BYTES, ImageFacts, Source, facts_header
-from vllm_crop.geometry import Box, Region
+from vllm_crop.frontend.request_context import MAX_HEADER_BYTES, ImageFacts, Source, facts_header
 from vllm_crop.localizers.decision import Localization
+from vllm_crop.planning.geometry import Box, Region
 
 SOURCES: list[Source] = ["request", "none", "off", "out_of_view"]
 PRUNED = ImageFacts(576, 128, 128.0, Region((Box(0.1, 0.2, 0.3, 0.4),)), "request")
@@ -88,9 +88,9 @@ def test_boxes_go_first_and_images_second_when_room_runs_out(
 
 def test_a_header_of_exactly_the_limit_is_sent_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
     full = facts_header([PRUNED])
-    monkeypatch.setattr("vllm_crop.facts.MAX_HEADER_BYTES", len(full))
+    monkeypatch.setattr("vllm_crop.frontend.request_context.MAX_HEADER_BYTES", len(full))
     assert facts_header([PRUNED]) == full
-    monkeypatch.setattr("vllm_crop.facts.MAX_HEADER_BYTES", len(full) - 1)
+    monkeypatch.setattr("vllm_crop.frontend.request_context.MAX_HEADER_BYTES", len(full) - 1)
     assert "region" not in facts_header([PRUNED])
 
 

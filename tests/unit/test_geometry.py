@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import boxes, exact, grids, regions
 
-from vllm_crop.geometry import GRID_CELLS, Box, ImageView, Region, TokenGrid
+from vllm_crop.planning.geometry import GRID_CELLS, Box, ImageView, Region, TokenGrid
 
 WHOLE = Box(0.0, 0.0, 1.0, 1.0)
 

@@ -14,7 +14,7 @@ from vllm_crop.eviction.grouping import (
     predict_grouping,
     predict_packed_grouping,
 )
-from vllm_crop.eviction.grouping_report import describe, nearest_good_layers, warning
+from vllm_crop.eviction.report import describe, nearest_good_layers, warning
 
 PROMPT = 640  # tokens, 576 of them of one image
 ONE_STAGE, TWO_STAGES = (640, 128), (640, 256, 128)  # tokens of the pruned request in each stage

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig, LlavaConfig, PretrainedConfig, Qwen2_5_VLConfig, SiglipVisionConfig
 
+from vllm_crop.compat.hf_overrides import apply_overrides, compose_hf_overrides
 from vllm_crop.config import CropConfig
 from vllm_crop.errors import UnsupportedFlagError, UnsupportedModelError
-from vllm_crop.frontend.hf_overrides import apply_overrides, compose_hf_overrides
 
 CROP = CropConfig(pruning_rate=0.5).model_dump()
 SETTLED = {**CROP, "position_ids": "renumbered"}  # as it travels with a LLaVA

@@ -16,8 +16,8 @@ import pytest
 import vllm_crop
 
 LIBRARY = Path(vllm_crop.__file__).parent
-# The last one measures, with vLLM's own load generator.
-MAY_IMPORT_VLLM = ("models", "eviction", "frontend", "compat", "benchmarking")
+# The last two measure, with vLLM's own load generator.
+MAY_IMPORT_VLLM = ("models", "eviction", "frontend", "compat", "measuring", "benchmarking")
 HEAVY = ("torch", "vllm")
 
 # What is run, and the packages or modules that must not be loaded by it.
@@ -25,18 +25,17 @@ LIGHT_IMPORTS = {
     "import vllm_crop": HEAVY,
     "import vllm_crop; vllm_crop.register()": HEAVY,
     "import vllm_crop; vllm_crop.register(); vllm_crop.register()": HEAVY,
-    "import vllm_crop.geometry": HEAVY,
+    "import vllm_crop.planning.geometry": HEAVY,
     "import vllm_crop.errors": HEAVY,
-    "import vllm_crop.plan": (*HEAVY, "numba"),
-    "import vllm_crop.params": HEAVY,
+    "import vllm_crop.planning.plan": (*HEAVY, "numba"),
+    "import vllm_crop.request": HEAVY,
     "import vllm_crop.config": HEAVY,
-    "import vllm_crop.preprocessing": HEAVY,
-    "import vllm_crop.vision_geometry": HEAVY,
-    "import vllm_crop.facts": HEAVY,
-    "import vllm_crop.request_context": HEAVY,
-    "import vllm_crop.metrics": HEAVY,
-    "import vllm_crop.frontend.hf_overrides": HEAVY,
-    "import vllm_crop.frontend.refusals": HEAVY,
+    "import vllm_crop.families.llava": HEAVY,
+    "import vllm_crop.families.registry": HEAVY,
+    "import vllm_crop.frontend.request_context": HEAVY,
+    "import vllm_crop.frontend.metrics": HEAVY,
+    "import vllm_crop.compat.hf_overrides": HEAVY,
+    "import vllm_crop.compat.refusals": HEAVY,
     "import vllm_crop.compat.vllm": HEAVY,
     "import vllm_crop.cli": (
         *HEAVY,
@@ -49,8 +48,7 @@ LIGHT_IMPORTS = {
     "import lab.evaluation.__main__": HEAVY,
     "import lab.evaluation.session": HEAVY,
     "import lab.evaluation.report": HEAVY,
-    "import vllm_crop.compression.pool": ("vllm",),
-    "import vllm_crop.compression.feature_cache": ("vllm",),
+    "import vllm_crop.models.features": ("vllm",),
     "import vllm_crop_server.middleware": (*HEAVY, "vllm_crop.models", "vllm_crop.compat"),
     "import vllm_crop_server.playground": (*HEAVY, "vllm_crop.models", "vllm_crop.compat"),
 }
@@ -64,7 +62,7 @@ DISTRIBUTIONS = {
     "safetensors": "vllm",
     "tokenizers": "vllm",
 }
-ON_THEIR_OWN = ("vllm_crop.geometry", "vllm_crop.errors")
+ON_THEIR_OWN = ("vllm_crop.planning.geometry", "vllm_crop.errors")
 
 
 def loaded_after(statement: str) -> set[str]:
@@ -85,7 +83,7 @@ def test_importing_loads_nothing_it_should_not(statement: str) -> None:
     module = statement.removeprefix("import ")
     if module in ON_THEIR_OWN:
         ours = {name for name in loaded if name.partition(".")[0].startswith("vllm_crop")}
-        assert ours == {"vllm_crop", module}
+        assert ours == {"vllm_crop", module, module.rpartition(".")[0]}
 
 
 def sources(package: str) -> list[Path]:
@@ -157,7 +155,7 @@ def test_the_library_names_the_server_in_one_constant_only() -> None:
 
 
 def test_geometry_and_errors_import_nothing_of_ours() -> None:
-    for name in ("geometry", "errors"):
+    for name in ("planning/geometry", "errors"):
         assert of_package(imports_of(LIBRARY / f"{name}.py"), "vllm_crop") == set()
 
 

@@ -11,9 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_crop.errors import UnsupportedModelError
-from vllm_crop.eviction.labels import choose_label_ids
-from vllm_crop.eviction.settings import EvictionSettings
-from vllm_crop.eviction.start import attach_eviction
+from vllm_crop.eviction.markers import EvictionSettings, attach_eviction, choose_label_ids
 
 
 @given(

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_crop.eviction.late_view import LateView, RunningEvictions
 from vllm_crop.eviction.prompt_eviction import IndexArray, PromptEviction, from_leaving_stages
+from vllm_crop.eviction.stage_inputs import LateView, RunningEvictions
 
 MAX_NUM_REQS = 8
 

@@ -11,9 +11,9 @@ from PIL import Image
 from vllm_crop.config import CropConfig
 from vllm_crop.frontend import localization
 from vllm_crop.frontend.localization import Localizing, Sought
-from vllm_crop.geometry import Region
 from vllm_crop.localizers.base import LocalizerError, Located
 from vllm_crop.localizers.thumbnails import as_picture
+from vllm_crop.planning.geometry import Region
 
 
 class Counting:

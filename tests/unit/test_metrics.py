@@ -4,10 +4,10 @@
 import pytest
 from prometheus_client import REGISTRY, generate_latest
 
-from vllm_crop.facts import ImageFacts, Source
-from vllm_crop.geometry import Region
+from vllm_crop.frontend.metrics import crop_metrics
+from vllm_crop.frontend.request_context import ImageFacts, Source
 from vllm_crop.localizers.decision import Localization
-from vllm_crop.metrics import crop_metrics
+from vllm_crop.planning.geometry import Region
 
 
 def value(counter: str, **labels: str) -> float:

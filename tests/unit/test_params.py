@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from strategies import regions
 
-from vllm_crop.budget import Method
 from vllm_crop.config import CropConfig, CropLimits
-from vllm_crop.families.llava import LlavaGeometry
-from vllm_crop.geometry import Box, Region, TokenGrid
-from vllm_crop.image_plan import plan_image
-from vllm_crop.params import (
+from vllm_crop.families.llava import ClipPreprocessing, LlavaGeometry
+from vllm_crop.planning.budget import Method
+from vllm_crop.planning.geometry import Box, Region, TokenGrid
+from vllm_crop.planning.plan import Compression
+from vllm_crop.planning.planner import plan_image
+from vllm_crop.request import (
     MAX_BOXES,
     MAX_IMAGES,
     CropParams,
@@ -25,8 +26,6 @@ from vllm_crop.params import (
     image_requests,
     parse_region,
 )
-from vllm_crop.plan import Compression
-from vllm_crop.preprocessing import ClipPreprocessing
 
 BOX = [0.1, 0.2, 0.3, 0.4]
 REGION = Region((Box(0.1, 0.2, 0.3, 0.4),))

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from strategies import eviction_settings, grids, regions
 
 from tests.slow_plan import PlannedEmbedding, embeddings_of, plan_of, tokens_in
-from vllm_crop.budget import BudgetError, Method, retained_count, retained_per_stage
-from vllm_crop.geometry import Region, TokenGrid
-from vllm_crop.plan import (
+from vllm_crop.planning.budget import BudgetError, Method, retained_count, retained_per_stage
+from vllm_crop.planning.geometry import Region, TokenGrid
+from vllm_crop.planning.plan import (
     Compression,
     TokenPlan,
     make_plan,

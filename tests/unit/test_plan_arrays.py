@@ -16,14 +16,13 @@ from strategies import boxes, eviction_settings, regions
 from tests.slow_plan import embeddings_of, place_of, slow_plan, tokens_in
 from tests.slow_plan import even_patches as slowly_split
 from tests.slow_plan import retained_per_stage as all_bisections
-from vllm_crop import patches
-from vllm_crop import plan as planning
-from vllm_crop.budget import BudgetError, Method, retained_per_stage
-from vllm_crop.families.anyres import LLAVA_NEXT, LLAVA_ONEVISION, AnyResolution
-from vllm_crop.geometry import Box, GridPart, Region, TokenGrid
-from vllm_crop.patches import even_patches
-from vllm_crop.plan import CACHE_BYTES, Compression, make_plan, whole_image_plan
-from vllm_crop.token_grids import ImageTokens, TokenGrids
+from vllm_crop.families.llava_next import LLAVA_NEXT, LLAVA_ONEVISION, AnyResolution
+from vllm_crop.planning import groups as patches
+from vllm_crop.planning import plan as planning
+from vllm_crop.planning.budget import BudgetError, Method, retained_per_stage
+from vllm_crop.planning.geometry import Box, GridPart, ImageTokens, Region, TokenGrid, TokenGrids
+from vllm_crop.planning.groups import even_patches
+from vllm_crop.planning.plan import CACHE_BYTES, Compression, make_plan, whole_image_plan
 
 NEXT = AnyResolution.from_settings({}, LLAVA_NEXT, 336, 24, None).tokens(672, 672)
 MIDDLE = Region((Box(0.375, 0.375, 0.625, 0.625),))
@@ -237,7 +236,7 @@ def test_without_numba_plans_are_made_by_numpy(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(patches, "_compiled", None)
-    monkeypatch.delitem(sys.modules, "vllm_crop.compiled_patches", raising=False)
+    monkeypatch.delitem(sys.modules, "vllm_crop.planning.compiled_groups", raising=False)
     monkeypatch.setitem(sys.modules, "numba", None)
     with caplog.at_level("INFO", "vllm.plugins.crop"):
         assert not patches.use_compiled()
@@ -261,7 +260,8 @@ def test_objects_of_the_compiler_have_attributes_that_vllm_can_look_through() ->
 def test_compiled_code_is_not_kept_where_no_folder_can_be_written_to() -> None:
     pytest.importorskip("numba")
     program = (
-        "from unittest import mock; from numba.core import caching; from vllm_crop import patches\n"
+        "from unittest import mock; from numba.core import caching\n"
+        "from vllm_crop.planning import groups as patches\n"
         "with mock.patch.object(caching.CacheImpl, '_locator_classes', []): assert patches.use_compiled()"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)

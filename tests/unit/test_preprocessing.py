@@ -8,8 +8,8 @@ import torch
 from transformers import CLIPImageProcessor, LlavaImageProcessor
 
 from vllm_crop.errors import UnsupportedModelError
-from vllm_crop.geometry import Box
-from vllm_crop.preprocessing import ClipPreprocessing
+from vllm_crop.families.llava import ClipPreprocessing
+from vllm_crop.planning.geometry import Box
 
 # Pixel values stay coordinates, and padding is zero.
 UNSCALED = {

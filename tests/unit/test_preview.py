@@ -11,18 +11,17 @@ from checkpoint_json import write_llava
 from PIL import Image
 from typer.testing import CliRunner
 
+from tests.sample_picture import draw_sample_picture, sample_boxes
 from tests.slow_plan import embeddings_of
-from vllm_crop.budget import Method
 from vllm_crop.commands.preview import assumed_llava, preview
-from vllm_crop.families.anyres import LLAVA_NEXT, AnyResolution
-from vllm_crop.geometry import Box, GridPart, ImageView, Region, TokenGrid
-from vllm_crop.plan import Compression, TokenPlan, make_plan, whole_image_plan
-from vllm_crop.plan_summary import PlanSummary
-from vllm_crop.preview import LONG_SIDE, as_rgb, draw_preview
-from vllm_crop.preview_legend import Swatch, legend_of
-from vllm_crop.preview_tokens import draw_tokens, shaded
-from vllm_crop.sample_picture import draw_sample_picture, sample_boxes
-from vllm_crop.token_grids import TokenGrids
+from vllm_crop.drawing.looks import Swatch, legend_of
+from vllm_crop.drawing.preview import LONG_SIDE, as_rgb, draw_preview
+from vllm_crop.drawing.tokens import draw_tokens, shaded
+from vllm_crop.families.llava_next import LLAVA_NEXT, AnyResolution
+from vllm_crop.planning.budget import Method
+from vllm_crop.planning.geometry import Box, GridPart, ImageView, Region, TokenGrid, TokenGrids
+from vllm_crop.planning.plan import Compression, TokenPlan, make_plan, whole_image_plan
+from vllm_crop.planning.summary import PlanSummary
 
 GRID = TokenGrid(24, 24)
 WHOLE = ImageView(Box(0, 0, 1, 1))

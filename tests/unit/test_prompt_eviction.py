@@ -11,10 +11,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from vllm_crop.eviction.labels import write_labels
+from vllm_crop.eviction.markers import EvictionSettings, embed_indices, image_placeholders, write_labels
 from vllm_crop.eviction.prompt_eviction import PromptEviction, read_labels
-from vllm_crop.eviction.settings import EvictionSettings, embed_indices, image_placeholders
-from vllm_crop.plan import NEVER
+from vllm_crop.planning.plan import NEVER
 
 IMAGE_ID, LABEL_IDS = 100, (101, 102, 103)
 TEXT_IDS = (1, 2, IMAGE_ID, *LABEL_IDS)  # a user may write every id

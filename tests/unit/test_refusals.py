@@ -8,9 +8,9 @@ import pytest
 from transformers import LlavaConfig
 
 from vllm_crop.compat import vllm as compat
+from vllm_crop.compat.refusals import REFUSED, refuse_flags, refuse_localizer, refuse_model, served_geometry
 from vllm_crop.config import CropConfig
 from vllm_crop.errors import UnsupportedFlagError
-from vllm_crop.frontend.refusals import REFUSED, refuse_flags, refuse_localizer, refuse_model, served_geometry
 from vllm_crop.localizers.settings import LocalizerConfig
 
 

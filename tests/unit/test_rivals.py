@@ -11,8 +11,8 @@ from lab.evaluation.rivals.cdpruner import most_likely, relevance
 from lab.evaluation.rivals.divprune import most_diverse
 from lab.evaluation.rivals.registry import RIVALS
 from lab.evaluation.runner.seam import Kept, LayerView, Seen, Sight, top
-from vllm_crop.budget import BudgetError, retained_per_stage, target_average
-from vllm_crop.geometry import TokenGrid
+from vllm_crop.planning.budget import BudgetError, retained_per_stage, target_average
+from vllm_crop.planning.geometry import TokenGrid
 
 TOKENS, LAYERS = 576, 12
 RATES = (0.667, 0.778, 0.889)

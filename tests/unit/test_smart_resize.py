@@ -13,8 +13,8 @@ from transformers import Qwen2VLImageProcessor
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from vllm_crop.errors import UnsupportedImageError, UnsupportedModelError
-from vllm_crop.geometry import TokenGrid
-from vllm_crop.smart_resize import SmartResize
+from vllm_crop.families.qwen_vl import SmartResize
+from vllm_crop.planning.geometry import TokenGrid
 
 sides = st.integers(1, 6000)
 

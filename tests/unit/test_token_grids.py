@@ -11,11 +11,10 @@ from hypothesis import strategies as st
 from strategies import boxes, eviction_settings, exact, regions
 
 from tests.slow_plan import embeddings_of, tokens_in
-from vllm_crop.budget import BudgetError, Method, retained_count, retained_per_stage
-from vllm_crop.geometry import Box, GridPart, Region, TokenGrid
-from vllm_crop.plan import Compression, TokenPlan, make_plan, whole_image_plan
-from vllm_crop.plan_summary import PlanSummary
-from vllm_crop.token_grids import TokenGrids
+from vllm_crop.planning.budget import BudgetError, Method, retained_count, retained_per_stage
+from vllm_crop.planning.geometry import Box, GridPart, Region, TokenGrid, TokenGrids
+from vllm_crop.planning.plan import Compression, TokenPlan, make_plan, whole_image_plan
+from vllm_crop.planning.summary import PlanSummary
 
 WHOLE = GridPart(TokenGrid(24, 24))
 TILES = GridPart(TokenGrid(36, 48), first=576, newlines=True)

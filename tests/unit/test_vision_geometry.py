@@ -19,11 +19,12 @@ from transformers import (
 )
 
 from vllm_crop.errors import UnsupportedModelError
-from vllm_crop.families.llava import LlavaGeometry, LlavaNextGeometry, LlavaOnevisionGeometry
+from vllm_crop.families.llava import LlavaGeometry
+from vllm_crop.families.llava_next import LlavaNextGeometry, LlavaOnevisionGeometry
 from vllm_crop.families.qwen_vl import Qwen2_5VLGeometry, Qwen3VLGeometry
+from vllm_crop.families.registry import FAMILIES, geometry_from_configs
 from vllm_crop.families.text_layers import decoder_layers
-from vllm_crop.geometry import Box, TokenGrid
-from vllm_crop.vision_geometry import FAMILIES, geometry_from_configs
+from vllm_crop.planning.geometry import Box, TokenGrid
 
 # As published with llava-hf/llava-1.5-7b-hf: what equals transformers' defaults is left out.
 LLAVA_7B = {

@@ -16,11 +16,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from PIL import Image
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from vllm_crop.patches import use_compiled
-from vllm_crop.sample_picture import draw_sample_picture
+from vllm_crop.planning.groups import use_compiled
 
 SIZES = ((336, 336), (1280, 720), (3840, 2160))
 PUBLISHED_PIXELS = {"shortest_edge": 3136, "longest_edge": 12845056}  # Qwen2.5-VL's limits of a picture
@@ -91,8 +91,8 @@ def api_cpu_table(measured: Iterator[ApiTimes]) -> Table:
 
 def _make_checkpoint(folder: Path) -> Path:
     """A tiny Qwen2.5-VL whose pictures may be as large as the published one's."""
-    from vllm_crop.dummy_llava import DummySize
-    from vllm_crop.dummy_qwen2_5_vl import make_checkpoint
+    from vllm_crop.benchmarking.dummy_llava import DummySize
+    from vllm_crop.benchmarking.dummy_qwen2_5_vl import make_checkpoint
 
     make_checkpoint(folder, DummySize(layers=28, max_positions=40_000))
     for name in ("preprocessor_config.json", "processor_config.json"):
@@ -120,7 +120,7 @@ def _renderer(checkpoint: Path, additional_config: dict[str, Any]) -> Any:
 
 def _picture(size: tuple[int, int], seed: int) -> str:
     """A JPEG as the data URL of a request."""
-    picture = draw_sample_picture(size=size)
+    picture = Image.effect_mandelbrot(size, (-2.0, -1.0, 1.0, 1.0), 100).convert("RGB")
     for place in range(4):  # in steps that JPEG keeps: no two are the same
         digit = seed >> 4 * place & 15
         picture.paste((16 * digit,) * 3, (16 * place, 0, 16 * place + 16, 16))

@@ -11,15 +11,15 @@ from typing import Any, Literal, get_args
 from rich.console import Console
 
 from vllm_crop.benchmarking import decode_engine
+from vllm_crop.benchmarking.dummy_llava import DummySize, make_checkpoint
 from vllm_crop.benchmarking.load import Client
-from vllm_crop.benchmarking.machine import Machine, describe_machine
 from vllm_crop.benchmarking.options import Options
 from vllm_crop.benchmarking.runs import RunError
 from vllm_crop.benchmarking.session import progress_bar
 from vllm_crop.benchmarking.view_times import ViewTimes, time_views
-from vllm_crop.checkpoint_files import load_geometry
-from vllm_crop.dummy_llava import DummySize, make_checkpoint
 from vllm_crop.eviction.grouping import predict_grouping
+from vllm_crop.families.checkpoint import load_geometry
+from vllm_crop.measuring.provenance import Machine, describe_machine
 
 SIZE = DummySize(layers=8)  # so small that a step is mostly overhead
 PRUNING_RATE = 0.889  # short in KV: 64 of 576 tokens on average

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
 
-from vllm_crop.benchmarking.server import ServerError, get_text
 from vllm_crop.eviction.grouping import KVGrouping
+from vllm_crop.measuring.server import ServerError, get_text
 
 SAMPLE_INTERVAL_S = 0.2
 

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, ParamSpec, Self, TypeVar
 
 from vllm_crop.benchmarking.runs import RunError, RunSpec
-from vllm_crop.benchmarking.server import HOST, Server
+from vllm_crop.measuring.server import HOST, Server
 
 QUESTION_TOKENS = 16
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from vllm_crop.benchmarking.options import Options
 from vllm_crop.benchmarking.runs import Run
-from vllm_crop.benchmarking.server import Server
-from vllm_crop.geometry import Region
 from vllm_crop.localizers.dialects import dialect_with
 from vllm_crop.localizers.settings import LocalizerConfig
+from vllm_crop.measuring.server import Server
+from vllm_crop.planning.geometry import Region
 
 # A token is a byte to the dummy, and it understands nothing: the dialect's words would only take time.
 DUMMY_PROMPT = "where: {question}"

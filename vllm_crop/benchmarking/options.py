@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from vllm_crop.benchmarking.runs import LOCALIZED_MODES, LocalizedMode, Mode
-from vllm_crop.budget import BudgetError, Method, check_eviction_layers, method_evicts
-from vllm_crop.geometry import Region
-from vllm_crop.image_plan import plan_image
-from vllm_crop.params import ImageRequest, InvalidCropError
-from vllm_crop.plan import TokenPlan
-from vllm_crop.vision_geometry import VisionGeometry
+from vllm_crop.families.registry import VisionGeometry
+from vllm_crop.planning.budget import BudgetError, Method, check_eviction_layers, method_evicts
+from vllm_crop.planning.geometry import Region
+from vllm_crop.planning.plan import TokenPlan
+from vllm_crop.planning.planner import plan_image
+from vllm_crop.request import ImageRequest, InvalidCropError
 
 IMAGE_SIDE = 336  # LLaVA-1.5's own, for what times the dummy model only
 

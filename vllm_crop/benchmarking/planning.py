@@ -10,12 +10,11 @@ from statistics import median
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from vllm_crop.budget import BudgetError, Method
-from vllm_crop.families.anyres import LLAVA_NEXT, LLAVA_ONEVISION, AnyResolution
-from vllm_crop.geometry import Box, Region, TokenGrid
-from vllm_crop.patches import use_compiled
-from vllm_crop.plan import Compression, make_plan
-from vllm_crop.token_grids import ImageTokens
+from vllm_crop.families.llava_next import LLAVA_NEXT, LLAVA_ONEVISION, AnyResolution
+from vllm_crop.planning.budget import BudgetError, Method
+from vllm_crop.planning.geometry import Box, ImageTokens, Region, TokenGrid
+from vllm_crop.planning.groups import use_compiled
+from vllm_crop.planning.plan import Compression, make_plan
 
 NUM_LAYERS = 32
 SIZES: dict[str, ImageTokens] = {

@@ -9,15 +9,15 @@ from pathlib import Path
 
 from rich.console import Console
 
+from vllm_crop.benchmarking.dummy_llava import BENCH, make_checkpoint
 from vllm_crop.benchmarking.kv import KVCapacity
 from vllm_crop.benchmarking.load import Client
 from vllm_crop.benchmarking.localizers import engine_localizer, remote_localizer
-from vllm_crop.benchmarking.machine import Machine
 from vllm_crop.benchmarking.options import Options
 from vllm_crop.benchmarking.runs import Mode
-from vllm_crop.benchmarking.server import Server, serve
-from vllm_crop.dummy_llava import BENCH, make_checkpoint
 from vllm_crop.eviction.grouping import KVGrouping
+from vllm_crop.measuring.provenance import Machine
+from vllm_crop.measuring.server import Server, serve
 
 # Both are polled several times a second.
 QUIET = ("--disable-access-log-for-endpoints", "/health,/metrics")
@@ -100,6 +100,6 @@ def started(
 
 def _grouping(num_layers: int, stages: tuple[int, ...], block_size: int) -> KVGrouping:
     """How the server has grouped the layers; it would not start otherwise. Called where vLLM is loaded."""
-    from vllm_crop.eviction.start_report import expected_grouping
+    from vllm_crop.eviction.report import expected_grouping
 
     return expected_grouping(num_layers, stages, block_size)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vllm_crop.eviction.late_view import RunningEvictions
 from vllm_crop.eviction.prompt_eviction import from_leaving_stages
+from vllm_crop.eviction.stage_inputs import RunningEvictions
 
 CALLS = 500
 PROMPT_TOKENS, EVICTED_TOKENS = 640, 500

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from vllm_crop.budget import Method
 from vllm_crop.commands.region_options import (
     DEFAULTS,
     EvictionLayersOption,
@@ -19,7 +18,8 @@ from vllm_crop.commands.region_options import (
 )
 from vllm_crop.config import DEFAULT_STAGES
 from vllm_crop.errors import CropError
-from vllm_crop.geometry import Region
+from vllm_crop.planning.budget import Method
+from vllm_crop.planning.geometry import Region
 
 if TYPE_CHECKING:
     from vllm_crop.benchmarking.options import Options
@@ -201,7 +201,7 @@ def bench(
 
 def _first_layers(model: str) -> str:
     """The default, or the first layer that this model can evict at."""
-    from vllm_crop.checkpoint_files import load_geometry
+    from vllm_crop.families.checkpoint import load_geometry
 
     try:
         first = load_geometry(model).first_eviction_layer
@@ -221,9 +221,9 @@ def _parse_settings(text: str) -> dict[str, Any]:
 
 
 def _run_load(options: "Options", result_file: Path, console: Console) -> None:
-    from vllm_crop.benchmarking.machine import provenance
     from vllm_crop.benchmarking.report import print_report, write_report
     from vllm_crop.benchmarking.session import run_benchmark
+    from vllm_crop.measuring.provenance import provenance
 
     origin = provenance()
     outcome = run_benchmark(options, console)
@@ -234,8 +234,8 @@ def _run_load(options: "Options", result_file: Path, console: Console) -> None:
 def _run_decode(options: "Options", result_file: Path, console: Console) -> None:
     from vllm_crop.benchmarking.decode import measure_decode
     from vllm_crop.benchmarking.decode_report import decode_json, print_decode
-    from vllm_crop.benchmarking.machine import provenance
     from vllm_crop.benchmarking.report import write_json
+    from vllm_crop.measuring.provenance import provenance
 
     origin = provenance()
     outcome = measure_decode(options, console)

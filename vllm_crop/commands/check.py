@@ -79,7 +79,7 @@ def _print_upstream_points(console: Console, points: Sequence[Mapping[str, Any]]
 
 
 def _print_model(console: Console, model: Mapping[str, Any]) -> None:
-    from vllm_crop.eviction.recommendation import BLOCK_SIZE, TEXT_TOKENS
+    from vllm_crop.eviction.report import BLOCK_SIZE, TEXT_TOKENS
 
     _print_heading(console, model["name"])
     if not model["supported"]:

@@ -24,9 +24,9 @@ from vllm_crop.commands.region_options import (
     request_for_image,
     why_whole,
 )
-from vllm_crop.geometry import Region
-from vllm_crop.plan import NEVER, TokenPlan
-from vllm_crop.plan_summary import PlanSummary
+from vllm_crop.planning.geometry import Region
+from vllm_crop.planning.plan import NEVER, TokenPlan
+from vllm_crop.planning.summary import PlanSummary
 
 Cell = tuple[str, str]
 

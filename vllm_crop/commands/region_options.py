@@ -10,13 +10,15 @@ from typing import Annotated
 
 import typer
 
-from vllm_crop.budget import BudgetError, Method, check_eviction_layers
-from vllm_crop.checkpoint_files import load_geometry
 from vllm_crop.config import DEFAULT_STAGES, CropConfig
 from vllm_crop.errors import CropError, UnsupportedImageError
-from vllm_crop.geometry import Region
-from vllm_crop.image_plan import ImagePlan, plan_image
-from vllm_crop.params import (
+from vllm_crop.families.checkpoint import load_geometry
+from vllm_crop.families.registry import VisionGeometry
+from vllm_crop.planning.budget import BudgetError, Method, check_eviction_layers
+from vllm_crop.planning.geometry import Region
+from vllm_crop.planning.plan import Compression
+from vllm_crop.planning.planner import ImagePlan, plan_image
+from vllm_crop.request import (
     MAX_BOXES,
     CropParams,
     ImageRequest,
@@ -24,8 +26,6 @@ from vllm_crop.params import (
     image_requests,
     parse_region,
 )
-from vllm_crop.plan import Compression
-from vllm_crop.vision_geometry import VisionGeometry
 
 DEFAULTS = CropConfig()
 

@@ -15,16 +15,16 @@ from typing import Any
 from pydantic import BaseModel
 
 from vllm_crop import __version__
-from vllm_crop.checkpoint_files import load_geometry
 from vllm_crop.compat import vllm as compat
 from vllm_crop.compat.eviction_points import CPU_RUNNER_POINTS, EVICTION_POINTS
+from vllm_crop.compat.eviction_refusals import refused_with_eviction
+from vllm_crop.compat.refusals import REFUSED, uses_rust_front_end
 from vllm_crop.config import CropConfig
 from vllm_crop.errors import CropError
 from vllm_crop.eviction.grouping import predict_grouping
-from vllm_crop.eviction.recommendation import BLOCK_SIZE, recommended_layer, savings
-from vllm_crop.eviction.refusals import refused_with_eviction
-from vllm_crop.frontend.refusals import REFUSED, uses_rust_front_end
-from vllm_crop.vision_geometry import FAMILIES, VisionGeometry
+from vllm_crop.eviction.report import BLOCK_SIZE, recommended_layer, savings
+from vllm_crop.families.checkpoint import load_geometry
+from vllm_crop.families.registry import FAMILIES, VisionGeometry
 
 ENTRY_POINT_GROUP, ENTRY_POINT = "vllm.general_plugins", "crop"
 ENDPOINT_GROUP = "vllm.endpoint_plugins"  # of the playground; added only where VLLM_PLUGINS names it

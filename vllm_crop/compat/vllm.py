@@ -10,14 +10,14 @@ from typing import Any
 
 from packaging.specifiers import SpecifierSet
 
+from vllm_crop.compat.eviction_hook import config_hook
 from vllm_crop.compat.eviction_points import EVICTION_POINTS
 from vllm_crop.compat.import_hooks import when_imported
 from vllm_crop.compat.patches import cli_flags, engine, input_processor, model_config, online_renderer
 from vllm_crop.compat.points import UpstreamPoint
 from vllm_crop.config import CropConfig
 from vllm_crop.errors import UnsupportedVersionError
-from vllm_crop.eviction.config_hook import config_hook
-from vllm_crop.vision_geometry import FAMILIES, family_of
+from vllm_crop.families.registry import FAMILIES, family_of
 
 SUPPORTED_VERSIONS = SpecifierSet(">=0.32.0,<0.33")
 MODEL_MODULES = {
@@ -346,7 +346,7 @@ def _patch_llm_engine(module: ModuleType) -> None:
 def _attach(kind: str, made: Any) -> None:
     attach = getattr(made.renderer, "attach_engine", None)  # our renderer's only
     if attach is not None:
-        attach(getattr(importlib.import_module("vllm_crop.frontend.engines"), kind), made)
+        attach(getattr(importlib.import_module("vllm_crop.frontend.engine_localizer"), kind), made)
 
 
 def _register_models(registry: ModuleType) -> None:

@@ -4,7 +4,8 @@
 The layers are upstream's own (vllm/model_executor/models/llama.py).
 """
 
-from collections.abc import Iterator
+import types
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -12,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from vllm.compilation.backends import set_model_tag
+from vllm.compilation.decorators import support_torch_compile
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
@@ -20,9 +23,8 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from vllm_crop.errors import UnsupportedModelError
 from vllm_crop.eviction.kv_cache import PrunedAttentionSpec
-from vllm_crop.eviction.segment import make_segment
-from vllm_crop.eviction.settings import EvictionSettings
-from vllm_crop.eviction.start_report import expected_grouping
+from vllm_crop.eviction.markers import EvictionSettings
+from vllm_crop.eviction.report import expected_grouping
 
 # Decoders whose forward is: embed, then `layer(positions, hidden_states, residual)` each, then the norm.
 # After the first layers visual features may be added to the hidden states (deepstack).
@@ -205,3 +207,79 @@ def _attention_of(layer: nn.Module) -> Any:
             f"eviction needs one plain attention per layer, found {found}: use method 'plc'"
         )
     return found[0]
+
+
+_ROWS = {"positions": -1, "hidden_states": 0, "residual": 0, "added": 0}  # M-RoPE positions are [3, rows]
+
+
+def make_segment(layers: Sequence[Any], first: int, norm: Any | None) -> Any:
+    """Layers that run one after another, as a module; each has a compiled form of its own.
+
+    Args:
+        first: the number of the first layer.
+        norm: the decoder's last norm, for its last segment.
+    """
+    name = f"Layers{first}To{first + len(layers) - 1}"
+
+    class Segment(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            # In a tuple, as they belong to the decoder: a module's own modules show up as its weights.
+            self.of_decoder = (tuple(layers), norm)
+            self.num_layers = len(layers)
+
+    # vLLM finds compiled code in its cache by the name and the line of `forward`.
+    code = types.FunctionType(_forward.__code__, _forward.__globals__, "forward", _forward.__defaults__)
+    code.__qualname__ = f"{name}.forward"
+    code.__annotations__ = dict(_forward.__annotations__)
+    Segment.__name__ = Segment.__qualname__ = name
+    setattr(Segment, "forward", code)  # noqa: B010
+    with set_model_tag(name):
+        return support_torch_compile(Segment, dynamic_arg_dims=_ROWS)()
+
+
+def _forward(
+    self: Any,
+    positions: torch.Tensor,
+    hidden_states: torch.Tensor,
+    residual: torch.Tensor | None,
+    added: IntermediateTensors | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    layers, norm = self.of_decoder
+    additions = [] if added is None else list(added.tensors.values())
+    for index, layer in enumerate(layers):
+        hidden_states, residual = layer(positions, hidden_states, residual)
+        if index < len(additions):
+            hidden_states = hidden_states + additions[index]
+    if norm is not None:
+        hidden_states, residual = norm(hidden_states, residual)
+    assert residual is not None
+    return hidden_states, residual
+
+
+def start_eviction(model: Any, vllm_config: VllmConfig) -> EvictingDecoder | None:
+    """Mark the late layers of a model and give it our ModelState; None if the server evicts nothing.
+
+    Args:
+        model: has `language_model.model`, the decoder (vllm/model_executor/models/llava.py).
+    """
+    settings = EvictionSettings.from_hf_config(vllm_config.model_config.hf_config)
+    if not settings.stages:
+        return None
+    # vLLM asks a model for its ModelState if it has this method, and decides itself if not.
+    model.get_model_state_cls = _model_state_cls
+    decoder = EvictingDecoder(model.language_model.model, settings)
+    mode = vllm_config.compilation_config.cudagraph_mode
+    if mode is not None and mode.has_piecewise_cudagraphs():
+        decoder.prepare_for_graphs(
+            vllm_config.scheduler_config.max_num_batched_tokens,
+            vllm_config.model_config.get_hidden_size(),
+            vllm_config.model_config.dtype,
+        )
+    return decoder
+
+
+def _model_state_cls() -> type[Any]:
+    from vllm_crop.eviction.runner_v2 import EvictionModelState  # needs Triton, which V1 does without
+
+    return EvictionModelState

@@ -12,10 +12,11 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_crop.eviction.decoder import DroppingStep
-from vllm_crop.eviction.late_view import LateView, RunningEvictions
+from vllm_crop.eviction.markers import EvictionSettings, image_placeholders
 from vllm_crop.eviction.prompt_eviction import PromptEviction, read_labels
-from vllm_crop.eviction.settings import EvictionSettings, image_placeholders
-from vllm_crop.eviction.step import (
+from vllm_crop.eviction.stage_inputs import (
+    LateView,
+    RunningEvictions,
     StageBatch,
     StageGroups,
     build_metadata,

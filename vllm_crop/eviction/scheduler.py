@@ -1,21 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's schedulers, telling the KV cache managers what each request evicts."""
 
+import os
+from collections.abc import Iterable
 from typing import Any
 from weakref import WeakValueDictionary
 
 from vllm.config import VllmConfig
+from vllm.utils.math_utils import cdiv
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
-from vllm_crop import envs
-from vllm_crop.eviction.invariants import check_step
 from vllm_crop.eviction.kv_cache import PrunedKVCacheManager
+from vllm_crop.eviction.markers import EvictionSettings, image_placeholders
 from vllm_crop.eviction.prefix_cache import PlannedBlockHashes
 from vllm_crop.eviction.prompt_eviction import PromptEviction, read_labels
-from vllm_crop.eviction.settings import EvictionSettings, image_placeholders
-from vllm_crop.eviction.start_report import report_start
+from vllm_crop.eviction.report import report_start
+
+
+def debug() -> bool:
+    """`VLLM_CROP_DEBUG=1`: check the bookkeeping of eviction after every scheduling step. Costs time."""
+    return os.environ.get("VLLM_CROP_DEBUG", "0") not in ("", "0")
 
 
 class EvictionSchedulerMixin(Scheduler):
@@ -31,7 +37,7 @@ class EvictionSchedulerMixin(Scheduler):
             self.eviction_settings.stages,
             vllm_config.cache_config.block_size,
         )
-        self._debug = envs.debug()
+        self._debug = debug()
         # Lives as long as the request's own block hashes do, whatever way the request ends.
         evictions: WeakValueDictionary[str, PromptEviction] = WeakValueDictionary()
         self.evictions = evictions
@@ -81,3 +87,32 @@ def make_scheduler(vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> Schedu
     is_async = vllm_config.scheduler_config.async_scheduling
     scheduler = EvictionAsyncScheduler if is_async else EvictionScheduler
     return scheduler(vllm_config, *args, **kwargs)
+
+
+def check_step(running: Iterable[Any], managers: Iterable[PrunedKVCacheManager]) -> None:
+    """Check the late KV blocks of running requests (vllm/v1/request.py), tokens of this step included.
+
+    Raises:
+        AssertionError: saying which request and what is wrong.
+    """
+    requests = list(running)
+    for manager in managers:
+        _check_group(requests, manager)
+
+
+def _check_group(requests: list[Any], manager: PrunedKVCacheManager) -> None:
+    written: dict[int, str] = {}
+    for request in requests:
+        request_id = request.request_id
+        where = f"request {request_id}, KV cache group {manager.kv_cache_group_id}"
+        eviction = manager.evictions.get(request_id)
+        if eviction is not None:
+            assert eviction.end < request.num_prompt_tokens, f"{where}: the last prompt token is evicted"
+        kept = manager.num_kept(request_id, request.num_computed_tokens)
+        blocks = manager.req_to_blocks.get(request_id, [])
+        needed = cdiv(kept, manager.block_size)
+        assert len(blocks) == needed, f"{where}: {len(blocks)} blocks for {kept} kept tokens, not {needed}"
+        if kept % manager.block_size:  # the next token is written into the last block
+            last = blocks[-1]
+            other = written.setdefault(last.block_id, request_id)
+            assert other == request_id, f"{where}: shares block {last.block_id} with request {other}"

@@ -3,7 +3,7 @@
 
 import math
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,15 +12,14 @@ from PIL import Image
 from vllm.renderers.params import ChatParams
 from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
-from vllm_crop.frontend.engines import OfflineEngine, ServingEngine
-from vllm_crop.geometry import ImageView, Region
+from vllm_crop.families.registry import VisionGeometry
+from vllm_crop.frontend.request_context import RequestContext, current_request
 from vllm_crop.localizers.base import Asked, LocalizerError, Located, UnreadableAnswerError
 from vllm_crop.localizers.dialects import dialect_with
 from vllm_crop.localizers.settings import LocalizerConfig
 from vllm_crop.localizers.thumbnails import not_huge, off_the_loop, shrink, size_for_tokens
-from vllm_crop.params import CropParams, CropRequest
-from vllm_crop.request_context import RequestContext, current_request
-from vllm_crop.vision_geometry import VisionGeometry
+from vllm_crop.planning.geometry import ImageView, Region
+from vllm_crop.request import CropParams, CropRequest
 
 
 @dataclass(frozen=True)
@@ -162,3 +161,52 @@ def inner_request(request: CropRequest) -> Iterator[None]:
     finally:
         current_request.reset(token)
         context.forget_unsent()
+
+
+class ServingEngine:
+    """An AsyncLLM (vllm/v1/engine/async_llm.py)."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+
+    async def generate(self, prompt: Any, sampling: Any, options: Mapping[str, Any]) -> Any:
+        """The finished output. If the caller is cancelled, vLLM aborts the request."""
+        outputs = [output async for output in self.engine.generate(prompt, sampling, **options)]
+        if not outputs or not outputs[-1].outputs:
+            raise LocalizerError("the engine gave no answer")
+        return outputs[-1]
+
+
+class OfflineEngine:
+    """An LLMEngine (vllm/v1/engine/llm_engine.py), stepped from here while the localizer's request runs.
+
+    Outputs of other requests that come meanwhile are kept for whoever steps the engine next.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+        self._step, self._has_unfinished = engine.step, engine.has_unfinished_requests
+        self._kept: list[Any] = []
+        engine.step, engine.has_unfinished_requests = self._step_with_kept, self._has_more
+
+    def generate(self, prompt: Any, sampling: Any, options: Mapping[str, Any]) -> Any:
+        """The finished output."""
+        request_id = self.engine.add_request(params=sampling, prompt=prompt, **options)
+        try:
+            while self._has_unfinished():
+                for output in self._step():
+                    if output.request_id != options["request_id"]:
+                        self._kept.append(output)
+                    elif output.finished:
+                        return output
+        except BaseException:
+            self.engine.abort_request([request_id], internal=True)
+            raise
+        raise LocalizerError("the engine gave no answer")
+
+    def _step_with_kept(self) -> list[Any]:
+        kept, self._kept = self._kept, []
+        return kept or list(self._step())
+
+    def _has_more(self) -> bool:
+        return bool(self._kept) or bool(self._has_unfinished())

@@ -14,18 +14,18 @@ from PIL import Image
 from vllm.exceptions import VLLMClientError
 
 from vllm_crop.config import CropConfig
+from vllm_crop.families.registry import VisionGeometry
 from vllm_crop.frontend.engine_localizer import EngineLocalizer
-from vllm_crop.geometry import Box, Region
+from vllm_crop.frontend.metrics import crop_metrics
+from vllm_crop.frontend.shared import SharedAnswers
 from vllm_crop.localizers.base import Localizer, LocalizerError, Located, UnreadableAnswerError
 from vllm_crop.localizers.decision import Localization, Outcome, settle
 from vllm_crop.localizers.failures import CircuitBreaker, ThrottledLog
-from vllm_crop.localizers.openai import OpenAILocalizer
 from vllm_crop.localizers.questions import normalised, questions_of
-from vllm_crop.localizers.shared import SharedAnswers
+from vllm_crop.localizers.remote import OpenAILocalizer
 from vllm_crop.localizers.thumbnails import Picture, as_picture, off_the_loop
-from vllm_crop.metrics import crop_metrics
-from vllm_crop.params import CropParams, is_off
-from vllm_crop.vision_geometry import VisionGeometry
+from vllm_crop.planning.geometry import Box, Region
+from vllm_crop.request import CropParams, is_off
 
 LOCALIZERS: dict[str, Callable[[Any, VisionGeometry, CropConfig], Localizer]] = {
     "engine": lambda renderer, geometry, config: EngineLocalizer(renderer, geometry, config.localizer),

@@ -13,20 +13,19 @@ from typing import Any
 from vllm.exceptions import VLLMClientError, VLLMValidationError
 from vllm.renderers.hf import HfRenderer
 
-from vllm_crop.budget import method_evicts, retained_count
 from vllm_crop.compat.patches.input_processor import IN_THE_WAY, evictions_refused, newly_sent
 from vllm_crop.errors import CropError
-from vllm_crop.facts import ImageFacts, Source
-from vllm_crop.frontend.engines import OfflineEngine, ServingEngine
+from vllm_crop.frontend.engine_localizer import OfflineEngine, ServingEngine
 from vllm_crop.frontend.localization import Localizing, Sought, images_sought
+from vllm_crop.frontend.metrics import crop_metrics
+from vllm_crop.frontend.request_context import FACTS, ImageFacts, RequestContext, Source, current_request
 from vllm_crop.localizers.decision import Localization
 from vllm_crop.localizers.thumbnails import Picture, as_picture
-from vllm_crop.metrics import crop_metrics
 from vllm_crop.models.deciding import ImageDecision
-from vllm_crop.models.processing import CROP_KEY, DECISIONS, CropProcessorMixin, as_validation_error
-from vllm_crop.params import CropParams, CropRequest, image_requests
-from vllm_crop.patches import use_compiled
-from vllm_crop.request_context import FACTS, RequestContext, current_request
+from vllm_crop.models.processor import CROP_KEY, DECISIONS, CropProcessorMixin, as_validation_error
+from vllm_crop.planning.budget import method_evicts, retained_count
+from vllm_crop.planning.groups import use_compiled
+from vllm_crop.request import CropParams, CropRequest, image_requests
 
 MESSAGES = "crop_messages"  # in a prompt on its way through the renderer
 

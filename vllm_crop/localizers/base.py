@@ -6,7 +6,7 @@ from typing import Literal, Protocol
 
 from PIL import Image
 
-from vllm_crop.geometry import Region
+from vllm_crop.planning.geometry import Region
 
 Asked = Literal["engine", "openai"]
 

@@ -5,9 +5,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from vllm_crop.geometry import Box, Region
 from vllm_crop.localizers.base import Asked, Located, UnreadableAnswerError
 from vllm_crop.localizers.settings import LocalizerConfig
+from vllm_crop.planning.geometry import Box, Region
 
 Fallback = Literal[
     "low_confidence",

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from vllm_crop.geometry import GRID_CELLS, Box, Region
 from vllm_crop.localizers.base import UnreadableAnswerError
+from vllm_crop.planning.geometry import GRID_CELLS, Box, Region
 
 DialectName = Literal["cells", "pixels", "thousandths"]
 WHOLE = "whole"

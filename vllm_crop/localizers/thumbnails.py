@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from vllm_crop.errors import UnsupportedImageError
-from vllm_crop.vision_geometry import VisionGeometry
+from vllm_crop.families.registry import VisionGeometry
 
 Made = TypeVar("Made")
 

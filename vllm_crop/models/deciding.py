@@ -9,10 +9,10 @@ from vllm.multimodal.parse import ImageProcessorItems
 
 from vllm_crop.config import CropConfig
 from vllm_crop.errors import UnsupportedImageError
-from vllm_crop.image_plan import plan_image
-from vllm_crop.params import CropRequest, ImageRequest, InvalidCropError
-from vllm_crop.plan import TokenPlan
-from vllm_crop.vision_geometry import VisionGeometry
+from vllm_crop.families.registry import VisionGeometry
+from vllm_crop.planning.plan import TokenPlan
+from vllm_crop.planning.planner import plan_image
+from vllm_crop.request import CropRequest, ImageRequest, InvalidCropError
 
 Size = tuple[int, int]
 Whole = Literal["no_region", "out_of_view", "not_possible"]

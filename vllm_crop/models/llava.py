@@ -10,9 +10,9 @@ from vllm.model_executor.models import llava as stock
 from vllm.model_executor.models.interfaces import SupportsMRoPE
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from vllm_crop.models.plain_rope import PlainRopeMixin
-from vllm_crop.models.processing import CropProcessorMixin
-from vllm_crop.vision_geometry import geometry_from_configs
+from vllm_crop.families.registry import geometry_from_configs
+from vllm_crop.models.base import PlainRopeMixin
+from vllm_crop.models.processor import CropProcessorMixin
 
 
 class LlavaMultiModalProcessor(CropProcessorMixin, stock.LlavaMultiModalProcessor):

@@ -5,7 +5,7 @@ from vllm.model_executor.models import llava_next as stock
 from vllm.model_executor.models.interfaces import SupportsMRoPE
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from vllm_crop.models.processing import CropProcessorMixin
+from vllm_crop.models.processor import CropProcessorMixin
 from vllm_crop.models.tiled import TiledImagesMixin
 
 

@@ -4,7 +4,7 @@
 from vllm.model_executor.models import qwen2_vl as stock
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from vllm_crop.models.processing import CropProcessorMixin
+from vllm_crop.models.processor import CropProcessorMixin
 from vllm_crop.models.qwen_vl import PrunedQwenVLMixin
 
 

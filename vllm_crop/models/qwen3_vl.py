@@ -12,7 +12,7 @@ from vllm.model_executor.models import qwen3_vl as stock
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from vllm_crop.eviction.decoder import DroppingStep, EvictingDecoder
-from vllm_crop.models.processing import CropProcessorMixin
+from vllm_crop.models.processor import CropProcessorMixin
 from vllm_crop.models.qwen_vl import PrunedQwenVLMixin
 
 

@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 
-from vllm_crop.models.plan_fields import CROP_FIELDS
-from vllm_crop.models.positions import original_mrope_positions
-from vllm_crop.models.pruned import PrunedModelMixin
+from vllm_crop.models.base import PrunedModelMixin, original_mrope_positions
+from vllm_crop.models.processor import CROP_FIELDS
 
 
 class PrunedQwenVLMixin(PrunedModelMixin):

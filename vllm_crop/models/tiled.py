@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from vllm.config import VllmConfig
 
-from vllm_crop.models.plain_rope import PlainRopeMixin
-from vllm_crop.models.plan_fields import CROP_FIELDS
-from vllm_crop.vision_geometry import geometry_from_configs
+from vllm_crop.families.registry import geometry_from_configs
+from vllm_crop.models.base import PlainRopeMixin
+from vllm_crop.models.processor import CROP_FIELDS
 
 
 class TiledImagesMixin(PlainRopeMixin):

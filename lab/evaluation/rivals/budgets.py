@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The same budget for every rival: tokens averaged over layers, as `vllm_crop.budget` counts them."""
+"""The same budget for every rival: tokens averaged over layers, as planning/budget.py counts them."""
 
-from vllm_crop.budget import BudgetError, retained_per_stage
+from vllm_crop.planning.budget import BudgetError, retained_per_stage
 
 
 def latest_first_layer(num_tokens: int, rate: float, num_layers: int, wanted: int) -> int:

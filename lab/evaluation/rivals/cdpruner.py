@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from lab.evaluation.runner.seam import Kept, Pruning, Sight
-from vllm_crop.budget import retained_count
+from vllm_crop.planning.budget import retained_count
 
 _LEAST = 1e-6
 _RIDGE = 1e-4  # more tokens may be kept than the embeddings have dimensions; then the relevant ones are

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from lab.evaluation.runner.seam import Kept, Pruning
-from vllm_crop.budget import retained_count
+from vllm_crop.planning.budget import retained_count
 
 
 def most_diverse(features: Tensor, count: int) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from lab.evaluation.runner.seam import Kept, Pruning, Sight, top
-from vllm_crop.budget import retained_count
+from vllm_crop.planning.budget import retained_count
 
 ANCHORS = 0.25
 SEEDS = 0.1  # of the foreground

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from lab.evaluation.runner.seam import Kept, Pruning, Seen, top
-from vllm_crop.budget import retained_count
+from vllm_crop.planning.budget import retained_count
 
 CONTEXTUAL = 10 / 64
 

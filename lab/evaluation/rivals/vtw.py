@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lab.evaluation.runner.seam import LayerView, Pruning
-from vllm_crop.budget import target_average
+from vllm_crop.planning.budget import target_average
 
 
 def choose(view: LayerView, count: int) -> Tensor:

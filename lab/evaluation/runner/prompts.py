@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lab.evaluation.runner.decoder import Texts
-from vllm_crop.geometry import TokenGrid
+from vllm_crop.planning.geometry import TokenGrid
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vllm_crop.geometry import TokenGrid
+from vllm_crop.planning.geometry import TokenGrid
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 )
 
 from lab.evaluation.runner.seam import Seen
-from vllm_crop.geometry import TokenGrid
+from vllm_crop.planning.geometry import TokenGrid
 
 
 def see(visual: Any, image_processor: Any, image: Image.Image, attention: bool = True) -> Seen:

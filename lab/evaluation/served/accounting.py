@@ -8,13 +8,13 @@ from itertools import islice
 from typing import Any
 
 from lab.evaluation.asking import Answer, Asked
-from vllm_crop.checkpoint_files import load_geometry
 from vllm_crop.config import CropConfig
 from vllm_crop.errors import CropError
-from vllm_crop.geometry import Region
-from vllm_crop.image_plan import plan_image
-from vllm_crop.params import CropParams, image_requests
-from vllm_crop.smart_resize import SmartResize
+from vllm_crop.families.checkpoint import load_geometry
+from vllm_crop.families.qwen_vl import SmartResize
+from vllm_crop.planning.geometry import Region
+from vllm_crop.planning.planner import plan_image
+from vllm_crop.request import CropParams, image_requests
 
 _geometry = cache(load_geometry)  # reads files
 

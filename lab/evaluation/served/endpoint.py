@@ -19,7 +19,7 @@ from PIL import Image
 from lab.evaluation.asking import Answer, Asked, SceneTask, ask
 from lab.evaluation.cells import LOCATE, GridCell
 from lab.evaluation.served.accounting import Accounting
-from vllm_crop.data_url import data_url
+from vllm_crop.client import data_url
 from vllm_crop.errors import CropError
 
 IN_FLIGHT = 16

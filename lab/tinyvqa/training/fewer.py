@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from lab.tinyvqa.questions import Question
-from vllm_crop.budget import retained_count
-from vllm_crop.compression.pool import compress
-from vllm_crop.geometry import Region, TokenGrid
-from vllm_crop.plan import make_plan
+from vllm_crop.models.features import compress
+from vllm_crop.planning.budget import retained_count
+from vllm_crop.planning.geometry import Region, TokenGrid
+from vllm_crop.planning.plan import make_plan
 
 
 def choose_tokens(

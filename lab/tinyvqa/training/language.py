@@ -29,7 +29,7 @@ from lab.tinyvqa.training.forward import (
     vision_features,
 )
 from lab.tinyvqa.training.labels import IGNORED
-from vllm_crop.geometry import GRID_CELLS
+from vllm_crop.planning.geometry import GRID_CELLS
 
 LOOKING_LAYERS = (3, 7)  # one for each stage of looking
 

@@ -5,7 +5,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from vllm_crop.params import InvalidCropError
+from vllm_crop.request import InvalidCropError
 from vllm_crop_server.playground.planner import Planner, PlanRequest
 from vllm_crop_server.schemas import error_body
 

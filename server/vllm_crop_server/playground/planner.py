@@ -6,13 +6,13 @@ from typing import Annotated, Any, Protocol, Self, runtime_checkable
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from vllm_crop.budget import Method
 from vllm_crop.config import CropConfig, describe_errors
 from vllm_crop.errors import UnsupportedImageError
-from vllm_crop.geometry import Region
-from vllm_crop.image_plan import plan_image
-from vllm_crop.params import CropParams, InvalidCropError, image_requests, parse_region
-from vllm_crop.vision_geometry import VisionGeometry
+from vllm_crop.families.registry import VisionGeometry
+from vllm_crop.planning.budget import Method
+from vllm_crop.planning.geometry import Region
+from vllm_crop.planning.planner import plan_image
+from vllm_crop.request import CropParams, InvalidCropError, image_requests, parse_region
 
 LONGEST_SIDE = 65535  # in pixels, as JPEG has it
 _FIELDS = {"crop.regions": "region", "crop.pruning_rate": "pruning_rate", "crop.method": "method"}
@@ -22,7 +22,7 @@ Side = Annotated[int, Field(ge=1, le=LONGEST_SIDE)]
 
 @runtime_checkable
 class PlanningProcessor(Protocol):
-    """The part of our multimodal processors (vllm_crop/models/processing.py) that decides."""
+    """The part of our multimodal processors (vllm_crop/models/processor.py) that decides."""
 
     @property
     def crop_config(self) -> CropConfig:

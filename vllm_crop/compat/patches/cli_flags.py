@@ -11,9 +11,9 @@ import argparse
 import json
 from typing import Any
 
+from vllm_crop.compat.refusals import refuse
 from vllm_crop.config import CONFIG_KEY, CropConfig
 from vllm_crop.errors import CropError
-from vllm_crop.frontend.refusals import refuse
 
 REASON = "adds --plugin crop and --crop-config to the command line"
 MIDDLEWARE = "vllm_crop_server.middleware.CropMiddleware"

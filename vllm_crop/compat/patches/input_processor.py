@@ -18,8 +18,8 @@ import inspect
 from dataclasses import replace
 from typing import Any
 
-from vllm_crop.eviction.settings import EvictionSettings, image_placeholders
-from vllm_crop.request_context import FACTS, UNLABELLED, current_request
+from vllm_crop.eviction.markers import EvictionSettings, image_placeholders
+from vllm_crop.frontend.request_context import FACTS, UNLABELLED, current_request
 
 REASON = "settles what a request's parameters and its prompt allow together"
 IN_THE_WAY = ("prompt_logprobs", "prompt_logprob_token_ids")  # sampling parameters

@@ -14,11 +14,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from vllm_crop.compat.hf_overrides import compose_hf_overrides
+from vllm_crop.compat.refusals import refuse_flags, refuse_localizer, refuse_model, served_geometry
 from vllm_crop.config import CONFIG_KEY, CropConfig
 from vllm_crop.errors import CropError, UnsupportedFlagError
-from vllm_crop.eviction.start import attach_eviction
-from vllm_crop.frontend.hf_overrides import compose_hf_overrides
-from vllm_crop.frontend.refusals import refuse_flags, refuse_localizer, refuse_model, served_geometry
+from vllm_crop.eviction.markers import attach_eviction
 
 REASON = "selects the Crop architectures through hf_overrides when additional_config.crop is set"
 STOCK_RENDERER = ("vllm.renderers.hf", "HfRenderer")

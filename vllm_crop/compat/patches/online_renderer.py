@@ -9,7 +9,7 @@ Remove when: vLLM judges a request's parameters before it renders the prompt.
 import functools
 from typing import Any
 
-from vllm_crop.request_context import current_request
+from vllm_crop.frontend.request_context import current_request
 
 REASON = "knows a request's parameters before its images are localized"
 METHODS = ("preprocess_chat", "preprocess_cmpl")

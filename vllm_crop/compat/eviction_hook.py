@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Brings the scheduler and, on plain CPUs, the worker of eviction into vLLM's configuration.
+
+vLLM calls a model's entry in MODELS_CONFIG_MAP (vllm/model_executor/models/config.py) while it completes the
+engine's configuration, in the process that starts the engine.
+"""
+
+from typing import Any
+
+from vllm_crop.compat.eviction_refusals import refuse_flags
+from vllm_crop.errors import UnsupportedFlagError
+from vllm_crop.eviction.markers import EvictionSettings
+
+SCHEDULER = "vllm_crop.eviction.scheduler.make_scheduler"
+CPU_WORKER = "vllm_crop.eviction.runner_v1.EvictionCPUWorker"
+
+
+def config_hook(stock: Any) -> type[Any]:
+    """The entry for one of our architectures; `stock` is that of the architecture it stands for, or None."""
+
+    class EvictionConfigHook:
+        @staticmethod
+        def verify_and_update_config(vllm_config: Any) -> None:
+            if stock is not None:
+                stock.verify_and_update_config(vllm_config)
+            if EvictionSettings.from_hf_config(vllm_config.model_config.hf_config).stages:
+                prepare_engine(vllm_config)
+
+        @staticmethod
+        def verify_and_update_model_config(model_config: Any) -> None:
+            if stock is not None:
+                stock.verify_and_update_model_config(model_config)
+
+    return EvictionConfigHook
+
+
+def prepare_engine(vllm_config: Any) -> None:
+    """Refuse what cannot work and name our scheduler and worker.
+
+    Raises:
+        UnsupportedFlagError: naming the flag or the environment variable in the way.
+    """
+    refuse_flags(vllm_config)
+    vllm_config.scheduler_config.scheduler_cls = SCHEDULER
+    if vllm_config.use_v2_model_runner:
+        return
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        raise UnsupportedFlagError(
+            "eviction needs vLLM's V2 model runner on this platform: unset VLLM_USE_V2_MODEL_RUNNER, install "
+            "Triton, and leave out what vLLM names above as not supported by V2"
+        )
+    worker_cls = vllm_config.parallel_config.worker_cls
+    if worker_cls not in ("auto", "vllm.v1.worker.cpu_worker.CPUWorker"):
+        raise UnsupportedFlagError(
+            f"--worker-cls {worker_cls} cannot be used with eviction on a CPU without Triton: it brings a "
+            "worker of its own there"
+        )
+    from vllm_crop.compat.eviction_points import CPU_RUNNER_POINTS
+    from vllm_crop.compat.vllm import require_supported  # which imports this module
+
+    require_supported(CPU_RUNNER_POINTS)
+    vllm_config.parallel_config.worker_cls = CPU_WORKER

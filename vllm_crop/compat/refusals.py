@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What cannot work together with pruning: refused at start, naming the flag."""
+
+import os
+from typing import Any, NoReturn
+
+from vllm_crop.config import CONFIG_KEY, CropConfig
+from vllm_crop.errors import UnsupportedFlagError
+from vllm_crop.families.registry import VisionGeometry, geometry_from_configs
+from vllm_crop.localizers.settings import LocalizerConfig
+from vllm_crop.planning.budget import BudgetError, check_eviction_layers, retained_per_stage
+
+REFUSED = {
+    "VLLM_USE_RUST_FRONTEND=1": "the Rust front end replaces the Python API server that reads `crop`",
+    "--video-pruning-rate": "EVS and VidCom2 put position channels into the embeddings we average",
+    "--model-impl transformers|terratorch": "only vLLM's own model classes can be pruned",
+    "--enable-tower-connector-lora": "adapters of the vision tower are not part of our feature cache's key",
+    "--compilation-config cudagraph_mm_encoder": "a captured vision tower would bypass the compression",
+    "--mm-processor-kwargs '{\"crop\": ...}'": "the server's settings go into --crop-config",
+    "--tokenizer-mode other than auto|hf|slow": "another renderer would ignore the request's `crop`",
+    "--enable-scale-out, --tokens-only": "prompts and image features come in past our processor",
+    "vllm run-batch": "it has no HTTP layer to take the field `crop` off a request",
+    "localizer.adapter without --enable-lora": "the localizer could not answer with its adapter",
+    "position_ids=original without room in the model's positions": "set a smaller --max-model-len",
+}
+
+
+def refuse_flags(engine_args: Any) -> None:
+    """Refuse options that are known before the model's configuration is.
+
+    Raises:
+        UnsupportedFlagError: naming the first offending flag.
+    """
+    if uses_rust_front_end():
+        refuse("VLLM_USE_RUST_FRONTEND=1")
+    if engine_args.video_pruning_rate:
+        refuse("--video-pruning-rate")
+    if engine_args.model_impl not in ("auto", "vllm"):
+        refuse("--model-impl transformers|terratorch")
+    if engine_args.enable_tower_connector_lora:
+        refuse("--enable-tower-connector-lora")
+    if engine_args.compilation_config.cudagraph_mm_encoder:
+        refuse("--compilation-config cudagraph_mm_encoder")
+    if CONFIG_KEY in (engine_args.mm_processor_kwargs or {}):
+        refuse("--mm-processor-kwargs '{\"crop\": ...}'")
+
+
+def refuse_localizer(engine_args: Any, config: LocalizerConfig) -> None:
+    """Refuse a localizer that could never answer.
+
+    Raises:
+        UnsupportedFlagError: naming what is missing.
+    """
+    if config.kind == "engine" and config.adapter is not None and not engine_args.enable_lora:
+        refuse("localizer.adapter without --enable-lora")
+
+
+def refuse_model(model_config: Any, config: CropConfig) -> None:
+    """Refuse what only the finished model config shows.
+
+    Raises:
+        UnsupportedFlagError: naming the flag and what to set instead.
+    """
+    if model_config.tokenizer_mode not in ("auto", "hf", "slow"):
+        refuse("--tokenizer-mode other than auto|hf|slow")
+    if config.stages:
+        refuse_budget(model_config, config)
+    geometry = served_geometry(model_config)
+    if config.position_ids == "original" and not geometry.uses_mrope:
+        room = model_config.hf_text_config.max_position_embeddings - geometry.max_tokens
+        if model_config.max_model_len > room:
+            raise UnsupportedFlagError(
+                "--crop-config position_ids='original' lets positions run past the prompt's length: "
+                f"--max-model-len must be at most {room} for this model, got {model_config.max_model_len}"
+            )
+
+
+def served_geometry(model_config: Any) -> VisionGeometry:
+    """The geometry of a server: its checkpoint's image processor, with the server's settings over it.
+
+    How many tokens an image can have stands there and not in config.json: up to 16,384 for Qwen-VL, where
+    transformers' default would be 1,280.
+    """
+    checkpoint: dict[str, Any] = getattr(model_config, "hf_image_processor_config", None) or {}
+    multimodal = getattr(model_config, "multimodal_config", None)
+    overrides: dict[str, Any] = getattr(multimodal, "mm_processor_kwargs", None) or {}
+    overrides = {**overrides, **overrides.get("images_kwargs", {})}
+    settings = {**checkpoint, **overrides}
+    if isinstance(checkpoint.get("size"), dict) and isinstance(overrides.get("size"), dict):
+        settings["size"] = {**checkpoint["size"], **overrides["size"]}
+    return geometry_from_configs(model_config.hf_config.to_dict(), settings)
+
+
+def refuse_budget(model_config: Any, config: CropConfig) -> None:
+    """Refuse eviction layers the model does not have, or that cannot meet the server's pruning rate.
+
+    Raises:
+        UnsupportedFlagError: naming layers or a rate that would do.
+    """
+    geometry = served_geometry(model_config)
+    try:
+        check_eviction_layers(config.stages, geometry.num_layers, geometry.first_eviction_layer)
+    except BudgetError as error:
+        raise UnsupportedFlagError(f"--crop-config {error}") from None
+    try:
+        retained_per_stage(
+            geometry.max_tokens,
+            config.pruning_rate,
+            config.method,
+            geometry.num_layers,
+            config.stages,
+        )
+    except BudgetError as error:
+        raise UnsupportedFlagError(f"--crop-config pruning_rate: {error}") from None
+
+
+def uses_rust_front_end() -> bool:
+    """Whether the environment asks for vLLM's Rust front end."""
+    return os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0")
+
+
+def refuse(flag: str) -> NoReturn:
+    """Refuse one of REFUSED.
+
+    Raises:
+        UnsupportedFlagError: naming it, with the reason.
+    """
+    raise UnsupportedFlagError(f"{flag} cannot be used with --plugin crop: {REFUSED[flag]}")

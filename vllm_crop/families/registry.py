@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a checkpoint turns an image into a token grid, read from its JSON configuration alone.
+
+FAMILIES is the list of supported architectures, `families/` has a class for each. The server and
+`vllm-crop plan` build the same objects, so they make the same plans.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol
+
+from vllm_crop.errors import UnsupportedModelError
+from vllm_crop.families.llava import LlavaGeometry
+from vllm_crop.families.llava_next import LlavaNextGeometry, LlavaOnevisionGeometry
+from vllm_crop.families.qwen_vl import Qwen2_5VLGeometry, Qwen3VLGeometry
+from vllm_crop.planning.geometry import ImageTokens, ImageView
+
+
+class VisionGeometry(Protocol):
+    """The grid and the view of any image, for one checkpoint.
+
+    Attributes:
+        uses_mrope: position ids are coordinates in the image, which the tokens that are left keep.
+        rotary_room: how many times the model's positions vLLM's rotary table holds.
+    """
+
+    uses_mrope: ClassVar[bool]
+    rotary_room: ClassVar[int]
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers of the language model."""
+        ...
+
+    @property
+    def first_eviction_layer(self) -> int:
+        """The first of them that can run with fewer visual tokens."""
+        ...
+
+    @property
+    def max_tokens(self) -> int:
+        """Visual tokens of the largest image: what is settled before any image is seen counts with them."""
+        ...
+
+    def grid(self, width: int, height: int) -> ImageTokens:
+        """The visual tokens of an image of this size in pixels."""
+        ...
+
+    def view(self, width: int, height: int) -> ImageView:
+        """The part of an image of this size that the model sees."""
+        ...
+
+    def pixels(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height in pixels of the view of an image of this size, as the model is shown it."""
+        ...
+
+    def position_span(self, grid: ImageTokens) -> int:
+        """How many position ids an unpruned image takes."""
+        ...
+
+
+FAMILIES: dict[str, type[LlavaGeometry | LlavaNextGeometry | Qwen2_5VLGeometry]] = {
+    "LlavaForConditionalGeneration": LlavaGeometry,
+    "LlavaNextForConditionalGeneration": LlavaNextGeometry,
+    "LlavaOnevisionForConditionalGeneration": LlavaOnevisionGeometry,
+    "Qwen2VLForConditionalGeneration": Qwen2_5VLGeometry,
+    "Qwen2_5_VLForConditionalGeneration": Qwen2_5VLGeometry,
+    "Qwen3VLForConditionalGeneration": Qwen3VLGeometry,
+    "Qwen3VLMoeForConditionalGeneration": Qwen3VLGeometry,
+}
+
+
+def family_of(model: Mapping[str, Any]) -> str:
+    """The supported architecture a `config.json` names; our own names for them count too.
+
+    Raises:
+        UnsupportedModelError: the first architecture, which is the one vLLM serves, is not supported.
+    """
+    architectures = model.get("architectures") or []
+    family = str(architectures[0]).removeprefix("Crop") if architectures else ""
+    if family not in FAMILIES:
+        raise UnsupportedModelError(
+            f"architectures {architectures} are not supported; supported: {sorted(FAMILIES)}"
+        )
+    return family
+
+
+def geometry_from_configs(model: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> VisionGeometry:
+    """The geometry of the family that `config.json` names.
+
+    Raises:
+        UnsupportedModelError: no supported family, or a variant of one that is not supported.
+    """
+    return FAMILIES[family_of(model)].from_configs(model, preprocessor)

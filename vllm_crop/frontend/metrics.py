@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prometheus metrics `crop:*`, in the API server's process beside vLLM's own on /metrics."""
+
+from collections.abc import Sequence
+from functools import cache, lru_cache
+from typing import TypeVar
+
+from prometheus_client import Counter, Histogram
+from prometheus_client.metrics import MetricWrapperBase
+
+from vllm_crop.frontend.request_context import ImageFacts
+from vllm_crop.localizers.decision import FALLBACKS, Localization
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+_Metric = TypeVar("_Metric", bound=MetricWrapperBase)
+_CONFIDENCE = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
+
+
+class CropMetrics:
+    """The counters; one instance per process, as prometheus_client allows each name once."""
+
+    def __init__(self) -> None:
+        self.visual_tokens = Counter(
+            "crop:visual_tokens", "Visual tokens of served images, unpruned.", ["model_name"]
+        )
+        self.visual_tokens_retained = Counter(
+            "crop:visual_tokens_retained",
+            "Visual tokens of served images after pruning, averaged over layers.",
+            ["model_name"],
+        )
+        self.images = Counter(
+            "crop:images",
+            "Served images by where their region came from: request, engine, openai, none, off, out_of_view.",
+            ["model_name", "source"],
+        )
+        self.requests = Counter(
+            "crop:requests", "Requests with images by outcome: pruned, whole.", ["model_name", "outcome"]
+        )
+
+        labels = ["model_name", "localizer"]
+        self.localizations = Counter(
+            "crop:localizations",
+            f"Images localized by the server, by outcome; fallbacks to the whole: {', '.join(FALLBACKS)}.",
+            [*labels, "outcome"],
+        )
+        self.localizer_cache_hits = Counter(
+            "crop:localizer_cache_hits", "Localized images whose region was known.", labels
+        )
+        self.localizer_suspensions = Counter(
+            "crop:localizer_suspensions", "How often a localizer that did not answer was left alone.", labels
+        )
+        self.localizer_seconds = Histogram(
+            "crop:localizer_seconds",
+            "Seconds that images waited for their region; known ones apart.",
+            labels,
+            buckets=_SECONDS,
+        )
+        self.localizer_confidence = Histogram(
+            "crop:localizer_confidence",
+            "Probability the localizer gave its own answer.",
+            labels,
+            buckets=_CONFIDENCE,
+        )
+
+    def record_localization(self, model_name: str, localization: Localization) -> None:
+        """Count one image that the server has localized, whatever becomes of the request."""
+        labels = model_name, localization.localizer
+        self.localizations.labels(*labels, localization.outcome).inc()
+        if localization.cached:
+            self.localizer_cache_hits.labels(*labels).inc()
+        else:
+            self.localizer_seconds.labels(*labels).observe(localization.seconds)
+        if localization.confidence is not None:
+            self.localizer_confidence.labels(*labels).observe(localization.confidence)
+
+    def record_suspension(self, model_name: str, localizer: str) -> None:
+        """Count a localizer that is left alone from now on."""
+        self.localizer_suspensions.labels(model_name, localizer).inc()
+
+    def record(self, model_name: str, images: Sequence[ImageFacts]) -> None:
+        """Count one request's images."""
+        for image in images:
+            _labelled(self.visual_tokens, model_name).inc(image.tokens)
+            _labelled(self.visual_tokens_retained, model_name).inc(image.tokens_avg)
+            _labelled(self.images, model_name, image.source).inc()
+        outcome = "pruned" if any(image.pruned for image in images) else "whole"
+        _labelled(self.requests, model_name, outcome).inc()
+
+
+@cache  # every request asks for the same few, none of which a client can name
+def _labelled(metric: _Metric, *labels: str) -> _Metric:
+    return metric.labels(*labels)
+
+
+@lru_cache(maxsize=1)
+def crop_metrics() -> CropMetrics:
+    """The process's metrics, made on first use: PROMETHEUS_MULTIPROC_DIR must be set by then."""
+    return CropMetrics()

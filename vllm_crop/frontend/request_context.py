@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the HTTP middleware and the renderer tell each other about the request being served."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from vllm_crop.localizers.decision import Localization
+from vllm_crop.planning.geometry import Region
+from vllm_crop.request import CropParams, CropRequest, ImageRequest
+
+Source = Literal["request", "engine", "openai", "none", "off", "out_of_view"]
+MAX_HEADER_BYTES = 4096
+_DECIMALS = 8  # enough to find the same tokens again from them
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """One image of a request.
+
+    Attributes:
+        tokens: visual tokens of the image unpruned.
+        tokens_after_plc: placeholders it takes in the prompt.
+        tokens_avg: embeddings a decoder layer runs with, averaged over layers.
+        region: the region asked for, in fractions of the image as sent.
+        source: where the region came from; "none" and "out_of_view" images are served whole.
+        localization: what the server's own localizer did, if it was asked.
+        request: what was asked for the image, the server's configuration applied.
+    """
+
+    tokens: int
+    tokens_after_plc: int
+    tokens_avg: float
+    region: Region | None
+    source: Source
+    localization: Localization | None = None
+    request: ImageRequest | None = None
+
+    @property
+    def pruned(self) -> bool:
+        """Whether the image costs less than it would in stock vLLM."""
+        return self.tokens_avg < self.tokens
+
+    def to_json(self, with_region: bool = True) -> dict[str, Any]:
+        """Plain values, without the boxes where they would take too much room."""
+        boxes = self.region and [[round(side, _DECIMALS) for side in box] for box in self.region.as_lists()]
+        region = {"region": boxes} if with_region else {}
+        return {
+            "tokens": self.tokens,
+            "tokens_after_plc": self.tokens_after_plc,
+            "tokens_avg": round(self.tokens_avg, 2),
+            **region,
+            "source": self.source,
+            **({"localizer": _localization_json(self.localization)} if self.localization else {}),
+        }
+
+
+def facts_header(images: Sequence[ImageFacts]) -> str:
+    """The value of `x-crop-facts`: totals, then the images as far as they fit into 4 KiB of ASCII."""
+    totals = {
+        "tokens": sum(image.tokens for image in images),
+        "tokens_after_plc": sum(image.tokens_after_plc for image in images),
+        "tokens_avg": round(sum(image.tokens_avg for image in images), 2),
+        "localizer_ms": _localizer_ms(images),
+        **_settings_json(images),
+    }
+    for with_region in (True, False):
+        described = [image.to_json(with_region) for image in images]
+        header = json.dumps({**totals, "images": described}, separators=(",", ":"))
+        if len(header) <= MAX_HEADER_BYTES:
+            return header
+    return json.dumps({**totals, "num_images": len(images)}, separators=(",", ":"))
+
+
+def _settings_json(images: Sequence[ImageFacts]) -> dict[str, Any]:
+    """How the images were pruned, which is the same for all images of a request."""
+    request = images[0].request if images else None
+    if request is None:
+        return {}
+    layers = {"eviction_layers": list(request.eviction_layers)} if request.eviction_layers else {}
+    return {
+        "method": "off" if request.off else request.method,
+        "pruning_rate": request.pruning_rate,
+        "compression": request.compression,
+        **layers,
+    }
+
+
+def _localization_json(localization: Localization) -> dict[str, Any]:
+    confidence = localization.confidence
+    return {
+        "outcome": localization.outcome,
+        "confidence": None if confidence is None else round(confidence, 4),
+        "ms": round(1000 * localization.seconds, 1),
+        "cached": localization.cached,
+    }
+
+
+def _localizer_ms(images: Sequence[ImageFacts]) -> float | None:
+    """Images are localized side by side: the request waits for the slowest."""
+    seconds = [image.localization.seconds for image in images if image.localization is not None]
+    return round(1000 * max(seconds), 1) if seconds else None
+
+
+# Keys of the engine's input, on its way from the multimodal processor to the engine.
+FACTS = "crop_facts"  # what the renderer says of its images
+UNLABELLED = "crop_unlabelled"  # the prompt's ids without the evictions that the server chose itself
+
+
+@dataclass
+class RequestContext:
+    """One HTTP request, or one of the localizer's own.
+
+    Attributes:
+        params: its `crop` field, None if absent.
+        handed_over: whether a renderer took notice of `params`.
+        facts: what became of the request's images.
+        model_name: label to count the facts under once the request is accepted; None leaves them uncounted.
+        adapters: the server's loaded LoRA adapters by name.
+        inner: what is asked for the image of the localizer's own request; None for requests of clients.
+        only_counts: whether the route counts tokens and answers nothing.
+        request: vLLM's own object for the request, with its sampling parameters, where one is known.
+        unsent: items that vLLM's processor cache takes for sent since this request was rendered, with what
+            makes it forget them. They are sent once the request has reached the engine.
+    """
+
+    params: CropParams | None = None
+    handed_over: bool = False
+    facts: list[ImageFacts] = field(default_factory=list)
+    model_name: str | None = None
+    adapters: Mapping[str, Any] = field(default_factory=dict)
+    inner: CropRequest | None = None
+    only_counts: bool = False
+    request: Any = None
+    unsent: dict[str, Callable[[str], None]] = field(default_factory=dict)
+
+    def forget_unsent(self) -> None:
+        """Make the cache forget what it believes and the engine never got: the request is over."""
+        for mm_hash, forget in self.unsent.items():
+            forget(mm_hash)
+        self.unsent.clear()
+
+
+current_request: ContextVar[RequestContext | None] = ContextVar("vllm_crop_request", default=None)

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every family's model does with plans: compress, run the language model in stages."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+
+from vllm_crop.eviction.decoder import DroppingStep, EvictingDecoder, start_eviction
+from vllm_crop.models.encoder import CompressingEncoder
+from vllm_crop.models.processor import ASSIGNMENT, POSITIONS
+
+
+class PrunedModelMixin(nn.Module):
+    """Mixed in front of a vision-language model of vLLM that has `language_model.model`, the decoder."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self.crop_encoder = CompressingEncoder(vllm_config)
+        self.eviction = start_eviction(self, vllm_config)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        *args: Any,
+        dropping: DroppingStep | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As upstream; in stages if rows go."""
+        embeds = kwargs.get("inputs_embeds")
+        in_stages = self.eviction is not None and (dropping is not None or self.eviction.runs_all_steps)
+        if dropping is not None and (embeds is None or self.eviction is None):
+            # All rows would run with attention metadata of fewer.
+            raise RuntimeError("a step that evicts visual tokens came without its embeddings")
+        if not in_stages or embeds is None:  # no embeddings where the server takes no images
+            stock: Any = super()
+            return stock.forward(input_ids, positions, *args, **kwargs)
+        assert self.eviction is not None
+        return self.run_in_stages(self.eviction, dropping, embeds, positions)
+
+    def run_in_stages(
+        self,
+        eviction: EvictingDecoder,
+        dropping: DroppingStep | None,
+        inputs_embeds: torch.Tensor,
+        positions: torch.Tensor,
+    ) -> Any:
+        """A forward pass in stages; for families whose layers take more than embeddings."""
+        return eviction.run(dropping, inputs_embeds, positions)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """As upstream; cached features belong to the old weights."""
+        self.crop_encoder.cache.clear()
+        stock: Any = super()
+        loaded: set[str] = stock.load_weights(weights)
+        return loaded
+
+
+MRopePositions = Callable[[list[int], list[Any]], tuple[torch.Tensor, int]]
+
+
+@dataclass(frozen=True)
+class UnprunedPrompt:
+    """What a compressed prompt would have been.
+
+    Attributes:
+        num_tokens: its length.
+        survivors: `[tokens of the compressed prompt]`, where in it each of them is.
+        features: vLLM's MultiModalFeatureSpec list with placeholders of full length.
+    """
+
+    num_tokens: int
+    survivors: torch.Tensor
+    features: list[Any]
+
+
+def unpruned_prompt(num_tokens: int, mm_features: Sequence[Any]) -> UnprunedPrompt:
+    """Undo the compression of a prompt with `num_tokens` tokens; `mm_features` come in any order."""
+    survivors: list[torch.Tensor] = []
+    features: list[Any] = []
+    start, shift = 0, 0
+    for feature in sorted(mm_features, key=lambda feature: feature.mm_position.offset):
+        place = feature.mm_position
+        survivors.append(torch.arange(start, place.offset) + shift)
+        within, full_length = _within_image(feature)
+        survivors.append(within + place.offset + shift)
+        full = replace(place, offset=place.offset + shift, length=full_length)
+        features.append(replace(feature, mm_position=full))
+        start = place.offset + place.length
+        shift += full_length - place.length
+    survivors.append(torch.arange(start, num_tokens) + shift)
+    return UnprunedPrompt(num_tokens + shift, torch.cat(survivors), features)
+
+
+def _within_image(feature: Any) -> tuple[torch.Tensor, int]:
+    """The tokens of an image (or video) that are left, and how many there were."""
+    length = feature.mm_position.length
+    if POSITIONS not in feature.data or not len(feature.data[POSITIONS].data):
+        return torch.arange(length), length
+    return feature.data[POSITIONS].data.long(), len(feature.data[ASSIGNMENT].data)
+
+
+def original_positions(num_tokens: int, mm_features: Sequence[Any]) -> tuple[torch.Tensor, int]:
+    """What a model with 1-D RoPE would number the tokens that are left.
+
+    Returns:
+        `[3, num_tokens]` with equal rows, and how far the next position is beyond `num_tokens`.
+    """
+    unpruned = unpruned_prompt(num_tokens, mm_features)
+    return unpruned.survivors.expand(3, -1).clone(), unpruned.num_tokens - num_tokens
+
+
+def original_mrope_positions(
+    input_tokens: list[int], mm_features: Sequence[Any], unpruned_positions: MRopePositions
+) -> tuple[torch.Tensor, int]:
+    """What a model with M-RoPE would number the tokens that are left.
+
+    Args:
+        input_tokens: the compressed prompt; answered tokens may follow it.
+        unpruned_positions: the family's own numbering.
+
+    Returns:
+        `[3, num_tokens]`, and how far the next position is beyond `num_tokens`.
+    """
+    unpruned = unpruned_prompt(len(input_tokens), mm_features)
+    tokens = [0] * unpruned.num_tokens
+    for index, token in zip(unpruned.survivors.tolist(), input_tokens, strict=True):
+        tokens[index] = token
+    positions, beyond = unpruned_positions(tokens, unpruned.features)
+    return positions[:, unpruned.survivors], beyond + unpruned.num_tokens - len(input_tokens)
+
+
+class PlainRopeMixin(PrunedModelMixin):
+    """PrunedModelMixin for plain RoPE; the model class has SupportsMRoPE as its last base.
+
+    M-RoPE is how vLLM lets a model choose position ids: used with `position_ids: "original"` only, when
+    frontend/hf_overrides.py switches it on. The language model keeps its plain RoPE.
+    """
+
+    def get_mrope_input_positions(self, input_tokens: list[int], mm_features: Any) -> Any:
+        """Position ids of the unpruned prompt, `[3, num_tokens]` with equal rows, and their excess."""
+        return original_positions(len(input_tokens), mm_features)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        *args: Any,
+        dropping: DroppingStep | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As upstream, with one row of M-RoPE positions where there are three."""
+        positions = positions if positions.ndim == 1 else positions[0]
+        return super().forward(input_ids, positions, *args, dropping=dropping, **kwargs)

@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every family's multimodal processor does with a request's `crop`: plan, count, label, cache keys.
+
+Mixed in front of a vLLM multimodal processor (vllm/multimodal/processing/processor.py). The plan is made
+here, once; the worker receives it as tensors beside the pixels, so count and rows cannot disagree.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from vllm.exceptions import VLLMValidationError
+from vllm.multimodal.inputs import MultiModalFieldConfig
+from vllm.multimodal.parse import MultiModalDataItems
+from vllm.multimodal.processing import BaseMultiModalProcessor, PromptReplacement, PromptUpdate
+from vllm.multimodal.processing.inputs import ProcessorInputs
+
+from vllm_crop.config import CropConfig
+from vllm_crop.eviction.markers import EvictionSettings, embed_indices, write_labels
+from vllm_crop.families.registry import VisionGeometry, geometry_from_configs
+from vllm_crop.frontend.request_context import UNLABELLED
+from vllm_crop.models.deciding import ImageDecider, ImageDecision
+from vllm_crop.models.known_images import KnownImages, RequestImages, identify
+from vllm_crop.planning.plan import TokenPlan
+from vllm_crop.request import CropParams, CropRequest, ImageRequest, InvalidCropError
+
+CROP_KEY = "crop"
+DECISIONS = "crop_decisions"  # in the processed prompt, for the renderer, which takes it out
+
+
+@dataclass(frozen=True)
+class CropItems:
+    """What a processor call knows of its images.
+
+    Attributes:
+        decisions: per image, in item order.
+        image_hashes: per image, whatever the region; empty strings for images not to be remembered.
+        mm_hashes: cache keys of all items of the request by modality, regions included.
+    """
+
+    decisions: tuple[ImageDecision, ...]
+    image_hashes: tuple[str, ...]
+    mm_hashes: Mapping[str, Sequence[str]]
+
+
+class CropProcessorMixin(BaseMultiModalProcessor):
+    """Overrides for a processor with the modality "image"; see the module docstring."""
+
+    @cached_property
+    def crop_config(self) -> CropConfig:
+        """The server's settings, which travel in the HF config (see frontend/hf_overrides.py)."""
+        return CropConfig.from_mapping(self.info.get_hf_config().crop)
+
+    @cached_property
+    def geometry(self) -> VisionGeometry:
+        """Grid and view of this checkpoint with this server's processor settings."""
+        return geometry_from_configs(self.info.get_hf_config().to_dict(), self.image_processor_settings())
+
+    def image_processor_settings(self) -> dict[str, Any]:
+        """The checkpoint's, and what the server was started with over them."""
+        image_processor = self.info.get_hf_processor().image_processor
+        overrides = self.info.ctx.get_merged_mm_kwargs({})
+        return {**image_processor.to_dict(), **overrides, **overrides.get("images_kwargs", {})}
+
+    @cached_property
+    def eviction_settings(self) -> EvictionSettings:
+        """Layers and label ids, which travel in the HF config too."""
+        return EvictionSettings.from_hf_config(self.info.get_hf_config())
+
+    @cached_property
+    def _decider(self) -> ImageDecider:
+        return ImageDecider(self.info, self.crop_config, self.geometry)
+
+    @cached_property
+    def _known_images(self) -> WeakKeyDictionary[Any, KnownImages]:
+        return WeakKeyDictionary()
+
+    def known_images(self, cache: Any) -> KnownImages | None:
+        """The images that came with a name through a cache of vLLM; None without a cache.
+
+        Prompts that are only tokenized have a cache of their own, and so they have names of their own.
+        """
+        if cache is None:
+            return None
+        known = self._known_images.get(cache)
+        if known is None:
+            known = self._known_images[cache] = KnownImages(self.crop_config.limits.named_images_mib << 20)
+        return known
+
+    # Overrides of BaseMultiModalProcessor. `crop` is taken out before every call to super: the HF processor
+    # is cached by its kwargs, and must never see ours.
+
+    def apply(self, inputs: ProcessorInputs, timing_ctx: Any) -> Any:
+        """As upstream, with the images' decisions beside the result."""
+        given, plain = _split(inputs.hf_processor_mm_kwargs)
+        inputs = replace(inputs, hf_processor_mm_kwargs=plain)
+        known = self.known_images(inputs.cache)
+        with as_validation_error():
+            asked = given if isinstance(given, CropRequest) else CropRequest(CropParams.parse(given or {}))
+            images = identify(inputs, super()._get_mm_hashes, known, asked.salt)
+            decisions = self._decider.decide(asked, inputs.mm_data_items, images.sizes, tuple(plain))
+        if images.by_name and known is not None:
+            inputs, decisions = self._with_images_of_names(inputs, images, known, asked, decisions)
+        hashes = dict(images.hashes)
+        if images.keys:
+            hashes["image"] = self._hashes_with_requests(images.keys, decisions)
+        # Profiling sends one dummy item many times, without `crop`: a key would let the feature cache
+        # answer all but the first, and too little memory would be profiled.
+        keys = images.keys if given is not None else ("",) * len(images.keys)
+        items = CropItems(decisions, keys, hashes)
+        processed = super().apply(
+            replace(inputs, hf_processor_mm_kwargs={**plain, CROP_KEY: items}), timing_ctx
+        )
+        if known is not None:  # not before: vLLM's cache knows nothing of a request that failed either
+            for name, image, data in images.named:
+                known.remember(name, asked.salt, image, data)
+        processed[DECISIONS] = decisions
+        if any(decision.plan is not None and decision.plan.evicts for decision in decisions):
+            if asked.found is not None:
+                processed[UNLABELLED] = list(processed["prompt_token_ids"])
+            self._label_evicted(processed, decisions)
+        return processed
+
+    def _with_images_of_names(
+        self,
+        inputs: ProcessorInputs,
+        images: RequestImages,
+        known: KnownImages,
+        asked: CropRequest,
+        decisions: tuple[ImageDecision, ...],
+    ) -> tuple[ProcessorInputs, tuple[ImageDecision, ...]]:
+        """Supply images that came as a name alone and that vLLM's cache does not have with this region."""
+        cache: Any = inputs.cache
+        items = inputs.mm_data_items["image"]
+        data = [items.get(index) for index in range(len(items))]
+        settled = list(decisions)
+        for index, image in images.by_name.items():
+            decision = decisions[index]
+            (image_hash,) = self._hashes_with_requests([image.key], [decision])
+            if cache.is_cached_item(image_hash):
+                continue
+            data[index] = known.data_of(image)
+            if data[index] is None and asked.found is not None and cache.is_cached_item(image.key):
+                # Only the whole image is left: what the server found must not make it a miss.
+                settled[index] = ImageDecision(decision.request.without_region(), whole="not_possible")
+        supplied = self.info.parse_mm_data({"image": data}, validate=False)
+        return replace(
+            inputs, mm_data_items=MultiModalDataItems({**inputs.mm_data_items, **supplied})
+        ), tuple(settled)
+
+    def _label_evicted(self, processed: Any, decisions: Sequence[ImageDecision]) -> None:
+        settings = self.eviction_settings
+        placeholders = processed["mm_placeholders"].get("image", ())
+        for decision, placeholder in zip(decisions, placeholders, strict=True):
+            if decision.plan is None or not decision.plan.evicts:
+                continue
+            leaves_at = settings.stages_leaving_at(decision.plan.evicted_from_layer)
+            write_labels(
+                processed["prompt_token_ids"], embed_indices(placeholder), leaves_at, settings.label_ids
+            )
+
+    def _hashes_with_requests(
+        self, image_hashes: Sequence[str], decisions: Sequence[ImageDecision]
+    ) -> list[str]:
+        position_ids = self.crop_config.position_ids
+        return [
+            hash_with_request(image_hash, decision.request, position_ids)
+            if decision.compression is not None
+            else image_hash
+            for image_hash, decision in zip(image_hashes, decisions, strict=True)
+        ]
+
+    def _get_mm_hashes(self, inputs: ProcessorInputs) -> Any:
+        items, _ = _split(inputs.hf_processor_mm_kwargs)
+        return super()._get_mm_hashes(inputs) if items is None else items.mm_hashes
+
+    def _get_cache_missing_processor_kwargs(self, inputs: ProcessorInputs, mm_is_cached: Any) -> Any:
+        items, plain = _split(inputs.hf_processor_mm_kwargs)
+        kwargs = super()._get_cache_missing_processor_kwargs(
+            replace(inputs, hf_processor_mm_kwargs=plain), mm_is_cached
+        )
+        if items is None:
+            return kwargs
+        missing = [index for index, cached in enumerate(mm_is_cached.get("image", ())) if not cached]
+        if len(missing) == len(items.decisions):
+            return {**kwargs, CROP_KEY: items}
+        picked = replace(
+            items,
+            decisions=tuple(items.decisions[index] for index in missing),
+            image_hashes=tuple(items.image_hashes[index] for index in missing),
+        )
+        return {**kwargs, CROP_KEY: picked}
+
+    def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> Any:
+        items, plain = _split(hf_kwargs)
+        data = super()._apply_hf_processor_main(mm_items, plain)
+        if items is not None and items.decisions:
+            plans = [decision.compression for decision in items.decisions]
+            data[ASSIGNMENT] = [assignment(plan) for plan in plans]
+            data[POSITIONS] = [positions(plan) for plan in plans]
+            data[IMAGE_KEY] = [image_key(image_hash) for image_hash in items.image_hashes]
+        return data
+
+    def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]) -> Any:
+        _, plain = _split(hf_processor_mm_kwargs)
+        fields = super()._get_mm_fields_config(hf_inputs, plain)
+        ours = {name: MultiModalFieldConfig.batched("image", keep_on_cpu=True) for name in CROP_FIELDS}
+        return {**fields, **ours}
+
+    def _get_prompt_updates(
+        self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, object], out_mm_kwargs: Any
+    ) -> Sequence[PromptUpdate]:
+        _, plain = _split(hf_processor_mm_kwargs)
+        updates = super()._get_prompt_updates(
+            mm_items=mm_items, hf_processor_mm_kwargs=plain, out_mm_kwargs=out_mm_kwargs
+        )
+        return [_with_planned_count(update, out_mm_kwargs) for update in updates]
+
+
+@contextmanager
+def as_validation_error() -> Iterator[None]:
+    """Turn an InvalidCropError into the exception that every API of vLLM answers with HTTP 400."""
+    try:
+        yield
+    except InvalidCropError as error:
+        raise VLLMValidationError(str(error), parameter=error.parameter) from None
+
+
+def _split(kwargs: Mapping[str, object]) -> tuple[Any, dict[str, object]]:
+    plain = dict(kwargs)
+    return plain.pop(CROP_KEY, None), plain
+
+
+def _with_planned_count(update: PromptUpdate, out_mm_kwargs: Any) -> PromptUpdate:
+    if update.modality != "image" or not isinstance(update, PromptReplacement):
+        return update
+    full_replacement = update.replacement
+
+    def planned_replacement(item_idx: int) -> Any:
+        full = full_replacement(item_idx) if callable(full_replacement) else full_replacement
+        item = out_mm_kwargs["image"][item_idx]
+        planned, num_tokens = len(item[POSITIONS].data), len(item[ASSIGNMENT].data)
+        if not planned:
+            return full
+        assert num_tokens == len(full), f"planned for {num_tokens} visual tokens, the image has {len(full)}"
+        return full[:planned]
+
+    return replace(update, replacement=planned_replacement)
+
+
+ASSIGNMENT, POSITIONS, IMAGE_KEY = "crop_assignment", "crop_positions", "crop_image_key"
+CROP_FIELDS = (ASSIGNMENT, POSITIONS, IMAGE_KEY)
+_NOTHING, _NO_KEY = torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=torch.int64)
+
+
+def hash_with_request(image_hash: str, request: ImageRequest, position_ids: str | None) -> str:
+    """Images not compressed keep the hash stock vLLM gives them; any region gets a key of its own.
+
+    Position ids do not change an image's embeddings, but the KV entries that are found by this hash.
+    """
+    request_key = request.cache_key()
+    if request_key is None:
+        return image_hash
+    key = repr((image_hash, request_key, position_ids))
+    return hashlib.blake2b(key.encode(), digest_size=32).hexdigest()
+
+
+def assignment(plan: TokenPlan | None) -> torch.Tensor:
+    """`[num_tokens]`, or empty for an image that is not compressed."""
+    return _NOTHING if plan is None else _tensor(plan.assignment)
+
+
+def positions(plan: TokenPlan | None) -> torch.Tensor:
+    """`[num_embeddings]`, or empty for an image that is not compressed."""
+    return _NOTHING if plan is None else _tensor(plan.position)
+
+
+def _tensor(array: NDArray[np.int32]) -> torch.Tensor:
+    # A copy: plans are kept, and torch could write to what it shares.
+    return torch.from_numpy(array.copy())
+
+
+def image_key(image_hash: str) -> torch.Tensor:
+    """Two 64-bit words that name the image's pixels, or empty for an image not to be remembered."""
+    if not image_hash:
+        return _NO_KEY
+    digest = hashlib.blake2b(image_hash.encode(), digest_size=16).digest()
+    return torch.frombuffer(bytearray(digest), dtype=torch.int64)

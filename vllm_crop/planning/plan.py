@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which visual tokens of one image are kept, pooled, left out or evicted, and at which layer: the TokenPlan.
+
+Follows the contract of vllm/multimodal/video_prune: the count is known before any KV block is allocated
+(`vllm_crop.planning.budget`), and the plan delivers exactly that count.
+"""
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from threading import Lock
+from typing import Any, Literal
+
+import numpy as np
+from cachetools import LRUCache, cached
+from numpy.typing import NDArray
+
+from vllm_crop.planning.budget import Method, retained_per_stage
+from vllm_crop.planning.geometry import ImageTokens, Indices, Mask, Places, Region
+from vllm_crop.planning.groups import even_patches, middles
+
+Compression = Literal["pool", "prune"]
+
+NEVER = np.iinfo(np.int32).max  # greater than any decoder layer
+
+# Bytes of plans kept for the next request about the same part of the same picture, as in a conversation: some
+# 600 of LLaVA-1.5's 576 tokens, 20 of 16384. Clients choose the keys, so count is no bound.
+CACHE_BYTES = 4 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class TokenPlan:
+    """What becomes of one image's visual tokens, embeddings in prompt order. The arrays cannot be written to.
+
+    Attributes:
+        assignment: the embedding each token becomes part of, -1 if none, `[num_tokens]` int32. An embedding
+            is the mean of its tokens; a single one is kept as it is.
+        position: the token whose position id an embedding carries when original positions are kept,
+            ascending, `[num_embeddings]` int32.
+        evicted_from_layer: the first decoder layer that runs without an embedding, NEVER if all layers see
+            it, `[num_embeddings]` int32.
+    """
+
+    grid: ImageTokens
+    pruning_rate: float
+    assignment: NDArray[np.int32]
+    position: NDArray[np.int32]
+    evicted_from_layer: NDArray[np.int32]
+
+    def __post_init__(self) -> None:
+        for array in self._arrays:
+            array.setflags(write=False)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, TokenPlan):
+            return NotImplemented
+        return (self.grid, self.pruning_rate) == (other.grid, other.pruning_rate) and all(
+            map(np.array_equal, self._arrays, other._arrays)
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.grid, self.pruning_rate, *(array.tobytes() for array in self._arrays)))
+
+    @property
+    def _arrays(self) -> tuple[NDArray[np.int32], ...]:
+        return self.assignment, self.position, self.evicted_from_layer
+
+    @property
+    def num_embeddings(self) -> int:
+        """Placeholders the image takes in the prompt."""
+        return len(self.position)
+
+    @property
+    def compresses(self) -> bool:
+        """Whether the image takes fewer placeholders than it has tokens."""
+        return self.num_embeddings < self.grid.num_tokens
+
+    @cached_property
+    def evicts(self) -> bool:
+        """Whether some decoder layers run without some of the embeddings."""
+        return bool((self.evicted_from_layer != NEVER).any())
+
+    @property
+    def eviction_layers(self) -> list[int]:
+        """The layers at which embeddings leave, ascending."""
+        layers: list[int] = np.unique(self.evicted_from_layer[self.evicted_from_layer != NEVER]).tolist()
+        return layers
+
+    @property
+    def sizes(self) -> Indices:
+        """How many tokens each embedding has, `[num_embeddings]`."""
+        return np.bincount(self.assignment[self.assignment >= 0], minlength=self.num_embeddings)
+
+    def members(self) -> list[list[int]]:
+        """List the tokens of each embedding, ascending."""
+        by_embedding = self.assignment.argsort(kind="stable").tolist()
+        ends = (self.sizes.cumsum() + np.count_nonzero(self.assignment < 0)).tolist()
+        return [by_embedding[end - size : end] for end, size in zip(ends, self.sizes.tolist(), strict=True)]
+
+    def tokens_per_layer(self, num_layers: int) -> list[int]:
+        """Count the image's embeddings that each decoder layer runs with, `[num_layers]`."""
+        leaving = np.bincount(
+            self.evicted_from_layer[self.evicted_from_layer < num_layers], minlength=num_layers
+        )
+        left: list[int] = (self.num_embeddings - leaving.cumsum()).tolist()
+        return left
+
+    def tokens_avg(self, num_layers: int) -> float:
+        """Count the image's embeddings that a decoder layer runs with, averaged over the layers."""
+        if not self.evicts:
+            return float(self.num_embeddings)
+        return int(np.minimum(self.evicted_from_layer, num_layers).sum()) / num_layers
+
+    def pruning_rate_got(self, num_layers: int) -> float:
+        """The fraction of (token, layer) pairs removed."""
+        full = self.grid.num_tokens * num_layers
+        return 1 - sum(self.tokens_per_layer(num_layers)) / full
+
+    def to_json(self, num_layers: int) -> dict[str, Any]:
+        """The plan as `vllm-crop plan --json` prints it."""
+        layers = [None if layer == NEVER else layer for layer in self.evicted_from_layer.tolist()]
+        embeddings = zip(self.members(), self.position.tolist(), layers, strict=True)
+        return {
+            **self.grid.to_json(),
+            "pruning_rate": self.pruning_rate,
+            "pruning_rate_got": round(self.pruning_rate_got(num_layers), 6),
+            "embeddings": [
+                {"tokens": tokens, "position": position, "evicted_from_layer": layer}
+                for tokens, position, layer in embeddings
+            ],
+            "tokens_per_layer": self.tokens_per_layer(num_layers),
+        }
+
+
+def whole_image_plan(grid: ImageTokens, pruning_rate: float = 0.0) -> TokenPlan:
+    """Leave an image as it is, whatever `pruning_rate` was asked for."""
+    tokens = np.arange(grid.num_tokens, dtype=np.int32)
+    return TokenPlan(grid, pruning_rate, tokens, tokens, np.full_like(tokens, NEVER))
+
+
+def make_plan(
+    grid: ImageTokens,
+    region: Region,
+    pruning_rate: float,
+    compression: Compression,
+    method: Method = "plc",
+    num_layers: int = 1,
+    eviction_layers: tuple[int, ...] = (),
+) -> TokenPlan:
+    """Spend the budget on the region first, the rest of it evenly on the context (CROP section 3.2).
+
+    A region larger than the budget is sampled evenly and nothing else is kept. A smaller one is kept whole.
+    When compressing, the remaining embeddings go to the context, each the mean of a compact patch (`pool`)
+    or the token nearest to the middle of that patch (`prune`). When evicting, every stage keeps a subset of
+    the embeddings of the stage before it, chosen by the same rule.
+
+    Args:
+        grid: the image's visual tokens.
+        region: in fractions of what the model sees (after `ImageView.project`).
+        pruning_rate: fraction of the image's (token, layer) pairs to remove, in [0, 1).
+        compression: what becomes of the tokens outside the region before the language model.
+        method: "ilp" passes all tokens to the language model.
+        num_layers: decoder layers; the average over them is what the rate is about.
+        eviction_layers: strictly ascending, in 1..num_layers-1; without meaning for "plc".
+
+    Raises:
+        BudgetError: the pruning rate cannot be met with these eviction layers.
+    """
+    inside = grid.mask(region)
+    counts = retained_per_stage(grid.num_tokens, pruning_rate, method, num_layers, eviction_layers)
+    return _plan_counts(grid, inside, pruning_rate, compression, counts, eviction_layers)
+
+
+def _held_bytes(plan: TokenPlan) -> int:
+    """What a plan and its key take in the cache, some hundred bytes of objects included."""
+    return sum(array.nbytes for array in plan._arrays) + plan.grid.num_tokens // 8 + 1024
+
+
+def _key(grid: ImageTokens, inside: Mask, *rest: Hashable) -> Hashable:
+    """A few bytes whatever the number of boxes: regions of the same tokens have the same plan."""
+    return (grid, np.packbits(inside).tobytes(), *rest)
+
+
+@cached(LRUCache[Hashable, TokenPlan](CACHE_BYTES, getsizeof=_held_bytes), key=_key, lock=Lock())
+def _plan_counts(
+    grid: ImageTokens,
+    inside: Mask,
+    pruning_rate: float,
+    compression: Compression,
+    counts: tuple[int, ...],
+    eviction_layers: tuple[int, ...],
+) -> TokenPlan:
+    """Make a plan for counts that are known: of all embeddings, then after each eviction."""
+    first, *later = counts
+    places = _places(grid)
+    assignment, position = _compressed(places, inside, first, compression)
+    leaves_at = np.full(grid.num_tokens, NEVER, dtype=np.int32)
+    left = position
+    for layer, count in zip(eviction_layers, later, strict=False):
+        leaves_at[left] = layer
+        left = _region_first(places, inside, left, count)
+        leaves_at[left] = NEVER
+    return TokenPlan(grid, pruning_rate, assignment, position.astype(np.int32), leaves_at[position])
+
+
+@lru_cache(maxsize=8)  # pictures of one size often come one after another
+def _places(grid: ImageTokens) -> Places:
+    places = grid.places()
+    for array in places:
+        array.setflags(write=False)
+    return places
+
+
+def _compressed(
+    places: Places, inside: Mask, count: int, compression: Compression
+) -> tuple[NDArray[np.int32], Indices]:
+    """The assignment, and the positions of the `count` embeddings the language model receives."""
+    assignment = np.full(len(inside), -1, dtype=np.int32)
+    region = inside.nonzero()[0]
+    if compression == "prune" or len(region) >= count:
+        position = _region_first(places, inside, np.arange(len(inside)), count)
+        assignment[position] = np.arange(count)
+        return assignment, position
+    patches = even_patches(places, (~inside).nonzero()[0], count - len(region))
+    middle = middles(places, patches)
+    position = np.sort(np.concatenate([region, middle]))
+    assignment[position] = np.arange(count)
+    assignment[patches.tokens] = assignment[middle].repeat(patches.sizes)
+    return assignment, position
+
+
+def _region_first(places: Places, inside: Mask, tokens: Indices, count: int) -> Indices:
+    """`count` of the tokens, ascending: those inside the region before others, spread evenly."""
+    within = inside[tokens]
+    region = tokens[within]
+    if len(region) >= count:
+        return _spread(places, region, count)
+    context = _spread(places, tokens[~within], count - len(region))
+    return np.sort(np.concatenate([region, context]))
+
+
+def _spread(places: Places, tokens: Indices, count: int) -> Indices:
+    return np.sort(middles(places, even_patches(places, tokens, count)))
