@@ -24,7 +24,7 @@ TIMED = 9  # requests for a time to first token, the first of them to warm up
 TIMED_SEED = 7  # of a test set of its own: images that no cache has seen
 
 AnswererFor = Callable[[GridCell], Answerer]
-Located = dict[tuple[int, str], Region]
+LocalizerAnswer = dict[tuple[int, str], Region]
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Session:
         needs_locating = any(cell.region == "localizer" for cell in grid)
         cells = [GridCell(LOCATE), *grid] if needs_locating else list(grid)
         results: list[CellResult] = []
-        located: Located | None = None
+        located: LocalizerAnswer | None = None
         with progress_bar(self.console) as progress:
             overall = progress.add_task("cells", total=len(cells))
             for cell in cells:
@@ -62,7 +62,7 @@ class Session:
                 progress.advance(overall)
         return results
 
-    def _result(self, cell: GridCell, located: Located | None, progress: Progress) -> CellResult:
+    def _result(self, cell: GridCell, located: LocalizerAnswer | None, progress: Progress) -> CellResult:
         engine = self.engine_for(cell)
         known = self.store.load(cell, engine)
         if known is not None:
@@ -80,7 +80,7 @@ class Session:
         return result
 
     def _answers(
-        self, answerer: Answerer, cell: GridCell, located: Located | None, progress: Progress
+        self, answerer: Answerer, cell: GridCell, located: LocalizerAnswer | None, progress: Progress
     ) -> Iterator[list[Answer]]:
         every = make_tasks(cell, self.scenes, located)
         if not cell.sends_regions:
@@ -121,7 +121,9 @@ def hash_of(cell: GridCell) -> int:
     return sum(index * byte for index, byte in enumerate(cell.slug.encode(), start=1))
 
 
-def make_tasks(cell: GridCell, scenes: Sequence[TestScene], located: Located | None) -> list[SceneTask]:
+def make_tasks(
+    cell: GridCell, scenes: Sequence[TestScene], located: LocalizerAnswer | None
+) -> list[SceneTask]:
     """The questions of all scenes with the regions of a cell."""
     if cell.region is None or not cell.sends_regions:
         return [SceneTask(scene, (None,) * len(scene.questions)) for scene in scenes]
@@ -136,7 +138,7 @@ def only_regions(task: SceneTask) -> SceneTask:
     return SceneTask(scene, tuple(region for _, region in chosen))
 
 
-def locations(scenes: Sequence[TestScene], answers: Sequence[Answer]) -> Located:
+def locations(scenes: Sequence[TestScene], answers: Sequence[Answer]) -> LocalizerAnswer:
     """What the localizer said, by scene and question; nothing where it made no sense."""
     said = iter(answers)
     parsed = {(s.scene.seed, q.text): parse_location(next(said).text) for s in scenes for q in s.questions}

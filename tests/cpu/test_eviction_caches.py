@@ -324,4 +324,4 @@ def test_regions_differ(deep_reference_for: ReferenceFor, evicting_engine: Engin
 def test_a_step_that_evicts_never_runs_without_its_embeddings(evicting_engine: Engine) -> None:
     """All rows would run with attention metadata of fewer."""
     with pytest.raises(RuntimeError, match="without its embeddings"):
-        evicting_engine.model.forward(None, torch.zeros(1, dtype=torch.long), dropping=object())
+        evicting_engine.model.forward(None, torch.zeros(1, dtype=torch.long), evicting=object())

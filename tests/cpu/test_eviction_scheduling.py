@@ -192,17 +192,17 @@ def test_everything_evicted(
     for answer in answers:
         check(answer, reference)
     assert answers[1].num_cached_tokens == (answers[1].num_prompt_tokens - 1) // 32 * 32
-    whole = planned_reference(deep_hf, engine, asked, unlabelled(plan), steps=4)
+    whole = planned_reference(deep_hf, engine, asked, unmarked(plan), steps=4)
     assert difference(whole, reference) > NOTICEABLE
 
 
-def unlabelled(plan: TokenPlan) -> TokenPlan:
+def unmarked(plan: TokenPlan) -> TokenPlan:
     return replace(plan, evicted_from_layer=np.full_like(plan.evicted_from_layer, NEVER))
 
 
 def test_labels_in_text_mean_nothing(engine: Engine, deep_hf: HfLlava) -> None:
     """Outside of images a label is a token like any other, and nobody's tokens leave."""
-    labels = list(engine.scheduler.eviction_settings.label_ids)
+    labels = list(engine.scheduler.eviction_settings.marker_ids)
     ids = [*labels, *deep_hf.processor.tokenizer.encode("What?\n"), *labels, 40]
     from vllm import SamplingParams
 
@@ -432,7 +432,7 @@ def test_penalties_count_no_label_against_a_word(narrow_engine: Engine, deep_hf:
     penalties = {"repetition_penalty": 1.5, "presence_penalty": 0.6, "frequency_penalty": 0.3}
     narrow_engine.add("asked", asked, **penalties)
     answer = narrow_engine.finish()["asked"]
-    labels = set(narrow_engine.scheduler.eviction_settings.label_ids)
+    labels = set(narrow_engine.scheduler.eviction_settings.marker_ids)
     assert labels <= set(answer.prompt_token_ids)
     assert min(labels) >= len(tokenizer)
     reference = Following(deep_hf, answer.token_ids)

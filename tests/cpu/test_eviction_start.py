@@ -38,7 +38,7 @@ def test_what_the_engine_gets(configure: Configure) -> None:
         assert config.parallel_config.worker_cls == "vllm_crop.eviction.runner_v1.EvictionCPUWorker"
     written = config.model_config.hf_config.crop_eviction
     assert written["stages"] == [2]
-    assert written["label_ids"] == [319]  # the last padded row of the vocabulary
+    assert written["marker_ids"] == [319]  # the last padded row of the vocabulary
 
 
 def test_without_eviction_nothing_of_it_is_there(configure: Configure) -> None:

@@ -41,7 +41,7 @@ def layer_specs(
     """Real specs by layer name, in the order of the layers."""
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-    from vllm_crop.eviction.kv_cache import PrunedAttentionSpec
+    from vllm_crop.eviction.kv_cache import StageAttentionSpec
 
     specs: dict[str, Any] = {}
     for stage, count in enumerate(layers_per_stage(num_layers, eviction_layers)):
@@ -49,7 +49,7 @@ def layer_specs(
             block_size=block_sizes[stage], num_kv_heads=HEADS, head_size=HEAD_SIZE, dtype=torch.float32
         )
         name = f"layers.{len(specs)}.attn"
-        spec = PrunedAttentionSpec.from_full(full, stage, name) if stage else full
+        spec = StageAttentionSpec.from_full(full, stage, name) if stage else full
         specs |= {f"layers.{len(specs) + i}.attn": spec for i in range(count)}
     return specs
 

@@ -67,7 +67,7 @@ def test_the_command_prints_the_servers_plan(
     image_token_id = processor.info.get_hf_processor().image_token_id
     stage_of = {None: 0, **{layer: stage for stage, layer in enumerate(settings.stages, start=1)}}
     leaves_at = [stage_of[e["evicted_from_layer"]] for e in plan["embeddings"]]
-    assert ids == [settings.label_ids[stage - 1] if stage else image_token_id for stage in leaves_at]
+    assert ids == [settings.marker_ids[stage - 1] if stage else image_token_id for stage in leaves_at]
     assignment = item["crop_assignment"].data.tolist()
     if not assignment:  # not compressed, so vLLM's own count
         assert [e["tokens"] for e in plan["embeddings"]] == [[token] for token in range(placeholder.length)]

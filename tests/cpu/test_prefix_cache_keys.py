@@ -22,18 +22,18 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request
 
-from vllm_crop.eviction.kv_cache import PrunedAttentionSpec, PrunedKVCacheManager
-from vllm_crop.eviction.markers import write_labels
+from vllm_crop.eviction.kv_cache import StageAttentionSpec, StageKVCacheManager
+from vllm_crop.eviction.markers import write_markers
 from vllm_crop.eviction.prefix_cache import PlannedBlockHashes, StageHashes
-from vllm_crop.eviction.prompt_eviction import PromptEviction, read_labels
+from vllm_crop.eviction.prompt_eviction import PromptEviction, read_markers
 
 pytestmark = pytest.mark.vllm_runtime
 
 init_none_hash(sha256)
 
 NUM_STAGES = 2
-IMAGE_ID, LABEL_IDS = 9, (7, 8)
-WORDS = (1, LABEL_IDS[0])  # few, so that prompts collide, and a label among them
+IMAGE_ID, MARKER_IDS = 9, (7, 8)
+WORDS = (1, MARKER_IDS[0])  # few, so that prompts collide, and a label among them
 IMAGE_LENGTHS = {"small": 3, "middle": 8, "large": 21}
 LAYERS = (0, 1, 1, 2)  # per KV cache group its stage
 MANY = 3000  # blocks: nothing is ever dropped from the cache
@@ -118,7 +118,7 @@ class Running:
         placeholders = [(f.mm_position.offset, f.mm_position.length) for f in features]
         for offset, length in placeholders:
             tokens = range(offset, offset + length)
-            write_labels(token_ids, tokens, [self.leaves_at[token] for token in tokens], LABEL_IDS)
+            write_markers(token_ids, tokens, [self.leaves_at[token] for token in tokens], MARKER_IDS)
         self.request = Request(
             request_id=request_id,
             prompt_token_ids=token_ids,
@@ -127,7 +127,7 @@ class Running:
             mm_features=features,
             block_hasher=get_request_block_hasher(hash_size, sha256),
         )
-        self.eviction = read_labels(token_ids, placeholders, LABEL_IDS)
+        self.eviction = read_markers(token_ids, placeholders, MARKER_IDS)
         if self.eviction is not None:
             self.request.block_hashes = PlannedBlockHashes(self.request.block_hashes, self.eviction)
 
@@ -159,7 +159,7 @@ class Server:
         shape: dict[str, Any] = {"num_kv_heads": 1, "head_size": 8, "dtype": torch.float32}
         full = FullAttentionSpec(block_size=layout.early, **shape)
         late = FullAttentionSpec(block_size=layout.late, **shape)
-        specs = [PrunedAttentionSpec.from_full(late, stage, "") if stage else full for stage in LAYERS]
+        specs = [StageAttentionSpec.from_full(late, stage, "") if stage else full for stage in LAYERS]
         groups = [KVCacheGroupSpec([f"layer.{index}"], spec) for index, spec in enumerate(specs)]
         self.manager = KVCacheManager(
             KVCacheConfig(num_blocks, [], groups), 4096, layout.step, layout.hashed, enable_caching=True
@@ -167,7 +167,7 @@ class Server:
         self.managers = self.manager.coordinator.single_type_managers
         self.evictions: WeakValueDictionary[str, PromptEviction] = WeakValueDictionary()
         for manager in self.managers[1:]:
-            assert isinstance(manager, PrunedKVCacheManager)
+            assert isinstance(manager, StageKVCacheManager)
             manager.evictions = self.evictions
             if fine:
                 manager.cache_hit_alignment_tokens = layout.hashed
@@ -329,7 +329,7 @@ def test_every_request_finds_its_own_kv(
     server.manager.new_step_starts()
     assert server.manager.block_pool.get_num_free_blocks() == num_blocks - 1, "a block is never given back"
     for manager in server.managers[1:]:
-        assert isinstance(manager, PrunedKVCacheManager)
+        assert isinstance(manager, StageKVCacheManager)
         assert not any([manager.req_to_blocks, manager.num_cached_block, manager._partial_hit_reqs])
         assert not any([manager._num_published, manager._new_tails])
 
@@ -375,7 +375,7 @@ def test_the_lookup_of_a_stage(
     alignment = layout.hashed * data.draw(st.integers(1, 4), label="alignment")
     for stage, group_ids in ((1, [1, 2]), (2, [3])):
         block_hashes = wanted.request.block_hashes
-        blocks_by_group, hit = PrunedKVCacheManager.find_longest_cache_hit(
+        blocks_by_group, hit = StageKVCacheManager.find_longest_cache_hit(
             block_hashes,
             max_length,
             group_ids,

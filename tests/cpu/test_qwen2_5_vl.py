@@ -264,8 +264,8 @@ def test_positions_that_run_past_the_rotary_table_are_refused(pool: Engine) -> N
 
     (found,) = decide(1000, long)
     assert (found.plan.grid.num_tokens, found.plan.num_embeddings) == (200, 20)
-    assert found.positions_beyond == 180
-    assert decide(1000, square)[0].positions_beyond == 0
+    assert found.mrope_position_delta == 180
+    assert decide(1000, square)[0].mrope_position_delta == 0
     decide(3820, long)
     with pytest.raises(InvalidCropError, match="has room for 179"):
         decide(3821, long)

@@ -252,6 +252,6 @@ def test_positions_that_run_past_the_rotary_table_are_refused(pool: Engine) -> N
 
     (found,) = decide(856)
     assert (found.plan.grid.num_tokens, found.plan.num_embeddings) == (160, 16)
-    assert found.positions_beyond == 144
+    assert found.mrope_position_delta == 144
     with pytest.raises(InvalidCropError, match="has room for 143"):
         decide(857)

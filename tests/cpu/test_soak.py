@@ -93,7 +93,7 @@ class KVWatch:
         assert len(np.unique(written)) == len(written), "a slot is written twice in one step"
         self.counts["preemptions"] += len(output.preempted_req_ids or ())
         if output.total_num_scheduled_tokens:
-            self.counts["dropping steps" if drops else "other steps"] += 1
+            self.counts["evicting steps" if drops else "other steps"] += 1
         self.counts["copies"] += len(output.kv_cache_block_copies or ())
 
     def check_owners(self) -> None:
@@ -121,7 +121,7 @@ class KVWatch:
 
     def num_kept(self, request: Any, stage: int) -> Any:
         """Counts a stage's KV entries from the prompt's labels, which no text of these prompts contains."""
-        labels = self.scheduler.eviction_settings.label_ids[:stage]
+        labels = self.scheduler.eviction_settings.marker_ids[:stage]
         gone = np.cumsum(np.isin(request.prompt_token_ids, labels))
         return lambda num_tokens: num_tokens - int(gone[min(num_tokens, len(gone)) - 1] if num_tokens else 0)
 
@@ -354,6 +354,6 @@ def test_soak(
     assert counts["refused"] >= num_requests // 12
     assert counts["names alone"] >= num_requests // 25
     assert counts["aborted prefilling"] + counts["aborted decoding"] >= num_requests // 25
-    assert counts["dropping steps"] >= num_requests * 3 // 50
+    assert counts["evicting steps"] >= num_requests * 3 // 50
     assert counts["other steps"] >= num_requests * 3 // 50
     assert bool(counts["cached tokens"]) == options.get("enable_prefix_caching", True)

@@ -77,9 +77,9 @@ def test_pictures_with_fewer_tokens_keep_the_places_of_those_left(model: Any, to
     batch = BatchMaker(tokenizer).make(task, seed=5)
     assert batch.kept.shape == (12, 36)
     assert batch.images.shape[0] == 2
-    dropping = (batch.assignment < 0).any(1)
-    assert dropping.any()
-    assert not dropping.all()  # the others are pooled
+    evicting = (batch.assignment < 0).any(1)
+    assert evicting.any()
+    assert not evicting.all()  # the others are pooled
     full = replace(task, pruning_rate=0.0, views=1, questions=12)
     everything = replace(
         batch,

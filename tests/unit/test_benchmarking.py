@@ -35,7 +35,7 @@ from vllm_crop.cli import app
 from vllm_crop.config import CropConfig
 from vllm_crop.errors import CropError
 from vllm_crop.eviction.grouping import predict_grouping
-from vllm_crop.eviction.stage_inputs import LateView, RunningEvictions
+from vllm_crop.eviction.stage_inputs import RunningEvictions, StageInputs
 from vllm_crop.families.registry import VisionGeometry, geometry_from_configs
 from vllm_crop.measuring.provenance import Machine, git_revision, provenance
 from vllm_crop.measuring.server import Server, ServerError, get_text, log_tail, serve
@@ -512,10 +512,10 @@ class TestDecode:
         assert json.loads(json.dumps(report))["summary"][2]["added_ms"] == 2.0
 
     def test_views_are_timed_past_the_evicted_tokens(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        seen: list[tuple[int, list[LateView]]] = []
+        seen: list[tuple[int, list[StageInputs]]] = []
         real = RunningEvictions.views
 
-        def views(self: RunningEvictions, slots: Any, computed: Any, scheduled: Any) -> list[LateView]:
+        def views(self: RunningEvictions, slots: Any, computed: Any, scheduled: Any) -> list[StageInputs]:
             found = real(self, slots, computed, scheduled)
             seen.append((int(computed[0]), found))
             return found
@@ -527,7 +527,7 @@ class TestDecode:
         computed, (first, second) = seen[0]
         assert list(first.seq_lens) == [computed + 1 - 250] * 3
         assert list(second.seq_lens) == [computed + 1 - 500] * 3
-        assert not first.drops_rows
+        assert not first.evicts_rows
 
 
 class TestCommand:

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """`vllm-crop check`, with a stand-in for vLLM."""
 
+import importlib
 import json
+import re
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,12 +15,14 @@ import typer
 from checkpoint_json import write_json, write_llava, write_llava_next
 from typer.testing import CliRunner
 
+import vllm_crop
 from vllm_crop.commands.check import check
 from vllm_crop.compat import installation
-from vllm_crop.compat import vllm as compat
+from vllm_crop.compat.changes import CHANGES
+from vllm_crop.compat.checks import SUPPORTED_VERSIONS, find_problem
 from vllm_crop.compat.eviction_refusals import refused_with_eviction
+from vllm_crop.compat.points import UpstreamPoint
 from vllm_crop.compat.refusals import REFUSED
-from vllm_crop.compat.vllm import UpstreamPoint
 from vllm_crop.config import CropConfig
 from vllm_crop.eviction.report import recommended_layer, savings
 from vllm_crop.planning.budget import check_eviction_layers
@@ -42,7 +47,9 @@ def fine_installation(monkeypatch: pytest.MonkeyPatch) -> None:
     vllm = ModuleType("vllm")
     vllm.__version__ = "0.32.0+cpu"  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "vllm", vllm)
-    monkeypatch.setattr(compat, "UPSTREAM_POINTS", (UpstreamPoint("json", "dumps", ("obj",), "writes"),))
+    monkeypatch.setattr(
+        installation, "UPSTREAM_POINTS", (UpstreamPoint("json", "dumps", ("obj",), "writes"),)
+    )
     monkeypatch.setattr(installation, "EVICTION_POINTS", ())
     monkeypatch.setattr(installation, "CPU_RUNNER_POINTS", ())
     monkeypatch.setattr(
@@ -99,7 +106,7 @@ def test_points_of_eviction_are_checked_too(points: str, monkeypatch: pytest.Mon
 def test_a_changed_upstream_point_is_a_problem(
     monkeypatch: pytest.MonkeyPatch, point: UpstreamPoint, problem: str
 ) -> None:
-    monkeypatch.setattr(compat, "UPSTREAM_POINTS", (point,))
+    monkeypatch.setattr(installation, "UPSTREAM_POINTS", (point,))
     found = report(1)
     assert problem in found["problems"][0]
     assert problem in found["upstream_points"][0]["problem"]
@@ -113,7 +120,7 @@ def test_an_upstream_module_that_fails_to_import(monkeypatch: pytest.MonkeyPatch
     def fail(point: UpstreamPoint) -> str | None:
         raise RuntimeError("operator torchvision::nms does not exist")
 
-    monkeypatch.setattr(compat, "find_problem", fail)
+    monkeypatch.setattr(installation, "find_problem", fail)
     assert "torchvision::nms" in report(1)["problems"][0]
 
 
@@ -129,9 +136,7 @@ def test_no_vllm_is_said_and_the_rest_works(monkeypatch: pytest.MonkeyPatch, tmp
 
 def test_another_version_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules["vllm"], "__version__", "0.33.1")
-    assert report(1)["problems"] == [
-        f"vllm-crop supports vllm{compat.SUPPORTED_VERSIONS}, installed is 0.33.1"
-    ]
+    assert report(1)["problems"] == [f"vllm-crop supports vllm{SUPPORTED_VERSIONS}, installed is 0.33.1"]
 
 
 @pytest.mark.parametrize(("selected", "exit_code"), [("crop", 0), ("other,crop", 0), ("other", 1), ("", 1)])
@@ -231,7 +236,31 @@ def test_what_is_gone_and_what_is_broken_beneath_are_told_apart(
         (tmp_path / "upstream_like.py").write_text(source)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "upstream_like", raising=False)
-    found = compat.find_problem(UpstreamPoint("upstream_like", "function", (), "is called"))
+    found = find_problem(UpstreamPoint("upstream_like", "function", (), "is called"))
     monkeypatch.delitem(sys.modules, "upstream_like", raising=False)
     assert found is not None
     assert found.startswith(problem)
+
+
+def test_every_change_is_listed() -> None:
+    """A patch module without a row, or a row that is not printed, would be a change nobody is told of."""
+    patches = Path(installation.__file__).parent / "patches"
+    reasons = {
+        importlib.import_module(f"vllm_crop.compat.patches.{path.stem}").REASON
+        for path in patches.glob("*.py")
+        if path.stem != "__init__"
+    }
+    assert reasons == {change.why for change in CHANGES if change.kind == "patch"}
+    assert report(0)["changes"] == [asdict(change) for change in CHANGES]
+    printed = " ".join(run().stdout.split())
+    for change in CHANGES:
+        assert " ".join(change.why.split()) in printed, change
+
+
+def test_every_class_of_a_change_is_there() -> None:
+    """Rows name classes: one that is renamed must be renamed there too."""
+    library = Path(vllm_crop.__file__).parent
+    sources = "\n".join(path.read_text() for path in library.rglob("*.py") if path.name != "changes.py")
+    for change in CHANGES:
+        names = re.findall(r"(?:Crop|Eviction|Stage)\w+", change.where)
+        assert all(f"class {name}" in sources or name in ("CropMiddleware",) for name in names), change.where

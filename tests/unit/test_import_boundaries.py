@@ -36,7 +36,7 @@ LIGHT_IMPORTS = {
     "import vllm_crop.frontend.metrics": HEAVY,
     "import vllm_crop.compat.hf_overrides": HEAVY,
     "import vllm_crop.compat.refusals": HEAVY,
-    "import vllm_crop.compat.vllm": HEAVY,
+    "import vllm_crop.compat.install": HEAVY,
     "import vllm_crop.cli": (
         *HEAVY,
         "numba",

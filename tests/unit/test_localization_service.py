@@ -10,8 +10,8 @@ from PIL import Image
 
 from vllm_crop.config import CropConfig
 from vllm_crop.frontend import localization
-from vllm_crop.frontend.localization import Localizing, Sought
-from vllm_crop.localizers.base import LocalizerError, Located
+from vllm_crop.frontend.localization import LocalizationService, RegionQuery
+from vllm_crop.localizers.base import LocalizerAnswer, LocalizerError
 from vllm_crop.localizers.thumbnails import as_picture
 from vllm_crop.planning.geometry import Region
 
@@ -27,7 +27,7 @@ class Counting:
         self.error: Exception | None = None
         self.seconds = 0.02
 
-    async def locate(self, image: Image.Image, question: str, salt: str | None = None) -> Located:
+    async def locate(self, image: Image.Image, question: str, salt: str | None = None) -> LocalizerAnswer:
         self.running += 1
         self.asked += 1
         self.most = max(self.most, self.running)
@@ -38,7 +38,7 @@ class Counting:
             self.running -= 1
         if self.error is not None:
             raise self.error
-        return Located(Region.whole(), 1.0)
+        return LocalizerAnswer(Region.whole(), 1.0)
 
 
 @pytest.fixture
@@ -48,15 +48,15 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> Counting:
     return localizer
 
 
-def service(**settings: Any) -> Localizing:
+def service(**settings: Any) -> LocalizationService:
     config = CropConfig.from_mapping({"localizer": {"kind": "engine", **settings}})
     renderer = SimpleNamespace(model_config=SimpleNamespace(served_model_name="counted"))
-    return Localizing(renderer, None, config)  # type: ignore[arg-type]
+    return LocalizationService(renderer, None, config)  # type: ignore[arg-type]
 
 
-def images(count: int, first: int = 0, salt: str | None = None) -> list[Sought]:
+def images(count: int, first: int = 0, salt: str | None = None) -> list[RegionQuery]:
     pictures = [Image.new("RGB", (8, 8), (number, 0, 0)) for number in range(first, first + count)]
-    return [Sought(as_picture(picture), "where?", salt) for picture in pictures]
+    return [RegionQuery(as_picture(picture), "where?", salt) for picture in pictures]
 
 
 def test_one_request_has_its_share_at_once_and_no_more_than_its_bound(counting: Counting) -> None:

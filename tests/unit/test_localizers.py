@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from tests.unit.strategies import boxes
 from vllm_crop.families.qwen_vl import SmartResize
 from vllm_crop.frontend.shared import SharedAnswers
-from vllm_crop.localizers.base import Located, UnreadableAnswerError
+from vllm_crop.localizers.base import LocalizerAnswer, UnreadableAnswerError
 from vllm_crop.localizers.decision import settle
 from vllm_crop.localizers.dialects import DIALECTS, WHOLE, read_cells, read_pixels, read_thousandths
 from vllm_crop.localizers.questions import LONGEST_QUESTION, normalised, questions_of
@@ -130,8 +130,8 @@ def test_thumbnails_of_a_huge_picture_take_little_memory_of_their_own() -> None:
     assert int(done.stdout) < 100
 
 
-def located(confidence: float | None, box: Box | None = None) -> Located:
-    return Located(Region((box or Box(0.25, 0.25, 0.5, 0.5),)), confidence)
+def located(confidence: float | None, box: Box | None = None) -> LocalizerAnswer:
+    return LocalizerAnswer(Region((box or Box(0.25, 0.25, 0.5, 0.5),)), confidence)
 
 
 def test_the_thresholds_decide_between_region_wider_region_and_whole_image() -> None:
@@ -141,7 +141,7 @@ def test_the_thresholds_decide_between_region_wider_region_and_whole_image() -> 
     assert (region and region.as_lists(), outcome) == ([[0.125, 0.125, 0.625, 0.625]], "widened")
     assert settle(located(0.6), config) == (located(0.6).region, "region")
     assert settle(located(None), config) == (located(None).region, "region")
-    assert settle(Located(None, 0.01), config) == (None, "global")
+    assert settle(LocalizerAnswer(None, 0.01), config) == (None, "global")
 
 
 @given(box=boxes(), area=st.integers(0, 100), margin=st.integers(0, 50))

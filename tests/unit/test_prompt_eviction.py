@@ -11,12 +11,12 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from vllm_crop.eviction.markers import EvictionSettings, embed_indices, image_placeholders, write_labels
-from vllm_crop.eviction.prompt_eviction import PromptEviction, read_labels
+from vllm_crop.eviction.markers import EvictionSettings, embed_indices, image_placeholders, write_markers
+from vllm_crop.eviction.prompt_eviction import PromptEviction, read_markers
 from vllm_crop.planning.plan import NEVER
 
-IMAGE_ID, LABEL_IDS = 100, (101, 102, 103)
-TEXT_IDS = (1, 2, IMAGE_ID, *LABEL_IDS)  # a user may write every id
+IMAGE_ID, MARKER_IDS = 100, (101, 102, 103)
+TEXT_IDS = (1, 2, IMAGE_ID, *MARKER_IDS)  # a user may write every id
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Prompt:
     num_stages: int
 
     @property
-    def label_ids(self) -> tuple[int, ...]:
-        return LABEL_IDS[: self.num_stages]
+    def marker_ids(self) -> tuple[int, ...]:
+        return MARKER_IDS[: self.num_stages]
 
     def evicted(self, stage: int) -> list[int]:
         """Token indices that the stage runs without."""
@@ -41,12 +41,12 @@ class Prompt:
         token_ids = list(self.token_ids)
         for offset, length in self.placeholders:
             inside = range(offset, offset + length)
-            write_labels(token_ids, inside, [self.leaves_at[token] for token in inside], self.label_ids)
+            write_markers(token_ids, inside, [self.leaves_at[token] for token in inside], self.marker_ids)
         return token_ids
 
     def eviction(self) -> PromptEviction | None:
         """As scheduler and workers read it."""
-        return read_labels(self.labelled(), self.placeholders, self.label_ids)
+        return read_markers(self.labelled(), self.placeholders, self.marker_ids)
 
 
 @st.composite
@@ -88,7 +88,7 @@ def test_every_stage_reads_back_what_was_written(prompt: Prompt) -> None:
 @given(prompts())
 def test_labels_change_no_token_outside_images_and_none_that_stays(prompt: Prompt) -> None:
     for before, after, leaves_at in zip(prompt.token_ids, prompt.labelled(), prompt.leaves_at, strict=True):
-        assert after == (prompt.label_ids[leaves_at - 1] if leaves_at else before)
+        assert after == (prompt.marker_ids[leaves_at - 1] if leaves_at else before)
 
 
 @settings(deadline=None, max_examples=300)
@@ -146,25 +146,25 @@ def test_what_a_stage_evicts_stays_away_from_later_ones(prompt: Prompt) -> None:
 
 @pytest.mark.parametrize("token_ids", [[101], [101, 102, 100, 103], [1, 100, 100, 101, 102]])
 def test_labels_in_text_evict_nothing(token_ids: list[int]) -> None:
-    assert read_labels(token_ids, [], LABEL_IDS) is None
+    assert read_markers(token_ids, [], MARKER_IDS) is None
     images = [(token_ids.index(100), token_ids.count(100))] if 100 in token_ids else []
-    assert read_labels(token_ids, images, LABEL_IDS) is None
+    assert read_markers(token_ids, images, MARKER_IDS) is None
 
 
 def test_labels_of_stages_the_server_does_not_have_evict_nothing() -> None:
-    assert read_labels([102, 103, 1], [(0, 2)], (101,)) is None
+    assert read_markers([102, 103, 1], [(0, 2)], (101,)) is None
 
 
 def test_a_server_without_eviction_reads_nothing() -> None:
-    assert read_labels([100, 101, 1], [(0, 2)], ()) is None
+    assert read_markers([100, 101, 1], [(0, 2)], ()) is None
 
 
 def test_the_last_prompt_token_stays_though_it_is_an_images() -> None:
     token_ids = [7, *[IMAGE_ID] * 4]
-    write_labels(token_ids, [1, 2, 3, 4], [1, 2, 2, 2], LABEL_IDS)
+    write_markers(token_ids, [1, 2, 3, 4], [1, 2, 2, 2], MARKER_IDS)
 
     assert token_ids == [7, 101, 102, 102, IMAGE_ID]
-    eviction = read_labels(token_ids, [(1, 4)], LABEL_IDS[:2])
+    eviction = read_markers(token_ids, [(1, 4)], MARKER_IDS[:2])
     assert eviction is not None
     assert eviction.evicted[2].tolist() == [1, 2, 3]
     assert eviction.end == 4
@@ -172,7 +172,7 @@ def test_the_last_prompt_token_stays_though_it_is_an_images() -> None:
 
 def test_one_stage_per_embedding_is_needed() -> None:
     with pytest.raises(ValueError, match="1 embeddings leave or stay, the prompt has room for 2"):
-        write_labels([100, 100, 1], [0, 1], [1], LABEL_IDS)
+        write_markers([100, 100, 1], [0, 1], [1], MARKER_IDS)
 
 
 @given(st.integers(0, 50), st.lists(st.booleans(), min_size=1, max_size=30), st.booleans())
@@ -203,14 +203,14 @@ def test_settings_travel_in_the_hf_config() -> None:
     hf_config = SimpleNamespace()
     assert EvictionSettings.from_hf_config(hf_config) == EvictionSettings((), ())
 
-    EvictionSettings((2, 5), LABEL_IDS[:2]).attach(hf_config)
+    EvictionSettings((2, 5), MARKER_IDS[:2]).attach(hf_config)
 
     read = EvictionSettings.from_hf_config(hf_config)
-    assert read == EvictionSettings((2, 5), LABEL_IDS[:2])
+    assert read == EvictionSettings((2, 5), MARKER_IDS[:2])
 
 
 def test_stages_begin_at_eviction_layers() -> None:
-    settings = EvictionSettings((2, 5), LABEL_IDS[:2])
+    settings = EvictionSettings((2, 5), MARKER_IDS[:2])
     assert settings.stages_leaving_at(np.array([NEVER, 2, 5, 2])).tolist() == [0, 1, 2, 1]
     with pytest.raises(ValueError, match=r"layers \[3\] are none of the stages \[2, 5\]"):
         settings.stages_leaving_at(np.array([2, 3, NEVER]))

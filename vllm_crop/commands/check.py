@@ -39,6 +39,8 @@ def _print_report(console: Console, report: Mapping[str, Any]) -> None:
     unset = "VLLM_PLUGINS is not set: vLLM adds no endpoint plugin"
     console.print(f"  {unset if selected is None else f'VLLM_PLUGINS={escape(selected)}'}")
     _print_upstream_points(console, report["upstream_points"])
+    changes = [(one["kind"], one["when"], one["where"], one["why"]) for one in report["changes"]]
+    _print_rows(console, "What is different in vLLM: kind, when, where, why", changes)
     _print_heading(console, "Supported architectures")
     for architecture in report["architectures"]:
         console.print(f"  {architecture}")

@@ -7,7 +7,9 @@ engine's configuration, in the process that starts the engine.
 
 from typing import Any
 
+from vllm_crop.compat.checks import require_supported
 from vllm_crop.compat.eviction_refusals import refuse_flags
+from vllm_crop.compat.points import CPU_RUNNER_POINTS
 from vllm_crop.errors import UnsupportedFlagError
 from vllm_crop.eviction.markers import EvictionSettings
 
@@ -57,8 +59,5 @@ def prepare_engine(vllm_config: Any) -> None:
             f"--worker-cls {worker_cls} cannot be used with eviction on a CPU without Triton: it brings a "
             "worker of its own there"
         )
-    from vllm_crop.compat.eviction_points import CPU_RUNNER_POINTS
-    from vllm_crop.compat.vllm import require_supported  # which imports this module
-
     require_supported(CPU_RUNNER_POINTS)
     vllm_config.parallel_config.worker_cls = CPU_WORKER

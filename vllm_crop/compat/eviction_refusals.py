@@ -18,12 +18,12 @@ REFUSED: tuple[tuple[str, str, Check], ...] = (
     ),
     (
         "--decode-context-parallel-size",
-        "KV is divided among workers by token position, which late layers do not have",
+        "KV is divided among workers by token position, which later layers do not have",
         lambda config: config.parallel_config.decode_context_parallel_size > 1,
     ),
     (
         "--prefill-context-parallel-size",
-        "KV is divided among workers by token position, which late layers do not have",
+        "KV is divided among workers by token position, which later layers do not have",
         lambda config: config.parallel_config.prefill_context_parallel_size > 1,
     ),
     (
@@ -73,7 +73,7 @@ REFUSED: tuple[tuple[str, str, Check], ...] = (
     ),
     (
         "--disable-hybrid-kv-cache-manager",
-        "late layers need KV cache groups of their own",
+        "later layers need KV cache groups of their own",
         lambda config: config.scheduler_config.disable_hybrid_kv_cache_manager is True,
     ),
     (
@@ -96,7 +96,7 @@ REFUSED: tuple[tuple[str, str, Check], ...] = (
     ),
     (
         "--skip-tokenizer-init",
-        "label ids are chosen among those the tokenizer does not know",
+        "marker ids are chosen among those the tokenizer does not know",
         lambda config: config.model_config.skip_tokenizer_init,
     ),
     (

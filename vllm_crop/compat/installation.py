@@ -15,9 +15,10 @@ from typing import Any
 from pydantic import BaseModel
 
 from vllm_crop import __version__
-from vllm_crop.compat import vllm as compat
-from vllm_crop.compat.eviction_points import CPU_RUNNER_POINTS, EVICTION_POINTS
+from vllm_crop.compat.changes import CHANGES
+from vllm_crop.compat.checks import SUPPORTED_VERSIONS, find_problem
 from vllm_crop.compat.eviction_refusals import refused_with_eviction
+from vllm_crop.compat.points import CPU_RUNNER_POINTS, EVICTION_POINTS, UPSTREAM_POINTS
 from vllm_crop.compat.refusals import REFUSED, uses_rust_front_end
 from vllm_crop.config import CropConfig
 from vllm_crop.errors import CropError
@@ -54,11 +55,12 @@ def describe_installation(model: str | None = None) -> dict[str, Any]:
             **{name: _version_of(name) for name in ("torch", "transformers")},
             "python": platform.python_version(),
         },
-        "supported_vllm": str(compat.SUPPORTED_VERSIONS),
+        "supported_vllm": str(SUPPORTED_VERSIONS),
         "entry_points": _found_entry_points(),
         "endpoint_plugins": _found_entry_points(ENDPOINT_GROUP),
         "vllm_plugins": os.environ.get("VLLM_PLUGINS"),
         "upstream_points": upstream_points,
+        "changes": [asdict(change) for change in CHANGES],
         "architectures": sorted(FAMILIES),
         "refused": dict(REFUSED),
         "refused_with_eviction": refused_with_eviction(),
@@ -115,23 +117,21 @@ def _installed_vllm() -> tuple[str, list[str]]:
             found = str(importlib.import_module("vllm").__version__)
     except ModuleNotFoundError as error:
         if error.name == "vllm":
-            return NOT_INSTALLED, [
-                f"vllm is not installed; vllm-crop supports vllm{compat.SUPPORTED_VERSIONS}"
-            ]
+            return NOT_INSTALLED, [f"vllm is not installed; vllm-crop supports vllm{SUPPORTED_VERSIONS}"]
         return BROKEN, [f"vllm cannot be imported: {error}"]
     except Exception as error:  # whatever a broken installation raises is what the user must see
         return BROKEN, [f"vllm cannot be imported: {error}"]
-    if compat.SUPPORTED_VERSIONS.contains(found, prereleases=True):
+    if SUPPORTED_VERSIONS.contains(found, prereleases=True):
         return found, []
-    return found, [f"vllm-crop supports vllm{compat.SUPPORTED_VERSIONS}, installed is {found}"]
+    return found, [f"vllm-crop supports vllm{SUPPORTED_VERSIONS}, installed is {found}"]
 
 
 def _upstream_points() -> list[dict[str, Any]]:
     described = []
-    for point in (*compat.UPSTREAM_POINTS, *EVICTION_POINTS, *CPU_RUNNER_POINTS):
+    for point in (*UPSTREAM_POINTS, *EVICTION_POINTS, *CPU_RUNNER_POINTS):
         try:
             with _quiet():
-                problem = compat.find_problem(point)
+                problem = find_problem(point)
         except Exception as error:  # importing vLLM's modules can fail in any way
             problem = f"{point.module} cannot be imported: {error}"
         name = f"{point.module}.{point.name}"

@@ -22,7 +22,7 @@ from vllm.sequence import IntermediateTensors
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from vllm_crop.errors import UnsupportedModelError
-from vllm_crop.eviction.kv_cache import PrunedAttentionSpec
+from vllm_crop.eviction.kv_cache import StageAttentionSpec
 from vllm_crop.eviction.markers import EvictionSettings
 from vllm_crop.eviction.report import expected_grouping
 
@@ -42,7 +42,7 @@ class StagedAttention(Attention):
         """A spec of its own from stage 1 on, so that vLLM allocates KV for kept tokens only."""
         spec = super().get_kv_cache_spec(vllm_config)
         if self.crop_stage:
-            spec = PrunedAttentionSpec.from_full(spec, self.crop_stage, self.layer_name)
+            spec = StageAttentionSpec.from_full(spec, self.crop_stage, self.layer_name)
         if spec is None:
             return None
         grouping = expected_grouping(self.crop_num_layers, self.crop_stages, spec.block_size)
@@ -50,7 +50,7 @@ class StagedAttention(Attention):
 
 
 @dataclass(frozen=True)
-class LateRows:
+class StageRows:
     """A stage's rows in a step.
 
     Attributes:
@@ -63,7 +63,7 @@ class LateRows:
 
 
 @dataclass(frozen=True)
-class DroppingStep:
+class EvictingStep:
     """A step in which some stage runs with fewer rows than there are tokens.
 
     Attributes:
@@ -71,7 +71,7 @@ class DroppingStep:
         final_rows: `[num_rows]`, the rows left after the last stage.
     """
 
-    rows: tuple[LateRows, ...]
+    rows: tuple[StageRows, ...]
     final_rows: torch.Tensor
 
 
@@ -122,7 +122,7 @@ class EvictingDecoder:
 
     def run(
         self,
-        dropping: DroppingStep | None,
+        evicting: EvictingStep | None,
         inputs_embeds: torch.Tensor,
         positions: torch.Tensor,
         added: IntermediateTensors | None = None,
@@ -130,7 +130,7 @@ class EvictingDecoder:
         """Run a step in stages.
 
         Args:
-            dropping: None if all rows run through all layers.
+            evicting: None if all rows run through all layers.
             inputs_embeds: `[num_tokens with padding, hidden]`.
             positions: `[num_tokens with padding]`, or `[3, num_tokens with padding]` with M-RoPE.
             added: what is added to the rows after layer 0, 1, ..., `[num_tokens with padding, hidden]` each;
@@ -142,13 +142,13 @@ class EvictingDecoder:
         assert added is None or len(added) <= self.segments[0].num_layers
         with _graph_mode_restored() as context:
             hidden, residual = self.segments[0](positions, inputs_embeds, None, added)
-            if dropping is None:
+            if evicting is None:
                 for boundary, segment in enumerate(self.segments[1:]):
                     hidden, residual = self._across(boundary, hidden, residual, context)
                     hidden, residual = segment(positions, hidden, residual)
                 return hidden
             output = torch.zeros_like(inputs_embeds)
-            for boundary, (segment, rows) in enumerate(zip(self.segments[1:], dropping.rows, strict=True)):
+            for boundary, (segment, rows) in enumerate(zip(self.segments[1:], evicting.rows, strict=True)):
                 if rows.gather is not None:
                     hidden, residual = hidden[rows.gather], residual[rows.gather]
                     positions = _gather_positions(positions, rows.gather)
@@ -159,7 +159,7 @@ class EvictingDecoder:
                 hidden, residual = self._across(boundary, hidden, residual, context)
                 context.slot_mapping.update(rows.slot_mapping)
                 hidden, residual = segment(positions, hidden, residual)
-        output[dropping.final_rows] = hidden
+        output[evicting.final_rows] = hidden
         return output
 
     def _across(
@@ -258,7 +258,7 @@ def _forward(
 
 
 def start_eviction(model: Any, vllm_config: VllmConfig) -> EvictingDecoder | None:
-    """Mark the late layers of a model and give it our ModelState; None if the server evicts nothing.
+    """Mark the later layers of a model and give it our ModelState; None if the server evicts nothing.
 
     Args:
         model: has `language_model.model`, the decoder (vllm/model_executor/models/llava.py).

@@ -25,7 +25,7 @@ _ONLY_IN_FULL = ("sliding_window", "attention_chunk_size", "non_causal")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrunedAttentionSpec(AttentionSpec):
+class StageAttentionSpec(AttentionSpec):
     """KV of a layer from the `stage`-th eviction layer on.
 
     No FullAttentionSpec: its subclasses share one group with it, and vLLM takes their prefix-cache hits for
@@ -35,7 +35,7 @@ class PrunedAttentionSpec(AttentionSpec):
     stage: int
 
     @classmethod
-    def from_full(cls, spec: Any, stage: int, layer_name: str) -> "PrunedAttentionSpec":
+    def from_full(cls, spec: Any, stage: int, layer_name: str) -> "StageAttentionSpec":
         """The stock spec of a layer, for a stage.
 
         Raises:
@@ -53,17 +53,17 @@ class PrunedAttentionSpec(AttentionSpec):
     def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
         """Stages never share a group."""
         return all(
-            isinstance(spec, PrunedAttentionSpec) and spec.stage == self.stage
+            isinstance(spec, StageAttentionSpec) and spec.stage == self.stage
             for spec in kv_cache_specs.values()
         )
 
 
-class PrunedKVCacheManager(SingleTypeKVCacheManager):
+class StageKVCacheManager(SingleTypeKVCacheManager):
     """Allocates blocks for kept tokens only. The scheduler gives it the evictions of its requests."""
 
-    kv_cache_spec: PrunedAttentionSpec
+    kv_cache_spec: StageAttentionSpec
 
-    def __init__(self, kv_cache_spec: PrunedAttentionSpec, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, kv_cache_spec: StageAttentionSpec, *args: Any, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, *args, **kwargs)
         self.stage = kv_cache_spec.stage
         self.evictions: Mapping[str, PromptEviction] = {}
@@ -198,7 +198,7 @@ class PrunedKVCacheManager(SingleTypeKVCacheManager):
 def register() -> None:
     """Tell vLLM of the spec; an empty registry would never get the built-in ones."""
     KVCacheSpecRegistry._ensure_registered()
-    KVCacheSpecRegistry.register(PrunedAttentionSpec, PrunedKVCacheManager)
+    KVCacheSpecRegistry.register(StageAttentionSpec, StageKVCacheManager)
 
 
 register()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Label ids: how an eviction travels inside the prompt's token ids.
+"""Marker ids: how an eviction travels inside the prompt's token ids.
 
-Inside an image's placeholder range an id says only "an embedding goes here", so one of a few label ids can
+Inside an image's placeholder range an id says only "an embedding goes here", so one of a few marker ids can
 stand for it and say at which stage the token leaves. Scheduler and workers read the same plan back from the
-same ids, and block hashes tell different plans apart. Outside placeholder ranges a label means nothing.
+same ids, and block hashes tell different plans apart. Outside placeholder ranges a marker means nothing.
 """
 
 import importlib
@@ -19,7 +19,7 @@ from vllm_crop.errors import UnsupportedModelError
 from vllm_crop.planning.plan import NEVER
 
 
-def choose_label_ids(
+def choose_marker_ids(
     num_stages: int, vocab_size: int, tokenizer_ids: Collection[int], spare_ids: Sequence[int] = ()
 ) -> tuple[int, ...]:
     """One id per stage that no text can hold, so that no penalty ever counts it against a word.
@@ -47,13 +47,13 @@ def choose_label_ids(
     return tuple(free[:num_stages])
 
 
-def write_labels(
+def write_markers(
     prompt_token_ids: list[int],
     token_indices: ArrayLike,
     leaves_at: ArrayLike,
-    label_ids: Sequence[int],
+    marker_ids: Sequence[int],
 ) -> None:
-    """Label one image's placeholders in place.
+    """Mark one image's placeholders in place.
 
     Args:
         prompt_token_ids: the whole prompt.
@@ -68,12 +68,12 @@ def write_labels(
         raise ValueError(f"{len(stages)} embeddings leave or stay, the prompt has room for {len(indices)}")
     last = len(prompt_token_ids) - 1  # its row gives the first answer token: it stays in all layers
     leaving = (stages > 0) & (indices != last)
-    labels = np.asarray(label_ids)[stages[leaving] - 1]
-    for token_index, label in zip(indices[leaving].tolist(), labels.tolist(), strict=True):
-        prompt_token_ids[token_index] = label
+    markers = np.asarray(marker_ids)[stages[leaving] - 1]
+    for token_index, marker in zip(indices[leaving].tolist(), markers.tolist(), strict=True):
+        prompt_token_ids[token_index] = marker
 
 
-STAGES, LABEL_IDS = "stages", "label_ids"
+STAGES, MARKER_IDS = "stages", "marker_ids"
 
 
 @dataclass(frozen=True)
@@ -82,21 +82,21 @@ class EvictionSettings:
 
     Attributes:
         stages: eviction layers, ascending; empty if nothing is ever evicted.
-        label_ids: per stage the token id that labels what leaves there.
+        marker_ids: per stage the token id that marks what leaves there.
     """
 
     stages: tuple[int, ...]
-    label_ids: tuple[int, ...]
+    marker_ids: tuple[int, ...]
 
     @classmethod
     def from_hf_config(cls, hf_config: Any) -> Self:
         """Read what `attach` has written."""
-        written = getattr(hf_config, "crop_eviction", None) or {STAGES: (), LABEL_IDS: ()}
-        return cls(tuple(written[STAGES]), tuple(written[LABEL_IDS]))
+        written = getattr(hf_config, "crop_eviction", None) or {STAGES: (), MARKER_IDS: ()}
+        return cls(tuple(written[STAGES]), tuple(written[MARKER_IDS]))
 
     def attach(self, hf_config: Any) -> None:
         """Write the settings into the HF config."""
-        hf_config.crop_eviction = {STAGES: list(self.stages), LABEL_IDS: list(self.label_ids)}
+        hf_config.crop_eviction = {STAGES: list(self.stages), MARKER_IDS: list(self.marker_ids)}
 
     def stages_leaving_at(self, layers: NDArray[np.int32]) -> NDArray[np.int64]:
         """The stage that begins at each of some eviction layers, 0 for NEVER.
@@ -140,7 +140,7 @@ def attach_eviction(model_config: Any, stages: tuple[int, ...]) -> None:
         UnsupportedModelError: the vocabulary has no id to spare.
     """
     if model_config.skip_tokenizer_init:
-        label_ids: tuple[int, ...] = ()  # refused once the engine's configuration is complete
+        marker_ids: tuple[int, ...] = ()  # refused once the engine's configuration is complete
     else:
         tokenizer = importlib.import_module("vllm.tokenizers").cached_tokenizer_from_config(model_config)
         vocabulary: dict[str, int] = tokenizer.get_vocab()
@@ -151,8 +151,8 @@ def attach_eviction(model_config: Any, stages: tuple[int, ...]) -> None:
             if _RESERVED.fullmatch(token) and token_id not in used
         )
         known = {*vocabulary.values(), *used}
-        label_ids = choose_label_ids(len(stages), model_config.get_vocab_size(), known, spare)
-    EvictionSettings(stages, label_ids).attach(model_config.hf_config)
+        marker_ids = choose_marker_ids(len(stages), model_config.get_vocab_size(), known, spare)
+    EvictionSettings(stages, marker_ids).attach(model_config.hf_config)
 
 
 def _used_by_model(hf_config: Any) -> set[int]:

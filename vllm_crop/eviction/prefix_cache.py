@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prefix-cache keys of blocks whose n-th entry is the n-th kept token, and the lookup by them.
 
-A block hash of vLLM covers the whole prompt up to some token, labels included, so it names what a stage has
+A block hash of vLLM covers the whole prompt up to some token, markers included, so it names what a stage has
 kept of that prompt too. A full block is found under the hash that covers its last kept token; a partly
 filled one, a tail, under the hash of every prefix it was the last block of, marked as a tail. No two blocks
 share a key: hash blocks are no longer than the stage's blocks.

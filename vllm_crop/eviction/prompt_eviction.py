@@ -71,22 +71,22 @@ def from_leaving_stages(leaving: Sequence[tuple[int, IndexArray]], num_stages: i
     return PromptEviction(tuple(evicted))
 
 
-def read_labels(
-    prompt_token_ids: Sequence[int], placeholders: Iterable[tuple[int, int]], label_ids: Sequence[int]
+def read_markers(
+    prompt_token_ids: Sequence[int], placeholders: Iterable[tuple[int, int]], marker_ids: Sequence[int]
 ) -> PromptEviction | None:
-    """The eviction a prompt asks for, None if it has no labels.
+    """The eviction a prompt asks for, None if it has no markers.
 
     Args:
         prompt_token_ids: the whole prompt.
         placeholders: offset and length of every image in it.
-        label_ids: one per stage.
+        marker_ids: one per stage.
     """
     leaving = []
     last = len(prompt_token_ids) - 1  # never evicted: its row gives the first answer token
     for offset, length in placeholders:
         ids = np.asarray(prompt_token_ids[offset : min(offset + length, last)])
-        for stage, label in enumerate(label_ids, start=1):
-            (found,) = np.nonzero(ids == label)
+        for stage, marker in enumerate(marker_ids, start=1):
+            (found,) = np.nonzero(ids == marker)
             if len(found):
                 leaving.append((stage, found.astype(np.int64) + offset))
-    return from_leaving_stages(leaving, len(label_ids)) if leaving else None
+    return from_leaving_stages(leaving, len(marker_ids)) if leaving else None

@@ -11,17 +11,17 @@ import torch
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from vllm_crop.eviction.decoder import DroppingStep
+from vllm_crop.eviction.decoder import EvictingStep
 from vllm_crop.eviction.markers import EvictionSettings, image_placeholders
-from vllm_crop.eviction.prompt_eviction import PromptEviction, read_labels
+from vllm_crop.eviction.prompt_eviction import PromptEviction, read_markers
 from vllm_crop.eviction.stage_inputs import (
-    LateView,
     RunningEvictions,
     StageBatch,
     StageGroups,
+    StageInputs,
     build_metadata,
-    dropping_step,
     early_groups,
+    evicting_step,
     groups_by_stage,
 )
 
@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 
 
 class EvictionCPUModelRunner(CPUModelRunner):
-    """Rewrites what the late layers' attention reads."""
+    """Rewrites what the later layers' attention reads."""
 
     attn_groups: Any
 
@@ -38,7 +38,7 @@ class EvictionCPUModelRunner(CPUModelRunner):
         self.eviction_settings = EvictionSettings.from_hf_config(self.model_config.hf_config)
         self.running = RunningEvictions(self.max_num_reqs, len(self.eviction_settings.stages))
         self._row_owners: list[str] = []
-        self._dropping: DroppingStep | None = None
+        self._evicting: EvictingStep | None = None
 
     def _update_states(self, scheduler_output: Any) -> Any:
         if scheduler_output.finished_req_ids or scheduler_output.scheduled_new_reqs:
@@ -46,7 +46,7 @@ class EvictionCPUModelRunner(CPUModelRunner):
         return super()._update_states(scheduler_output)
 
     def _build_attention_metadata(self, **kwargs: Any) -> Any:
-        self._dropping = None
+        self._evicting = None
         num_reqs = self.input_batch.num_reqs
         if kwargs["num_scheduled_tokens"] is None or not self._evicts(num_reqs):
             return super()._build_attention_metadata(**kwargs)
@@ -66,7 +66,7 @@ class EvictionCPUModelRunner(CPUModelRunner):
         ]
         for stage, batch in zip(stages, batches, strict=True):
             metadata.update(build_metadata(batch, stage.only(attn_groups), self.kv_cache_config))
-        self._dropping = dropping_step(kwargs["num_tokens"], views, stages, batches, CPU)
+        self._evicting = evicting_step(kwargs["num_tokens"], views, stages, batches, CPU)
         return metadata, drafting
 
     def _evicts(self, num_reqs: int) -> bool:
@@ -81,13 +81,13 @@ class EvictionCPUModelRunner(CPUModelRunner):
         state: Any = self.requests[req_id]
         if not hasattr(state, "crop_eviction"):
             placeholders = image_placeholders(state.mm_features)
-            label_ids = self.eviction_settings.label_ids
-            state.crop_eviction = read_labels(state.prompt_token_ids or (), placeholders, label_ids)
+            marker_ids = self.eviction_settings.marker_ids
+            state.crop_eviction = read_markers(state.prompt_token_ids or (), placeholders, marker_ids)
         eviction: PromptEviction | None = state.crop_eviction
         return eviction
 
     def _stage_batch(
-        self, view: LateView, stage: StageGroups, stock_slots: dict[int, torch.Tensor]
+        self, view: StageInputs, stage: StageGroups, stock_slots: dict[int, torch.Tensor]
     ) -> StageBatch:
         num_reqs, num_rows = len(view.seq_lens), len(view.kv_indices)
         req_rows = np.arange(num_reqs) if view.req_rows is None else view.req_rows
@@ -99,7 +99,7 @@ class EvictionCPUModelRunner(CPUModelRunner):
             tables[group] = torch.from_numpy(blocks[req_rows])
             block_ids = blocks[row_of_token, view.kv_indices // table.block_size].astype(np.int64)
             slots[group] = torch.from_numpy(block_ids * table.block_size + view.kv_indices % table.block_size)
-            if not view.drops_rows:  # upstream's forward reads the slots from these buffers
+            if not view.evicts_rows:  # upstream's forward reads the slots from these buffers
                 stock_slots[group][:num_rows] = slots[group]
         seq_lens = torch.from_numpy(view.seq_lens)
         query_start_loc = torch.from_numpy(view.query_start_loc)
@@ -119,9 +119,9 @@ class EvictionCPUModelRunner(CPUModelRunner):
         )
 
     def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
-        dropping, self._dropping = self._dropping, None
-        if dropping is not None:
-            kwargs["dropping"] = dropping
+        evicting, self._evicting = self._evicting, None
+        if evicting is not None:
+            kwargs["evicting"] = evicting
         return super()._model_forward(*args, **kwargs)
 
 

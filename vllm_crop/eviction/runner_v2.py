@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The V2 model runner's part: late metadata for each step, through vLLM's ModelState.
+"""The V2 model runner's part: attention metadata of the stages for each step, through vLLM's ModelState.
 
 Follows vllm/v1/worker/gpu/model_states/default.py. Captured graphs read the buffers they were captured with:
-in FULL mode nothing but the contents of late lengths and slots changes.
+in FULL mode nothing but the contents of lengths and slots of stages changes.
 """
 
 from collections.abc import Sequence
@@ -21,25 +21,25 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_crop.compat.eviction_refusals import refuse_graphs
-from vllm_crop.eviction.decoder import DroppingStep
+from vllm_crop.eviction.decoder import EvictingStep
 from vllm_crop.eviction.markers import EvictionSettings, image_placeholders
-from vllm_crop.eviction.prompt_eviction import read_labels
+from vllm_crop.eviction.prompt_eviction import read_markers
 from vllm_crop.eviction.stage_inputs import (
     AttentionGroups,
-    LateView,
     RunningEvictions,
     StageBatch,
     StageGroups,
+    StageInputs,
     build_metadata,
-    dropping_step,
     early_groups,
+    evicting_step,
     groups_by_stage,
     to_device,
 )
 
 
 class EvictionModelState(DefaultModelState):
-    """Keeps the evictions of running requests and rewrites what the late layers' attention reads."""
+    """Keeps the evictions of running requests and rewrites what the later layers' attention reads."""
 
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, *args, **kwargs)
@@ -47,14 +47,14 @@ class EvictionModelState(DefaultModelState):
         self.running = RunningEvictions(self.max_num_reqs, len(self.settings.stages))
         self._nothing_runs = RunningEvictions(self.max_num_reqs, len(self.settings.stages))
         self._slots: dict[str, int] = {}
-        self._dropping: DroppingStep | None = None
+        self._evicting: EvictingStep | None = None
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         """As upstream, and read the request's eviction from its prompt."""
         super().add_request(req_index, new_req_data)
         placeholders = image_placeholders(new_req_data.mm_features)
         prompt = new_req_data.prompt_token_ids or ()
-        self.running.set(req_index, read_labels(prompt, placeholders, self.settings.label_ids))
+        self.running.set(req_index, read_markers(prompt, placeholders, self.settings.marker_ids))
         self._slots[new_req_data.req_id] = req_index
 
     def remove_request(self, req_id: str) -> None:
@@ -68,7 +68,7 @@ class EvictionModelState(DefaultModelState):
         refuse_graphs(self.vllm_config)
         super().initialize_kv_cache(kv_cache_config, block_tables)
         self.stages = groups_by_stage(kv_cache_config, len(self.settings.stages))
-        self.batches = LateBatches(self.stages, block_tables, self.max_num_reqs)
+        self.batches = StageBatches(self.stages, block_tables, self.max_num_reqs)
 
     def prepare_attn(
         self,
@@ -82,8 +82,8 @@ class EvictionModelState(DefaultModelState):
         *args: Any,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """As upstream for the early layers; metadata of each stage's own for the late ones."""
-        self._dropping = None
+        """As upstream for the first layers; metadata of each stage's own for the later ones."""
+        self._evicting = None
         in_graph = for_capture or cudagraph_mode == CUDAGraphMode.FULL
         is_real = input_batch.req_ids[0] in self._slots  # neither warm-up nor capture
         slots = input_batch.idx_mapping_np
@@ -108,7 +108,7 @@ class EvictionModelState(DefaultModelState):
         views = running.views(slots, computed, scheduled, keep_rows=in_graph)
         batches = []
         for index, view in enumerate(views):
-            if view.drops_rows:
+            if view.evicts_rows:
                 batch = self.batches.fewer_rows(index, view, input_batch, block_tables)
             else:
                 batch = self.batches.same_rows(
@@ -117,20 +117,20 @@ class EvictionModelState(DefaultModelState):
                 if for_capture:  # valid for whatever is replayed
                     batch.seq_lens[: batch.num_reqs] = input_batch.seq_lens[: batch.num_reqs]
                     batch = replace(batch, max_seq_len=self.max_model_len)
-            late = self.stages[index].only(attn_groups)
-            metadata.update(build_metadata(batch, late, kv_cache_config, for_capture))
+            own = self.stages[index].only(attn_groups)
+            metadata.update(build_metadata(batch, own, kv_cache_config, for_capture))
             batches.append(batch)
-        self._dropping = dropping_step(input_batch.num_tokens, views, self.stages, batches, self.device)
+        self._evicting = evicting_step(input_batch.num_tokens, views, self.stages, batches, self.device)
         return metadata
 
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
         """As upstream, and the rows to drop, which the model's forward takes."""
-        dropping, self._dropping = self._dropping, None
+        evicting, self._evicting = self._evicting, None
         inputs = super().prepare_inputs(input_batch, req_states)
-        return inputs if dropping is None else {**inputs, "dropping": dropping}
+        return inputs if evicting is None else {**inputs, "evicting": evicting}
 
 
-class LateBatches:
+class StageBatches:
     """Makes the stages' batches, in buffers that captured graphs may hold on to."""
 
     def __init__(self, stages: Sequence[StageGroups], block_tables: BlockTables, max_num_reqs: int) -> None:
@@ -142,14 +142,14 @@ class LateBatches:
     def same_rows(
         self,
         index: int,
-        view: LateView,
+        view: StageInputs,
         input_batch: InputBatch,
         block_tables: tuple[torch.Tensor, ...],
         slot_mappings: torch.Tensor,
         in_graph: bool,
         is_real: bool,
     ) -> StageBatch:
-        """The step's own batch, with late lengths and slots written into the buffers it is read from.
+        """The step's own batch, with lengths and slots of stages written into the buffers it is read from.
 
         The slots of a batch without requests stay as vLLM has set them: it writes no KV.
         """
@@ -181,12 +181,12 @@ class LateBatches:
     def _write_slots(
         self,
         index: int,
-        view: LateView,
+        view: StageInputs,
         kv_indices: torch.Tensor,
         input_batch: InputBatch,
         slot_mappings: torch.Tensor,
     ) -> None:
-        late = self.block_tables.compute_slot_mappings(
+        of_stages = self.block_tables.compute_slot_mappings(
             input_batch.idx_mapping,
             input_batch.query_start_loc,
             kv_indices.clamp(min=0),
@@ -194,12 +194,12 @@ class LateBatches:
             out=self._slots[index],
         )
         if (view.kv_indices < 0).any():
-            late[:, : len(kv_indices)].masked_fill_(kv_indices < 0, -1)
+            of_stages[:, : len(kv_indices)].masked_fill_(kv_indices < 0, -1)
         for group in self.stages[index].layers:
-            slot_mappings[group].copy_(late[group])
+            slot_mappings[group].copy_(of_stages[group])
 
     def fewer_rows(
-        self, index: int, view: LateView, input_batch: InputBatch, block_tables: tuple[torch.Tensor, ...]
+        self, index: int, view: StageInputs, input_batch: InputBatch, block_tables: tuple[torch.Tensor, ...]
     ) -> StageBatch:
         """The rows and requests that are left; exact sizes, as such a step runs outside any graph."""
         idx_mapping, is_prefilling = input_batch.idx_mapping, input_batch.is_prefilling_np

@@ -12,10 +12,10 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
-from vllm_crop.eviction.kv_cache import PrunedKVCacheManager
+from vllm_crop.eviction.kv_cache import StageKVCacheManager
 from vllm_crop.eviction.markers import EvictionSettings, image_placeholders
 from vllm_crop.eviction.prefix_cache import PlannedBlockHashes
-from vllm_crop.eviction.prompt_eviction import PromptEviction, read_labels
+from vllm_crop.eviction.prompt_eviction import PromptEviction, read_markers
 from vllm_crop.eviction.report import report_start
 
 
@@ -42,29 +42,29 @@ class EvictionSchedulerMixin(Scheduler):
         evictions: WeakValueDictionary[str, PromptEviction] = WeakValueDictionary()
         self.evictions = evictions
         managers = self.kv_cache_manager.coordinator.single_type_managers
-        self._late = [manager for manager in managers if isinstance(manager, PrunedKVCacheManager)]
-        for manager in self._late:
+        self._stage_managers = [manager for manager in managers if isinstance(manager, StageKVCacheManager)]
+        for manager in self._stage_managers:
             manager.evictions = evictions
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """As upstream."""
         output = super().schedule(*args, **kwargs)
         if self._debug:
-            check_step(self.running, self._late)
+            check_step(self.running, self._stage_managers)
         return output
 
     def update_from_output(self, *args: Any, **kwargs: Any) -> Any:
         """As upstream; what a request leaves behind in its only step is published before it is freed."""
-        for manager in self._late:
+        for manager in self._stage_managers:
             manager.publish_tails()
         return super().update_from_output(*args, **kwargs)
 
     def add_request(self, request: Request) -> None:
         """As upstream."""
-        eviction = read_labels(
+        eviction = read_markers(
             request.prompt_token_ids or (),
             image_placeholders(request.mm_features),
-            self.eviction_settings.label_ids,
+            self.eviction_settings.marker_ids,
         )
         # An earlier request of this id may still be in memory.
         self.evictions.pop(request.request_id, None)
@@ -89,8 +89,8 @@ def make_scheduler(vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> Schedu
     return scheduler(vllm_config, *args, **kwargs)
 
 
-def check_step(running: Iterable[Any], managers: Iterable[PrunedKVCacheManager]) -> None:
-    """Check the late KV blocks of running requests (vllm/v1/request.py), tokens of this step included.
+def check_step(running: Iterable[Any], managers: Iterable[StageKVCacheManager]) -> None:
+    """Check the stages' KV blocks of running requests (vllm/v1/request.py), tokens of this step included.
 
     Raises:
         AssertionError: saying which request and what is wrong.
@@ -100,7 +100,7 @@ def check_step(running: Iterable[Any], managers: Iterable[PrunedKVCacheManager])
         _check_group(requests, manager)
 
 
-def _check_group(requests: list[Any], manager: PrunedKVCacheManager) -> None:
+def _check_group(requests: list[Any], manager: StageKVCacheManager) -> None:
     written: dict[int, str] = {}
     for request in requests:
         request_id = request.request_id

@@ -15,18 +15,18 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.kv_cache_interface import KVCacheConfig, iter_layer_specs
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 
-from vllm_crop.eviction.decoder import DroppingStep, LateRows
+from vllm_crop.eviction.decoder import EvictingStep, StageRows
 from vllm_crop.eviction.prompt_eviction import IndexArray, PromptEviction
 
 Int32Array = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)
-class LateView:
+class StageInputs:
     """What one stage runs with in one step.
 
     Attributes:
-        kv_indices: `[num_rows]`, where each row's KV entry goes in its request's late KV sequence; -1 for a
+        kv_indices: `[num_rows]`, where each row's KV entry goes in its request's KV of this stage; -1 for a
             row whose token is evicted but kept in the batch.
         query_start_loc: `[num_reqs + 1]`.
         seq_lens: `[num_reqs]`.
@@ -41,7 +41,7 @@ class LateView:
     req_rows: IndexArray | None = None
 
     @property
-    def drops_rows(self) -> bool:
+    def evicts_rows(self) -> bool:
         """Whether the stage runs with fewer rows than the step has tokens."""
         return self.token_rows is not None
 
@@ -67,7 +67,7 @@ class RunningEvictions:
 
     def views(
         self, slots: IndexArray, computed: IndexArray, scheduled: IndexArray, keep_rows: bool = False
-    ) -> list[LateView]:
+    ) -> list[StageInputs]:
         """The step as stages 1, 2, ... see it.
 
         Args:
@@ -80,7 +80,7 @@ class RunningEvictions:
         step = _Step(slots, computed, scheduled)
         return [self._view(stage, step, keep_rows) for stage in range(1, self.num_stages + 1)]
 
-    def _view(self, stage: int, step: "_Step", keep_rows: bool) -> LateView:
+    def _view(self, stage: int, step: "_Step", keep_rows: bool) -> StageInputs:
         evicted_before = self._totals[stage][step.slots]
         evicted_after = evicted_before.copy()
         token_evicted_before = np.repeat(evicted_before, step.scheduled)
@@ -102,9 +102,9 @@ class RunningEvictions:
         kv_indices = step.token_indices - token_evicted_before
         seq_lens = (step.computed + step.scheduled - evicted_after).astype(np.int32)
         if keep is None:
-            return LateView(kv_indices, step.query_start_loc, seq_lens)
+            return StageInputs(kv_indices, step.query_start_loc, seq_lens)
         if keep_rows:
-            return LateView(np.where(keep, kv_indices, -1), step.query_start_loc, np.maximum(seq_lens, 1))
+            return StageInputs(np.where(keep, kv_indices, -1), step.query_start_loc, np.maximum(seq_lens, 1))
         return _without(keep, kv_indices, seq_lens, step.scheduled - (evicted_after - evicted_before))
 
 
@@ -118,10 +118,10 @@ class _Step:
 
 def _without(
     keep: npt.NDArray[np.bool_], kv_indices: IndexArray, seq_lens: Int32Array, query_lens: IndexArray
-) -> LateView:
+) -> StageInputs:
     # Attention kernels need not accept empty queries: such requests leave the batch.
     left = query_lens > 0
-    return LateView(
+    return StageInputs(
         kv_indices=kv_indices[keep],
         query_start_loc=_starts(query_lens[left]),
         seq_lens=seq_lens[left],
@@ -163,8 +163,8 @@ def groups_by_stage(kv_cache_config: KVCacheConfig, num_stages: int) -> tuple[St
 
 def early_groups(attn_groups: AttentionGroups, stages: Iterable[StageGroups]) -> AttentionGroups:
     """Attention groups with those of all stages emptied."""
-    late = {group_id for stage in stages for group_id in stage.layers}
-    return [[] if group in late else groups for group, groups in enumerate(attn_groups)]
+    later = {group_id for stage in stages for group_id in stage.layers}
+    return [[] if group in later else groups for group, groups in enumerate(attn_groups)]
 
 
 @dataclass(frozen=True)
@@ -219,17 +219,17 @@ def build_metadata(
     )
 
 
-def dropping_step(
+def evicting_step(
     num_tokens: int,
-    views: Sequence[LateView],
+    views: Sequence[StageInputs],
     stages: Sequence[StageGroups],
     batches: Sequence[StageBatch],
     device: torch.device,
-) -> DroppingStep | None:
+) -> EvictingStep | None:
     """What the decoder needs to drop rows, None if every stage runs with all rows."""
-    if not any(view.drops_rows for view in views):
+    if not any(view.evicts_rows for view in views):
         return None
-    rows, late = np.arange(num_tokens), []
+    rows, by_stage = np.arange(num_tokens), []
     for view, stage, batch in zip(views, stages, batches, strict=True):
         left = rows if view.token_rows is None else view.token_rows
         gather = None if len(left) == len(rows) else to_device(np.searchsorted(rows, left), device)
@@ -237,12 +237,12 @@ def dropping_step(
             layer: batch.slot_mappings[group][: len(left)]
             for group, layers in stage.layers.items()
             for layer in layers
-            if view.drops_rows
+            if view.evicts_rows
         }
         assert all(len(slots) == len(left) for slots in slot_mapping.values())
-        late.append(LateRows(gather, slot_mapping))
+        by_stage.append(StageRows(gather, slot_mapping))
         rows = left
-    return DroppingStep(tuple(late), to_device(rows, device))
+    return EvictingStep(tuple(by_stage), to_device(rows, device))
 
 
 def to_device(array: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:

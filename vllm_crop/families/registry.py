@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a checkpoint turns an image into a token grid, read from its JSON configuration alone.
+"""The supported families, and how a checkpoint turns an image into a token grid, read from its JSON alone.
 
-FAMILIES is the list of supported architectures, `families/` has a class for each. The server and
+FAMILIES has a row for each architecture, this folder a class for each geometry. The server and
 `vllm-crop plan` build the same objects, so they make the same plans.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 from vllm_crop.errors import UnsupportedModelError
@@ -58,14 +59,34 @@ class VisionGeometry(Protocol):
         ...
 
 
-FAMILIES: dict[str, type[LlavaGeometry | LlavaNextGeometry | Qwen2_5VLGeometry]] = {
-    "LlavaForConditionalGeneration": LlavaGeometry,
-    "LlavaNextForConditionalGeneration": LlavaNextGeometry,
-    "LlavaOnevisionForConditionalGeneration": LlavaOnevisionGeometry,
-    "Qwen2VLForConditionalGeneration": Qwen2_5VLGeometry,
-    "Qwen2_5_VLForConditionalGeneration": Qwen2_5VLGeometry,
-    "Qwen3VLForConditionalGeneration": Qwen3VLGeometry,
-    "Qwen3VLMoeForConditionalGeneration": Qwen3VLGeometry,
+@dataclass(frozen=True)
+class Family:
+    """What a family is, in one place.
+
+    Attributes:
+        geometry: how its checkpoints turn an image into tokens.
+        module: the file of its model, in vllm_crop/models and in vllm/model_executor/models.
+        also: further files there that its model is made of.
+    """
+
+    geometry: type[LlavaGeometry | LlavaNextGeometry | Qwen2_5VLGeometry]
+    module: str
+    also: tuple[str, ...] = ()
+
+    @property
+    def upstream_files(self) -> tuple[str, ...]:
+        """The files of vllm/model_executor/models whose shape the family relies on."""
+        return self.module, *self.also
+
+
+FAMILIES = {
+    "LlavaForConditionalGeneration": Family(LlavaGeometry, "llava"),
+    "LlavaNextForConditionalGeneration": Family(LlavaNextGeometry, "llava_next"),
+    "LlavaOnevisionForConditionalGeneration": Family(LlavaOnevisionGeometry, "llava_onevision"),
+    "Qwen2VLForConditionalGeneration": Family(Qwen2_5VLGeometry, "qwen2_vl"),
+    "Qwen2_5_VLForConditionalGeneration": Family(Qwen2_5VLGeometry, "qwen2_5_vl"),
+    "Qwen3VLForConditionalGeneration": Family(Qwen3VLGeometry, "qwen3_vl", ("qwen3",)),
+    "Qwen3VLMoeForConditionalGeneration": Family(Qwen3VLGeometry, "qwen3_vl_moe", ("qwen3_vl", "qwen3_moe")),
 }
 
 
@@ -90,4 +111,4 @@ def geometry_from_configs(model: Mapping[str, Any], preprocessor: Mapping[str, A
     Raises:
         UnsupportedModelError: no supported family, or a variant of one that is not supported.
     """
-    return FAMILIES[family_of(model)].from_configs(model, preprocessor)
+    return FAMILIES[family_of(model)].geometry.from_configs(model, preprocessor)

@@ -14,7 +14,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOu
 
 from vllm_crop.families.registry import VisionGeometry
 from vllm_crop.frontend.request_context import RequestContext, current_request
-from vllm_crop.localizers.base import Asked, LocalizerError, Located, UnreadableAnswerError
+from vllm_crop.localizers.base import LocalizerAnswer, LocalizerError, LocalizerName, UnreadableAnswerError
 from vllm_crop.localizers.dialects import dialect_with
 from vllm_crop.localizers.settings import LocalizerConfig
 from vllm_crop.localizers.thumbnails import not_huge, off_the_loop, shrink, size_for_tokens
@@ -41,7 +41,7 @@ class _Glance:
 class EngineLocalizer:
     """A Localizer that is the served model."""
 
-    name: Asked = "engine"
+    name: LocalizerName = "engine"
 
     def __init__(self, renderer: Any, geometry: VisionGeometry, config: LocalizerConfig) -> None:
         """`renderer`: the server's CropRenderer, whose `engine` answers."""
@@ -51,7 +51,7 @@ class EngineLocalizer:
             f"engine {config.adapter} {config.dialect} {config.thumbnail_tokens} {self.dialect.prompt}"
         )
 
-    async def locate(self, image: Image.Image, question: str, salt: str | None = None) -> Located:
+    async def locate(self, image: Image.Image, question: str, salt: str | None = None) -> LocalizerAnswer:
         """Ask the engine as one more request; cancelling this aborts it."""
         engine, options = self._engine(ServingEngine), self._options()
         glance = await off_the_loop(self._glance, image)
@@ -62,7 +62,7 @@ class EngineLocalizer:
             output = await engine.generate(prompts[0], self._sampling(), options)
         return self._read(output, glance)
 
-    def locate_now(self, image: Image.Image, question: str, salt: str | None = None) -> Located:
+    def locate_now(self, image: Image.Image, question: str, salt: str | None = None) -> LocalizerAnswer:
         """The same for the offline `LLM`, whose other requests wait meanwhile."""
         engine, options = self._engine(OfflineEngine), self._options()
         glance = self._glance(image)
@@ -131,7 +131,7 @@ class EngineLocalizer:
             raise LocalizerError(f"LoRA adapter {name!r} is not loaded")
         return adapters[name]
 
-    def _read(self, output: Any, glance: _Glance) -> Located:
+    def _read(self, output: Any, glance: _Glance) -> LocalizerAnswer:
         said = output.outputs[0]
         text = self.renderer.get_tokenizer().decode(list(said.token_ids), skip_special_tokens=True)
         logprob = said.cumulative_logprob
@@ -139,11 +139,11 @@ class EngineLocalizer:
         confidence = None if logprob is None else math.exp(min(logprob, 0.0))
         region = self.dialect.read(text, glance.pixels)
         if region is None:
-            return Located(None, confidence)
+            return LocalizerAnswer(None, confidence)
         in_image = glance.shows.unproject(region)
         if in_image is None:
             raise UnreadableAnswerError("a place in the padding around the image")
-        return Located(in_image, confidence)
+        return LocalizerAnswer(in_image, confidence)
 
 
 def _salted(salt: str | None) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from vllm_crop.families.registry import VisionGeometry
 from vllm_crop.frontend.engine_localizer import EngineLocalizer
 from vllm_crop.frontend.metrics import crop_metrics
 from vllm_crop.frontend.shared import SharedAnswers
-from vllm_crop.localizers.base import Localizer, LocalizerError, Located, UnreadableAnswerError
+from vllm_crop.localizers.base import Localizer, LocalizerAnswer, LocalizerError, UnreadableAnswerError
 from vllm_crop.localizers.decision import Localization, Outcome, settle
 from vllm_crop.localizers.failures import CircuitBreaker, ThrottledLog
 from vllm_crop.localizers.questions import normalised, questions_of
@@ -38,7 +38,7 @@ Key = tuple[str, str, str, str]
 
 
 @dataclass(frozen=True)
-class Sought:
+class RegionQuery:
     """An image whose region is sought.
 
     Attributes:
@@ -59,20 +59,20 @@ class Sought:
         return self.picture, self.question
 
 
-class Localizing:
+class LocalizationService:
     """Asks the server's localizer, in time or not at all."""
 
     def __init__(self, renderer: Any, geometry: VisionGeometry, config: CropConfig) -> None:
         self.config, self.limits = config.localizer, config.limits
         self.model_name: str = renderer.model_config.served_model_name
         self.localizer = LOCALIZERS[self.config.kind](renderer, geometry, config)
-        self.answers: SharedAnswers[Located] = SharedAnswers(self.config.cache_entries)
+        self.answers: SharedAnswers[LocalizerAnswer] = SharedAnswers(self.config.cache_entries)
         self.breaker = CircuitBreaker(self.config.suspend_after, self.config.suspend_s)
         self.log = ThrottledLog(logger)
         self._slots = asyncio.Semaphore(self.config.max_running)
         self._asking: set[Key] = set()  # those that the localizer is busy with, waiting ones apart
 
-    async def localize(self, sought: Sequence[Sought]) -> list[Localization]:
+    async def localize(self, sought: Sequence[RegionQuery]) -> list[Localization]:
         """Per image, side by side; as many at once as one request may have."""
         most = self.config.max_images
         share = asyncio.Semaphore(self.config.max_running_per_request)
@@ -81,7 +81,7 @@ class Localizing:
         self._note([answered for _, answered in results])
         return [*(found for found, _ in results), *(self._without("too_many") for _ in sought[most:])]
 
-    def localize_now(self, sought: Sequence[Sought]) -> list[Localization]:
+    def localize_now(self, sought: Sequence[RegionQuery]) -> list[Localization]:
         """The same for the offline `LLM`: one after the other, without a time limit."""
         return [self._localize_now(one) for one in sought]
 
@@ -100,7 +100,7 @@ class Localizing:
             logger.warning("The localizer does not answer yet: %s", _one_line(error))
 
     async def _localize(
-        self, sought: Sought, share: asyncio.Semaphore, admitted: bool
+        self, sought: RegionQuery, share: asyncio.Semaphore, admitted: bool
     ) -> tuple[Localization, bool | None]:
         """One image; and whether the localizer has answered, None if that says nothing about it."""
         start = time.perf_counter()
@@ -144,7 +144,7 @@ class Localizing:
                 self.breaker.seconds,
             )
 
-    def _localize_now(self, sought: Sought) -> Localization:
+    def _localize_now(self, sought: RegionQuery) -> Localization:
         start = time.perf_counter()
         if (missing := _missing(sought)) is not None:
             return self._without(missing, start)
@@ -160,7 +160,7 @@ class Localizing:
         except Exception as error:
             return self._without(self._failure(error), start)
 
-    async def _locate(self, key: Key, sought: Sought) -> Located:
+    async def _locate(self, key: Key, sought: RegionQuery) -> LocalizerAnswer:
         async with self._slots:
             self._asking.add(key)
             try:
@@ -170,12 +170,12 @@ class Localizing:
             finally:
                 self._asking.discard(key)
 
-    def _key(self, sought: Sought) -> Key:
+    def _key(self, sought: RegionQuery) -> Key:
         picture, question = sought.known
         digest = hashlib.blake2b(question.encode("utf-8", "surrogatepass"), digest_size=20).hexdigest()
         return picture.key(), digest, self.localizer.version, sought.salt or ""
 
-    def _settled(self, located: Located, start: float, cached: bool) -> Localization:
+    def _settled(self, located: LocalizerAnswer, start: float, cached: bool) -> Localization:
         region, outcome = settle(located, self.config)
         if region is not None and len(region.boxes) > self.limits.max_boxes_per_image:
             region = _bounding_box(region)
@@ -186,7 +186,7 @@ class Localizing:
         seconds = 0.0 if start is None else time.perf_counter() - start
         return Localization(None, outcome, self.localizer.name, seconds=seconds)
 
-    def not_asked(self, sought: Sequence[Sought]) -> list[Localization]:
+    def not_asked(self, sought: Sequence[RegionQuery]) -> list[Localization]:
         """What is said of images of a prompt that nobody will answer."""
         return [self._without("not_asked") for _ in sought]
 
@@ -212,7 +212,7 @@ def images_sought(
     config: CropConfig,
     salt: str | None = None,
     by_name: Callable[[int], Picture | None] = lambda index: None,
-) -> list[Sought]:
+) -> list[RegionQuery]:
     """The images of a prompt with their questions; empty if the request wants no regions found.
 
     Args:
@@ -233,12 +233,14 @@ def images_sought(
         # Asked for by name; or a prompt without messages, or images we know no message of.
         questions = [params.question] * len(items)
     return [
-        Sought(by_name(index) if item is None else as_picture(item), question and normalised(question), salt)
+        RegionQuery(
+            by_name(index) if item is None else as_picture(item), question and normalised(question), salt
+        )
         for index, (item, question) in enumerate(zip(items, questions, strict=True))
     ]
 
 
-def _missing(sought: Sought) -> Outcome | None:
+def _missing(sought: RegionQuery) -> Outcome | None:
     if not sought.question:
         return "no_question"
     return "no_image" if sought.picture is None else None

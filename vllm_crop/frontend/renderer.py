@@ -16,7 +16,7 @@ from vllm.renderers.hf import HfRenderer
 from vllm_crop.compat.patches.input_processor import IN_THE_WAY, evictions_refused, newly_sent
 from vllm_crop.errors import CropError
 from vllm_crop.frontend.engine_localizer import OfflineEngine, ServingEngine
-from vllm_crop.frontend.localization import Localizing, Sought, images_sought
+from vllm_crop.frontend.localization import LocalizationService, RegionQuery, images_sought
 from vllm_crop.frontend.metrics import crop_metrics
 from vllm_crop.frontend.request_context import FACTS, ImageFacts, RequestContext, Source, current_request
 from vllm_crop.localizers.decision import Localization
@@ -42,12 +42,12 @@ class CropRenderer(HfRenderer):
     chat_template: str | None = None
 
     @cached_property
-    def _localizing(self) -> Localizing | None:
+    def _localizing(self) -> LocalizationService | None:
         """None where regions come from clients alone."""
         processor = self.mm_processor
         if not isinstance(processor, CropProcessorMixin) or not processor.crop_config.localizer.localizes:
             return None
-        return Localizing(self, processor.geometry, processor.crop_config)
+        return LocalizationService(self, processor.geometry, processor.crop_config)
 
     def attach_engine(self, kind: Callable[[Any], ServingEngine | OfflineEngine], engine: Any) -> None:
         """Told by every engine of its renderer (compat/patches/engine.py), once it runs.
@@ -133,7 +133,7 @@ class CropRenderer(HfRenderer):
         self._report(engine_input, localizations, **kwargs)
         return engine_input
 
-    def _look_at(self, prompt: Any, messages: Sequence[Any]) -> tuple[CropRequest, list[Sought]]:
+    def _look_at(self, prompt: Any, messages: Sequence[Any]) -> tuple[CropRequest, list[RegionQuery]]:
         """What is asked for, and the images whose regions are to be found, all of the prompt's or none.
 
         Raises:

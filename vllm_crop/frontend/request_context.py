@@ -106,7 +106,7 @@ def _localizer_ms(images: Sequence[ImageFacts]) -> float | None:
 
 # Keys of the engine's input, on its way from the multimodal processor to the engine.
 FACTS = "crop_facts"  # what the renderer says of its images
-UNLABELLED = "crop_unlabelled"  # the prompt's ids without the evictions that the server chose itself
+UNMARKED = "crop_unmarked"  # the prompt's ids without the evictions that the server chose itself
 
 
 @dataclass

@@ -8,7 +8,7 @@ from PIL import Image
 
 from vllm_crop.planning.geometry import Region
 
-Asked = Literal["engine", "openai"]
+LocalizerName = Literal["engine", "openai"]
 
 
 class LocalizerError(Exception):
@@ -20,7 +20,7 @@ class UnreadableAnswerError(LocalizerError):
 
 
 @dataclass(frozen=True)
-class Located:
+class LocalizerAnswer:
     """What a localizer says.
 
     Attributes:
@@ -42,10 +42,10 @@ class Localizer(Protocol):
             every cache of regions.
     """
 
-    name: Asked
+    name: LocalizerName
     version: str
 
-    async def locate(self, image: Image.Image, question: str, salt: str | None = None) -> Located:
+    async def locate(self, image: Image.Image, question: str, salt: str | None = None) -> LocalizerAnswer:
         """Find the region.
 
         Args:
@@ -57,6 +57,6 @@ class Localizer(Protocol):
         """
         ...
 
-    def locate_now(self, image: Image.Image, question: str, salt: str | None = None) -> Located:
+    def locate_now(self, image: Image.Image, question: str, salt: str | None = None) -> LocalizerAnswer:
         """The same without an event loop, for the offline `LLM`."""
         ...

@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from vllm_crop.localizers.base import Asked, Located, UnreadableAnswerError
+from vllm_crop.localizers.base import LocalizerAnswer, LocalizerName, UnreadableAnswerError
 from vllm_crop.localizers.settings import LocalizerConfig
 from vllm_crop.planning.geometry import Box, Region
 
@@ -42,13 +42,13 @@ class Localization:
 
     region: Region | None
     outcome: Outcome
-    localizer: Asked
+    localizer: LocalizerName
     confidence: float | None = None
     seconds: float = 0.0
     cached: bool = False
 
 
-def settle(located: Located, config: LocalizerConfig) -> tuple[Region | None, Outcome]:
+def settle(located: LocalizerAnswer, config: LocalizerConfig) -> tuple[Region | None, Outcome]:
     """The region an image is served with, by the thresholds of the configuration.
 
     An unknown confidence counts as certain.

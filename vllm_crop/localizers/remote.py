@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from vllm_crop.client import data_url
-from vllm_crop.localizers.base import Asked, LocalizerError, Located, UnreadableAnswerError
+from vllm_crop.localizers.base import LocalizerAnswer, LocalizerError, LocalizerName, UnreadableAnswerError
 from vllm_crop.localizers.dialects import dialect_with
 from vllm_crop.localizers.settings import LocalizerConfig
 from vllm_crop.localizers.thumbnails import off_the_loop, shrink
@@ -25,7 +25,7 @@ _WHOLE_PATCHES = 28  # pixels; Qwen2.5-VL speaks of the pixels of an image whose
 class OpenAILocalizer:
     """A Localizer behind HTTP. Image URLs of clients are never passed on: it gets a small picture."""
 
-    name: Asked = "openai"
+    name: LocalizerName = "openai"
 
     def __init__(self, config: LocalizerConfig) -> None:
         """Connects on first use.
@@ -67,14 +67,14 @@ class OpenAILocalizer:
             http_client=DefaultHttpxClient(follow_redirects=False, event_hooks=hooks), **self._options
         )
 
-    async def locate(self, image: Image.Image, question: str, salt: str | None = None) -> Located:
+    async def locate(self, image: Image.Image, question: str, salt: str | None = None) -> LocalizerAnswer:
         """Ask, and read the answer strictly. The salt stays here: the other server's caches are its own."""
         url, size = await off_the_loop(_picture, image, self.config)
         with _as_localizer_error():
             completion = await self._client.chat.completions.create(**self._request(url, question))
         return self._read(completion, size)
 
-    def locate_now(self, image: Image.Image, question: str, salt: str | None = None) -> Located:
+    def locate_now(self, image: Image.Image, question: str, salt: str | None = None) -> LocalizerAnswer:
         """The same without an event loop."""
         url, size = _picture(image, self.config)
         with _as_localizer_error():
@@ -93,9 +93,9 @@ class OpenAILocalizer:
             **({"logprobs": True} if self.config.logprobs else {}),
         }
 
-    def _read(self, completion: Any, size: tuple[int, int]) -> Located:
+    def _read(self, completion: Any, size: tuple[int, int]) -> LocalizerAnswer:
         said, confidence = _read_completion(completion)
-        return Located(self.dialect.read(said, size), confidence)
+        return LocalizerAnswer(self.dialect.read(said, size), confidence)
 
 
 @contextmanager

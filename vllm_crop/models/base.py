@@ -9,12 +9,12 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 
-from vllm_crop.eviction.decoder import DroppingStep, EvictingDecoder, start_eviction
+from vllm_crop.eviction.decoder import EvictingDecoder, EvictingStep, start_eviction
 from vllm_crop.models.encoder import CompressingEncoder
 from vllm_crop.models.processor import ASSIGNMENT, POSITIONS
 
 
-class PrunedModelMixin(nn.Module):
+class CropModelMixin(nn.Module):
     """Mixed in front of a vision-language model of vLLM that has `language_model.model`, the decoder."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
@@ -27,30 +27,30 @@ class PrunedModelMixin(nn.Module):
         input_ids: torch.Tensor | None,
         positions: torch.Tensor,
         *args: Any,
-        dropping: DroppingStep | None = None,
+        evicting: EvictingStep | None = None,
         **kwargs: Any,
     ) -> Any:
         """As upstream; in stages if rows go."""
         embeds = kwargs.get("inputs_embeds")
-        in_stages = self.eviction is not None and (dropping is not None or self.eviction.runs_all_steps)
-        if dropping is not None and (embeds is None or self.eviction is None):
+        in_stages = self.eviction is not None and (evicting is not None or self.eviction.runs_all_steps)
+        if evicting is not None and (embeds is None or self.eviction is None):
             # All rows would run with attention metadata of fewer.
             raise RuntimeError("a step that evicts visual tokens came without its embeddings")
         if not in_stages or embeds is None:  # no embeddings where the server takes no images
             stock: Any = super()
             return stock.forward(input_ids, positions, *args, **kwargs)
         assert self.eviction is not None
-        return self.run_in_stages(self.eviction, dropping, embeds, positions)
+        return self.run_in_stages(self.eviction, evicting, embeds, positions)
 
     def run_in_stages(
         self,
         eviction: EvictingDecoder,
-        dropping: DroppingStep | None,
+        evicting: EvictingStep | None,
         inputs_embeds: torch.Tensor,
         positions: torch.Tensor,
     ) -> Any:
         """A forward pass in stages; for families whose layers take more than embeddings."""
-        return eviction.run(dropping, inputs_embeds, positions)
+        return eviction.run(evicting, inputs_embeds, positions)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """As upstream; cached features belong to the old weights."""
@@ -134,8 +134,8 @@ def original_mrope_positions(
     return positions[:, unpruned.survivors], beyond + unpruned.num_tokens - len(input_tokens)
 
 
-class PlainRopeMixin(PrunedModelMixin):
-    """PrunedModelMixin for plain RoPE; the model class has SupportsMRoPE as its last base.
+class PlainRopeMixin(CropModelMixin):
+    """CropModelMixin for plain RoPE; the model class has SupportsMRoPE as its last base.
 
     M-RoPE is how vLLM lets a model choose position ids: used with `position_ids: "original"` only, when
     frontend/hf_overrides.py switches it on. The language model keeps its plain RoPE.
@@ -150,9 +150,9 @@ class PlainRopeMixin(PrunedModelMixin):
         input_ids: torch.Tensor | None,
         positions: torch.Tensor,
         *args: Any,
-        dropping: DroppingStep | None = None,
+        evicting: EvictingStep | None = None,
         **kwargs: Any,
     ) -> Any:
         """As upstream, with one row of M-RoPE positions where there are three."""
         positions = positions if positions.ndim == 1 else positions[0]
-        return super().forward(input_ids, positions, *args, dropping=dropping, **kwargs)
+        return super().forward(input_ids, positions, *args, evicting=evicting, **kwargs)

@@ -27,14 +27,14 @@ class ImageDecision:
         request: as it is carried out: without the region where one cannot be used.
         plan: None serves the image whole.
         whole: why it does; "not_possible" is a region that the server found and cannot use.
-        positions_beyond: how many more position ids the image takes than tokens, if they are the original
+        mrope_position_delta: how many more position ids the image takes than tokens, if they are the original
             ones.
     """
 
     request: ImageRequest
     plan: TokenPlan | None = None
     whole: Whole = "no_region"
-    positions_beyond: int = 0
+    mrope_position_delta: int = 0
 
     @property
     def compression(self) -> TokenPlan | None:
@@ -128,13 +128,13 @@ class ImageDecider:
             return ImageDecision(request, whole="no_region" if planned.region else "out_of_view")
         span = self.geometry.position_span(planned.tokens.grid)
         return ImageDecision(
-            request, planned.tokens, positions_beyond=max(0, span - planned.tokens.num_embeddings)
+            request, planned.tokens, mrope_position_delta=max(0, span - planned.tokens.num_embeddings)
         )
 
     def _check_positions(self, decisions: Sequence[ImageDecision]) -> None:
         if self.config.position_ids != "original":
             return
-        beyond = sum(decision.positions_beyond for decision in decisions)
+        beyond = sum(decision.mrope_position_delta for decision in decisions)
         model_config = self.info.ctx.model_config
         positions = model_config.hf_text_config.max_position_embeddings
         positions *= self.geometry.rotary_room

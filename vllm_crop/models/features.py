@@ -38,7 +38,7 @@ class FeatureCache:
         return features
 
     def put(self, key: ImageKey, features: torch.Tensor) -> None:
-        """Store a copy of one image's features, dropping the least recently used ones."""
+        """Store a copy of one image's features, evicting the least recently used ones."""
         size = features.numel() * features.element_size()
         if not key or key in self._entries or size > self.max_bytes:
             return

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every family's multimodal processor does with a request's `crop`: plan, count, label, cache keys.
+"""What every family's multimodal processor does with a request's `crop`: plan, count, mark, cache keys.
 
 Mixed in front of a vLLM multimodal processor (vllm/multimodal/processing/processor.py). The plan is made
 here, once; the worker receives it as tensors beside the pixels, so count and rows cannot disagree.
@@ -23,9 +23,9 @@ from vllm.multimodal.processing import BaseMultiModalProcessor, PromptReplacemen
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from vllm_crop.config import CropConfig
-from vllm_crop.eviction.markers import EvictionSettings, embed_indices, write_labels
+from vllm_crop.eviction.markers import EvictionSettings, embed_indices, write_markers
 from vllm_crop.families.registry import VisionGeometry, geometry_from_configs
-from vllm_crop.frontend.request_context import UNLABELLED
+from vllm_crop.frontend.request_context import UNMARKED
 from vllm_crop.models.deciding import ImageDecider, ImageDecision
 from vllm_crop.models.known_images import KnownImages, RequestImages, identify
 from vllm_crop.planning.plan import TokenPlan
@@ -71,7 +71,7 @@ class CropProcessorMixin(BaseMultiModalProcessor):
 
     @cached_property
     def eviction_settings(self) -> EvictionSettings:
-        """Layers and label ids, which travel in the HF config too."""
+        """Layers and marker ids, which travel in the HF config too."""
         return EvictionSettings.from_hf_config(self.info.get_hf_config())
 
     @cached_property
@@ -124,8 +124,8 @@ class CropProcessorMixin(BaseMultiModalProcessor):
         processed[DECISIONS] = decisions
         if any(decision.plan is not None and decision.plan.evicts for decision in decisions):
             if asked.found is not None:
-                processed[UNLABELLED] = list(processed["prompt_token_ids"])
-            self._label_evicted(processed, decisions)
+                processed[UNMARKED] = list(processed["prompt_token_ids"])
+            self._mark_evicted(processed, decisions)
         return processed
 
     def _with_images_of_names(
@@ -155,15 +155,15 @@ class CropProcessorMixin(BaseMultiModalProcessor):
             inputs, mm_data_items=MultiModalDataItems({**inputs.mm_data_items, **supplied})
         ), tuple(settled)
 
-    def _label_evicted(self, processed: Any, decisions: Sequence[ImageDecision]) -> None:
+    def _mark_evicted(self, processed: Any, decisions: Sequence[ImageDecision]) -> None:
         settings = self.eviction_settings
         placeholders = processed["mm_placeholders"].get("image", ())
         for decision, placeholder in zip(decisions, placeholders, strict=True):
             if decision.plan is None or not decision.plan.evicts:
                 continue
             leaves_at = settings.stages_leaving_at(decision.plan.evicted_from_layer)
-            write_labels(
-                processed["prompt_token_ids"], embed_indices(placeholder), leaves_at, settings.label_ids
+            write_markers(
+                processed["prompt_token_ids"], embed_indices(placeholder), leaves_at, settings.marker_ids
             )
 
     def _hashes_with_requests(

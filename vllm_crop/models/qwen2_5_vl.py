@@ -5,7 +5,7 @@ from vllm.model_executor.models import qwen2_5_vl as stock
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from vllm_crop.models.processor import CropProcessorMixin
-from vllm_crop.models.qwen_vl import PrunedQwenVLMixin
+from vllm_crop.models.qwen_vl import CropQwenVLMixin
 
 
 class Qwen2_5_VLMultiModalProcessor(CropProcessorMixin, stock.Qwen2_5_VLMultiModalProcessor):
@@ -17,5 +17,5 @@ class Qwen2_5_VLMultiModalProcessor(CropProcessorMixin, stock.Qwen2_5_VLMultiMod
     info=stock.Qwen2_5_VLProcessingInfo,
     dummy_inputs=stock.Qwen2_5_VLDummyInputsBuilder,
 )
-class Qwen2_5_VLForConditionalGeneration(PrunedQwenVLMixin, stock.Qwen2_5_VLForConditionalGeneration):
+class Qwen2_5_VLForConditionalGeneration(CropQwenVLMixin, stock.Qwen2_5_VLForConditionalGeneration):
     """The stock model, fed compressed embeddings. Named like it, as speculative decoding compares names."""

@@ -5,7 +5,7 @@ from vllm.model_executor.models import qwen2_vl as stock
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from vllm_crop.models.processor import CropProcessorMixin
-from vllm_crop.models.qwen_vl import PrunedQwenVLMixin
+from vllm_crop.models.qwen_vl import CropQwenVLMixin
 
 
 class Qwen2VLMultiModalProcessor(CropProcessorMixin, stock.Qwen2VLMultiModalProcessor):
@@ -17,5 +17,5 @@ class Qwen2VLMultiModalProcessor(CropProcessorMixin, stock.Qwen2VLMultiModalProc
     info=stock.Qwen2VLProcessingInfo,
     dummy_inputs=stock.Qwen2VLDummyInputsBuilder,
 )
-class Qwen2VLForConditionalGeneration(PrunedQwenVLMixin, stock.Qwen2VLForConditionalGeneration):
+class Qwen2VLForConditionalGeneration(CropQwenVLMixin, stock.Qwen2VLForConditionalGeneration):
     """The stock model, fed compressed embeddings. Named like it, as speculative decoding compares names."""

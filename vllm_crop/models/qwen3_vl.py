@@ -11,9 +11,9 @@ import torch
 from vllm.model_executor.models import qwen3_vl as stock
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from vllm_crop.eviction.decoder import DroppingStep, EvictingDecoder
+from vllm_crop.eviction.decoder import EvictingDecoder, EvictingStep
 from vllm_crop.models.processor import CropProcessorMixin
-from vllm_crop.models.qwen_vl import PrunedQwenVLMixin
+from vllm_crop.models.qwen_vl import CropQwenVLMixin
 
 
 class Qwen3VLMultiModalProcessor(CropProcessorMixin, stock.Qwen3VLMultiModalProcessor):
@@ -26,13 +26,13 @@ class Qwen3VLMultiModalProcessor(CropProcessorMixin, stock.Qwen3VLMultiModalProc
         return {**settings, "size": {**own["size"], **settings["size"]}}
 
 
-class DeepstackMixin(PrunedQwenVLMixin):
+class DeepstackMixin(CropQwenVLMixin):
     """Mixed in front of a model of this file's upstream, dense or not."""
 
     def run_in_stages(
         self,
         eviction: EvictingDecoder,
-        dropping: DroppingStep | None,
+        evicting: EvictingStep | None,
         inputs_embeds: torch.Tensor,
         positions: torch.Tensor,
     ) -> Any:
@@ -40,7 +40,7 @@ class DeepstackMixin(PrunedQwenVLMixin):
         upstream: Any = super()
         num_tokens = len(inputs_embeds)
         added = upstream._get_deepstack_input_embeds(num_tokens)
-        hidden_states = eviction.run(dropping, inputs_embeds, positions, added)
+        hidden_states = eviction.run(evicting, inputs_embeds, positions, added)
         upstream._clear_deepstack_input_embeds(num_tokens)
         return hidden_states
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from vllm_crop.models.base import PrunedModelMixin, original_mrope_positions
+from vllm_crop.models.base import CropModelMixin, original_mrope_positions
 from vllm_crop.models.processor import CROP_FIELDS
 
 
-class PrunedQwenVLMixin(PrunedModelMixin):
+class CropQwenVLMixin(CropModelMixin):
     """Mixed in front of a model like vllm/model_executor/models/qwen2_5_vl.py."""
 
     visual: Any

@@ -19,7 +19,7 @@ from dataclasses import replace
 from typing import Any
 
 from vllm_crop.eviction.markers import EvictionSettings, image_placeholders
-from vllm_crop.frontend.request_context import FACTS, UNLABELLED, current_request
+from vllm_crop.frontend.request_context import FACTS, UNMARKED, current_request
 
 REASON = "settles what a request's parameters and its prompt allow together"
 IN_THE_WAY = ("prompt_logprobs", "prompt_logprob_token_ids")  # sampling parameters
@@ -70,14 +70,14 @@ def settle_request(request: Any, prompt: Any, settings: EvictionSettings) -> Non
     parameter = _parameter_in_the_way(request)
     if parameter is None or not settings.stages:
         return
-    from vllm_crop.eviction.prompt_eviction import read_labels
+    from vllm_crop.eviction.prompt_eviction import read_markers
 
     placeholders = image_placeholders(request.mm_features or ())
-    if read_labels(request.prompt_token_ids or (), placeholders, settings.label_ids) is None:
+    if read_markers(request.prompt_token_ids or (), placeholders, settings.marker_ids) is None:
         return
-    if (unlabelled := prompt.get(UNLABELLED)) is None:
+    if (unmarked := prompt.get(UNMARKED)) is None:
         raise evictions_refused(parameter)
-    request.prompt_token_ids = list(unlabelled)
+    request.prompt_token_ids = list(unmarked)
     if (context := current_request.get()) is not None:
         stale = {id(facts) for facts in prompt.get(FACTS, ())}
         context.facts[:] = [

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_crop.errors import UnsupportedModelError
-from vllm_crop.eviction.markers import EvictionSettings, attach_eviction, choose_label_ids
+from vllm_crop.eviction.markers import EvictionSettings, attach_eviction, choose_marker_ids
 
 
 @given(
@@ -28,10 +28,10 @@ def test_padded_rows_come_first_then_reserved_tokens(
     spare = [token for token in reserved if token < vocab_size]
     if len(padded) + len(spare) < num_stages:
         with pytest.raises(UnsupportedModelError):
-            choose_label_ids(num_stages, vocab_size, tokenizer_ids, reserved)
+            choose_marker_ids(num_stages, vocab_size, tokenizer_ids, reserved)
         return
 
-    chosen = choose_label_ids(num_stages, vocab_size, tokenizer_ids, reserved)
+    chosen = choose_marker_ids(num_stages, vocab_size, tokenizer_ids, reserved)
 
     assert len(chosen) == len(set(chosen)) == num_stages
     assert all(0 <= token < vocab_size for token in chosen)
@@ -41,12 +41,12 @@ def test_padded_rows_come_first_then_reserved_tokens(
 
 
 def test_the_choice_is_the_same_in_every_process() -> None:
-    assert choose_label_ids(3, 10, {0, 1, 2, 3}) == choose_label_ids(3, 10, [3, 2, 1, 0]) == (9, 8, 7)
+    assert choose_marker_ids(3, 10, {0, 1, 2, 3}) == choose_marker_ids(3, 10, [3, 2, 1, 0]) == (9, 8, 7)
 
 
 def test_a_vocabulary_in_use_to_the_last_id_is_refused_with_a_way_out() -> None:
     with pytest.raises(UnsupportedModelError, match=r"needs 2 token id.*all 8 ids.*use method 'plc'"):
-        choose_label_ids(2, 8, range(8), spare_ids=[3, 8, 9])
+        choose_marker_ids(2, 8, range(8), spare_ids=[3, 8, 9])
 
 
 class HfConfig:
@@ -115,7 +115,7 @@ def test_reserved_tokens_are_taken_in_order_after_padded_rows() -> None:
     vocabulary = {"<unused5>": 2, "<unused1>": 1, "the": 0}
     config = model_config(vocabulary, vocab_size=4)
     attach_eviction(config, (2, 4, 8))
-    assert EvictionSettings.from_hf_config(config.hf_config).label_ids == (3, 1, 2)
+    assert EvictionSettings.from_hf_config(config.hf_config).marker_ids == (3, 1, 2)
 
 
 @pytest.mark.usefixtures("_tokenizer_in_the_model_config")
@@ -124,7 +124,7 @@ def test_what_the_model_uses_itself_is_never_a_label() -> None:
     ids = {"image_token_index": 1, "eos_token_id": [2, 0], "bos_token_id": 5}
     config = model_config(vocabulary, vocab_size=6, **ids)
     attach_eviction(config, (2, 4))
-    assert EvictionSettings.from_hf_config(config.hf_config).label_ids == (4, 3)
+    assert EvictionSettings.from_hf_config(config.hf_config).marker_ids == (4, 3)
 
 
 def test_without_a_tokenizer_there_are_no_labels() -> None:

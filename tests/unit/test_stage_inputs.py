@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_crop.eviction.prompt_eviction import IndexArray, PromptEviction, from_leaving_stages
-from vllm_crop.eviction.stage_inputs import LateView, RunningEvictions
+from vllm_crop.eviction.stage_inputs import RunningEvictions, StageInputs
 
 MAX_NUM_REQS = 8
 
@@ -84,7 +84,7 @@ def batches(draw: st.DrawFn) -> Batch:
     return Batch(num_stages, found, slots, computed, scheduled)
 
 
-def brute_force(batch: Batch, stage: int, keep_rows: bool) -> LateView:
+def brute_force(batch: Batch, stage: int, keep_rows: bool) -> StageInputs:
     """Token by token."""
     kv_indices, token_rows, starts, seq_lens, req_rows = [], [], [0], [], []
     row = 0
@@ -109,7 +109,7 @@ def brute_force(batch: Batch, stage: int, keep_rows: bool) -> LateView:
             req_rows.append(req_row)
             starts.append(len(kv_indices))
             seq_lens.append(max(seq_len, 1) if keep_rows and gone else seq_len)
-    return LateView(
+    return StageInputs(
         np.array(kv_indices, dtype=np.int64),
         np.array(starts, dtype=np.int32),
         np.array(seq_lens, dtype=np.int32),
@@ -118,7 +118,7 @@ def brute_force(batch: Batch, stage: int, keep_rows: bool) -> LateView:
     )
 
 
-def as_lists(view: LateView) -> dict[str, list[int] | None]:
+def as_lists(view: StageInputs) -> dict[str, list[int] | None]:
     """To compare and to print."""
     return {name: None if array is None else array.tolist() for name, array in vars(view).items()}
 
@@ -133,7 +133,7 @@ def test_every_stage_sees_what_a_loop_over_tokens_sees(batch: Batch, keep_rows: 
     assert len(views) == batch.num_stages
     for stage, view in enumerate(views, start=1):
         assert as_lists(view) == as_lists(brute_force(batch, stage, keep_rows))
-        assert view.drops_rows == (view.token_rows is not None)
+        assert view.evicts_rows == (view.token_rows is not None)
         assert view.query_start_loc.dtype == view.seq_lens.dtype == np.int32
     slots = batch.arrays()[0]
     assert running.any_in(slots) == any(any(request.leaves_at) for request in batch.requests)
@@ -190,7 +190,7 @@ def test_steps_without_an_evicted_token_keep_all_rows_and_requests() -> None:
 
     (view,) = running.views(np.array([1, 0]), np.array([4, 9]), np.array([1, 1]))
 
-    assert not view.drops_rows
+    assert not view.evicts_rows
     assert view.req_rows is None
     assert view.kv_indices.tolist() == [1, 9]
     assert view.seq_lens.tolist() == [2, 10]

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is different in a vLLM with this plugin: every patch, class and table entry of ours, and when.
+
+`vllm-crop check` prints it. A change belongs here before it belongs anywhere else.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from vllm_crop.compat.patches import cli_flags, engine, input_processor, model_config, online_renderer
+
+When = Literal["always", "--plugin crop", "eviction", "eviction on a CPU without Triton"]
+Kind = Literal["patch", "class", "entry", "context variable"]
+
+
+@dataclass(frozen=True)
+class Change:
+    """One thing that is not as vLLM has it.
+
+    Attributes:
+        kind: a method that is wrapped, a class in the place of one of vLLM's, an entry in one of its tables,
+            or a variable that code far apart shares.
+        where: its name, vLLM's where vLLM has one.
+        why: what it is for.
+        when: where it makes a difference. A patch is in place always, and does nothing otherwise.
+    """
+
+    kind: Kind
+    where: str
+    why: str
+    when: When = "--plugin crop"
+
+
+CHANGES = (
+    Change("patch", "EngineArgs.add_cli_args, EngineArgs.from_cli_args", cli_flags.REASON, "always"),
+    Change("patch", "EngineArgs.create_model_config", model_config.REASON),
+    Change("patch", "OnlineRenderer.preprocess_chat, OnlineRenderer.preprocess_cmpl", online_renderer.REASON),
+    Change("patch", "InputProcessor.process_inputs", input_processor.REASON),
+    Change("patch", "AsyncLLM.__init__, LLMEngine.__init__", engine.REASON),
+    Change(
+        "entry", "ModelRegistry: Crop<architecture>", "names our model classes, which nobody else asks for"
+    ),
+    Change(
+        "entry", "MODELS_CONFIG_MAP: Crop<architecture>", "prepares the engine's configuration", "eviction"
+    ),
+    Change("entry", "--middleware CropMiddleware", "reads the body field `crop`, writes `x-crop-facts`"),
+    Change("class", "HfRenderer: CropRenderer", "finds regions before a prompt is expanded"),
+    Change("class", "<architecture>: Crop model and processor", "plans, compresses, keeps positions"),
+    Change(
+        "class", "Scheduler: EvictionScheduler", "tells the KV cache what each request evicts", "eviction"
+    ),
+    Change(
+        "class", "Attention: StagedAttention", "gives layers a KV cache without evicted tokens", "eviction"
+    ),
+    Change(
+        "class", "FullAttentionManager: StageKVCacheManager", "allocates blocks of kept tokens", "eviction"
+    ),
+    Change(
+        "class",
+        "DefaultModelState: EvictionModelState",
+        "makes the attention metadata of later layers",
+        "eviction",
+    ),
+    Change(
+        "class",
+        "CPUWorker, CPUModelRunner: EvictionCPUWorker, EvictionCPUModelRunner",
+        "the same for the V1 runner",
+        "eviction on a CPU without Triton",
+    ),
+    Change(
+        "context variable",
+        "vllm_crop_request",
+        "joins what the HTTP layer read and what the renderer reports, of one request",
+    ),
+)

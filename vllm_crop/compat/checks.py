@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which vLLM this is made for: its version, and the shape of the points that are relied on."""
+
+import importlib
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+from packaging.specifiers import SpecifierSet
+
+from vllm_crop.compat.points import EVICTION_POINTS, UPSTREAM_POINTS, UpstreamPoint
+from vllm_crop.config import CropConfig
+from vllm_crop.errors import UnsupportedVersionError
+from vllm_crop.families.registry import FAMILIES, family_of
+
+SUPPORTED_VERSIONS = SpecifierSet(">=0.32.0,<0.33")
+# The files of vllm/model_executor/models that language models of the LLaVA families are in.
+_LANGUAGE_FILES = {"llama": ("llama",), "mistral": ("mistral", "llama")}
+
+
+def require_supported(points: Iterable[UpstreamPoint] = UPSTREAM_POINTS) -> None:
+    """Check version and shape of the installed vLLM; called when pruning is asked for.
+
+    Raises:
+        UnsupportedVersionError: naming what is installed and what is supported.
+    """
+    problems = [problem for point in points if (problem := find_problem(point))]
+    installed = importlib.import_module("vllm").__version__
+    if SUPPORTED_VERSIONS.contains(installed, prereleases=True) and not problems:
+        return
+    message = f"vllm-crop supports vllm{SUPPORTED_VERSIONS}, installed is {installed}"
+    raise UnsupportedVersionError("; ".join([message, *problems]))
+
+
+def find_problem(point: UpstreamPoint) -> str | None:
+    """What is wrong with one upstream point, or None."""
+    try:
+        found: Any = importlib.import_module(point.module)
+        for part in point.name.split("."):
+            found = getattr(found, part)
+    except AttributeError:
+        return f"{point.module}.{point.name} is gone"
+    except ModuleNotFoundError as error:
+        if error.name is not None and f"{point.module}.".startswith(f"{error.name}."):
+            return f"{point.module}.{point.name} is gone"
+        return f"{point.module} cannot be imported: {error}"
+    except (ImportError, OSError, RuntimeError) as error:  # a library beneath vLLM is broken
+        return f"{point.module} cannot be imported: {error}"
+    parameters = tuple(inspect.signature(found).parameters)
+    if parameters[: len(point.parameters)] != point.parameters:
+        return f"{point.module}.{point.name} takes {parameters}, expected {point.parameters}"
+    return None
+
+
+def require_supported_for(config: CropConfig, hf_config: Any) -> None:
+    """Check what any server needs, or, once it is known, what the served model needs.
+
+    Args:
+        hf_config: None before the model is known.
+
+    Raises:
+        UnsupportedVersionError: naming what is installed and what is supported.
+    """
+    points = [*UPSTREAM_POINTS, *(EVICTION_POINTS if config.stages else ())]
+    if hf_config is None:
+        require_supported(point for point in points if point.model_module is None)
+        return
+    served = served_modules(hf_config)
+    require_supported(point for point in points if point.model_module in served)
+
+
+def served_modules(hf_config: Any) -> frozenset[str]:
+    """vLLM's model files that a model is made of: another family's may be missing or broken."""
+    family = FAMILIES[family_of(hf_config.to_dict())]
+    language = hf_config.get_text_config().model_type
+    return frozenset((*family.upstream_files, *_LANGUAGE_FILES.get(language, ())))
