@@ -16,7 +16,7 @@ from vllm_crop.client import question_about
 from vllm_crop.localizers.dialects import DIALECTS, read_cells
 from vllm_crop.planning.geometry import Region
 
-CHECKPOINT = Path(__file__).parent.parent / "models" / "tinyvqa"
+CHECKPOINT = Path(__file__).parent.parent / "lab" / "checkpoints" / "tinyvqa"
 ENGINE = {"kind": "engine", "prompt": "where:{question}", "timeout_s": 60}
 
 

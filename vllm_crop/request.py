@@ -24,11 +24,18 @@ MAX_FIELD_DEPTH = 400  # far more than regions have, less than Python's JSON par
 
 
 class InvalidCropError(ValueError):
-    """A request's `crop` is wrong: answered with HTTP 400. `parameter` names the field."""
+    """What a request asks for is wrong or not possible: answered with HTTP 400.
 
-    def __init__(self, message: str, parameter: str = "crop") -> None:
-        super().__init__(message)
+    Attributes:
+        parameter: the field, as in `crop.regions`.
+        reason: what is wrong with it, without its name.
+    """
+
+    def __init__(self, parameter: str, reason: str, place: str | None = None) -> None:
+        """`place`: more exactly where, as in `crop.regions[2]`."""
+        super().__init__(f"{place or parameter}: {reason}")
         self.parameter = parameter
+        self.reason = reason
 
 
 def parse_region(value: Any) -> Region | None:
@@ -106,7 +113,7 @@ class CropParams(BaseModel):
         if isinstance(value, CropParams):
             return value
         if not isinstance(value, Mapping):
-            raise InvalidCropError(f"crop must be an object, got {shorten(value)}")
+            raise InvalidCropError("crop", f"must be an object, got {shorten(value)}")
         if not value:
             return _NOTHING_ASKED
         _check_size(value)
@@ -115,7 +122,8 @@ class CropParams(BaseModel):
         except ValidationError as error:
             first = error.errors(include_url=False)[0]["loc"]
             parameter = ".".join(["crop", *(str(part)[:LONGEST_KEY] for part in first[:1])])
-            raise InvalidCropError(describe_errors(error, "crop", cls), parameter) from None
+            place, _, reason = describe_errors(error, "crop", cls).partition(": ")
+            raise InvalidCropError(parameter, reason, place) from None
 
 
 _NOTHING_ASKED = CropParams()
@@ -124,15 +132,13 @@ _NOTHING_ASKED = CropParams()
 def _check_size(value: Mapping[Any, Any]) -> None:
     """Bound the field before each of its parts is looked at, and wrong ones are described."""
     if len(value) > MAX_KEYS:
-        raise InvalidCropError(f"crop: at most {MAX_KEYS} keys, got {len(value)}")
+        raise InvalidCropError("crop", f"at most {MAX_KEYS} keys, got {len(value)}")
     regions = value.get("regions")
     if not isinstance(regions, list | tuple) or len(regions) > MAX_IMAGES:
         return  # refused by its type or its length
     num_boxes = sum(len(boxes) for boxes in regions if isinstance(boxes, list | tuple))
     if num_boxes > MAX_BOXES_IN_ALL:
-        raise InvalidCropError(
-            f"crop.regions: at most {MAX_BOXES_IN_ALL} boxes in all, got {num_boxes}", "crop.regions"
-        )
+        raise InvalidCropError("crop.regions", f"at most {MAX_BOXES_IN_ALL} boxes in all, got {num_boxes}")
 
 
 @dataclass(frozen=True)
@@ -217,31 +223,30 @@ def image_requests(
     regions = params.regions if params.regions is not None else [None] * num_images
     if len(regions) != num_images:
         raise InvalidCropError(
-            f"crop.regions: one entry per image needed (null for none), got {len(regions)} for "
-            f"{num_images} image(s)",
             "crop.regions",
+            f"one entry per image needed (null for none), got {len(regions)} for {num_images} image(s)",
         )
     limits = config.limits
     rate = config.pruning_rate if params.pruning_rate is None else params.pruning_rate
     if limited and params.pruning_rate is not None and rate > limits.max_pruning_rate:
         raise InvalidCropError(
-            f"crop.pruning_rate: this server allows at most {limits.max_pruning_rate}, got {rate}",
-            "crop.pruning_rate",
+            "crop.pruning_rate", f"this server allows at most {limits.max_pruning_rate}, got {rate}"
         )
     for index, region in enumerate(regions):
         if limited and region is not None and len(region.boxes) > limits.max_boxes_per_image:
             raise InvalidCropError(
-                f"crop.regions[{index}]: this server allows at most {limits.max_boxes_per_image} boxes "
-                f"per image, got {len(region.boxes)}",
                 "crop.regions",
+                f"this server allows at most {limits.max_boxes_per_image} boxes per image, "
+                f"got {len(region.boxes)}",
+                f"crop.regions[{index}]",
             )
     method = params.method or config.method
     evicts = method_evicts(method)
     if evicts and not config.stages:
         raise InvalidCropError(
-            f"crop.method: {method!r} needs a server that is prepared to evict, started with "
-            """--crop-config '{"eviction_layers": [2]}'""",
             "crop.method",
+            f"{method!r} needs a server that is prepared to evict, started with "
+            """--crop-config '{"eviction_layers": [2]}'""",
         )
     off = is_off(params, config)
     stages = config.stages if evicts else ()

@@ -13,11 +13,12 @@ from lab.demo.rows import WRONG, Asked, Measured, rows, shares
 from lab.demo.setting import BUILD, EVICTION_LAYERS, MODEL, PRUNING_RATE, SERVER_OPTIONS
 from lab.tinyvqa.checkpoint import LAYERS
 from lab.tinyvqa.questions import FAMILIES
+from vllm_crop.config import CropConfig
 from vllm_crop.drawing.preview import draw_preview
 from vllm_crop.families.checkpoint import load_geometry
 from vllm_crop.measuring.provenance import provenance
+from vllm_crop.planner import Planner
 from vllm_crop.planning.geometry import Box, Region
-from vllm_crop.planning.planner import plan_image
 from vllm_crop.request import ImageRequest
 
 _SHOWN = ("off", "plc", WRONG)  # what fits a terminal; summary.json has all
@@ -122,7 +123,8 @@ def save_preview(one: Asked) -> None:
     found = one.answers["plc"].facts["images"][0]["region"]
     region = Region(tuple(Box(*box) for box in found)) if found else Region.whole()
     geometry, picture = load_geometry(str(MODEL)), one.scene.picture()
-    planned = plan_image(geometry, *picture.size, ImageRequest(region, PRUNING_RATE, "pool", "plc"))
+    request = ImageRequest(region, PRUNING_RATE, "pool", "plc")
+    planned = Planner(CropConfig(), geometry).plan_image(request, *picture.size)
     view = geometry.view(*picture.size)
     draw_preview(picture, view, planned.tokens, region, geometry.num_layers).save(BUILD / "preview.png")
 

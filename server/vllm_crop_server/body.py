@@ -91,13 +91,13 @@ def _find_bytes(body: bytes) -> bytes | None:
             elif (scalar := _SCALAR.match(body, colon.end())) is not None:
                 found, position = scalar.group(), scalar.end()
         if value_from is not None and position - value_from > MAX_FIELD_BYTES:
-            raise InvalidCropError(f"{FIELD}: longer than {MAX_FIELD_BYTES >> 10} KiB")
+            raise InvalidCropError(FIELD, f"longer than {MAX_FIELD_BYTES >> 10} KiB")
     if depth:
         return None  # not closed: the route says that this is no JSON
     if found is not None and len(found) > MAX_FIELD_BYTES:
-        raise InvalidCropError(f"{FIELD}: longer than {MAX_FIELD_BYTES >> 10} KiB")
+        raise InvalidCropError(FIELD, f"longer than {MAX_FIELD_BYTES >> 10} KiB")
     return found
 
 
 def _too_deep() -> InvalidCropError:
-    return InvalidCropError(f"{FIELD}: nested too deeply, at most {MAX_FIELD_DEPTH} levels")
+    return InvalidCropError(FIELD, f"nested too deeply, at most {MAX_FIELD_DEPTH} levels")

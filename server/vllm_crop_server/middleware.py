@@ -98,8 +98,7 @@ class _Exchange:
             self.may_have_field = self.may_have_field or may_have_field(seen)
             self.last_bytes = seen[-LONGEST_NAME:]
             if self.num_bytes > MAX_BODY_BYTES:
-                limit = f"the request body is larger than {MAX_BODY_BYTES} bytes"
-                self._end_route(413, InvalidCropError(limit, "body"))
+                self._end_route(413, InvalidCropError("body", f"larger than {MAX_BODY_BYTES} bytes"))
             self.complete = not message.get("more_body", False)
             if self.complete:
                 await self._read_crop()
@@ -112,7 +111,7 @@ class _Exchange:
             return
         if message["type"] == "http.response.start" and message["status"] < 400:
             if self.context.params is not None and not self.context.handed_over:
-                self.rejection = 400, InvalidCropError(f"{FIELD} is not possible on {self.scope['path']}")
+                self.rejection = 400, InvalidCropError(FIELD, f"not possible on {self.scope['path']}")
                 await self._reject()
                 return
             self._report(message)
@@ -141,9 +140,9 @@ class _Exchange:
         params = self.context.params
         if params is not None and params.regions is not None and self.scope["path"].endswith(BATCH_ROUTE):
             raise InvalidCropError(
-                "crop.regions: this route answers several conversations, and regions belong to the images of "
-                "one: send them one by one",
                 "crop.regions",
+                "this route answers several conversations, and regions belong to the images of one: "
+                "send them one by one",
             )
 
     def _end_route(self, status: int, error: InvalidCropError) -> NoReturn:
@@ -154,7 +153,7 @@ class _Exchange:
         if not self.rejected and self.rejection is not None:
             self.rejected = True
             status, error = self.rejection
-            content = error_body(error, status, self.scope["path"])
+            content = error_body(str(error), error.parameter, status, self.scope["path"])
             await JSONResponse(content, status_code=status)(self.scope, self.receive, self.send)
 
 

@@ -3,13 +3,9 @@
 
 from typing import Any
 
-from vllm_crop.request import InvalidCropError
 
-
-def error_body(error: InvalidCropError, status: int, path: str) -> dict[str, Any]:
+def error_body(message: str, parameter: str, status: int, path: str) -> dict[str, Any]:
     """An error as the API of this path words it: Anthropic's for `/v1/messages`, OpenAI's elsewhere."""
     if "/messages" in path:
-        return {"type": "error", "error": {"type": "invalid_request_error", "message": str(error)}}
-    return {
-        "error": {"message": str(error), "type": "BadRequestError", "param": error.parameter, "code": status}
-    }
+        return {"type": "error", "error": {"type": "invalid_request_error", "message": message}}
+    return {"error": {"message": message, "type": "BadRequestError", "param": parameter, "code": status}}

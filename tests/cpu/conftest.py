@@ -170,7 +170,7 @@ def decided(processor: Any, image: Any, crop: Any) -> Any:
     items = processor.info.parse_mm_data({"image": image})
     size = items["image"].get_image_size(0)
     asked = CropRequest(CropParams.parse(crop))
-    (decision,) = processor._decider.decide(asked, items, [(size.width, size.height)])
+    (decision,) = processor.planner.plan(asked, [(size.width, size.height)])
     return decision
 
 

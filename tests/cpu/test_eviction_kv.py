@@ -15,6 +15,7 @@ from tests.slow_plan import embeddings_of, plan_of
 from vllm_crop.benchmarking.dummy_llava import DummySize, make_checkpoint
 from vllm_crop.eviction.grouping import KVGrouping, layers_per_stage, predict_grouping
 from vllm_crop.eviction.markers import EvictionSettings
+from vllm_crop.planner import Planner
 from vllm_crop.planning.plan import TokenPlan, whole_image_plan
 
 pytestmark = pytest.mark.vllm_runtime
@@ -159,12 +160,12 @@ def serve_plan(engine: Engine, monkeypatch: pytest.MonkeyPatch, leaves_at: Seque
         replace(embedding, evicted_from_layer=layer)
         for embedding, layer in zip(embeddings_of(whole), leaves_at, strict=True)
     )
-    plan, decide = plan_of(whole.grid, whole.pruning_rate, embeddings), engine.processor._decider.decide
+    plan, plan_all = plan_of(whole.grid, whole.pruning_rate, embeddings), Planner.plan
 
     def planned(*args: Any) -> Any:
-        return tuple(replace(decision, plan=plan) for decision in decide(*args))
+        return tuple(replace(decision, plan=plan) for decision in plan_all(*args))
 
-    monkeypatch.setattr(engine.processor._decider, "decide", planned)
+    monkeypatch.setattr(Planner, "plan", planned)
     return plan
 
 

@@ -12,7 +12,6 @@ from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalFeatureSpec
-from vllm.multimodal.parse import ImageProcessorItems
 
 from tests.conftest import CheckpointOf
 from tests.cpu.conftest import (
@@ -34,7 +33,8 @@ from tests.pictures import noise_image
 from tests.reference import HfReference
 from vllm_crop.config import CropConfig
 from vllm_crop.eviction.decoder import _gather_positions
-from vllm_crop.models.deciding import ImageDecider
+from vllm_crop.models.processor import position_room
+from vllm_crop.planner import Planner
 from vllm_crop.planning.geometry import TokenGrid
 from vllm_crop.request import CropParams, CropRequest, InvalidCropError
 
@@ -256,11 +256,10 @@ def test_positions_that_run_past_the_rotary_table_are_refused(pool: Engine) -> N
 
     def decide(max_model_len: int, *images: Any) -> Any:
         model_config = SimpleNamespace(max_model_len=max_model_len, hf_text_config=text_config)
-        info = SimpleNamespace(ctx=SimpleNamespace(model_config=model_config))
-        decider = ImageDecider(info, config, pool.processor.geometry)
+        geometry = pool.processor.geometry
+        planner = Planner(config, geometry, position_room(model_config, geometry))
         params = CropParams.parse({"regions": [FIRST] * len(images), "pruning_rate": 0.9})
-        sizes = [image.size for image in images]
-        return decider.decide(CropRequest(params), {"image": ImageProcessorItems(list(images))}, sizes)
+        return planner.plan(CropRequest(params), [image.size for image in images])
 
     (found,) = decide(1000, long)
     assert (found.plan.grid.num_tokens, found.plan.num_embeddings) == (200, 20)

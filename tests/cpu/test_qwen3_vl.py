@@ -33,7 +33,8 @@ from tests.families import QWEN2_5_VL, QWEN3_VL, Family
 from tests.pictures import noise_image
 from tests.reference import HfReference
 from vllm_crop.config import CropConfig
-from vllm_crop.models.deciding import ImageDecider
+from vllm_crop.models.processor import position_room
+from vllm_crop.planner import Planner
 from vllm_crop.planning.geometry import Region, TokenGrid
 from vllm_crop.planning.plan import TokenPlan
 from vllm_crop.request import CropParams, CropRequest, InvalidCropError
@@ -244,11 +245,11 @@ def test_positions_that_run_past_the_rotary_table_are_refused(pool: Engine) -> N
 
     def decide(max_model_len: int) -> Any:
         model_config = SimpleNamespace(max_model_len=max_model_len, hf_text_config=text_config)
-        info = SimpleNamespace(ctx=SimpleNamespace(model_config=model_config))
-        decider = ImageDecider(info, CropConfig(position_ids="original"), pool.processor.geometry)
+        geometry = pool.processor.geometry
+        room = position_room(model_config, geometry)
+        planner = Planner(CropConfig(position_ids="original"), geometry, room)
         params = CropParams.parse({"regions": [cells(0, 0, 1, 1)], "pruning_rate": 0.9})
-        images = pool.processor.info.parse_mm_data({"image": noise_image(409, 5120, 32)})
-        return decider.decide(CropRequest(params), images, [(5120, 32)])
+        return planner.plan(CropRequest(params), [(5120, 32)])
 
     (found,) = decide(856)
     assert (found.plan.grid.num_tokens, found.plan.num_embeddings) == (160, 16)

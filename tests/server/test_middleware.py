@@ -823,7 +823,7 @@ def route_without_renderer(status: int = 200, facts: Sequence[ImageFacts] = ()) 
 def test_a_route_that_takes_no_notice_of_crop_is_a_400() -> None:
     refused = post('{"crop": {"pruning_rate": 0.5}}', route_without_renderer())
     assert refused.status_code == 400
-    assert refused.json()["error"]["message"] == f"crop is not possible on {PATH}"
+    assert refused.json()["error"]["message"] == f"crop: not possible on {PATH}"
     assert post("{}", route_without_renderer()).status_code == 200
     assert post('{"crop": {}}', route_without_renderer(status=422)).status_code == 422  # its own error stays
 

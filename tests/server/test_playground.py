@@ -21,6 +21,7 @@ from vllm_crop.families.llava_next import LLAVA_NEXT as TILES
 from vllm_crop.families.llava_next import AnyResolution, LlavaNextGeometry
 from vllm_crop.families.qwen_vl import Qwen2_5VLGeometry
 from vllm_crop.families.registry import VisionGeometry
+from vllm_crop.planner import Planner
 from vllm_crop.planning.geometry import Region, TokenGrid
 from vllm_crop.planning.plan import make_plan
 
@@ -41,8 +42,7 @@ def client_of(
 ) -> TestClient:
     """An app with the plugin, on a server with these settings; no geometry: one that does not prune."""
     config = CropConfig.from_mapping(settings)
-    ours = SimpleNamespace(crop_config=config, geometry=geometry)
-    processor = SimpleNamespace() if geometry is None else ours
+    processor = SimpleNamespace() if geometry is None else SimpleNamespace(planner=Planner(config, geometry))
     return app_with(SimpleNamespace(renderer=SimpleNamespace(mm_processor=processor)), api_key)
 
 

@@ -13,10 +13,10 @@ from strategies import regions
 
 from vllm_crop.config import CropConfig, CropLimits
 from vllm_crop.families.llava import ClipPreprocessing, LlavaGeometry
+from vllm_crop.planner import Planner
 from vllm_crop.planning.budget import Method
 from vllm_crop.planning.geometry import Box, Region, TokenGrid
 from vllm_crop.planning.plan import Compression
-from vllm_crop.planning.planner import plan_image
 from vllm_crop.request import (
     MAX_BOXES,
     MAX_IMAGES,
@@ -304,13 +304,14 @@ def test_whole_embeddings_need_no_cache_key() -> None:
 
 
 GEOMETRY = LlavaGeometry(TokenGrid(24, 24), ClipPreprocessing.from_settings({}), num_layers=32)
+PLANNER = Planner(CropConfig(), GEOMETRY)
 
 
 def test_an_image_is_planned_by_its_requests_method() -> None:
     planned = {}
     for method in ("plc", "ilp", "plc+ilp", "off"):
         asked = requests({"regions": [BOX], "method": method}, eviction_layers=[2])[0]
-        planned[method] = plan_image(GEOMETRY, 672, 672, asked)
+        planned[method] = PLANNER.plan_image(asked, 672, 672)
     facts = {
         method: (plan.prunes, plan.tokens.compresses, plan.tokens.evicts) for method, plan in planned.items()
     }
@@ -326,7 +327,7 @@ def test_an_image_is_planned_by_its_requests_method() -> None:
 def test_a_budget_that_cannot_be_met_is_the_requests_fault() -> None:
     asked = requests({"regions": [BOX], "pruning_rate": 0.95}, method="ilp", eviction_layers=[8])[0]
     with pytest.raises(InvalidCropError) as refused:
-        plan_image(GEOMETRY, 672, 672, asked)
+        PLANNER.plan_image(asked, 672, 672)
     assert refused.value.parameter == "crop.pruning_rate"
     assert str(refused.value).startswith("crop.pruning_rate: 0.95 leaves 28.8 of 576 tokens per layer")
 

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from vllm_crop.benchmarking.runs import LOCALIZED_MODES, LocalizedMode, Mode
+from vllm_crop.config import CropConfig
 from vllm_crop.families.registry import VisionGeometry
+from vllm_crop.planner import Planner
 from vllm_crop.planning.budget import BudgetError, Method, check_eviction_layers, method_evicts
 from vllm_crop.planning.geometry import Region
 from vllm_crop.planning.plan import TokenPlan
-from vllm_crop.planning.planner import plan_image
 from vllm_crop.request import ImageRequest, InvalidCropError
 
 IMAGE_SIDE = 336  # LLaVA-1.5's own, for what times the dummy model only
@@ -87,9 +88,10 @@ class Options:
             check_eviction_layers(stages, geometry.num_layers, geometry.first_eviction_layer)
         request = ImageRequest(region, self.pruning_rate, "pool", method, stages)
         try:
-            return plan_image(geometry, self.image_side, self.image_side, request).tokens
+            planner, side = Planner(CropConfig(), geometry), self.image_side
+            return planner.plan_image(request, side, side).tokens
         except InvalidCropError as error:
-            raise BudgetError(str(error).removeprefix(f"{error.parameter}: ")) from None
+            raise BudgetError(error.reason) from None
 
     def _method(self, mode: Mode) -> Method:
         if mode == "engine localizer" or mode == "remote localizer":

@@ -27,8 +27,8 @@ from vllm_crop.commands.region_options import (
     why_whole,
 )
 from vllm_crop.families.registry import VisionGeometry, geometry_from_configs
+from vllm_crop.planner import ImagePlan
 from vllm_crop.planning.geometry import Box, Region
-from vllm_crop.planning.planner import ImagePlan
 from vllm_crop.planning.summary import PlanSummary
 
 ANSWER_TOKENS = 64

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The options `plan` and `preview` share, and the plan that follows from them.
 
-A server decides with the same functions: image_requests, then plan_image.
+A server plans with the same Planner.
 """
 
 import math
@@ -14,10 +14,10 @@ from vllm_crop.config import DEFAULT_STAGES, CropConfig
 from vllm_crop.errors import CropError, UnsupportedImageError
 from vllm_crop.families.checkpoint import load_geometry
 from vllm_crop.families.registry import VisionGeometry
+from vllm_crop.planner import ImagePlan, Planner
 from vllm_crop.planning.budget import BudgetError, Method, check_eviction_layers
 from vllm_crop.planning.geometry import Region
 from vllm_crop.planning.plan import Compression
-from vllm_crop.planning.planner import ImagePlan, plan_image
 from vllm_crop.request import (
     MAX_BOXES,
     CropParams,
@@ -122,14 +122,13 @@ def plan_for_image(geometry: VisionGeometry, width: int, height: int, request: I
     try:
         if request.eviction_layers:
             check_eviction_layers(request.eviction_layers, geometry.num_layers, geometry.first_eviction_layer)
-        return plan_image(geometry, width, height, request)
+        return Planner(DEFAULTS, geometry).plan_image(request, width, height)
     except BudgetError as error:
         raise typer.BadParameter(str(error), param_hint="--eviction-layers") from None
     except UnsupportedImageError as error:
         raise typer.BadParameter(str(error)) from None
     except InvalidCropError as error:
-        reason = str(error).removeprefix(f"{error.parameter}: ")
-        raise typer.BadParameter(reason, param_hint="--pruning-rate") from None
+        raise typer.BadParameter(error.reason, param_hint="--pruning-rate") from None
 
 
 def geometry_of(model: str) -> VisionGeometry:

@@ -21,8 +21,14 @@ from vllm_crop.frontend.metrics import crop_metrics
 from vllm_crop.frontend.request_context import FACTS, ImageFacts, RequestContext, Source, current_request
 from vllm_crop.localizers.decision import Localization
 from vllm_crop.localizers.thumbnails import Picture, as_picture
-from vllm_crop.models.deciding import ImageDecision
-from vllm_crop.models.processor import CROP_KEY, DECISIONS, CropProcessorMixin, as_validation_error
+from vllm_crop.models.processor import (
+    CROP_KEY,
+    DECISIONS,
+    REQUEST_KEY,
+    CropProcessorMixin,
+    as_validation_error,
+)
+from vllm_crop.planner import ImageDecision
 from vllm_crop.planning.budget import method_evicts, retained_count
 from vllm_crop.planning.groups import use_compiled
 from vllm_crop.request import CropParams, CropRequest, image_requests
@@ -249,8 +255,9 @@ class CropRenderer(HfRenderer):
             return
         if localizations:
             asked = replace(asked, found=tuple(one.region for one in localizations))
-        given = dict(prompt.get("mm_processor_kwargs") or {})
-        prompt["mm_processor_kwargs"] = {**given, CROP_KEY: asked}
+        given = prompt.get("mm_processor_kwargs") or {}
+        others = {name: value for name, value in given.items() if name != CROP_KEY}
+        prompt["mm_processor_kwargs"] = {**others, REQUEST_KEY: asked}
 
     def _report(
         self,

@@ -174,7 +174,7 @@ def _checked_uuids(inputs: ProcessorInputs, num_images: int) -> list[str | None]
     uuids: list[Any] = list((inputs.mm_uuid_items or {}).get("image") or [None] * num_images)
     for uuid in uuids:
         if uuid is not None and not isinstance(uuid, str):
-            raise InvalidCropError(f"uuid must be a string, got {shorten(uuid)}", "uuid")
+            raise InvalidCropError("uuid", f"must be a string, got {shorten(uuid)}")
     return uuids
 
 
@@ -182,7 +182,7 @@ def _refuse_contradictions(shown: Sequence[tuple[str | None, str]]) -> None:
     claimed: dict[str, str] = {}
     for uuid, key in shown:
         if uuid is not None and claimed.setdefault(uuid, key) != key:
-            raise InvalidCropError(f"uuid {shorten(uuid)} stands for two different images", "uuid")
+            raise InvalidCropError("uuid", f"{shorten(uuid)} stands for two different images")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.inputs import MultiModalFieldConfig
-from vllm.multimodal.parse import MultiModalDataItems
+from vllm.multimodal.parse import ImageProcessorItems, MultiModalDataItems
 from vllm.multimodal.processing import BaseMultiModalProcessor, PromptReplacement, PromptUpdate
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
@@ -26,12 +26,15 @@ from vllm_crop.config import CropConfig
 from vllm_crop.eviction.markers import EvictionSettings, embed_indices, write_markers
 from vllm_crop.families.registry import VisionGeometry, geometry_from_configs
 from vllm_crop.frontend.request_context import UNMARKED
-from vllm_crop.models.deciding import ImageDecider, ImageDecision
 from vllm_crop.models.known_images import KnownImages, RequestImages, identify
+from vllm_crop.planner import ImageDecision, Planner
 from vllm_crop.planning.plan import TokenPlan
 from vllm_crop.request import CropParams, CropRequest, ImageRequest, InvalidCropError
 
-CROP_KEY = "crop"
+# Keys of a request's processor settings: what the client sent, what the renderer makes of it, and what a call
+# of the processor tells its own parts. Under the last two, only objects of ours mean anything.
+CROP_KEY, REQUEST_KEY, ITEMS_KEY = "crop", "crop_request", "crop_items"
+_T = TypeVar("_T")
 DECISIONS = "crop_decisions"  # in the processed prompt, for the renderer, which takes it out
 
 
@@ -75,8 +78,11 @@ class CropProcessorMixin(BaseMultiModalProcessor):
         return EvictionSettings.from_hf_config(self.info.get_hf_config())
 
     @cached_property
-    def _decider(self) -> ImageDecider:
-        return ImageDecider(self.info, self.crop_config, self.geometry)
+    def planner(self) -> Planner:
+        """Plans this server's images; original position ids must fit into vLLM's rotary table."""
+        original = self.crop_config.position_ids == "original"
+        room = position_room(self.info.ctx.model_config, self.geometry) if original else None
+        return Planner(self.crop_config, self.geometry, room)
 
     @cached_property
     def _known_images(self) -> WeakKeyDictionary[Any, KnownImages]:
@@ -99,13 +105,17 @@ class CropProcessorMixin(BaseMultiModalProcessor):
 
     def apply(self, inputs: ProcessorInputs, timing_ctx: Any) -> Any:
         """As upstream, with the images' decisions beside the result."""
-        given, plain = _split(inputs.hf_processor_mm_kwargs)
+        asked, plain = _take(inputs.hf_processor_mm_kwargs, REQUEST_KEY, CropRequest)
+        sent = plain.pop(CROP_KEY, None)
+        is_request = asked is not None or sent is not None
         inputs = replace(inputs, hf_processor_mm_kwargs=plain)
         known = self.known_images(inputs.cache)
         with as_validation_error():
-            asked = given if isinstance(given, CropRequest) else CropRequest(CropParams.parse(given or {}))
+            asked = asked or CropRequest(CropParams.parse({} if sent is None else sent))
             images = identify(inputs, super()._get_mm_hashes, known, asked.salt)
-            decisions = self._decider.decide(asked, inputs.mm_data_items, images.sizes, tuple(plain))
+            items = inputs.mm_data_items.get("image") or ()
+            embeddings = not isinstance(items, ImageProcessorItems)
+            decisions = self.planner.plan(asked, images.sizes, embeddings, tuple(plain))
         if images.by_name and known is not None:
             inputs, decisions = self._with_images_of_names(inputs, images, known, asked, decisions)
         hashes = dict(images.hashes)
@@ -113,10 +123,10 @@ class CropProcessorMixin(BaseMultiModalProcessor):
             hashes["image"] = self._hashes_with_requests(images.keys, decisions)
         # Profiling sends one dummy item many times, without `crop`: a key would let the feature cache
         # answer all but the first, and too little memory would be profiled.
-        keys = images.keys if given is not None else ("",) * len(images.keys)
-        items = CropItems(decisions, keys, hashes)
+        keys = images.keys if is_request else ("",) * len(images.keys)
+        known_here = CropItems(decisions, keys, hashes)
         processed = super().apply(
-            replace(inputs, hf_processor_mm_kwargs={**plain, CROP_KEY: items}), timing_ctx
+            replace(inputs, hf_processor_mm_kwargs={**plain, ITEMS_KEY: known_here}), timing_ctx
         )
         if known is not None:  # not before: vLLM's cache knows nothing of a request that failed either
             for name, image, data in images.named:
@@ -178,11 +188,11 @@ class CropProcessorMixin(BaseMultiModalProcessor):
         ]
 
     def _get_mm_hashes(self, inputs: ProcessorInputs) -> Any:
-        items, _ = _split(inputs.hf_processor_mm_kwargs)
+        items, _ = _take(inputs.hf_processor_mm_kwargs, ITEMS_KEY, CropItems)
         return super()._get_mm_hashes(inputs) if items is None else items.mm_hashes
 
     def _get_cache_missing_processor_kwargs(self, inputs: ProcessorInputs, mm_is_cached: Any) -> Any:
-        items, plain = _split(inputs.hf_processor_mm_kwargs)
+        items, plain = _take(inputs.hf_processor_mm_kwargs, ITEMS_KEY, CropItems)
         kwargs = super()._get_cache_missing_processor_kwargs(
             replace(inputs, hf_processor_mm_kwargs=plain), mm_is_cached
         )
@@ -190,16 +200,16 @@ class CropProcessorMixin(BaseMultiModalProcessor):
             return kwargs
         missing = [index for index, cached in enumerate(mm_is_cached.get("image", ())) if not cached]
         if len(missing) == len(items.decisions):
-            return {**kwargs, CROP_KEY: items}
+            return {**kwargs, ITEMS_KEY: items}
         picked = replace(
             items,
             decisions=tuple(items.decisions[index] for index in missing),
             image_hashes=tuple(items.image_hashes[index] for index in missing),
         )
-        return {**kwargs, CROP_KEY: picked}
+        return {**kwargs, ITEMS_KEY: picked}
 
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> Any:
-        items, plain = _split(hf_kwargs)
+        items, plain = _take(hf_kwargs, ITEMS_KEY, CropItems)
         data = super()._apply_hf_processor_main(mm_items, plain)
         if items is not None and items.decisions:
             plans = [decision.compression for decision in items.decisions]
@@ -209,7 +219,7 @@ class CropProcessorMixin(BaseMultiModalProcessor):
         return data
 
     def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]) -> Any:
-        _, plain = _split(hf_processor_mm_kwargs)
+        _, plain = _take(hf_processor_mm_kwargs, ITEMS_KEY, CropItems)
         fields = super()._get_mm_fields_config(hf_inputs, plain)
         ours = {name: MultiModalFieldConfig.batched("image", keep_on_cpu=True) for name in CROP_FIELDS}
         return {**fields, **ours}
@@ -217,11 +227,17 @@ class CropProcessorMixin(BaseMultiModalProcessor):
     def _get_prompt_updates(
         self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, object], out_mm_kwargs: Any
     ) -> Sequence[PromptUpdate]:
-        _, plain = _split(hf_processor_mm_kwargs)
+        _, plain = _take(hf_processor_mm_kwargs, ITEMS_KEY, CropItems)
         updates = super()._get_prompt_updates(
             mm_items=mm_items, hf_processor_mm_kwargs=plain, out_mm_kwargs=out_mm_kwargs
         )
         return [_with_planned_count(update, out_mm_kwargs) for update in updates]
+
+
+def position_room(model_config: Any, geometry: VisionGeometry) -> int:
+    """Position ids in vLLM's rotary table beyond those of the longest prompt."""
+    positions: int = model_config.hf_text_config.max_position_embeddings * geometry.rotary_room
+    return positions - int(model_config.max_model_len)
 
 
 @contextmanager
@@ -233,9 +249,12 @@ def as_validation_error() -> Iterator[None]:
         raise VLLMValidationError(str(error), parameter=error.parameter) from None
 
 
-def _split(kwargs: Mapping[str, object]) -> tuple[Any, dict[str, object]]:
-    plain = dict(kwargs)
-    return plain.pop(CROP_KEY, None), plain
+def _take(kwargs: Mapping[str, object], key: str, kind: type[_T]) -> tuple[_T | None, dict[str, object]]:
+    """An object of ours under a key, and the other settings."""
+    found = kwargs.get(key)
+    if not isinstance(found, kind):
+        return None, dict(kwargs)
+    return found, {name: value for name, value in kwargs.items() if name != key}
 
 
 def _with_planned_count(update: PromptUpdate, out_mm_kwargs: Any) -> PromptUpdate:

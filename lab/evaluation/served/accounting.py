@@ -12,8 +12,8 @@ from vllm_crop.config import CropConfig
 from vllm_crop.errors import CropError
 from vllm_crop.families.checkpoint import load_geometry
 from vllm_crop.families.qwen_vl import SmartResize
+from vllm_crop.planner import Planner
 from vllm_crop.planning.geometry import Region
-from vllm_crop.planning.planner import plan_image
 from vllm_crop.request import CropParams, image_requests
 
 _geometry = cache(load_geometry)  # reads files
@@ -77,5 +77,5 @@ class Accounting:
         (image,) = asked.images
         (request,) = image_requests(CropParams.parse(asked.crop), self.config, 1)
         geometry = _geometry(self.model)
-        plan = plan_image(geometry, image.width, image.height, request).tokens
+        plan = Planner(self.config, geometry).plan_image(request, image.width, image.height).tokens
         return plan.num_embeddings, sum(plan.tokens_per_layer(geometry.num_layers)) / geometry.num_layers

@@ -15,7 +15,7 @@ from starlette.datastructures import State
 
 from vllm_crop_server.playground.pages import PAGE_PATH, Pages, access
 from vllm_crop_server.playground.plan_route import PLAN_PATH, SETTINGS_PATH, plan, settings
-from vllm_crop_server.playground.planner import Planner
+from vllm_crop_server.playground.plans import Page
 
 NO_ENGINE = "this server has no engine: it renders prompts and answers no questions"
 NOT_PRUNING = "this server does not prune: start it with `vllm serve MODEL --plugin crop`"
@@ -45,6 +45,6 @@ class Playground:
         # As vllm/entrypoints/serve/middleware/register.py decides whether to ask for a key.
         state.crop_key_needed = any(args.api_key or [os.environ.get("VLLM_API_KEY")])
         if engine_client is None:
-            state.crop_planner = NO_ENGINE
+            state.crop_page = NO_ENGINE
         else:
-            state.crop_planner = Planner.of_processor(engine_client.renderer.mm_processor) or NOT_PRUNING
+            state.crop_page = Page.of_processor(engine_client.renderer.mm_processor) or NOT_PRUNING

@@ -6,7 +6,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from vllm_crop.request import InvalidCropError
-from vllm_crop_server.playground.planner import Planner, PlanRequest
+from vllm_crop_server.playground.plans import Page, PlanRequest
 from vllm_crop_server.schemas import error_body
 
 PLAN_PATH = "/v1/plugins/crop/plan"
@@ -16,23 +16,23 @@ MAX_BODY_BYTES = 256 << 10
 
 async def plan(request: Request) -> JSONResponse:
     """POST: the TokenPlan of an image size, region, pruning rate and method."""
-    planner = request.app.state.crop_planner
-    if not isinstance(planner, Planner):
-        return _error(request, 501, planner)
+    page = request.app.state.crop_page
+    if not isinstance(page, Page):
+        return _error(request, 501, page)
     try:
         asked = PlanRequest.parse(await _read_body(request))
         # A large image has tens of thousands of tokens: too many to plan between two streamed answers.
-        return JSONResponse(await run_in_threadpool(planner.plan, asked))
+        return JSONResponse(await run_in_threadpool(page.plan, asked))
     except InvalidCropError as error:
         return _error(request, 400, str(error), error.parameter)
 
 
 async def settings(request: Request) -> JSONResponse:
     """GET: the methods, rates and localizer of this server."""
-    planner = request.app.state.crop_planner
-    if not isinstance(planner, Planner):
-        return _error(request, 501, planner)
-    return JSONResponse(planner.settings())
+    page = request.app.state.crop_page
+    if not isinstance(page, Page):
+        return _error(request, 501, page)
+    return JSONResponse(page.settings())
 
 
 async def _read_body(request: Request) -> bytes:
@@ -40,10 +40,10 @@ async def _read_body(request: Request) -> bytes:
     async for chunk in request.stream():
         body += chunk
         if len(body) > MAX_BODY_BYTES:
-            raise InvalidCropError(f"body: larger than {MAX_BODY_BYTES} bytes", "body")
+            raise InvalidCropError("body", f"larger than {MAX_BODY_BYTES} bytes")
     return body
 
 
 def _error(request: Request, status: int, message: str, field: str = "model") -> JSONResponse:
-    content = error_body(InvalidCropError(message, field), status, request.url.path)
+    content = error_body(message, field, status, request.url.path)
     return JSONResponse(content, status_code=status)

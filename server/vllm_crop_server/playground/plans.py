@@ -6,12 +6,11 @@ from typing import Annotated, Any, Protocol, Self, runtime_checkable
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from vllm_crop.config import CropConfig, describe_errors
+from vllm_crop.config import describe_errors
 from vllm_crop.errors import UnsupportedImageError
-from vllm_crop.families.registry import VisionGeometry
+from vllm_crop.planner import Planner
 from vllm_crop.planning.budget import Method
 from vllm_crop.planning.geometry import Region
-from vllm_crop.planning.planner import plan_image
 from vllm_crop.request import CropParams, InvalidCropError, image_requests, parse_region
 
 LONGEST_SIDE = 65535  # in pixels, as JPEG has it
@@ -25,13 +24,8 @@ class PlanningProcessor(Protocol):
     """The part of our multimodal processors (vllm_crop/models/processor.py) that decides."""
 
     @property
-    def crop_config(self) -> CropConfig:
-        """The server's settings."""
-        ...
-
-    @property
-    def geometry(self) -> VisionGeometry:
-        """Grid and view of the served model."""
+    def planner(self) -> Planner:
+        """Plans as the served model's requests are planned."""
         ...
 
 
@@ -59,22 +53,22 @@ class PlanRequest(BaseModel):
         except ValidationError as error:
             place = error.errors(include_url=False)[0]["loc"]
             field = str(place[0])[:40] if place else "body"
-            raise InvalidCropError(describe_errors(error, "body", cls), field) from None
+            where, _, reason = describe_errors(error, "body", cls).partition(": ")
+            raise InvalidCropError(field, reason, where) from None
 
 
 @dataclass(frozen=True)
-class Planner:
-    """Plans with the geometry and the settings of the served model, as its requests are planned."""
+class Page:
+    """What the playground's page is told: plans of the served model, and what requests can choose from."""
 
-    geometry: VisionGeometry
-    config: CropConfig
+    planner: Planner
 
     @classmethod
     def of_processor(cls, processor: Any) -> Self | None:
         """That of a vLLM multimodal processor; None if it is not one of ours, or the model sees no images."""
         if not isinstance(processor, PlanningProcessor):
             return None
-        return cls(processor.geometry, processor.crop_config)
+        return cls(processor.planner)
 
     def plan(self, asked: PlanRequest) -> dict[str, Any]:
         """The plan as `vllm-crop plan --json` prints it, and what of the image the model sees.
@@ -85,31 +79,30 @@ class Planner:
         params = CropParams(regions=[asked.region], pruning_rate=asked.pruning_rate, method=asked.method)
         width, height = asked.image_size
         try:
-            (request,) = image_requests(params, self.config, num_images=1)
-            planned = plan_image(self.geometry, width, height, request)
+            (request,) = image_requests(params, self.planner.config, num_images=1)
+            planned = self.planner.plan_image(request, width, height)
         except InvalidCropError as error:
-            _, _, reason = str(error).partition(": ")
-            field = _FIELDS[error.parameter]
-            raise InvalidCropError(f"{field}: {reason}", field) from None
+            raise InvalidCropError(_FIELDS[error.parameter], error.reason) from None
         except UnsupportedImageError as error:
-            raise InvalidCropError(f"image_size: {error}", "image_size") from None
+            raise InvalidCropError("image_size", str(error)) from None
         return {
-            **planned.tokens.to_json(self.geometry.num_layers),
+            **planned.tokens.to_json(self.planner.geometry.num_layers),
             "method": request.method,
             "region_in_view": planned.region is not None,
-            "window": self.geometry.view(width, height).window.as_list(),
+            "window": self.planner.geometry.view(width, height).window.as_list(),
         }
 
     def settings(self) -> dict[str, Any]:
         """What requests to this server can choose from."""
-        methods: list[Method] = ["plc", "ilp", "plc+ilp"] if self.config.stages else ["plc"]
-        default = self.config.method if self.config.method in methods else methods[0]
+        config = self.planner.config
+        methods: list[Method] = ["plc", "ilp", "plc+ilp"] if config.stages else ["plc"]
+        default = config.method if config.method in methods else methods[0]
         return {
             "methods": methods,
             "method": default,
-            "pruning_rate": min(self.config.pruning_rate, self.config.limits.max_pruning_rate),
-            "max_pruning_rate": self.config.limits.max_pruning_rate,
-            "localizer": self.config.localizer.kind,
-            "num_layers": self.geometry.num_layers,
-            "eviction_layers": list(self.config.stages),
+            "pruning_rate": min(config.pruning_rate, config.limits.max_pruning_rate),
+            "max_pruning_rate": config.limits.max_pruning_rate,
+            "localizer": config.localizer.kind,
+            "num_layers": self.planner.geometry.num_layers,
+            "eviction_layers": list(config.stages),
         }

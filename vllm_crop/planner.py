@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From what is asked for a request's images to their TokenPlans: the one path of server and commands."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from vllm_crop.config import CropConfig
+from vllm_crop.errors import UnsupportedImageError
+from vllm_crop.families.registry import VisionGeometry
+from vllm_crop.planning.budget import BudgetError
+from vllm_crop.planning.geometry import Region
+from vllm_crop.planning.plan import TokenPlan, make_plan, whole_image_plan
+from vllm_crop.request import CropRequest, ImageRequest, InvalidCropError
+
+Size = tuple[int, int]
+Whole = Literal["no_region", "out_of_view", "not_possible"]
+_CANNOT_PRUNE = (InvalidCropError, UnsupportedImageError)
+
+
+@dataclass(frozen=True)
+class ImagePlan:
+    """The plan of one image; `region` is what the model sees of the region asked for, None if nothing."""
+
+    region: Region | None
+    tokens: TokenPlan
+
+    @property
+    def prunes(self) -> bool:
+        """Whether some decoder layer runs with fewer embeddings than the image has tokens."""
+        return self.tokens.compresses or self.tokens.evicts
+
+
+@dataclass(frozen=True)
+class ImageDecision:
+    """What is done with one image of a request.
+
+    Attributes:
+        request: as it is carried out: without the region where one cannot be used.
+        plan: None serves the image whole.
+        whole: why it does; "not_possible" is a region that the server found and cannot use.
+        mrope_position_delta: how many more position ids the image takes than tokens, if they are the original
+            ones.
+    """
+
+    request: ImageRequest
+    plan: TokenPlan | None = None
+    whole: Whole = "no_region"
+    mrope_position_delta: int = 0
+
+    @property
+    def compression(self) -> TokenPlan | None:
+        """The plan if embeddings are compressed before the language model."""
+        return self.plan if self.plan is not None and self.plan.compresses else None
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Plans images as one server does.
+
+    Attributes:
+        config: the server's settings.
+        geometry: grid and view of the model it serves.
+        room: position ids that are left beyond the longest prompt, for prompts that keep the original ones;
+            None where nobody counts them.
+    """
+
+    config: CropConfig
+    geometry: VisionGeometry
+    room: int | None = None
+
+    def plan(
+        self,
+        asked: CropRequest,
+        sizes: Sequence[Size | None],
+        embeddings: bool = False,
+        other_kwargs: Sequence[str] = (),
+    ) -> tuple[ImageDecision, ...]:
+        """Plan every image of a request.
+
+        Args:
+            sizes: per image, width and height in pixels; None where they are not known.
+            embeddings: the images came as embeddings, which have no pixels.
+            other_kwargs: names of the request's own processor settings, which can move an image under its
+                region.
+
+        Raises:
+            InvalidCropError: the client asks for what cannot be done with its images.
+            UnsupportedImageError: for a client's region; the image processor refuses the image too.
+        """
+        if asked.found is not None and len(asked.found) != len(sizes):
+            asked = replace(asked, found=(None,) * len(sizes))  # embeddings that vLLM has taken apart
+        requests = asked.images(self.config, len(sizes))
+        try:
+            if other_kwargs and any(request.region for request in requests):
+                raise InvalidCropError(
+                    "crop.regions",
+                    f"not possible beside other mm_processor_kwargs of the request, {sorted(other_kwargs)}: "
+                    "they can move the image under the region",
+                )
+            decisions = [
+                self._decide(request, size, embeddings) for request, size in zip(requests, sizes, strict=True)
+            ]
+            self._check_room(decisions)
+        except _CANNOT_PRUNE:
+            if asked.found is None:
+                raise
+            # Image by image, so that one that cannot be pruned takes none along.
+            decisions = []
+            for request, size in zip(requests, sizes, strict=True):
+                decisions.append(self._decide_or_whole(request, size, embeddings, other_kwargs, decisions))
+        return tuple(decisions)
+
+    def plan_image(self, request: ImageRequest, width: int, height: int) -> ImagePlan:
+        """Plan an image of this size in pixels; without a region in view it is left whole.
+
+        Raises:
+            InvalidCropError: the pruning rate cannot be met with the request's eviction layers.
+            UnsupportedImageError: the image processor refuses such an image.
+        """
+        grid = self.geometry.grid(width, height)
+        region = request.region and self.geometry.view(width, height).project(request.region)
+        if region is None:
+            return ImagePlan(None, whole_image_plan(grid, request.pruning_rate))
+        try:
+            tokens = make_plan(
+                grid,
+                region,
+                request.pruning_rate,
+                request.compression,
+                request.method,
+                self.geometry.num_layers,
+                request.eviction_layers,
+            )
+        except BudgetError as error:
+            raise InvalidCropError("crop.pruning_rate", str(error)) from None
+        return ImagePlan(region, tokens)
+
+    def _decide(self, request: ImageRequest, size: Size | None, embeddings: bool) -> ImageDecision:
+        if request.region is None:
+            return ImageDecision(request)
+        if embeddings:
+            raise InvalidCropError("crop.regions", "not possible for image embeddings")
+        if size is None:  # a uuid alone that nobody knows: vLLM says so when it misses the image
+            return ImageDecision(request.without_region())
+        planned = self.plan_image(request, *size)
+        if not planned.prunes:
+            return ImageDecision(request, whole="no_region" if planned.region else "out_of_view")
+        span = self.geometry.position_span(planned.tokens.grid)
+        delta = max(0, span - planned.tokens.num_embeddings)
+        return ImageDecision(request, planned.tokens, mrope_position_delta=delta)
+
+    def _decide_or_whole(
+        self,
+        request: ImageRequest,
+        size: Size | None,
+        embeddings: bool,
+        other_kwargs: Sequence[str],
+        before: Sequence[ImageDecision],
+    ) -> ImageDecision:
+        whole = ImageDecision(request.without_region(), whole="not_possible")
+        if other_kwargs and request.region is not None:
+            return whole
+        try:
+            decision = self._decide(request, size, embeddings)
+            self._check_room([*before, decision])
+        except _CANNOT_PRUNE:
+            return whole
+        return decision
+
+    def _check_room(self, decisions: Sequence[ImageDecision]) -> None:
+        if self.room is None:
+            return
+        delta = sum(decision.mrope_position_delta for decision in decisions)
+        if delta > self.room:
+            raise InvalidCropError(
+                "crop.regions",
+                f"{delta} tokens removed, but this server keeps their position ids and has room for "
+                f"{self.room}: prune fewer images or less of them",
+            )
