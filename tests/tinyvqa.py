@@ -12,7 +12,7 @@ from PIL import Image
 from lab.tinyvqa import words
 from lab.tinyvqa.drawing import thumbnail
 from tests.e2e.conftest import MODEL
-from vllm_crop.client import question_about
+from vllm_crop.client import facts_of, question_about
 from vllm_crop.localizers.dialects import DIALECTS, read_cells
 from vllm_crop.planning.geometry import Region
 
@@ -46,7 +46,7 @@ def ask(
 
 def facts(response: Any) -> Any:
     """The header `x-crop-facts`."""
-    return json.loads(response.headers["x-crop-facts"])
+    return facts_of(response.headers)
 
 
 def found(response: Any) -> Any:

@@ -1,11 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A picture as it travels in a JSON body."""
+"""Asks a server about a picture with the `openai` client, and reads what the server made of it.
+
+    from vllm_crop.client import CropClient
+    client = CropClient("http://localhost:8000/v1")
+    answer = client.ask(picture, "What does the sign say?", {"regions": [[0.54, 0.17, 0.79, 0.42]]})
+    print(answer.text, answer.facts["tokens_avg"], "of", answer.facts["tokens"], "visual tokens")
+
+Any client does: this one spares the data URL and the header. Needs the extra `openai`, which vLLM brings.
+"""
 
 import base64
 import io
+import json
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from PIL import Image
+
+from vllm_crop.frontend.request_context import FACTS_HEADER
 
 
 def data_url(picture: Image.Image) -> str:
@@ -15,10 +32,103 @@ def data_url(picture: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def question_about(picture: Image.Image, question: str) -> list[Any]:
-    """The messages of a question."""
-    content = [
-        {"type": "image_url", "image_url": {"url": data_url(picture)}},
-        {"type": "text", "text": question},
-    ]
+def image_part(picture: Image.Image) -> dict[str, Any]:
+    """The picture as a part of a message."""
+    return {"type": "image_url", "image_url": {"url": data_url(picture)}}
+
+
+def question_about(pictures: Image.Image | Sequence[Image.Image], question: str) -> list[Any]:
+    """The messages of a question about one picture or several."""
+    pictures = [pictures] if isinstance(pictures, Image.Image) else pictures
+    content = [*map(image_part, pictures), {"type": "text", "text": question}]
     return [{"role": "user", "content": content}]
+
+
+def facts_of(headers: Mapping[str, str]) -> dict[str, Any] | None:
+    """What a response's headers say of its images; None from a server that does not prune."""
+    header = headers.get(FACTS_HEADER)
+    return None if header is None else dict(json.loads(header))
+
+
+@dataclass(frozen=True)
+class CropAnswer:
+    """An answer and what it cost.
+
+    Attributes:
+        facts: totals and, under `images`, what became of each image; empty from a server that does not prune.
+        prompt_tokens: from the usage.
+        ttft_ms: from sending the request to the first streamed token, the localizer's time included.
+    """
+
+    text: str
+    facts: dict[str, Any]
+    prompt_tokens: int
+    ttft_ms: float
+
+
+class CropClient:
+    """One server. Raises what the `openai` client raises."""
+
+    def __init__(self, base_url: str, model: str | None = None, **options: Any) -> None:
+        """Connect.
+
+        Args:
+            base_url: with `/v1`.
+            model: the first that the server serves where left out.
+            options: of `openai.OpenAI`; the key is taken from OPENAI_API_KEY where left out, and nothing is
+                sent twice.
+        """
+        from openai import OpenAI
+
+        key = os.environ.get("OPENAI_API_KEY") or "none"
+        self.openai: Any = OpenAI(**{"base_url": base_url, "api_key": key, "max_retries": 0, **options})
+        self._model = model
+
+    @cached_property
+    def model(self) -> str:
+        """The name requests use."""
+        return self._model if self._model is not None else str(self.openai.models.list().data[0].id)
+
+    def send(
+        self,
+        pictures: Image.Image | Sequence[Image.Image],
+        question: str,
+        crop: Mapping[str, Any] | None = None,
+        extra_body: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Any:
+        """Send a chat completion; its raw response, to be parsed.
+
+        Args:
+            crop: the body field; left out where None.
+            extra_body, options: of `chat.completions.create`.
+        """
+        field = {} if crop is None else {"crop": dict(crop)}
+        return self.openai.chat.completions.with_raw_response.create(
+            model=self.model,
+            messages=question_about(pictures, question),
+            extra_body={**field, **(extra_body or {})},
+            **{"temperature": 0, **options},
+        )
+
+    def ask(
+        self,
+        pictures: Image.Image | Sequence[Image.Image],
+        question: str,
+        crop: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> CropAnswer:
+        """Stream an answer; arguments as of `send`."""
+        start = time.perf_counter()
+        usage: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
+        response = self.send(pictures, question, crop, **usage, **options)
+        words: list[str] = []
+        ttft_ms, prompt_tokens = math.nan, 0
+        for chunk in response.parse():
+            if chunk.choices and chunk.choices[0].delta.content:
+                if not words:
+                    ttft_ms = 1000 * (time.perf_counter() - start)
+                words.append(chunk.choices[0].delta.content)
+            if chunk.usage is not None:
+                prompt_tokens = chunk.usage.prompt_tokens
+        return CropAnswer("".join(words), facts_of(response.headers) or {}, prompt_tokens, ttft_ms)

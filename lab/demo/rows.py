@@ -10,11 +10,12 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from lab.demo.client import Answer, Client
-from lab.demo.setting import BLOCK_SIZE, EVICTION_LAYERS, SCENES
+from lab.demo.client import Client
+from lab.demo.setting import ANSWER_TOKENS, BLOCK_SIZE, EVICTION_LAYERS, SCENES
 from lab.evaluation.questions import TestScene, make_test_set
 from lab.tinyvqa.checkpoint import HIDDEN, LAYERS
 from lab.tinyvqa.questions import FAMILIES, Question
+from vllm_crop.client import CropAnswer
 from vllm_crop.eviction.grouping import predict_grouping
 from vllm_crop.planning.geometry import GRID_CELLS, Region
 
@@ -29,7 +30,7 @@ class Asked:
 
     scene: TestScene
     question: Question
-    answers: dict[str, Answer]
+    answers: dict[str, CropAnswer]
 
     def right(self, column: str) -> bool:
         """Whether an answer is the true one."""
@@ -51,7 +52,7 @@ def measure(client: Client, console: Console) -> Measured:
     fresh = _FreshPictures()
     scene, question = tasks[0]
     for method in METHODS:  # to warm up
-        client.ask(fresh.of(scene), question.text, {"method": method})
+        client.ask(fresh.of(scene), question.text, {"method": method}, max_tokens=ANSWER_TOKENS)
     kv_blocks = {
         method: client.kv_blocks(fresh.of(scene), question.text, {"method": method}) for method in METHODS
     }
@@ -61,7 +62,8 @@ def measure(client: Client, console: Console) -> Measured:
         if question.boxes:
             fields[WRONG] = {"method": "plc", "regions": [wrong_region(question).as_lists()]}
         answers = {
-            column: client.ask(fresh.of(scene), question.text, crop) for column, crop in fields.items()
+            column: client.ask(fresh.of(scene), question.text, crop, max_tokens=ANSWER_TOKENS)
+            for column, crop in fields.items()
         }
         asked.append(Asked(scene, question, answers))
     return Measured(tuple(asked), kv_blocks)

@@ -16,12 +16,11 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vllm_crop.frontend.metrics import crop_metrics
-from vllm_crop.frontend.request_context import RequestContext, current_request, facts_header
+from vllm_crop.frontend.request_context import FACTS_HEADER, RequestContext, current_request, facts_header
 from vllm_crop.request import CropParams, InvalidCropError
 from vllm_crop_server.body import FIELD, LONGEST_NAME, find_field, is_utf8, may_have_field
 from vllm_crop_server.schemas import error_body
 
-FACTS_HEADER = "x-crop-facts"
 COUNT_ROUTE = "/count_tokens"  # of the messages API, which vLLM renders as if it were to be answered
 BATCH_ROUTE = "/chat/completions/batch"
 MAX_BODY_BYTES = 512 << 20

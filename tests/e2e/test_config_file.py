@@ -2,7 +2,6 @@
 """A server configured by a YAML file alone: two tensor-parallel workers, the shared-memory image cache,
 no API key, sampling to 64 tokens."""
 
-import json
 import os
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 from tests.e2e.conftest import OPTIONS, metric
 from tests.e2e.test_serve import FIRST, SECOND, SQUARE, chat, expected
 from tests.reference import HfLlava
+from vllm_crop.client import facts_of
 from vllm_crop.measuring.server import serve
 
 pytestmark = pytest.mark.e2e
@@ -41,7 +41,7 @@ def test_two_workers_configured_by_a_file(checkpoint: Path, tmp_path: Path) -> N
             response = chat(client, images, {"regions": [region.as_lists() for region in regions]})
             text, num_prompt_tokens = expected(hf, images, regions, rate=0.889, compression="prune")
             completion = response.parse()
-            assert json.loads(response.headers["x-crop-facts"])["tokens_after_plc"] == 64 * len(regions)
+            assert facts_of(response.headers)["tokens_after_plc"] == 64 * len(regions)
             assert completion.usage.prompt_tokens == num_prompt_tokens
             assert completion.choices[0].message.content == text
         assert metric(server, "crop:visual_tokens_retained_total") == 5 * 64

@@ -14,6 +14,7 @@ import pytest
 from tests.e2e.conftest import MODEL, OPTIONS, metric
 from tests.e2e.test_serve import EVERY_TOKEN, FIRST, SECOND, SQUARE, STEPS, WIDE, chat, expected, messages
 from tests.reference import HfLlava
+from vllm_crop.client import facts_of
 from vllm_crop.measuring.server import Server, serve
 from vllm_crop.planning.budget import Method, retained_per_stage
 
@@ -71,7 +72,7 @@ def test_every_method_on_one_server(client: openai.OpenAI, hf: HfLlava, method: 
         response = chat(client, [SQUARE], {"regions": FIRST.as_lists(), "method": method})
         assert response.parse().choices[0].message.content == answer_of(hf, SQUARE, FIRST, method)
     counts = retained_per_stage(576, RATE, method, 8, (2,) if "ilp" in method else ())
-    facts = json.loads(response.headers["x-crop-facts"])["images"][0]
+    facts = facts_of(response.headers)["images"][0]
     assert facts["tokens_after_plc"] == counts[0]
     assert facts["tokens_avg"] == pytest.approx((2 * counts[0] + 6 * counts[-1]) / 8, abs=0.01)
 

@@ -14,6 +14,7 @@ from tests.e2e.test_serve import FIRST, SECOND, chat, expected
 from tests.families import LLAVA_NEXT
 from tests.pictures import noise_image
 from tests.reference import HfReference
+from vllm_crop.client import facts_of
 from vllm_crop.measuring.server import Server, serve
 from vllm_crop.planning.budget import Method
 
@@ -44,7 +45,7 @@ def test_every_method_about_images_of_two_shapes(server: Server, hf: HfReference
     client = openai.OpenAI(base_url=f"{server.base_url}/v1", api_key="unused", max_retries=0)
     crop = {"regions": [FIRST.as_lists(), SECOND.as_lists()], "method": method}
     response = chat(client, [WIDE, TALL], crop)
-    facts = json.loads(response.headers["x-crop-facts"])
+    facts = facts_of(response.headers)
     assert [image["tokens"] for image in facts["images"]] == TOKENS
     share = facts["tokens_avg"] / sum(TOKENS)
     assert share == pytest.approx(1 if method == "off" else 1 - RATE, abs=0.01)

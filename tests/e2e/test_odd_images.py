@@ -22,6 +22,7 @@ from tests.e2e.test_serve import EVERY_TOKEN, FIRST, STEPS, TEXT, chat, expected
 from tests.families import LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_5_VL, QWEN3_VL, Family
 from tests.pictures import noise_image
 from tests.reference import HfReference
+from vllm_crop.client import facts_of
 from vllm_crop.errors import UnsupportedImageError
 from vllm_crop.families.checkpoint import load_geometry
 from vllm_crop.measuring.server import Server, get_text, serve
@@ -123,7 +124,7 @@ def test_it_is_pruned_as_transformers_has_it_or_refused(
             ask(client, ODD[name])
     else:
         response = ask(client, ODD[name])
-        (image,) = json.loads(response.headers["x-crop-facts"])["images"]
+        (image,) = facts_of(response.headers)["images"]
         assert image["tokens"] == grid.num_tokens
         completion = response.parse()
         answer = completion.choices[0].message.content, completion.usage.prompt_tokens

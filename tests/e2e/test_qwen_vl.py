@@ -15,6 +15,7 @@ from tests.e2e.test_serve import FIRST, SECOND, chat, expected
 from tests.families import QWEN2_5_VL, QWEN3_VL, Family
 from tests.pictures import noise_image
 from tests.reference import HfReference
+from vllm_crop.client import facts_of
 from vllm_crop.measuring.server import Server, serve
 from vllm_crop.planning.budget import Method
 
@@ -57,7 +58,7 @@ def test_all_methods_at_once_about_images_of_two_sizes(
     def ask(method: Method) -> tuple[str, int]:
         crop = {"regions": [FIRST.as_lists(), SECOND.as_lists()], "method": method}
         response = chat(client, [WIDE, TALL], crop)
-        facts = json.loads(response.headers["x-crop-facts"])
+        facts = facts_of(response.headers)
         assert [image["tokens"] for image in facts["images"]] == TOKENS[family]
         share = facts["tokens_avg"] / sum(TOKENS[family])
         assert share == pytest.approx(1 if method == "off" else 1 - RATE, abs=0.01)

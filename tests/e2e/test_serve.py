@@ -16,7 +16,7 @@ from PIL import Image
 from tests.e2e.conftest import API_KEY, MODEL, metric
 from tests.pictures import noise_image
 from tests.reference import HfLlava, HfReference
-from vllm_crop.client import data_url
+from vllm_crop.client import data_url, facts_of
 from vllm_crop.measuring.server import Server, get_text
 from vllm_crop.planning.budget import Method
 from vllm_crop.planning.geometry import Region
@@ -86,7 +86,7 @@ def test_without_the_field_the_image_is_served_whole(client: openai.OpenAI, hf: 
     completion = response.parse()
     assert completion.choices[0].message.content == text
     assert completion.usage.prompt_tokens == num_prompt_tokens
-    assert json.loads(response.headers["x-crop-facts"])["images"][0]["source"] == "none"
+    assert facts_of(response.headers)["images"][0]["source"] == "none"
 
 
 def test_a_region_shortens_the_prompt_and_is_reported(client: openai.OpenAI, hf: HfLlava) -> None:
@@ -96,7 +96,7 @@ def test_a_region_shortens_the_prompt_and_is_reported(client: openai.OpenAI, hf:
     assert completion.choices[0].message.content == text
     assert completion.usage.prompt_tokens == num_prompt_tokens
     assert completion.usage.prompt_tokens_details.multimodal_tokens == {"image": 96}
-    facts = json.loads(response.headers["x-crop-facts"])
+    facts = facts_of(response.headers)
     assert facts["tokens"] == 576
     assert facts["tokens_after_plc"] == 96
     assert facts["images"] == [
@@ -113,7 +113,7 @@ def test_a_region_shortens_the_prompt_and_is_reported(client: openai.OpenAI, hf:
 def test_streaming_gives_the_same_answer_and_header(client: openai.OpenAI, hf: HfLlava) -> None:
     text, _ = expected(hf, [WIDE], [SECOND])
     response = chat(client, [WIDE], {"regions": SECOND.as_lists()}, stream=True)
-    assert json.loads(response.headers["x-crop-facts"])["tokens_after_plc"] == 96
+    assert facts_of(response.headers)["tokens_after_plc"] == 96
     streamed = "".join(chunk.choices[0].delta.content or "" for chunk in response.parse() if chunk.choices)
     assert streamed == text
 
@@ -162,7 +162,7 @@ def test_responses_api(client: openai.OpenAI, hf: HfLlava) -> None:
     parsed = response.parse()
     assert parsed.usage.input_tokens == num_prompt_tokens
     assert parsed.output_text == text
-    assert json.loads(response.headers["x-crop-facts"])["tokens_after_plc"] == 96
+    assert facts_of(response.headers)["tokens_after_plc"] == 96
 
 
 def test_messages_api(server: Server, hf: HfLlava) -> None:
@@ -182,7 +182,7 @@ def test_messages_api(server: Server, hf: HfLlava) -> None:
     _, num_prompt_tokens = expected(hf, [SQUARE], [FIRST])
     usage = response.parse().usage
     assert usage.input_tokens + usage.cache_read_input_tokens == num_prompt_tokens
-    assert json.loads(response.headers["x-crop-facts"])["tokens_after_plc"] == 96
+    assert facts_of(response.headers)["tokens_after_plc"] == 96
     with pytest.raises(anthropic.BadRequestError) as caught:
         ask({"regions": 7})
     assert caught.value.body["error"]["type"] == "invalid_request_error"

@@ -10,7 +10,6 @@ import pytest
 from rich.console import Console
 
 from lab.demo import __main__ as demo
-from lab.demo.client import Answer
 from lab.demo.report import answers_table, costs_table, shares_table
 from lab.demo.rows import METHODS, WRONG, Asked, Measured, kv_mib, rows, shares, wrong_region
 from lab.demo.setting import EVICTION_LAYERS, PRUNING_RATE
@@ -18,15 +17,16 @@ from lab.evaluation.questions import make_test_set
 from lab.evaluation.regions import cells_of
 from lab.tinyvqa.checkpoint import LAYERS
 from lab.tinyvqa.questions import FAMILIES, LOCAL
+from vllm_crop.client import CropAnswer
 from vllm_crop.measuring.server import Server
 from vllm_crop.planning.budget import retained_per_stage
 
 ROOT = Path(__file__).parents[2]
 
 
-def answer(text: str, tokens: int, ttft_ms: float) -> Answer:
+def answer(text: str, tokens: int, ttft_ms: float) -> CropAnswer:
     facts: dict[str, Any] = {"tokens_after_plc": tokens, "tokens_avg": 63.67, "localizer_ms": 1020.4}
-    return Answer(text, tokens + 12, facts, ttft_ms)
+    return CropAnswer(text, facts, tokens + 12, ttft_ms)
 
 
 @pytest.fixture(scope="module")

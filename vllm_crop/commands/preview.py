@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`vllm-crop preview`: a picture of what pruning leaves of an image."""
 
-import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -11,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from vllm_crop.client import question_about
+from vllm_crop.client import CropClient, facts_of
 from vllm_crop.commands.region_options import (
     DEFAULTS,
     CellsOption,
@@ -85,27 +83,19 @@ def ask_server(base_url: str, picture: Image.Image, question: str, crop: dict[st
         raise typer.BadParameter(
             "needs the package openai: pip install 'vllm-crop[openai]'", param_hint=_OPTION
         ) from None
-    key = os.environ.get("OPENAI_API_KEY") or "none"
-    client = openai.OpenAI(base_url=base_url, api_key=key, max_retries=0)
+    client = CropClient(base_url)
     try:
-        model = client.models.list().data[0]
-        response = client.chat.completions.with_raw_response.create(
-            model=model.id,
-            messages=question_about(picture.convert("RGB"), question),
-            max_tokens=ANSWER_TOKENS,
-            temperature=0,
-            extra_body={"crop": crop},
-        )
+        model = client.openai.models.list().data[0]
+        response = client.send(picture.convert("RGB"), question, crop, max_tokens=ANSWER_TOKENS)
     except openai.APIStatusError as error:
         raise typer.BadParameter(f"{base_url} refuses: {error.message}", param_hint=_OPTION) from None
     except openai.OpenAIError as error:
         raise typer.BadParameter(f"{base_url} cannot be asked: {error}", param_hint=_OPTION) from None
-    header = response.headers.get("x-crop-facts")
-    if header is None:
+    facts = facts_of(response.headers)
+    if facts is None:
         raise typer.BadParameter(
             f"{base_url} does not prune: start it with vllm serve ... --plugin crop", param_hint=_OPTION
         )
-    facts = json.loads(header)
     (image,) = facts["images"]
     boxes = image["region"]
     return ServerAnswer(

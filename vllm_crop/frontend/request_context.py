@@ -105,6 +105,7 @@ def _localizer_ms(images: Sequence[ImageFacts]) -> float | None:
 
 
 # Keys of the engine's input, on its way from the multimodal processor to the engine.
+FACTS_HEADER = "x-crop-facts"  # of every answer about pictures
 FACTS = "crop_facts"  # what the renderer says of its images
 UNMARKED = "crop_unmarked"  # the prompt's ids without the evictions that the server chose itself
 

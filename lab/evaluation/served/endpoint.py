@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Any OpenAI-compatible server that serves the checkpoint; with the plugin, if CROP is to be measured."""
 
-import json
 import math
-import os
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -14,12 +12,10 @@ from itertools import chain
 from statistics import median
 from typing import Any
 
-from PIL import Image
-
 from lab.evaluation.asking import Answer, Asked, SceneTask, ask
 from lab.evaluation.cells import LOCATE, GridCell
 from lab.evaluation.served.accounting import Accounting
-from vllm_crop.client import data_url
+from vllm_crop.client import CropClient, facts_of
 from vllm_crop.errors import CropError
 
 IN_FLIGHT = 16
@@ -35,12 +31,12 @@ class EndpointAnswers:
     name = "endpoint"
 
     def __init__(self, accounting: Accounting, base_url: str) -> None:
-        from openai import OpenAI, OpenAIError
+        from openai import OpenAIError
 
         self.accounting, self.base_url = accounting, base_url
-        self.client: Any = OpenAI(base_url=base_url, api_key=os.environ.get("OPENAI_API_KEY", "unused"))
+        self.client = CropClient(base_url, max_retries=2)
         try:
-            self.served = self.client.models.list().data[0].id
+            self.served = self.client.model
         except (OpenAIError, IndexError) as error:
             raise EndpointError(
                 f"{base_url} does not answer as an OpenAI-compatible server ({error}): is it up, and does "
@@ -83,17 +79,10 @@ class EndpointAnswers:
         from openai import OpenAIError
 
         # A server that finds regions itself would prune what is to be answered unpruned.
-        unpruned = {} if self.accounting.config is None else {"crop": {"method": "off"}}
-        content = [_image_part(image) for image in asked.images] + [{"type": "text", "text": asked.text}]
+        unpruned = None if self.accounting.config is None else {"method": "off"}
+        crop = unpruned if asked.crop is None else asked.crop
         try:
-            return self.client.chat.completions.with_raw_response.create(
-                model=self.served,
-                messages=[{"role": "user", "content": content}],
-                temperature=0,
-                max_tokens=asked.steps,
-                extra_body=unpruned if asked.crop is None else {"crop": asked.crop},
-                **options,
-            )
+            return self.client.send(asked.images, asked.text, crop, max_tokens=asked.steps, **options)
         except OpenAIError as error:
             hint = " Does it run with --plugin crop?" if asked.crop else ""
             raise EndpointError(f"{self.base_url} refused a question: {error}.{hint}") from None
@@ -101,13 +90,9 @@ class EndpointAnswers:
 
 def _found(headers: Mapping[str, str]) -> list[list[float]] | None:
     """The region that the server has found, None where it served the image whole."""
-    header = headers.get("x-crop-facts")
-    (image,) = json.loads(header)["images"] if header else ({},)
+    facts = facts_of(headers)
+    (image,) = facts["images"] if facts else ({},)
     if "localizer" not in image:
         raise EndpointError("the server finds no regions: start it with a localizer in --crop-config")
     region: list[list[float]] | None = image["region"]
     return region
-
-
-def _image_part(image: Image.Image) -> dict[str, Any]:
-    return {"type": "image_url", "image_url": {"url": data_url(image)}}
