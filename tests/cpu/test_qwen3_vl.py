@@ -104,14 +104,14 @@ def test_deepstack_rows_go_with_their_embeddings(
     """The control: deepstack rows of other tokens than those that are left would be noticed."""
     engine = engine_of(QWEN3_VL, setting)
     right(engine, reference_for, about(noise_image(402, 500, 400), FIRST))
-    encode = type(engine.model).encode_images
+    encode = type(engine.model).embed_stock
 
-    def shuffled(self: Any, *args: Any) -> Any:
-        for features in encode(self, *args):
+    def shuffled(self: Any, **kwargs: Any) -> Any:
+        for features in encode(self, **kwargs):
             order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
             yield torch.cat([features[:, :HIDDEN], features[order][:, HIDDEN:]], dim=1)
 
-    monkeypatch.setattr(type(engine.model), "encode_images", shuffled)
+    monkeypatch.setattr(type(engine.model), "embed_stock", shuffled)
     asked = about(noise_image(403, 500, 400), FIRST)
     (answer,) = engine.ask(asked)
     assert difference(answer, reference_for(asked, engine.config)) > NOTICEABLE
@@ -124,7 +124,7 @@ def test_cached_features_have_deepstack_beside_them(pool: Engine, reference_for:
     before = encoder.num_encoded
     right(pool, reference_for, about(image, SECOND))
     assert encoder.num_encoded == before
-    features = list(encoder.cache._entries.values())[-1]
+    features = list(encoder.cache.values())[-1]
     assert features.shape == (GRID.num_tokens, (1 + LEVELS) * HIDDEN)
 
 

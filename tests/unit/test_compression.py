@@ -104,30 +104,30 @@ def cache_of(num_rows: int) -> FeatureCache:
 def test_cached_features_come_back_and_hits_are_counted() -> None:
     cache = cache_of(10)
     features = random_features(4)
-    assert cache.get((1, 2)) is None
-    cache.put((1, 2), features)
-    found = cache.get((1, 2))
+    assert cache.find((1, 2)) is None
+    cache.store((1, 2), features)
+    found = cache.find((1, 2))
     assert found is not None
     assert torch.equal(found, features)
-    assert cache.get((2, 1)) is None
+    assert cache.find((2, 1)) is None
     assert (len(cache), cache.num_hits) == (1, 1)
 
 
 def test_the_least_recently_used_features_make_room() -> None:
     cache = cache_of(3)
     for key in range(3):
-        cache.put((key,), random_features(1, seed=key))
-    assert cache.get((0,)) is not None
-    cache.put((3,), random_features(1, seed=3))
-    assert [key for key in range(4) if cache.get((key,)) is not None] == [0, 2, 3]
+        cache.store((key,), random_features(1, seed=key))
+    assert cache.find((0,)) is not None
+    cache.store((3,), random_features(1, seed=3))
+    assert [key for key in range(4) if cache.find((key,)) is not None] == [0, 2, 3]
 
 
 def test_a_large_entry_displaces_as_many_as_it_needs() -> None:
     cache = cache_of(4)
     for key in range(4):
-        cache.put((key,), random_features(1))
-    cache.put((9,), random_features(3))
-    assert [key for key in (0, 1, 2, 3, 9) if cache.get((key,)) is not None] == [3, 9]
+        cache.store((key,), random_features(1))
+    cache.store((9,), random_features(3))
+    assert [key for key in (0, 1, 2, 3, 9) if cache.find((key,)) is not None] == [3, 9]
 
 
 @settings(deadline=None)
@@ -135,24 +135,24 @@ def test_a_large_entry_displaces_as_many_as_it_needs() -> None:
 def test_the_bytes_stored_never_exceed_the_bound(puts: list[tuple[int, int]], num_rows: int) -> None:
     cache = cache_of(num_rows)
     for key, rows in puts:
-        cache.put((key,), random_features(rows))
-        stored = [entry for other in range(7) if (entry := cache.get((other,))) is not None]
+        cache.store((key,), random_features(rows))
+        stored = [entry for other in range(7) if (entry := cache.find((other,))) is not None]
         assert len(stored) == len(cache)
         assert sum(entry.numel() * entry.element_size() for entry in stored) <= num_rows * ROW_BYTES
-        assert rows > num_rows or cache.get((key,)) is not None
+        assert rows > num_rows or cache.find((key,)) is not None
 
 
 def test_features_too_large_for_the_cache_leave_it_as_it_was() -> None:
     cache = cache_of(2)
-    cache.put((1,), random_features(2))
-    cache.put((2,), random_features(3))
-    assert cache.get((1,)) is not None
-    assert cache.get((2,)) is None
+    cache.store((1,), random_features(2))
+    cache.store((2,), random_features(3))
+    assert cache.find((1,)) is not None
+    assert cache.find((2,)) is None
 
 
 def test_an_empty_key_and_a_cache_of_no_bytes_store_nothing() -> None:
     cache = cache_of(2)
-    cache.put((), random_features(1))
+    cache.store((), random_features(1))
     assert len(cache) == 0
     none = cache_of(0)
     none.put((1,), random_features(1))
@@ -162,9 +162,9 @@ def test_an_empty_key_and_a_cache_of_no_bytes_store_nothing() -> None:
 def test_features_stored_under_a_key_stay() -> None:
     cache = cache_of(4)
     first, second = random_features(1, seed=1), random_features(1, seed=2)
-    cache.put((1,), first)
-    cache.put((1,), second)
-    found = cache.get((1,))
+    cache.store((1,), first)
+    cache.store((1,), second)
+    found = cache.find((1,))
     assert found is not None
     assert torch.equal(found, first)
 
@@ -172,9 +172,9 @@ def test_features_stored_under_a_key_stay() -> None:
 def test_a_copy_is_stored_not_a_view_of_the_batch() -> None:
     batch = torch.zeros(8, 2, 5)
     cache = cache_of(4)
-    cache.put((1,), batch[3])
+    cache.store((1,), batch[3])
     batch.fill_(1)
-    found = cache.get((1,))
+    found = cache.find((1,))
     assert found is not None
     assert found.untyped_storage().nbytes() == 2 * ROW_BYTES
     assert not found.any()
@@ -182,12 +182,12 @@ def test_a_copy_is_stored_not_a_view_of_the_batch() -> None:
 
 def test_clearing_forgets_everything_and_frees_its_room() -> None:
     cache = cache_of(2)
-    cache.put((1,), random_features(2))
+    cache.store((1,), random_features(2))
     cache.clear()
     assert len(cache) == 0
-    assert cache.get((1,)) is None
-    cache.put((2,), random_features(2))
-    assert cache.get((2,)) is not None
+    assert cache.find((1,)) is None
+    cache.store((2,), random_features(2))
+    assert cache.find((2,)) is not None
 
 
 @pytest.mark.parametrize("num_rows", [0, 3])
@@ -195,6 +195,6 @@ def test_the_bound_is_held_in_memory_until_the_first_entry_replaces_it(num_rows:
     cache = cache_of(num_rows)
     reserved = [v for v in vars(cache).values() if isinstance(v, torch.Tensor)]
     assert [tensor.nbytes for tensor in reserved] == [num_rows * ROW_BYTES]
-    cache.put((1,), random_features(1))
+    cache.store((1,), random_features(1))
     held = [v for v in vars(cache).values() if isinstance(v, torch.Tensor)]
     assert len(held) == (0 if num_rows else 1)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every family's model does with plans: compress, run the language model in stages."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,8 +10,8 @@ from torch import nn
 from vllm.config import VllmConfig
 
 from vllm_crop.eviction.decoder import EvictingDecoder, EvictingStep, start_eviction
-from vllm_crop.models.encoder import CompressingEncoder
-from vllm_crop.models.processor import ASSIGNMENT, POSITIONS
+from vllm_crop.models.encoder import CompressingEncoder, Encode
+from vllm_crop.models.processor import ASSIGNMENT, CROP_FIELDS, POSITIONS
 
 
 class CropModelMixin(nn.Module):
@@ -21,6 +21,30 @@ class CropModelMixin(nn.Module):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.crop_encoder = CompressingEncoder(vllm_config)
         self.eviction = start_eviction(self, vllm_config)
+
+    def embed_multimodal(self, **kwargs: Any) -> Any:
+        """The embeddings of a batch of images or videos, one `[num_embeddings, hidden]` tensor each."""
+        if kwargs.get("pixel_values") is None:  # videos, and image embeddings from the client
+            return self.embed_stock(**kwargs)
+        num_tokens, encode = self.images_of(kwargs)
+        return self.crop_encoder(num_tokens, encode, **{name: kwargs[name] for name in CROP_FIELDS})
+
+    def embed_stock(self, **kwargs: Any) -> Any:
+        """vLLM's own `embed_multimodal`: vision tower and projector."""
+        stock: Any = super()
+        return stock.embed_multimodal(**kwargs)
+
+    def images_of(self, kwargs: Mapping[str, Any]) -> tuple[Sequence[int], Encode]:
+        """How a family's images are encoded.
+
+        Args:
+            kwargs: of `embed_multimodal`, with `pixel_values`.
+
+        Returns:
+            Per image its visual tokens unpruned; and what takes the indices of some of the images to their
+            features, `[num_tokens, hidden]` each.
+        """
+        raise NotImplementedError
 
     def forward(
         self,

@@ -66,7 +66,7 @@ class CompressingEncoder:
     def _features(
         self, num_tokens: Sequence[int], encode: Encode, keys: Sequence[ImageKey]
     ) -> list[torch.Tensor]:
-        features = [self.cache.get(key) if key else None for key in keys]
+        features = [self.cache.find(key) if key else None for key in keys]
         # Keyed images that occur twice in the batch (two regions of one image) are encoded once.
         missing: dict[object, list[int]] = {}
         for index, known in enumerate(features):
@@ -76,7 +76,7 @@ class CompressingEncoder:
             self.peak_tokens = max(self.peak_tokens, sum(num_tokens[image] for image in batch))
             self.num_encoded += len(batch)
             for image, image_features in zip(batch, encode(batch), strict=True):
-                self.cache.put(keys[image], image_features)
+                self.cache.store(keys[image], image_features)
                 for index in missing[keys[image] or image]:
                     features[index] = image_features
         return [image_features for image_features in features if image_features is not None]

@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Vision features of recent images, so that a second question about an image runs no vision tower.
+"""Visual features between vision tower and language model: kept for the next question, compressed by a plan.
 
-vLLM's encoder cache cannot do this: its entries are the compressed embeddings of one region.
+vLLM's encoder cache cannot keep them: its entries are the compressed embeddings of one region. torch only.
 """
 
-from collections import OrderedDict
-
 import torch
+from cachetools import LRUCache
 
 ImageKey = tuple[int, ...]
 
 
-class FeatureCache:
-    """Least recently used features, bounded by bytes; an empty key is never stored.
+class FeatureCache(LRUCache[ImageKey, torch.Tensor]):
+    """Features of recent images, bounded by bytes, so that another question runs no vision tower.
 
     The bound is reserved as one block until the first entry arrives. vLLM sizes the KV cache in between,
     so the memory is accounted for. Tensor-parallel ranks see the same calls and keep the same entries.
@@ -20,40 +19,23 @@ class FeatureCache:
 
     def __init__(self, max_bytes: int, device: torch.device | str) -> None:
         """Reserve `max_bytes` on `device`; 0 stores nothing."""
-        self.max_bytes = max_bytes
+        super().__init__(max_bytes, getsizeof=lambda features: features.numel() * features.element_size())
         self.num_hits = 0
-        self._bytes = 0
-        self._entries: OrderedDict[ImageKey, torch.Tensor] = OrderedDict()
         self._reserve: torch.Tensor | None = torch.empty(max_bytes, dtype=torch.uint8, device=device)
 
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def get(self, key: ImageKey) -> torch.Tensor | None:
+    def find(self, key: ImageKey) -> torch.Tensor | None:
         """The features `[num_tokens, hidden]` stored under `key`, or None."""
-        features = self._entries.get(key)
-        if features is not None:
-            self._entries.move_to_end(key)
-            self.num_hits += 1
+        features = self.get(key)
+        self.num_hits += features is not None
         return features
 
-    def put(self, key: ImageKey, features: torch.Tensor) -> None:
-        """Store a copy of one image's features, evicting the least recently used ones."""
-        size = features.numel() * features.element_size()
-        if not key or key in self._entries or size > self.max_bytes:
+    def store(self, key: ImageKey, features: torch.Tensor) -> None:
+        """Keep a copy of one image's features; nothing under an empty key, and nothing too large."""
+        if not key or key in self or self.getsizeof(features) > self.maxsize:
             return
         self._reserve = None
-        while self._bytes + size > self.max_bytes:
-            _, dropped = self._entries.popitem(last=False)
-            self._bytes -= dropped.numel() * dropped.element_size()
         # A view would keep the whole batch it was computed in alive.
-        self._entries[key] = features.clone()
-        self._bytes += size
-
-    def clear(self) -> None:
-        """Forget everything: the weights have changed."""
-        self._entries.clear()
-        self._bytes = 0
+        self[key] = features.clone()
 
 
 def compress(features: torch.Tensor, assignment: torch.Tensor) -> torch.Tensor:

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """LLaVA-1.5 with pruning, over vllm/model_executor/models/llava.py."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from vllm.config import VllmConfig
 from vllm.model_executor.models import llava as stock
 from vllm.model_executor.models.interfaces import SupportsMRoPE
@@ -12,6 +11,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from vllm_crop.families.registry import geometry_from_configs
 from vllm_crop.models.base import PlainRopeMixin
+from vllm_crop.models.encoder import Encode
 from vllm_crop.models.processor import CropProcessorMixin
 
 
@@ -32,17 +32,11 @@ class LlavaForConditionalGeneration(PlainRopeMixin, stock.LlavaForConditionalGen
         hf_config = vllm_config.model_config.hf_config
         self.tokens_per_image = geometry_from_configs(hf_config.to_dict(), {}).max_tokens
 
-    def embed_multimodal(self, **kwargs: Any) -> Any:
-        """The embeddings of a batch of images, one `[num_embeddings, hidden]` tensor per image."""
-        if kwargs.get("pixel_values") is None:  # image embeddings from the client are never compressed
-            return super().embed_multimodal(**kwargs)
-        pixel_values = kwargs.pop("pixel_values")
+    def images_of(self, kwargs: Mapping[str, Any]) -> tuple[Sequence[int], Encode]:
+        """One tile of `[3, height, width]` per image."""
+        tiles = kwargs["pixel_values"]
 
         def encode(picked: Sequence[int]) -> Any:
-            return self.encode_images(pixel_values[picked])
+            return self.embed_stock(pixel_values=tiles[picked])
 
-        return self.crop_encoder([self.tokens_per_image] * len(pixel_values), encode, **kwargs)
-
-    def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Vision tower and projector: `[images, 3, height, width]` -> `[images, num_tokens, hidden]`."""
-        return super().embed_multimodal(pixel_values=pixel_values)
+        return [self.tokens_per_image] * len(tiles), encode

@@ -4,13 +4,13 @@
 Videos pass through untouched.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from vllm_crop.models.base import CropModelMixin, original_mrope_positions
-from vllm_crop.models.processor import CROP_FIELDS
+from vllm_crop.models.encoder import Encode
 
 
 class CropQwenVLMixin(CropModelMixin):
@@ -18,27 +18,19 @@ class CropQwenVLMixin(CropModelMixin):
 
     visual: Any
 
-    def embed_multimodal(self, **kwargs: Any) -> Any:
-        """The embeddings of a batch of images or videos, one `[num_embeddings, hidden]` tensor each."""
-        if kwargs.get("pixel_values") is None:  # videos, and image embeddings from the client
-            stock: Any = super()
-            return stock.embed_multimodal(**kwargs)
-        pixel_values, grids = kwargs["pixel_values"], kwargs["image_grid_thw"]
+    def images_of(self, kwargs: Mapping[str, Any]) -> tuple[Sequence[int], Encode]:
+        """The patches of all images `[patches, ...]`, and per image its grid `[1, rows, columns]` of them."""
+        patches, grids = kwargs["pixel_values"], kwargs["image_grid_thw"]
         num_patches = grids.prod(-1)
 
         def encode(picked: Sequence[int]) -> Any:
             if len(picked) == len(grids):
-                return self.encode_images(pixel_values, grids)
-            images = pixel_values.split(num_patches.tolist())
-            return self.encode_images(torch.cat([images[index] for index in picked]), grids[picked])
+                return self.embed_stock(pixel_values=patches, image_grid_thw=grids)
+            images = patches.split(num_patches.tolist())
+            some = torch.cat([images[index] for index in picked])
+            return self.embed_stock(pixel_values=some, image_grid_thw=grids[picked])
 
-        num_tokens = (num_patches // self.visual.spatial_merge_size**2).tolist()
-        return self.crop_encoder(num_tokens, encode, **{name: kwargs[name] for name in CROP_FIELDS})
-
-    def encode_images(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> Any:
-        """Vision tower: `[patches of all images, ...]` -> per image `[num_tokens, hidden]`."""
-        stock: Any = super()
-        return stock.embed_multimodal(pixel_values=pixel_values, image_grid_thw=image_grid_thw)
+        return (num_patches // self.visual.spatial_merge_size**2).tolist(), encode
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: Any) -> Any:
         """The ids that tokens have in the unpruned prompt, `[3, num_tokens]`, and their excess."""
