@@ -8,10 +8,13 @@ BIN := $(VENV)/bin
 V2_TESTS := $(addprefix tests/cpu/test_,runner.py parity.py caches.py image_names.py eviction_caches.py eviction_scheduling.py \
 	eviction_graphs.py soak.py qwen2_5_vl.py llava_next.py llava_onevision.py tinyvqa_served.py) \
 	tests/cpu/test_eviction_parity.py::test_all_scenarios_in_one_batch
+TIMING_TEST := tests/e2e/test_not_asked_for.py
+# Two lanes side by side on two cores: a thread for each process, which vLLM must not bind to a core.
+LANE := set -o pipefail; OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(BIN)/python -m pytest -p no:cacheprovider
 export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 
-.PHONY: help setup demo serve eval test test-unit lint format clean
+.PHONY: help setup demo serve eval test test-all lane-v1 lane-v2 test-unit lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -28,10 +31,21 @@ serve: setup  ## the same server, left running until Ctrl-C
 eval: setup  ## are answers still right: CROP, rivals, controls (ARGS="--quick" in minutes)
 	@$(BIN)/python -m lab.evaluation $(ARGS)
 
-test: setup  ## all tests: unit, server, real vLLM engine on both model runners, `vllm serve` over HTTP
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
-	@echo "The engine tests again on vLLM's V2 model runner:"
-	@$(BIN)/python -m pytest -p tests.v2_runner $(V2_TESTS) $(PYTEST_ARGS)
+test: setup  ## all tests in two lanes: real vLLM engines on both model runners, `vllm serve` over HTTP, a browser
+	@$(MAKE) --no-print-directory -j2 lane-v1 lane-v2
+	@echo "Alone, as it measures time:"
+	@$(BIN)/python -m pytest $(TIMING_TEST) $(PYTEST_ARGS)
+
+test-all: setup  ## the same with every scenario for every model family, one after the other: over an hour
+	@$(BIN)/python -m pytest --all-families $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -p tests.v2_runner --all-families $(V2_TESTS) $(PYTEST_ARGS)
+
+lane-v1:
+	@$(LANE) tests/unit tests/server tests/cpu $(PYTEST_ARGS) | sed -u 's/^/V1  /'
+
+lane-v2:
+	@{ $(LANE) -p tests.v2_runner $(V2_TESTS) $(PYTEST_ARGS) && \
+	$(LANE) tests/e2e --ignore $(TIMING_TEST) $(PYTEST_ARGS); } | sed -u 's/^/V2  /'
 
 test-unit: setup  ## only what needs no vLLM engine
 	@$(BIN)/python -m pytest tests/unit tests/server $(PYTEST_ARGS)

@@ -2,15 +2,45 @@
 """Shared fixtures."""
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from tests.selection import left_out
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`make test-all`."""
+    parser.addoption(
+        "--all-families", action="store_true", help="run every scenario alone for every family, not for some"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what tests/selection.py says."""
+    if config.getoption("--all-families"):
+        return
+    out = set(left_out(items, interpreted="TRITON_INTERPRET" in os.environ))
+    config.hook.pytest_deselected(items=list(out))
+    items[:] = [item for item in items if item not in out]
+
+
+STARTS: Counter[str] = Counter()  # of what makes a test run slow
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Say how many engines and servers were started."""
+    if STARTS:
+        started = ", ".join(f"{count} {name}" for name, count in sorted(STARTS.items()))
+        terminalreporter.write_line(f"started: {started}")
 
 
 CheckpointOf = Callable[..., Path]

@@ -4,13 +4,11 @@
 A CPU build has no Triton back end, which V2 needs: its kernels run in the interpreter instead. vLLM takes
 Triton for usable if there is a back end named "cpu", and Triton wants exactly one driver that is active.
 
-Interpreted kernels take their time: of the parity tests, which need the runner the same way for all families,
-each scenario runs alone for two of them, and in one batch for all.
+Interpreted kernels take their time: tests/selection.py leaves out more than for the V1 runner.
 """
 
 import os
 import types
-from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"
 os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
@@ -28,18 +26,3 @@ class InterpretedDriver:
 
 
 triton.backends.backends["cpu"] = types.SimpleNamespace(driver=InterpretedDriver, compiler=None)
-
-ALONE = ("llava", "qwen3_vl")  # plain RoPE; M-RoPE and deepstack
-BATCH = "test_all_scenarios_in_one_batch"
-
-
-def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
-    """Leave out single scenarios of the other families."""
-    left_out = [item for item in items if item.path.name == "test_parity.py" and _in_batch_only(item)]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if item not in left_out]
-
-
-def _in_batch_only(item: Any) -> bool:
-    family = item.callspec.params.get("family") if hasattr(item, "callspec") else None
-    return family is not None and str(family) not in ALONE and item.originalname != BATCH

@@ -21,7 +21,7 @@ os.environ["VLLM_CROP_DEBUG"] = "1"
 # vLLM reads this once in a process. Compiled code of an earlier run would hide what a first start does.
 os.environ["VLLM_CACHE_ROOT"] = tempfile.mkdtemp(prefix="vllm-crop-tests-")
 
-from tests.conftest import CheckpointOf
+from tests.conftest import STARTS, CheckpointOf
 from tests.families import LLAVA, Family
 from tests.reference import HfReference, Reference
 from vllm_crop.config import CropConfig
@@ -92,6 +92,7 @@ class Engine:
         }
         self.llm = LLM(model=str(checkpoint), **(defaults | DEVICE_OPTIONS | options))
         _KEPT.append(self.llm)
+        STARTS["engines"] += 1
         # The first engine of a process makes the process groups of all, but one for experts only if it has
         # some: any group of one process will do.
         parallel_state._EP = parallel_state._EP or parallel_state._TP

@@ -86,7 +86,7 @@ def test_one_name_for_two_images_of_a_request_is_refused(
 ) -> None:
     images = tuple(picture(80 + index, size) for index, size in enumerate(sizes))
     question = Question(images, crop_of(method, [FIRST, SECOND]))
-    with pytest.raises(VLLMValidationError, match="uuid 'twice' stands for two different images") as caught:
+    with pytest.raises(VLLMValidationError, match="uuid: 'twice' stands for two different images") as caught:
         named(engine, question, ["twice"] * 2, [True] * 2)
     assert caught.value.parameter == "uuid"
     check(engine, reference_for, question, named(engine, question, ["one", "other"], [True] * 2))

@@ -3,11 +3,15 @@
 
 import re
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from vllm_crop.measuring.server import Server, get_text, serve
+from tests.conftest import STARTS
+from vllm_crop.measuring import server as measuring
+from vllm_crop.measuring.server import Server, get_text
 
 API_KEY = "sekret-0123"
 MODEL = "tiny-llava"
@@ -15,6 +19,12 @@ OPTIONS = (
     *("--served-model-name", MODEL, "--dtype", "float32", "--max-model-len", "2048", "--enforce-eager"),
     *("--block-size", "32", "--limit-mm-per-prompt", '{"image": 8}', "--max-num-batched-tokens", "2048"),
 )
+
+
+def serve(*args: Any, **kwargs: Any) -> AbstractContextManager[Server]:
+    """A server of this test run, counted."""
+    STARTS["servers"] += 1
+    return measuring.serve(*args, **kwargs)
 
 
 def metric(server: Server, name: str, **labels: str) -> float:

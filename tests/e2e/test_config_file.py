@@ -8,11 +8,10 @@ from pathlib import Path
 import openai
 import pytest
 
-from tests.e2e.conftest import OPTIONS, metric
+from tests.e2e.conftest import OPTIONS, metric, serve
 from tests.e2e.test_serve import FIRST, SECOND, SQUARE, chat, expected
 from tests.reference import HfLlava
 from vllm_crop.client import facts_of
-from vllm_crop.measuring.server import serve
 
 pytestmark = pytest.mark.e2e
 

@@ -25,11 +25,11 @@ from lab.evaluation.options import Options
 from lab.evaluation.questions import TestScene, make_test_set
 from lab.evaluation.session import locations, make_tasks
 from lab.evaluation.transformers_answers import TransformersAnswers
-from tests.e2e.conftest import API_KEY, MODEL, OPTIONS, metric
+from tests.e2e.conftest import API_KEY, MODEL, OPTIONS, metric, serve
 from tests.tinyvqa import CHECKPOINT, ENGINE, ask, crop_options, facts, found, said_of_thumbnail
 from vllm_crop.client import data_url, question_about
 from vllm_crop.localizers.decision import FALLBACKS
-from vllm_crop.measuring.server import Server, get_text, serve
+from vllm_crop.measuring.server import Server, get_text
 from vllm_crop.planning.geometry import Region
 
 pytestmark = pytest.mark.e2e

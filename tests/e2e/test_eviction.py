@@ -11,11 +11,11 @@ from typing import Any
 import openai
 import pytest
 
-from tests.e2e.conftest import MODEL, OPTIONS, metric
+from tests.e2e.conftest import MODEL, OPTIONS, metric, serve
 from tests.e2e.test_serve import EVERY_TOKEN, FIRST, SECOND, SQUARE, STEPS, WIDE, chat, expected, messages
 from tests.reference import HfLlava
 from vllm_crop.client import facts_of
-from vllm_crop.measuring.server import Server, serve
+from vllm_crop.measuring.server import Server
 from vllm_crop.planning.budget import Method, retained_per_stage
 
 pytestmark = pytest.mark.e2e

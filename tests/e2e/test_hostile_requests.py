@@ -25,10 +25,10 @@ from PIL import Image
 from vllm.utils.serial_utils import tensor2base64
 
 from lab.evaluation.questions import make_test_set
-from tests.e2e.conftest import MODEL, OPTIONS, metric
+from tests.e2e.conftest import MODEL, OPTIONS, metric, serve
 from tests.tinyvqa import CHECKPOINT, ENGINE, ask, crop_options, facts, found
 from vllm_crop.client import data_url, question_about
-from vllm_crop.measuring.server import Server, get_text, serve
+from vllm_crop.measuring.server import Server, get_text
 from vllm_crop.request import MAX_FIELD_BYTES, MAX_KEYS
 
 pytestmark = pytest.mark.e2e
@@ -141,7 +141,7 @@ def test_one_name_for_two_images_is_a_400_that_names_it(
     crop = {"regions": [BOX, OTHER], "method": method, "pruning_rate": 0.5}
     response = post(server, route, chat(parts, "?", crop=crop))
     assert response.status_code == 400, response.text
-    assert "uuid 'u' stands for two different images" in response.text
+    assert "uuid: 'u' stands for two different images" in response.text
 
 
 def test_one_name_for_two_images_in_two_requests_is_answered_by_each(server: Server) -> None:

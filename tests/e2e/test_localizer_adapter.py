@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from transformers import AutoConfig
 
 from lab.evaluation.questions import make_test_set
-from tests.e2e.conftest import OPTIONS, metric
+from tests.e2e.conftest import OPTIONS, metric, serve
 from tests.tinyvqa import CHECKPOINT, ENGINE, ask, crop_options, found, said_of_thumbnail
-from vllm_crop.measuring.server import Server, serve
+from vllm_crop.measuring.server import Server
 
 pytestmark = pytest.mark.e2e
 

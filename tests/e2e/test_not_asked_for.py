@@ -9,10 +9,10 @@ from typing import Any
 import openai
 import pytest
 
-from tests.e2e.conftest import MODEL, OPTIONS
+from tests.e2e.conftest import MODEL, OPTIONS, serve
 from tests.pictures import noise_image
 from vllm_crop.client import data_url
-from vllm_crop.measuring.server import Server, serve
+from vllm_crop.measuring.server import Server
 
 pytestmark = pytest.mark.e2e
 

@@ -17,7 +17,7 @@ from PIL import Image
 from vllm.multimodal.media.image import ImageMediaIO
 
 from tests.conftest import CheckpointOf
-from tests.e2e.conftest import MODEL, OPTIONS
+from tests.e2e.conftest import MODEL, OPTIONS, serve
 from tests.e2e.test_serve import EVERY_TOKEN, FIRST, STEPS, TEXT, chat, expected
 from tests.families import LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_5_VL, QWEN3_VL, Family
 from tests.pictures import noise_image
@@ -25,7 +25,7 @@ from tests.reference import HfReference
 from vllm_crop.client import facts_of
 from vllm_crop.errors import UnsupportedImageError
 from vllm_crop.families.checkpoint import load_geometry
-from vllm_crop.measuring.server import Server, get_text, serve
+from vllm_crop.measuring.server import Server, get_text
 
 pytestmark = pytest.mark.e2e
 

@@ -16,9 +16,9 @@ from playwright.sync_api import Browser, expect
 
 from lab.evaluation.questions import make_test_set
 from tests.browser import REGION_PIXEL, Reader, chromium
-from tests.e2e.conftest import API_KEY, MODEL, OPTIONS
+from tests.e2e.conftest import API_KEY, MODEL, OPTIONS, serve
 from tests.tinyvqa import CHECKPOINT, ENGINE, ask, crop_options, found
-from vllm_crop.measuring.server import Server, serve
+from vllm_crop.measuring.server import Server
 
 pytestmark = pytest.mark.e2e
 

@@ -10,13 +10,13 @@ import openai
 import pytest
 
 from tests.conftest import CheckpointOf
-from tests.e2e.conftest import OPTIONS
+from tests.e2e.conftest import OPTIONS, serve
 from tests.e2e.test_serve import FIRST, SECOND, chat, expected
 from tests.families import QWEN2_5_VL, QWEN3_VL, Family
 from tests.pictures import noise_image
 from tests.reference import HfReference
 from vllm_crop.client import facts_of
-from vllm_crop.measuring.server import Server, serve
+from vllm_crop.measuring.server import Server
 from vllm_crop.planning.budget import Method
 
 pytestmark = pytest.mark.e2e

@@ -16,9 +16,9 @@ import pytest
 
 from lab.evaluation.questions import make_test_set
 from lab.tinyvqa.drawing import THUMBNAIL
-from tests.e2e.conftest import MODEL, OPTIONS, metric
+from tests.e2e.conftest import MODEL, OPTIONS, metric, serve
 from tests.tinyvqa import CHECKPOINT, ask, crop_options, found
-from vllm_crop.measuring.server import HOST, Server, free_port, get_text, serve
+from vllm_crop.measuring.server import HOST, Server, free_port, get_text
 
 pytestmark = pytest.mark.e2e
 

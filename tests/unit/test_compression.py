@@ -155,7 +155,7 @@ def test_an_empty_key_and_a_cache_of_no_bytes_store_nothing() -> None:
     cache.store((), random_features(1))
     assert len(cache) == 0
     none = cache_of(0)
-    none.put((1,), random_features(1))
+    none.store((1,), random_features(1))
     assert len(none) == 0
 
 

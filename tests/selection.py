@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which families the parametrized engine tests run for; `--all-families` runs the whole product.
+
+A scenario runs alone for a family with plain RoPE and for one with M-RoPE and deepstack, and for one more, in
+turn, where an engine of it runs anyway. All of them run in one batch for every family, on an engine that
+compresses and evicts at two layers: whatever a family does of its own, it does there.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+ALONE = ("llava", "qwen3_vl")
+SELECTED = ("test_parity", "test_eviction_parity", "test_plan_contract", "test_odd_images", "test_qwen_vl")
+BATCHES = (
+    "test_all_scenarios_in_one_batch",
+    "test_vision_tower_batches_hold_no_more_tokens_than_profiled",
+)
+# The settings of engines (tests/cpu/conftest.py) that run for every family: on the slow runner, only the one
+# that compresses and evicts.
+EVERYWHERE, EVERYWHERE_INTERPRETED = ("pool", "staged"), ("staged",)
+
+
+def left_out(items: Iterable[Any], interpreted: bool) -> list[Any]:
+    """The items that only the whole product has.
+
+    Args:
+        interpreted: kernels run in Triton's interpreter, where a step takes 0.3 s.
+    """
+    items = list(items)
+    scenarios = sorted({name for item in items if (name := _parameter(item, "name")) is not None}, key=str)
+    others = sorted({family for item in items if (family := _family(item)) and family not in ALONE})
+    return [item for item in items if not _is_selected(item, scenarios, others, interpreted)]
+
+
+def _is_selected(item: Any, scenarios: list[Any], others: list[str], interpreted: bool) -> bool:
+    family, module = _family(item), item.path.stem
+    if module not in SELECTED or family is None or family in ALONE:
+        return True
+    if _setting(item) not in (EVERYWHERE_INTERPRETED if interpreted else EVERYWHERE):
+        return False
+    name = _parameter(item, "name")
+    if item.originalname in BATCHES or (module == "test_plan_contract" and not interpreted):
+        return True
+    return name is not None and not interpreted and others[scenarios.index(name) % len(others)] == family
+
+
+def _setting(item: Any) -> str | None:
+    """Of the engine that a test asks."""
+    if item.path.stem != "test_parity":
+        found: str | None = _parameter(item, "setting")
+        return found
+    return "pool" if item.originalname in (*BATCHES, "test_pooling_equals_transformers") else None
+
+
+def _parameter(item: Any, name: str) -> Any:
+    return item.callspec.params.get(name) if hasattr(item, "callspec") else None
+
+
+def _family(item: Any) -> str | None:
+    family = _parameter(item, "family")
+    return None if family is None else str(family)
