@@ -15,6 +15,7 @@ from vllm_crop.planning.budget import Method, method_evicts
 from vllm_crop.planning.geometry import Box, Region
 from vllm_crop.planning.plan import Compression
 
+FACTS_HEADER = "x-crop-facts"  # of every answer about pictures
 MAX_IMAGES = 1024  # a bound for the list's length before anything is known of the request's images
 MAX_BOXES = 1024  # of one image
 MAX_BOXES_IN_ALL = 4096

@@ -11,7 +11,7 @@ from tests.cpu.conftest import EngineOf
 from tests.cpu.test_parity import each_family
 from tests.families import Family
 from tests.pictures import noise_image
-from vllm_crop.cli import app
+from vllm_crop.commands.app import app
 
 pytestmark = pytest.mark.vllm_runtime
 

@@ -213,7 +213,7 @@ def test_a_preview_shows_what_the_server_does_and_not_what_it_would_do_itself(
     scene, question = LOCAL[2]
     scene.picture().save(tmp_path / "scene.png")
     arguments = ["preview", "scene.png", question, "--base-url", f"{server.base_url}/v1"]
-    launch = "from vllm_crop.cli import app; app()"
+    launch = "from vllm_crop.commands.app import app; app()"
     command = [sys.executable, "-c", launch, *arguments]
     wide = {**os.environ, "COLUMNS": "200"}
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, env=wide)

@@ -31,7 +31,7 @@ from vllm_crop.benchmarking.session import Outcome
 from vllm_crop.benchmarking.summary import Ratio, mean_prompt_tokens, summarize
 from vllm_crop.benchmarking.tables import ideal_table, table
 from vllm_crop.benchmarking.view_times import ViewTimes, time_views
-from vllm_crop.cli import app
+from vllm_crop.commands.app import app
 from vllm_crop.config import CropConfig
 from vllm_crop.errors import CropError
 from vllm_crop.eviction.grouping import predict_grouping

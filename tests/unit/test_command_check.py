@@ -20,10 +20,10 @@ from vllm_crop.commands.check import check
 from vllm_crop.compat import installation
 from vllm_crop.compat.changes import CHANGES
 from vllm_crop.compat.checks import SUPPORTED_VERSIONS, find_problem
-from vllm_crop.compat.eviction_refusals import refused_with_eviction
 from vllm_crop.compat.points import UpstreamPoint
 from vllm_crop.compat.refusals import REFUSED
 from vllm_crop.config import CropConfig
+from vllm_crop.eviction.refusals import refused_with_eviction
 from vllm_crop.eviction.report import recommended_layer, savings
 from vllm_crop.planning.budget import check_eviction_layers
 

@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 
 from vllm_crop.compat.eviction_hook import CPU_WORKER, SCHEDULER, config_hook, prepare_engine
-from vllm_crop.compat.eviction_refusals import (
+from vllm_crop.compat.points import CPU_RUNNER_POINTS
+from vllm_crop.errors import UnsupportedFlagError
+from vllm_crop.eviction.markers import EvictionSettings
+from vllm_crop.eviction.refusals import (
     REFUSED,
     REFUSED_GRAPHS,
     captures_mixed_steps,
@@ -18,9 +21,6 @@ from vllm_crop.compat.eviction_refusals import (
     refuse_graphs,
     refused_with_eviction,
 )
-from vllm_crop.compat.points import CPU_RUNNER_POINTS
-from vllm_crop.errors import UnsupportedFlagError
-from vllm_crop.eviction.markers import EvictionSettings
 
 BREAKABLE = "VLLM_USE_BREAKABLE_CUDAGRAPH"
 STOCK_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"

@@ -37,7 +37,7 @@ LIGHT_IMPORTS = {
     "import vllm_crop.compat.hf_overrides": HEAVY,
     "import vllm_crop.compat.refusals": HEAVY,
     "import vllm_crop.compat.install": HEAVY,
-    "import vllm_crop.cli": (
+    "import vllm_crop.commands.app": (
         *HEAVY,
         "numba",
         "openai",
@@ -174,3 +174,24 @@ def test_what_is_imported_is_declared() -> None:
             ):
                 continue
             assert DISTRIBUTIONS.get(package, package) in names, source
+
+
+def test_rooms_do_not_look_into_each_other() -> None:
+    """Between two folders or loose modules imports go one way: whoever reads one needs not read the other."""
+    arrows = set()
+    for source in sources("vllm_crop"):
+        room = Path(source.relative_to(LIBRARY).parts[0]).stem
+        for name in of_package(imports_of(source), "vllm_crop"):
+            other = name.split(".")[1] if "." in name else room
+            if (
+                room not in (other, "__init__")
+                and (LIBRARY / other).exists() | (LIBRARY / f"{other}.py").exists()
+            ):
+                arrows.add((room, other))
+    assert len(arrows) > 40, "the scan sees hardly any import"
+    assert sorted((one, other) for one, other in arrows if (other, one) in arrows) == []
+
+
+def test_few_modules_lie_outside_the_rooms() -> None:
+    loose = sorted(path.stem for path in LIBRARY.glob("*.py") if path.stem != "__init__")
+    assert loose == ["client", "config", "errors", "planner", "request"]

@@ -8,10 +8,10 @@ engine's configuration, in the process that starts the engine.
 from typing import Any
 
 from vllm_crop.compat.checks import require_supported
-from vllm_crop.compat.eviction_refusals import refuse_flags
 from vllm_crop.compat.points import CPU_RUNNER_POINTS
 from vllm_crop.errors import UnsupportedFlagError
 from vllm_crop.eviction.markers import EvictionSettings
+from vllm_crop.eviction.refusals import refuse_flags
 
 SCHEDULER = "vllm_crop.eviction.scheduler.make_scheduler"
 CPU_WORKER = "vllm_crop.eviction.runner_v1.EvictionCPUWorker"

@@ -17,12 +17,12 @@ from pydantic import BaseModel
 from vllm_crop import __version__
 from vllm_crop.compat.changes import CHANGES
 from vllm_crop.compat.checks import SUPPORTED_VERSIONS, find_problem
-from vllm_crop.compat.eviction_refusals import refused_with_eviction
 from vllm_crop.compat.points import CPU_RUNNER_POINTS, EVICTION_POINTS, UPSTREAM_POINTS
 from vllm_crop.compat.refusals import REFUSED, uses_rust_front_end
 from vllm_crop.config import CropConfig
 from vllm_crop.errors import CropError
 from vllm_crop.eviction.grouping import predict_grouping
+from vllm_crop.eviction.refusals import refused_with_eviction
 from vllm_crop.eviction.report import BLOCK_SIZE, recommended_layer, savings
 from vllm_crop.families.checkpoint import load_geometry
 from vllm_crop.families.registry import FAMILIES, VisionGeometry

@@ -73,6 +73,8 @@ def write_markers(
         prompt_token_ids[token_index] = marker
 
 
+# Key of the engine's input: the prompt's ids without the evictions that the server chose itself.
+UNMARKED = "crop_unmarked"
 STAGES, MARKER_IDS = "stages", "marker_ids"
 
 

@@ -20,10 +20,10 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.states import RequestState
 
-from vllm_crop.compat.eviction_refusals import refuse_graphs
 from vllm_crop.eviction.decoder import EvictingStep
 from vllm_crop.eviction.markers import EvictionSettings, image_placeholders
 from vllm_crop.eviction.prompt_eviction import read_markers
+from vllm_crop.eviction.refusals import refuse_graphs
 from vllm_crop.eviction.stage_inputs import (
     AttentionGroups,
     RunningEvictions,

@@ -13,12 +13,12 @@ from typing import Any
 from vllm.exceptions import VLLMClientError, VLLMValidationError
 from vllm.renderers.hf import HfRenderer
 
-from vllm_crop.compat.patches.input_processor import IN_THE_WAY, evictions_refused, newly_sent
 from vllm_crop.errors import CropError
 from vllm_crop.frontend.engine_localizer import OfflineEngine, ServingEngine
 from vllm_crop.frontend.localization import LocalizationService, RegionQuery, images_sought
 from vllm_crop.frontend.metrics import crop_metrics
 from vllm_crop.frontend.request_context import FACTS, ImageFacts, RequestContext, Source, current_request
+from vllm_crop.frontend.settling import IN_THE_WAY, evictions_refused, newly_sent
 from vllm_crop.localizers.decision import Localization
 from vllm_crop.localizers.thumbnails import Picture, as_picture
 from vllm_crop.models.processor import (

@@ -104,10 +104,7 @@ def _localizer_ms(images: Sequence[ImageFacts]) -> float | None:
     return round(1000 * max(seconds), 1) if seconds else None
 
 
-# Keys of the engine's input, on its way from the multimodal processor to the engine.
-FACTS_HEADER = "x-crop-facts"  # of every answer about pictures
-FACTS = "crop_facts"  # what the renderer says of its images
-UNMARKED = "crop_unmarked"  # the prompt's ids without the evictions that the server chose itself
+FACTS = "crop_facts"  # key of the engine's input: what the renderer says of its images
 
 
 @dataclass

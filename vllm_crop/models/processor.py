@@ -23,9 +23,8 @@ from vllm.multimodal.processing import BaseMultiModalProcessor, PromptReplacemen
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from vllm_crop.config import CropConfig
-from vllm_crop.eviction.markers import EvictionSettings, embed_indices, write_markers
+from vllm_crop.eviction.markers import UNMARKED, EvictionSettings, embed_indices, write_markers
 from vllm_crop.families.registry import VisionGeometry, geometry_from_configs
-from vllm_crop.frontend.request_context import UNMARKED
 from vllm_crop.models.known_images import KnownImages, RequestImages, identify
 from vllm_crop.planner import ImageDecision, Planner
 from vllm_crop.planning.plan import TokenPlan

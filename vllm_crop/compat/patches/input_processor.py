@@ -15,14 +15,13 @@ Remove when: vLLM lets a model look at a request together with its parameters.
 
 import functools
 import inspect
-from dataclasses import replace
 from typing import Any
 
-from vllm_crop.eviction.markers import EvictionSettings, image_placeholders
-from vllm_crop.frontend.request_context import FACTS, UNMARKED, current_request
+from vllm_crop.eviction.markers import EvictionSettings
+from vllm_crop.frontend.request_context import current_request
+from vllm_crop.frontend.settling import newly_sent, settle_request
 
 REASON = "settles what a request's parameters and its prompt allow together"
-IN_THE_WAY = ("prompt_logprobs", "prompt_logprob_token_ids")  # sampling parameters
 _MARK = "_vllm_crop_input_processor_patched"
 
 
@@ -56,61 +55,3 @@ def patch(input_processor: Any) -> None:
         return request
 
     input_processor.process_inputs = process_inputs_with_crop
-
-
-def settle_request(request: Any, prompt: Any, settings: EvictionSettings) -> None:
-    """Judge an EngineCoreRequest, and leave out evictions that it cannot have.
-
-    Args:
-        prompt: the engine's input it was made of.
-
-    Raises:
-        VLLMValidationError: the client has asked for both; answered with HTTP 400.
-    """
-    parameter = _parameter_in_the_way(request)
-    if parameter is None or not settings.stages:
-        return
-    from vllm_crop.eviction.prompt_eviction import read_markers
-
-    placeholders = image_placeholders(request.mm_features or ())
-    if read_markers(request.prompt_token_ids or (), placeholders, settings.marker_ids) is None:
-        return
-    if (unmarked := prompt.get(UNMARKED)) is None:
-        raise evictions_refused(parameter)
-    request.prompt_token_ids = list(unmarked)
-    if (context := current_request.get()) is not None:
-        stale = {id(facts) for facts in prompt.get(FACTS, ())}
-        context.facts[:] = [
-            replace(facts, tokens_avg=float(facts.tokens_after_plc)) if id(facts) in stale else facts
-            for facts in context.facts
-        ]
-
-
-def evictions_refused(parameter: str) -> Any:
-    """The VLLMValidationError for a parameter that evictions cannot go with."""
-    from vllm.exceptions import VLLMValidationError
-
-    return VLLMValidationError(
-        f"{parameter}: not possible for a request whose visual tokens are evicted; send crop.method 'plc' or "
-        "'off'",
-        parameter=parameter,
-    )
-
-
-def newly_sent(prompt: Any) -> list[str]:
-    """The items of a prompt whose data goes along: vLLM's cache did not know them before."""
-    if not isinstance(prompt, dict) or prompt.get("type") != "multimodal":
-        return []
-    return [
-        mm_hash
-        for modality, items in prompt["mm_kwargs"].items()
-        for item, mm_hash in zip(items, prompt["mm_hashes"][modality], strict=True)
-        if item is not None
-    ]
-
-
-def _parameter_in_the_way(request: Any) -> str | None:
-    for name in IN_THE_WAY:
-        if getattr(request.sampling_params, name, None) is not None:
-            return name
-    return "resumable" if request.resumable else None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `vllm-crop`; each subcommand lives in its own module under vllm_crop/commands/."""
+"""The command `vllm-crop`; a module beside this one for each subcommand."""
 
 import typer
 
