@@ -73,21 +73,27 @@ def size_for_tokens(
 ) -> tuple[int, int] | None:
     """The largest size of about the same aspect that costs at most `max_tokens` visual tokens.
 
-    None where a smaller image does not cost less.
+    Image processors have a least size: Qwen3-VL's is 64 tokens, and more than that for all but square images.
+    One that costs up to twice as much as wanted is taken where there is nothing smaller. None where a smaller
+    image does not cost less.
     """
     full = geometry.grid(width, height).num_tokens
     if full <= max_tokens:
         return width, height
     scale = math.sqrt(max_tokens / full)
+    least, smallest = min(full, 2 * max_tokens + 1), None
     for _ in range(_ATTEMPTS):
         size = max(1, round(width * scale)), max(1, round(height * scale))
         try:
-            if geometry.grid(*size).num_tokens <= max_tokens:
-                return size
+            tokens = geometry.grid(*size).num_tokens
         except UnsupportedImageError:  # a line so narrow that a smaller one has no pixel across
-            return None
+            break
+        if tokens <= max_tokens:
+            return size
+        if tokens < least:
+            least, smallest = tokens, size
         scale *= 0.97
-    return None
+    return smallest
 
 
 class Picture:

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Limits, budgets, the localizer's view, room for positions and KV groups at published sizes, no weights."""
+
+import math
+from collections.abc import Callable
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.cpu.test_parity import each_family
+from tests.families import (
+    FAMILIES,
+    LLAVA,
+    LLAVA_NEXT,
+    LLAVA_ONEVISION,
+    QWEN2_5_VL,
+    QWEN2_VL,
+    QWEN3_VL,
+    QWEN3_VL_MOE,
+    Family,
+)
+from tests.published import PUBLISHED
+from vllm_crop.eviction.grouping import predict_grouping
+from vllm_crop.eviction.report import recommended_layer
+from vllm_crop.families.checkpoint import load_geometry
+from vllm_crop.localizers.thumbnails import size_for_tokens
+from vllm_crop.planning.budget import BudgetError, retained_per_stage
+from vllm_crop.request import CropParams, CropRequest
+
+pytestmark = pytest.mark.vllm_runtime
+SIZES = ((336, 336), (640, 480), (1280, 720), (3840, 2160), (300, 1500), (4000, 500))
+BOX = [0.4, 0.4, 0.6, 0.6]
+THUMBNAIL = 64  # tokens, the localizer's default
+BLOCK_SIZE = 16  # on a GPU
+# Visual tokens of an image of 1280x720, of 3840x2160, and of the largest; vLLM is asked below.
+TOKENS = {
+    LLAVA: (576, 576, 576),
+    LLAVA_NEXT: (1948, 1948, 2928),
+    LLAVA_ONEVISION: (5967, 7317, 8829),
+    QWEN2_VL: (1196, 10549, 16384),
+    QWEN2_5_VL: (1196, 10549, 16384),
+    QWEN3_VL: (880, 8160, 16384),
+    QWEN3_VL_MOE: (880, 8160, 16384),
+}
+ServerOf = Callable[[Family], SimpleNamespace]
+
+
+@pytest.fixture(scope="module")
+def server_of(tmp_path_factory: pytest.TempPathFactory) -> ServerOf:
+    """What a server with this checkpoint decides with: its processor, and the checkpoint's folder."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+
+    @cache
+    def of(family: Family) -> SimpleNamespace:
+        published = PUBLISHED[family]
+        folder = published.write(family, tmp_path_factory.mktemp(str(family)))
+        layers = load_geometry(str(folder)).num_layers
+        crop = {"method": "plc+ilp", "eviction_layers": [recommended_layer(layers, 3)]}
+        longest = min(32768, published.text["max_position_embeddings"])
+        arguments = EngineArgs(model=str(folder), additional_config={"crop": crop}, max_model_len=longest)
+        model_config = arguments.create_model_config()
+        processor = MULTIMODAL_REGISTRY.create_processor(model_config)
+        return SimpleNamespace(folder=folder, processor=processor, longest=longest)
+
+    return of
+
+
+@each_family
+def test_images_have_as_many_tokens_as_vllm_says(server_of: ServerOf, family: Family) -> None:
+    server = server_of(family)
+    geometry, info = server.processor.geometry, server.processor.info
+    hd, uhd, most = TOKENS[family]
+    assert geometry.grid(1280, 720).num_tokens == hd
+    assert geometry.grid(3840, 2160).num_tokens == uhd
+    assert geometry.max_tokens == most >= info.get_max_image_tokens()
+    assert geometry == load_geometry(str(server.folder))
+    counted = [
+        info.get_num_image_tokens(image_width=width, image_height=height, **_options(info))
+        for width, height in SIZES
+    ]
+    assert [geometry.grid(*size).num_tokens for size in SIZES] == counted
+
+
+def _options(info: Any) -> dict[str, Any]:
+    """Arguments that vLLM's Qwen-VL wants."""
+    if not hasattr(info, "get_image_processor") or "Qwen" not in type(info).__name__:
+        return {}
+    return {"image_processor": info.get_image_processor(), "mm_kwargs": {}}
+
+
+@each_family
+def test_every_budget_is_met_at_every_size(server_of: ServerOf, family: Family) -> None:
+    server = server_of(family)
+    planner = server.processor.planner
+    for size in SIZES:
+        for rate in (0.5, 0.889, 0.96):
+            asked = CropRequest(CropParams.parse({"regions": [BOX], "pruning_rate": rate}))
+            (decision,) = planner.plan(asked, [size])
+            assert decision.plan is not None, (size, rate)
+            tokens = decision.plan.grid.num_tokens
+            average = decision.plan.tokens_avg(planner.geometry.num_layers)
+            assert abs(average - max(1.0, tokens * (1 - rate))) <= 0.5, (size, rate)
+
+
+@each_family
+def test_original_positions_of_the_largest_image_fit(server_of: ServerOf, family: Family) -> None:
+    """A prompt as long as the server takes, and an image whose tokens are nearly all gone."""
+    server = server_of(family)
+    planner, geometry = server.processor.planner, server.processor.geometry
+    if not geometry.uses_mrope:
+        assert planner.room is None  # renumbered, unless asked for otherwise
+        return
+    assert planner.room is not None
+    for size in (*SIZES, (6000, 6000), (28 * 190, 28)):
+        asked = CropRequest(CropParams.parse({"regions": [[0.0, 0.0, 0.9, 0.9]], "pruning_rate": 0.99}))
+        (decision,) = planner.plan(asked, [size])
+        assert decision.mrope_position_delta <= planner.room
+
+
+@each_family
+def test_the_localizer_looks_at_a_small_view(server_of: ServerOf, family: Family) -> None:
+    geometry = server_of(family).processor.geometry
+    for width, height in SIZES:
+        size = size_for_tokens(geometry, width, height, THUMBNAIL)
+        if family in (LLAVA, LLAVA_NEXT, LLAVA_ONEVISION):
+            assert size is None  # a smaller image costs as much, so it is averaged
+            continue
+        assert size is not None
+        # The least that Qwen3-VL's image processor makes of an image that is not square.
+        at_most = 72 if family in (QWEN3_VL, QWEN3_VL_MOE) else THUMBNAIL
+        assert geometry.grid(*size).num_tokens <= at_most
+        assert abs(math.log(size[0] / size[1] * height / width)) < 0.5
+
+
+@each_family
+def test_the_recommended_layer_makes_groups_without_much_padding(server_of: ServerOf, family: Family) -> None:
+    geometry = server_of(family).processor.geometry
+    layer = recommended_layer(geometry.num_layers, geometry.first_eviction_layer)
+    grouping = predict_grouping(geometry.num_layers, (layer,), BLOCK_SIZE)
+    size = max(group.num_layers for group in grouping.groups)
+    assert size * len(grouping.groups) <= 1.2 * geometry.num_layers
+    for rate in (0.667, 0.778, 0.889):
+        try:
+            counts = retained_per_stage(geometry.max_tokens, rate, "plc+ilp", geometry.num_layers, (layer,))
+        except BudgetError:
+            pytest.fail(f"{rate} cannot be met from layer {layer} on")
+        assert counts[0] > counts[1] > 0
+
+
+def test_every_family_is_published() -> None:
+    assert set(PUBLISHED) == set(FAMILIES) == set(TOKENS)

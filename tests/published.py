@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sizes of published checkpoints: what their config.json and image processor's settings say, no weights.
+
+Tiny checkpoints hide sizes. A published one is written over a tiny one, whose tokenizer it keeps: what its
+settings decide can then be asked of vLLM itself.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.families import (
+    LLAVA,
+    LLAVA_NEXT,
+    LLAVA_ONEVISION,
+    QWEN2_5_VL,
+    QWEN2_VL,
+    QWEN3_VL,
+    QWEN3_VL_MOE,
+    Family,
+)
+
+_QWEN2_PIXELS = {"size": {"shortest_edge": 3136, "longest_edge": 12845056}}
+_QWEN3_PIXELS = {"size": {"shortest_edge": 65536, "longest_edge": 16777216}}
+_SIGLIP_SIDES = range(384, 2305, 384)
+_SIGLIP_GRIDS = [[one, other] for one in _SIGLIP_SIDES for other in _SIGLIP_SIDES]
+_CLIP_GRIDS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+
+
+@dataclass(frozen=True)
+class Published:
+    """A checkpoint on the Hub.
+
+    Attributes:
+        name: of the repository.
+        text, vision: the values of `text_config` and `vision_config` that sizes depend on.
+        top: values beside them.
+        processor: the image processor's settings that differ from the tiny checkpoint's.
+    """
+
+    name: str
+    text: Mapping[str, Any]
+    vision: Mapping[str, Any]
+    top: Mapping[str, Any]
+    processor: Mapping[str, Any] = field(default_factory=dict)
+
+    def write(self, family: Family, folder: Path) -> Path:
+        """A checkpoint folder without weights, in published sizes."""
+        family.make_checkpoint(folder, family.shallow)
+        path = folder / "config.json"
+        config = json.loads(path.read_text())
+        text = config.get("text_config") or config
+        text.update(self.text)
+        text.pop("layer_types", None)  # of each layer of the tiny one
+        config["vision_config"].update(self.vision)
+        config.update(self.top)
+        path.write_text(json.dumps(config))
+        settings_path = folder / "processor_config.json"
+        settings = json.loads(settings_path.read_text())
+        settings["image_processor"].update(self.processor)
+        settings_path.write_text(json.dumps(settings))
+        (folder / "model.safetensors").unlink()
+        return folder
+
+
+_QWEN2_VISION = {"depth": 32, "embed_dim": 1280, "num_heads": 16, "hidden_size": 3584}
+_QWEN2_TEXT = {
+    **{"hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4},
+    "max_position_embeddings": 32768,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+}
+_QWEN3_VISION = {
+    **{"depth": 27, "hidden_size": 1152, "num_heads": 16, "out_hidden_size": 4096},
+    **{"num_position_embeddings": 2304, "deepstack_visual_indexes": [8, 16, 24]},
+}
+_QWEN3_ROPE = {
+    **{"rope_type": "default", "rope_theta": 5e6, "mrope_interleaved": True},
+    "mrope_section": [24, 20, 20],
+}
+PUBLISHED: dict[Family, Published] = {
+    LLAVA: Published(
+        "llava-hf/llava-1.5-7b-hf",
+        {
+            **{"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "head_dim": 128},
+            **{"num_key_value_heads": 32, "max_position_embeddings": 4096},
+        },
+        {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16},
+        {},
+    ),
+    LLAVA_NEXT: Published(
+        "llava-hf/llava-v1.6-mistral-7b-hf",
+        {
+            **{"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "head_dim": 128},
+            **{"num_key_value_heads": 8, "max_position_embeddings": 32768},
+        },
+        {
+            **{"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16},
+            **{"image_size": 336, "patch_size": 14},
+        },
+        {"image_grid_pinpoints": _CLIP_GRIDS},
+        {
+            **{"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}},
+            "image_grid_pinpoints": _CLIP_GRIDS,
+        },
+    ),
+    LLAVA_ONEVISION: Published(
+        "llava-hf/llava-onevision-qwen2-7b-ov-hf",
+        {
+            **{"hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28},
+            **{"num_key_value_heads": 4, "max_position_embeddings": 32768},
+        },
+        {
+            **{"hidden_size": 1152, "num_hidden_layers": 26, "num_attention_heads": 16},
+            **{"image_size": 384, "patch_size": 14},
+        },
+        {"image_grid_pinpoints": _SIGLIP_GRIDS},
+        {"size": {"height": 384, "width": 384}, "image_grid_pinpoints": _SIGLIP_GRIDS},
+    ),
+    QWEN2_VL: Published("Qwen/Qwen2-VL-7B-Instruct", _QWEN2_TEXT, _QWEN2_VISION, {}, _QWEN2_PIXELS),
+    QWEN2_5_VL: Published(
+        "Qwen/Qwen2.5-VL-7B-Instruct",
+        {**_QWEN2_TEXT, "max_position_embeddings": 128000},
+        {
+            **{"depth": 32, "hidden_size": 1280, "num_heads": 16, "out_hidden_size": 3584},
+            **{"window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31]},
+        },
+        {},
+        _QWEN2_PIXELS,
+    ),
+    QWEN3_VL: Published(
+        "Qwen/Qwen3-VL-8B-Instruct",
+        {
+            **{"hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32, "head_dim": 128},
+            **{"num_key_value_heads": 8, "max_position_embeddings": 262144, "rope_parameters": _QWEN3_ROPE},
+        },
+        _QWEN3_VISION,
+        {},
+        _QWEN3_PIXELS,
+    ),
+    QWEN3_VL_MOE: Published(
+        "Qwen/Qwen3-VL-30B-A3B-Instruct",
+        {
+            **{"hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32, "head_dim": 128},
+            **{"num_key_value_heads": 4, "max_position_embeddings": 262144, "rope_parameters": _QWEN3_ROPE},
+        },
+        {**_QWEN3_VISION, "out_hidden_size": 2048},
+        {},
+        _QWEN3_PIXELS,
+    ),
+}
