@@ -1,0 +1,376 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mistakes planted one by one: does the default run notice each, and which test does first?
+
+    python -m tests.mutations [WORD ...]    # those whose names have one of the words; all in about an hour
+
+Works on a copy of the checkout. For each mistake quick tests run first, then the engine tests named with it,
+all of them part of `make test`; a mistake that none of these notices is printed as SURVIVED, and the exit code
+is 1.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+# Tests without an engine, by the room of the mistake.
+QUICK = {
+    "planning": "budget plan geometry plan_arrays token_grids",
+    "families": "anyres smart_resize token_grids vision_geometry",
+    "request.py": "params",
+    "planner.py": "params",
+    "models": "compression",
+    "eviction": "markers stage_inputs prompt_eviction grouping",
+    "localizers": "localizers localization_service",
+    "frontend": "localization_service facts metrics",
+    "compat": "refusals command_check",
+}
+PARITY = "tests/cpu/test_eviction_parity.py::test_all_scenarios_in_one_batch[staged-llava]"
+PLAIN = "tests/cpu/test_parity.py::test_all_scenarios_in_one_batch[llava]"
+QWEN3 = "tests/cpu/test_eviction_parity.py::test_all_scenarios_in_one_batch[staged-qwen3_vl]"
+EVICTION_CACHES = "tests/cpu/test_eviction_caches.py"
+KV = "tests/cpu/test_eviction_kv.py"
+SCHEDULING = "tests/cpu/test_eviction_scheduling.py"
+NAMES = "tests/cpu/test_image_names.py"
+CACHES = "tests/cpu/test_caches.py"
+LOCALIZER = "tests/cpu/test_localizer_offline.py"
+V2 = "-p tests.v2_runner "
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A mistake.
+
+    Attributes:
+        file: in vllm_crop/.
+        old, new: the text that is replaced, which occurs once.
+        tests: engine tests that follow the quick ones.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...] = ()
+
+
+MUTATIONS = (
+    # planning
+    Mutation(
+        "a token too few", "planning/budget.py", "return round(target_average(", "return int(target_average("
+    ),
+    Mutation(
+        "context before region",
+        "planning/plan.py",
+        "    within = inside[tokens]",
+        "    within = ~inside[tokens]",
+    ),
+    Mutation(
+        "region a row short",
+        "planning/geometry.py",
+        "touched[row0:row1, col0:col1] = True\n        return",
+        "touched[row0 : row1 - 1, col0:col1] = True\n        return",
+    ),
+    Mutation(
+        "middle: the last of equals (compiled)",
+        "planning/compiled_groups.py",
+        "distance == best and token < nearest",
+        "distance == best and token > nearest",
+    ),
+    Mutation(
+        "middle: the last of equals (numpy)",
+        "planning/groups.py",
+        "np.minimum.reduceat(np.where(nearest, tokens, len(places.row)), starts)",
+        "np.maximum.reduceat(np.where(nearest, tokens, -1), starts)",
+    ),
+    Mutation(
+        "plans are kept without the compression",
+        "planning/plan.py",
+        "return (grid, np.packbits(inside).tobytes(), *rest)",
+        "return (grid, np.packbits(inside).tobytes(), rest[0], *rest[2:])",
+    ),
+    Mutation(
+        "evicted from the layer after",
+        "planning/plan.py",
+        "        leaves_at[left] = layer\n",
+        "        leaves_at[left] = layer + 1\n",
+        (PARITY,),
+    ),
+    # what one request asks, and the planner
+    Mutation(
+        "cache key without the region",
+        "request.py",
+        "self.method, boxes, repr(self.pruning_rate)",
+        "self.method, repr(self.pruning_rate)",
+        (CACHES,),
+    ),
+    Mutation(
+        "cache key without the compression",
+        "request.py",
+        "repr(self.pruning_rate), self.compression, self",
+        "repr(self.pruning_rate), self",
+    ),
+    Mutation(
+        "limits hold for the localizer too",
+        "request.py",
+        "    if limited and params.pruning_rate is not None and rate",
+        "    if params.pruning_rate is not None and rate",
+        (LOCALIZER,),
+    ),
+    Mutation(
+        "room for positions is not checked",
+        "planner.py",
+        "        if delta > self.room:",
+        "        if delta > 4 * self.room:",
+        ("tests/cpu/test_qwen3_vl.py -k rotary",),
+    ),
+    Mutation(
+        "a found region fails a request", "planner.py", "if asked.found is None:", "if True:", (LOCALIZER,)
+    ),
+    # families
+    Mutation(
+        "newlines are not counted",
+        "families/llava_next.py",
+        "Box(x[0], y[0], x[1], y[1]), first, newlines=True)",
+        "Box(x[0], y[0], x[1], y[1]), first, newlines=False)",
+        ("tests/cpu/test_llava_next.py",),
+    ),
+    # models
+    Mutation(
+        "positions shifted by one after an image",
+        "models/base.py",
+        "shift += full_length - place.length",
+        "shift += full_length - place.length + 1",
+        ("tests/cpu/test_parity.py -k sampling and llava",),
+    ),
+    Mutation(
+        "hash without the image",
+        "models/processor.py",
+        "key = repr((image_hash, request_key, position_ids))",
+        "key = repr((request_key, position_ids))",
+        (CACHES,),
+    ),
+    Mutation(
+        "all images share their features",
+        "models/processor.py",
+        "hashlib.blake2b(image_hash.encode(), digest_size=16)",
+        "hashlib.blake2b(b'', digest_size=16)",
+        (CACHES,),
+    ),
+    Mutation(
+        "features of the other images",
+        "models/encoder.py",
+        "for image, image_features in zip(batch, encode(batch), strict=True):",
+        "for image, image_features in zip(batch, reversed(list(encode(batch))), strict=True):",
+        (PLAIN,),
+    ),
+    Mutation(
+        "a name is known to every salt",
+        "models/known_images.py",
+        "for scope in (salt, _SAME_FOR_ALL):",
+        "for scope in (_SAME_FOR_ALL,):",
+        (NAMES,),
+    ),
+    Mutation(
+        "the client's name is the key",
+        "models/known_images.py",
+        "trusted = [uuid if image is None else None for",
+        "trusted = [uuid for",
+        (NAMES,),
+    ),
+    Mutation(
+        "no deepstack in steps that evict",
+        "models/qwen3_vl.py",
+        "eviction.run(evicting, inputs_embeds, positions, added)",
+        "eviction.run(evicting, inputs_embeds, positions, added if evicting is None else None)",
+        (QWEN3,),
+    ),
+    # eviction
+    Mutation(
+        "marker of another stage",
+        "eviction/markers.py",
+        "np.asarray(marker_ids)[stages[leaving] - 1]",
+        "np.asarray(marker_ids)[len(marker_ids) - stages[leaving]]",
+        (PARITY,),
+    ),
+    Mutation(
+        "the last token can be marked",
+        "eviction/markers.py",
+        "leaving = (stages > 0) & (indices != last)",
+        "leaving = stages > 0",
+    ),
+    Mutation(
+        "the last token can be evicted",
+        "eviction/prompt_eviction.py",
+        "last = len(prompt_token_ids) - 1  #",
+        "last = len(prompt_token_ids)  #",
+    ),
+    Mutation(
+        "blocks for all tokens",
+        "eviction/kv_cache.py",
+        "return num_tokens if eviction is None else eviction.num_kept(self.stage, num_tokens)",
+        "return num_tokens",
+        (KV,),
+    ),
+    Mutation(
+        "tails under the key of full blocks",
+        "eviction/prefix_cache.py",
+        "return BlockHash(self.block_hashes[index - 1] + _TAIL)",
+        "return self.block_hashes[index - 1]",
+        ("tests/cpu/test_prefix_cache_keys.py", EVICTION_CACHES),
+    ),
+    Mutation(
+        "a hit of one token too many",
+        "eviction/prefix_cache.py",
+        "limit = min(max_length, hashes.token_index((len(full) + 1) * hashes.block_size - 1))",
+        "limit = min(max_length, hashes.token_index((len(full) + 1) * hashes.block_size - 1) + alignment)",
+        ("tests/cpu/test_prefix_cache_keys.py", EVICTION_CACHES),
+    ),
+    Mutation(
+        "KV of a row one further",
+        "eviction/stage_inputs.py",
+        "token_evicted_before[rows] = np.searchsorted(eviction.evicted[stage], tokens)",
+        "token_evicted_before[rows] = np.searchsorted(eviction.evicted[stage], tokens, side='right')",
+        (PARITY,),
+    ),
+    Mutation(
+        "length of a sequence with its evicted tokens",
+        "eviction/stage_inputs.py",
+        "seq_lens = (step.computed + step.scheduled - evicted_after)",
+        "seq_lens = (step.computed + step.scheduled)",
+        (PARITY,),
+    ),
+    Mutation(
+        "an evicted row in a graph writes KV",
+        "eviction/runner_v2.py",
+        "masked_fill_(kv_indices < 0, -1)",
+        "masked_fill_(kv_indices < 0, 0)",
+        (V2 + "tests/cpu/test_eviction_graphs.py",),
+    ),
+    Mutation(
+        "stages one layer late",
+        "eviction/decoder.py",
+        "        bounds = [0, *settings.stages, len(layers)]",
+        "        bounds = [0, *(stage + 1 for stage in settings.stages), len(layers)]",
+        (PARITY,),
+    ),
+    Mutation(
+        "positions of rows that are gone",
+        "eviction/decoder.py",
+        "                    positions = _gather_positions(positions, rows.gather)\n",
+        "                    positions = _gather_positions(positions, rows.gather * 0)\n",
+        (PARITY,),
+    ),
+    Mutation(
+        "an old request's eviction",
+        "eviction/scheduler.py",
+        "        self.evictions.pop(request.request_id, None)\n",
+        "",
+        (SCHEDULING + " -k id_used_again",),
+    ),
+    # localizers and front end
+    Mutation(
+        "answers are kept without the question",
+        "frontend/localization.py",
+        'return picture.key(), digest, self.localizer.version, sought.salt or ""',
+        'return picture.key(), "", self.localizer.version, sought.salt or ""',
+    ),
+    Mutation(
+        "answers are kept without the salt",
+        "frontend/localization.py",
+        'self.localizer.version, sought.salt or ""',
+        'self.localizer.version, ""',
+    ),
+    Mutation(
+        "box with x and y exchanged",
+        "localizers/dialects.py",
+        "    return Box(x0, y0, x1, y1)\n\n\n_CELLS",
+        "    return Box(y0, x0, y1, x1)\n\n\n_CELLS",
+    ),
+    Mutation(
+        "a place in the view is taken for one in the image",
+        "frontend/engine_localizer.py",
+        "in_image = glance.shows.unproject(region)",
+        "in_image = region",
+        (LOCALIZER,),
+    ),
+    Mutation(
+        "an unsure answer is used",
+        "localizers/decision.py",
+        "if confidence < config.whole_below:",
+        "if confidence < 0:",
+    ),
+    Mutation(
+        "facts say what was asked for",
+        "frontend/renderer.py",
+        "tokens_after_plc=num_placeholders,",
+        "tokens_after_plc=plan.grid.num_tokens if plan else num_placeholders,",
+        ("tests/cpu/test_caches.py", "tests/e2e/test_serve.py"),
+    ),
+    Mutation(
+        "a refused request leaves its image in the cache",
+        "compat/patches/input_processor.py",
+        "                    cache.invalidate(mm_hash)\n",
+        "                    pass\n",
+        (NAMES, "tests/cpu/test_eviction_scheduling.py", "tests/cpu/test_soak.py"),
+    ),
+)
+
+
+def main() -> None:
+    """Plant the mistakes, print who notices."""
+    words = sys.argv[1:]
+    chosen = [one for one in MUTATIONS if not words or any(word in one.name for word in words)]
+    survived = 0
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy"
+        ignored = shutil.ignore_patterns(".git", ".venv", "build", "*cache*", ".hypothesis")
+        shutil.copytree(ROOT, copy, ignore=ignored)
+        for number, mutation in enumerate(chosen, start=1):
+            start = time.monotonic()
+            noticed = try_out(copy, mutation)
+            survived += noticed is None
+            seconds = time.monotonic() - start
+            said = f"{mutation.name}: {noticed or 'SURVIVED'} ({seconds:.0f} s)"
+            print(f"{number:2}/{len(chosen)} {said}", flush=True)
+    print(f"{len(chosen) - survived} of {len(chosen)} noticed")
+    raise SystemExit(survived > 0)
+
+
+def try_out(copy: Path, mutation: Mutation) -> str | None:
+    """The first test that fails with this mistake, None if all pass."""
+    path = copy / "vllm_crop" / mutation.file
+    right = path.read_text()
+    assert right.count(mutation.old) == 1, f"{mutation.name}: {right.count(mutation.old)} places to plant it"
+    path.write_text(right.replace(mutation.old, mutation.new))
+    try:
+        quick = " ".join(f"tests/unit/test_{name}.py" for name in QUICK[mutation.file.split("/")[0]].split())
+        for arguments in (quick, *mutation.tests):
+            if (failed := first_failure(copy, arguments)) is not None:
+                return failed
+    finally:
+        path.write_text(right)
+    return None
+
+
+def first_failure(copy: Path, arguments: str) -> str | None:
+    """Run tests in the copy until one fails."""
+    tests, _, words = arguments.partition(" -k ")
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no"]
+    command += [*tests.split(), *(["-k", words] if words else [])]
+    env = {**os.environ, "PYTHONPATH": f"{copy}:{copy / 'server'}", "PYTHONDONTWRITEBYTECODE": "1"}
+    finished = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True, check=False)
+    if finished.returncode == 0:
+        return None
+    found = re.search(r"^(?:FAILED|ERROR) (\S+)", finished.stdout, re.MULTILINE)
+    return found[1] if found else f"exit code {finished.returncode}: {finished.stdout[-200:]!r}"
+
+
+if __name__ == "__main__":
+    main()
