@@ -14,7 +14,7 @@ LANE := set -o pipefail; OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(BI
 export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 
-.PHONY: help setup demo serve eval test test-all lane-v1 lane-v2 test-unit lint format clean
+.PHONY: help setup demo serve eval test test-all lane-v1 lane-v2 lane-e2e test-unit lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -31,8 +31,8 @@ serve: setup  ## the same server, left running until Ctrl-C
 eval: setup  ## are answers still right: CROP, rivals, controls (ARGS="--quick" in minutes)
 	@$(BIN)/python -m lab.evaluation $(ARGS)
 
-test: setup  ## all tests in two lanes: real vLLM engines on both model runners, `vllm serve` over HTTP, a browser
-	@$(MAKE) --no-print-directory -j2 lane-v1 lane-v2
+test: setup  ## all tests, two lanes at a time: real vLLM engines on both model runners, `vllm serve` over HTTP, a browser
+	@$(MAKE) --no-print-directory -j2 lane-v2 lane-v1 lane-e2e
 	@echo "Alone, as it measures time:"
 	@$(BIN)/python -m pytest $(TIMING_TEST) $(PYTEST_ARGS)
 
@@ -44,8 +44,10 @@ lane-v1:
 	@$(LANE) tests/unit tests/server tests/cpu $(PYTEST_ARGS) | sed -u 's/^/V1  /'
 
 lane-v2:
-	@{ $(LANE) -p tests.v2_runner $(V2_TESTS) $(PYTEST_ARGS) && \
-	$(LANE) tests/e2e --ignore $(TIMING_TEST) $(PYTEST_ARGS); } | sed -u 's/^/V2  /'
+	@$(LANE) -p tests.v2_runner $(V2_TESTS) $(PYTEST_ARGS) | sed -u 's/^/V2  /'
+
+lane-e2e:
+	@$(LANE) tests/e2e --ignore $(TIMING_TEST) $(PYTEST_ARGS) | sed -u 's/^/e2e /'
 
 test-unit: setup  ## only what needs no vLLM engine
 	@$(BIN)/python -m pytest tests/unit tests/server $(PYTEST_ARGS)

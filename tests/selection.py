@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from typing import Any
 
 ALONE = ("llava", "qwen3_vl")
-SELECTED = ("test_parity", "test_eviction_parity", "test_plan_contract", "test_odd_images", "test_qwen_vl")
+SELECTED = ("test_parity", "test_eviction_parity", "test_plan_contract", "test_eviction_compiled")
+SELECTED_SERVERS = ("test_odd_images", "test_qwen_vl")
 BATCHES = (
     "test_all_scenarios_in_one_batch",
     "test_vision_tower_batches_hold_no_more_tokens_than_profiled",
@@ -34,14 +35,24 @@ def left_out(items: Iterable[Any], interpreted: bool) -> list[Any]:
 
 def _is_selected(item: Any, scenarios: list[Any], others: list[str], interpreted: bool) -> bool:
     family, module = _family(item), item.path.stem
-    if module not in SELECTED or family is None or family in ALONE:
+    if module not in (*SELECTED, *SELECTED_SERVERS) or family is None:
         return True
+    if family in ALONE:
+        return not interpreted or _is_alone_interpreted(item)
     if _setting(item) not in (EVERYWHERE_INTERPRETED if interpreted else EVERYWHERE):
         return False
     name = _parameter(item, "name")
     if item.originalname in BATCHES or (module == "test_plan_contract" and not interpreted):
         return True
     return name is not None and not interpreted and others[scenarios.index(name) % len(others)] == family
+
+
+def _is_alone_interpreted(item: Any) -> bool:
+    """On the slow runner, one family's scenarios each for pooled and for sampled tokens."""
+    if item.path.stem != "test_parity" or item.originalname in BATCHES:
+        return True
+    pooled = item.originalname in ("test_pooling_equals_transformers", "test_off_is_bitwise_stock_vllm")
+    return _family(item) == ALONE[0 if pooled else 1]
 
 
 def _setting(item: Any) -> str | None:
