@@ -4,21 +4,16 @@
 import base64
 import json
 from collections.abc import Iterator, Sequence
-from html import escape
+from dataclasses import dataclass
 from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader
 
 from lab.evaluation.report import Report, describe_localizer, interval, table_cells
 from lab.evaluation.summary import Row
 from lab.evaluation.thresholds import ThresholdRow
 from lab.tinyvqa.questions import FAMILIES
 
-_STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
-th, td { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid #8884; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
-img { max-width: 100%; } .scroll { overflow-x: auto; } pre { white-space: pre-wrap; font-size: 12px; }
-"""
 COLUMNS = (
     *("method", "rate", "tokens: local / all", "local %", "retained %", "all %", "retained %", "TTFT ms"),
     *("KV tokens", *FAMILIES, "engine", "ms / question"),
@@ -55,35 +50,45 @@ NOTES = (
 
 def write_page(path: Path, report: Report, curves: Path) -> None:
     """Write the page with the curves inside."""
-    path.write_text("\n".join(_parts(report, curves)) + "\n", encoding="utf-8")
+    loader = FileSystemLoader(Path(__file__).parent)
+    template = Environment(loader=loader, autoescape=True, trim_blocks=True).get_template("page.html.jinja")
+    notes = [*NOTES, *([describe_localizer(report.localizer)] if report.localizer else [])]
+    impossible = [
+        f"{row.cell.row} at {row.cell.pruning_rate:g}: {row.impossible}"
+        for row in report.rows
+        if row.impossible
+    ]
+    page = template.render(
+        curves=base64.b64encode(curves.read_bytes()).decode(),
+        notes=notes,
+        impossible=impossible,
+        results=Table("", COLUMNS, [row_cells(row) for row in report.rows]),
+        tables=[table for table in _further_tables(report) if table.rows],
+        provenance=json.dumps(report.provenance, indent=2),
+    )
+    path.write_text(page + "\n", encoding="utf-8")
 
 
-def _parts(report: Report, curves: Path) -> Iterator[str]:
-    image = base64.b64encode(curves.read_bytes()).decode()
-    yield "<!doctype html><html lang=en><meta charset=utf-8><title>python -m lab.evaluation</title>"
-    yield f"<style>{_STYLE}</style><h1>Do answers survive pruning?</h1>"
-    yield f'<img alt="Accuracy against visual tokens" src="data:image/png;base64,{image}">'
-    yield "".join(f"<p>{escape(note)}</p>" for note in NOTES)
-    if report.localizer:
-        yield f"<p>{escape(describe_localizer(report.localizer))}</p>"
-    yield _table(COLUMNS, [row_cells(row) for row in report.rows])
-    for row in report.rows:
-        if row.impossible:
-            rate = f"{row.cell.pruning_rate:g}"
-            yield f"<p>{escape(row.cell.row)} at {rate}: {escape(row.impossible)}</p>"
-    if report.margins:
-        yield "<h2>CROP's margin on local questions</h2>"
-        headings = ("CROP", "rate", "against", "more right answers, points")
-        yield _table(headings, [_margin_cells(report, index) for index in range(len(report.margins))])
-    if report.thresholds:
-        yield "<h2>Doubtful regions: the whole image below a confidence</h2>"
-        columns = ("CROP", "rate", "whole below", "regions used", *COLUMNS[2:6])
-        yield _table(columns, [_threshold_cells(row) for row in report.thresholds])
-    if report.agreements:
-        yield "<h2>Answers that plain transformers give too, word for word</h2>"
-        rows = [[one.cell.slug, one.engine, f"{one.same} of {one.asked}"] for one in report.agreements]
-        yield _table(("cell", "engine", "the same"), rows)
-    yield f"<h2>Provenance</h2><pre>{escape(json.dumps(report.provenance, indent=2))}</pre></html>"
+@dataclass(frozen=True)
+class Table:
+    """A table of the page."""
+
+    title: str
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def _further_tables(report: Report) -> Iterator[Table]:
+    margins = [_margin_cells(report, index) for index in range(len(report.margins))]
+    headings = ("CROP", "rate", "against", "more right answers, points")
+    yield Table("CROP's margin on local questions", headings, margins)
+    columns = ("CROP", "rate", "whole below", "regions used", *COLUMNS[2:6])
+    thresholds = [_threshold_cells(row) for row in report.thresholds]
+    yield Table("Doubtful regions: the whole image below a confidence", columns, thresholds)
+    same = [[one.cell.slug, one.engine, f"{one.same} of {one.asked}"] for one in report.agreements]
+    yield Table(
+        "Answers that plain transformers give too, word for word", ("cell", "engine", "the same"), same
+    )
 
 
 def row_cells(row: Row) -> list[str]:
@@ -113,9 +118,3 @@ def _threshold_cells(row: ThresholdRow) -> list[str]:
         interval(local.retained),
         interval(every.accuracy),
     ]
-
-
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{escape(heading)}" for heading in headings)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}" for cell in row) for row in rows)
-    return f"<div class=scroll><table><tr>{head}{body}</table></div>"

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Servers started with `vllm serve`, asked through the real clients."""
 
-import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 
 from tests.conftest import STARTS
 from vllm_crop.measuring import server as measuring
+from vllm_crop.measuring.metrics import metric_sum
 from vllm_crop.measuring.server import Server, get_text
 
 API_KEY = "sekret-0123"
@@ -29,13 +29,7 @@ def serve(*args: Any, **kwargs: Any) -> AbstractContextManager[Server]:
 
 def metric(server: Server, name: str, **labels: str) -> float:
     """A sample on /metrics, 0 if it is not there yet."""
-    total = 0.0
-    for line in get_text(f"{server.base_url}/metrics").splitlines():
-        if re.match(rf"{re.escape(name)}[ {{]", line) and all(
-            f'{k}="{v}"' in line for k, v in labels.items()
-        ):
-            total += float(line.rsplit(" ", 1)[1])
-    return total
+    return metric_sum(get_text(f"{server.base_url}/metrics"), name, **labels)
 
 
 @pytest.fixture(scope="package", autouse=True)

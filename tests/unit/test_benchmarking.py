@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from vllm_crop.benchmarking import kv
 from vllm_crop.benchmarking.decode import DecodeOutcome, StepTimes
 from vllm_crop.benchmarking.decode_report import decode_json, print_decode, summarize_steps
-from vllm_crop.benchmarking.kv import KVCapacity, KVSampler, KVUsage, metric_sum
+from vllm_crop.benchmarking.kv import KVCapacity, KVSampler, KVUsage
 from vllm_crop.benchmarking.load import bench_arguments
 from vllm_crop.benchmarking.localizers import engine_localizer, outcomes, remote_localizer
 from vllm_crop.benchmarking.options import Options
@@ -37,6 +37,7 @@ from vllm_crop.errors import CropError
 from vllm_crop.eviction.grouping import predict_grouping
 from vllm_crop.eviction.stage_inputs import RunningEvictions, StageInputs
 from vllm_crop.families.registry import VisionGeometry, geometry_from_configs
+from vllm_crop.measuring.metrics import metric_sum
 from vllm_crop.measuring.provenance import Machine, git_revision, provenance
 from vllm_crop.measuring.server import Server, ServerError, get_text, log_tail, serve
 from vllm_crop.planning.geometry import Box, Region

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """KV cache use of a running server, sampled from its /metrics."""
 
-import re
 import threading
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -9,6 +8,7 @@ from types import TracebackType
 from typing import Self
 
 from vllm_crop.eviction.grouping import KVGrouping
+from vllm_crop.measuring.metrics import metric_sum, samples
 from vllm_crop.measuring.server import ServerError, get_text
 
 SAMPLE_INTERVAL_S = 0.2
@@ -36,8 +36,8 @@ class KVCapacity:
         Raises:
             ServerError: the server publishes no such metric.
         """
-        found = re.search(r"^vllm:cache_config_info\{(.*)\}", get_text(f"{base_url}/metrics"), re.MULTILINE)
-        labels = dict(re.findall(r'(\w+)="([^"]*)"', found[1])) if found else {}
+        found = samples(get_text(f"{base_url}/metrics"), "vllm:cache_config_info")
+        labels, _ = next(found, ({}, 0.0))
         if not {"num_gpu_blocks", "block_size"} <= labels.keys():
             raise ServerError(f"{base_url}/metrics has no vllm:cache_config_info with num_gpu_blocks")
         block_size = int(labels["block_size"])
@@ -106,12 +106,3 @@ class KVSampler:
         while not self._stop.wait(SAMPLE_INTERVAL_S):
             with suppress(OSError):
                 self._values.append(blocks_in_use(self.base_url, self.capacity))
-
-
-def metric_sum(text: str, name: str) -> float:
-    """The sum of a metric over all its labels, in Prometheus text format; 0 if absent.
-
-    A full parser would take a noticeable share of the small machines this also runs on.
-    """
-    pattern = rf"^{re.escape(name)}(?:\{{.*\}})? (\S+)$"
-    return sum(float(value) for value in re.findall(pattern, text, re.MULTILINE))

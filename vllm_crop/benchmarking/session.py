@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from vllm_crop.benchmarking.kv import KVCapacity, KVSampler, metric_sum
+from vllm_crop.benchmarking.kv import KVCapacity, KVSampler
 from vllm_crop.benchmarking.load import Client, bench_arguments, run_bench
 from vllm_crop.benchmarking.localizers import outcomes
 from vllm_crop.benchmarking.options import Options
@@ -16,6 +16,7 @@ from vllm_crop.benchmarking.runs import LOCALIZED_MODES, WARM_UP, Mode, Run, Run
 from vllm_crop.benchmarking.summary import mean_prompt_tokens
 from vllm_crop.benchmarking.targets import Target, started, what_to_serve
 from vllm_crop.families.checkpoint import load_geometry
+from vllm_crop.measuring.metrics import metric_sum
 from vllm_crop.measuring.provenance import Machine, describe_machine
 from vllm_crop.measuring.server import get_text, log_tail
 
