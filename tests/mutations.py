@@ -4,7 +4,7 @@
     python -m tests.mutations [WORD ...]    # those whose names have one of the words; all in about an hour
 
 Works on a copy of the checkout. For each mistake quick tests run first, then the engine tests named with it,
-all of them part of `make test`. A mistake that none of these notices is printed as SURVIVED; exit code 1 then.
+all of them part of `make test`. One that none of these notices is printed as SURVIVED, with exit code 1 then.
 """
 
 import os

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The plan written out token by token and patch by patch: slow, and what the product's arrays must equal."""
+"""The plan written out token by token and group by group: slow, and what the product's arrays must equal."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ from vllm_crop.planning.budget import (
 from vllm_crop.planning.geometry import GridPart, ImageTokens, ImageView, Region, TokenGrid, TokenGrids
 from vllm_crop.planning.plan import NEVER, Compression, TokenPlan
 
-_SIMILAR = 1.2  # how much larger the patches on one side of a cut may be, on average
+_SIMILAR = 1.2  # how much larger the groups on one side of a cut may be, on average
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ def plan_of(grid: ImageTokens, pruning_rate: float, embeddings: Sequence[Planned
 
 
 class Place(NamedTuple):
-    """Where a token is. Only tokens of one group are neighbours and averaged with each other."""
+    """Where a token is. Only tokens of one part are neighbours and averaged with each other."""
 
-    group: int
+    part: int
     row: int
     col: int
 
@@ -95,7 +95,7 @@ def _tokens_of_part(part: GridPart, region: Region) -> set[int]:
 
 
 def place_of(grid: ImageTokens, token: int) -> Place:
-    """Where a token is. Every grid of several is a group of its own, and so are its newlines."""
+    """Where a token is. Every grid of several is a part of its own, and so are its newlines."""
     if isinstance(grid, TokenGrid):
         return Place(0, *divmod(token, grid.cols))
     index = max(index for index, part in enumerate(grid.parts) if part.first <= token)
@@ -160,8 +160,8 @@ def _compressed(
     kept = [PlannedEmbedding((token,), token) for token in inside]
     context = [token for token in tokens if token not in inside]
     pooled = [
-        PlannedEmbedding(tuple(sorted(patch)), middle(grid, patch))
-        for patch in even_patches(grid, context, count - len(kept))
+        PlannedEmbedding(tuple(sorted(group)), middle(grid, group))
+        for group in even_groups(grid, context, count - len(kept))
     ]
     return sorted(kept + pooled, key=lambda embedding: embedding.position)
 
@@ -188,13 +188,13 @@ def _region_first(grid: ImageTokens, inside: Collection[int], tokens: Sequence[i
 
 
 def _spread(grid: ImageTokens, tokens: Sequence[int], count: int) -> list[int]:
-    return sorted(middle(grid, patch) for patch in even_patches(grid, tokens, count))
+    return sorted(middle(grid, group) for group in even_groups(grid, tokens, count))
 
 
-def even_patches(grid: ImageTokens, tokens: Sequence[int], count: int) -> list[list[int]]:
-    """Split `tokens` into `count` compact patches of similar size.
+def even_groups(grid: ImageTokens, tokens: Sequence[int], count: int) -> list[list[int]]:
+    """Split `tokens` into `count` compact groups of similar size.
 
-    A patch lies in one group. Each group gets its share, which is none where it has too few tokens for one.
+    A group lies in one part. Each part gets its share, which is none where it has too few tokens for one.
 
     Args:
         grid: where tokens are.
@@ -203,26 +203,26 @@ def even_patches(grid: ImageTokens, tokens: Sequence[int], count: int) -> list[l
     """
     if count == len(tokens):
         return [[token] for token in tokens]
-    groups: dict[int, list[int]] = {}
+    parts: dict[int, list[int]] = {}
     places = {token: place_of(grid, token) for token in tokens}
     for token, place in places.items():
-        groups.setdefault(place.group, []).append(token)
-    shares = _shares([len(group) for group in groups.values()], count)
+        parts.setdefault(place.part, []).append(token)
+    shares = _shares([len(tokens) for tokens in parts.values()], count)
     return [
-        patch
-        for group, share in zip(groups.values(), shares, strict=True)
-        for patch in _compact(places, group, share)
+        group
+        for part, share in zip(parts.values(), shares, strict=True)
+        for group in _compact(places, part, share)
     ]
 
 
-def middle(grid: ImageTokens, patch: Sequence[int]) -> int:
-    """The token of a patch nearest to its centroid; the first one on a tie."""
-    if len(patch) == 1:
-        return patch[0]
-    places = {token: place_of(grid, token) for token in patch}
-    row = sum(place.row for place in places.values()) / len(patch)
-    col = sum(place.col for place in places.values()) / len(patch)
-    return min(patch, key=lambda t: (square(places[t].row - row) + square(places[t].col - col), t))
+def middle(grid: ImageTokens, group: Sequence[int]) -> int:
+    """The token of a group nearest to its centroid; the first one on a tie."""
+    if len(group) == 1:
+        return group[0]
+    places = {token: place_of(grid, token) for token in group}
+    row = sum(place.row for place in places.values()) / len(group)
+    col = sum(place.col for place in places.values()) / len(group)
+    return min(group, key=lambda t: (square(places[t].row - row) + square(places[t].col - col), t))
 
 
 def _shares(sizes: Sequence[int], count: int) -> list[int]:
@@ -236,7 +236,7 @@ def _shares(sizes: Sequence[int], count: int) -> list[int]:
 
 
 def _compact(places: dict[int, Place], tokens: Sequence[int], count: int) -> list[list[int]]:
-    """`count` patches of tokens of one group, by halving across the longer side."""
+    """`count` groups of tokens of one part, by halving across the longer side."""
     if count <= 1:
         return [list(tokens)] if count else []
     if count == len(tokens):
@@ -251,9 +251,9 @@ def _compact(places: dict[int, Place], tokens: Sequence[int], count: int) -> lis
 
 
 def _halve(lines: Sequence[int], count: int) -> tuple[int, int]:
-    """Where to cut tokens sorted by line, and how many of `count` patches go before the cut.
+    """Where to cut tokens sorted by line, and how many of `count` groups go before the cut.
 
-    Between two lines if that leaves patches of similar size on both sides, which keeps them in one piece;
+    Between two lines if that leaves groups of similar size on both sides, which keeps them in one piece;
     else in the middle of a line, exactly in proportion.
     """
     total = len(lines)

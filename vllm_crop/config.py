@@ -75,8 +75,8 @@ class CropConfig(BaseModel):
     )
     compression: Compression = Field(
         default="pool",
-        description="What 'plc' makes of tokens outside the region: 'pool' averages patches of them, "
-        "'prune' keeps one token of each patch.",
+        description="What 'plc' makes of tokens outside the region: 'pool' averages groups of them, "
+        "'prune' keeps one token of each group.",
     )
     position_ids: PositionIds | None = Field(
         default=None,

@@ -132,7 +132,7 @@ def test_the_region_and_the_tokens_are_drawn(reader: Reader, tmp_path: Path) -> 
     reader["show-tokens"].check()
     assert reader.pixel(0.93, 0.93) == outside
     kept = int(reader["legend"].inner_text().partition("per cell (")[2].partition(")")[0])
-    pooled = int(reader["legend"].inner_text().partition("per patch (")[2].partition(")")[0])
+    pooled = int(reader["legend"].inner_text().partition("per group (")[2].partition(")")[0])
     assert kept + pooled == pruned["tokens_after_plc"]
     if SCREENSHOT:
         reader.screenshot(SCREENSHOT)

@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 from strategies import boxes, eviction_settings, regions
 
 from tests.slow_plan import embeddings_of, place_of, slow_plan, tokens_in
-from tests.slow_plan import even_patches as slowly_split
+from tests.slow_plan import even_groups as slowly_split
 from tests.slow_plan import retained_per_stage as all_bisections
 from vllm_crop.families.llava_next import LLAVA_NEXT, LLAVA_ONEVISION, AnyResolution
-from vllm_crop.planning import groups as patches
+from vllm_crop.planning import groups
 from vllm_crop.planning import plan as planning
 from vllm_crop.planning.budget import BudgetError, Method, retained_per_stage
 from vllm_crop.planning.geometry import Box, GridPart, ImageTokens, Region, TokenGrid, TokenGrids
-from vllm_crop.planning.groups import even_patches
+from vllm_crop.planning.groups import even_groups
 from vllm_crop.planning.plan import CACHE_BYTES, Compression, make_plan, whole_image_plan
 
 NEXT = AnyResolution.from_settings({}, LLAVA_NEXT, 336, 24, None).tokens(672, 672)
@@ -47,10 +47,10 @@ rates = st.one_of(st.floats(0, 0.999), st.sampled_from([0.5, 0.667, 0.778, 0.889
 def split_by(request: pytest.FixtureRequest) -> Iterator[str]:
     """How tokens are split; plans that were made otherwise are forgotten."""
     with pytest.MonkeyPatch.context() as changed:
-        changed.setattr(patches, "_compiled", None)
+        changed.setattr(groups, "_compiled", None)
         if request.param == "compiled":
             pytest.importorskip("numba")
-            assert patches.use_compiled()
+            assert groups.use_compiled()
         planning._plan_counts.cache.clear()
         yield request.param
 
@@ -103,7 +103,7 @@ def test_any_tokens_are_split_as_by_the_slow_reference(grid: ImageTokens, data: 
     chance = data.draw(st.randoms(use_true_random=False))
     tokens = sorted(chance.sample(range(grid.num_tokens), data.draw(st.integers(1, grid.num_tokens))))
     count = data.draw(st.integers(0, len(tokens)))
-    split, sizes = even_patches(grid.places(), np.array(tokens), count)
+    split, sizes = even_groups(grid.places(), np.array(tokens), count)
     found = np.split(split, sizes.cumsum()[:-1]) if count else []
     assert sorted(sorted(patch.tolist()) for patch in found) == sorted(
         sorted(patch) for patch in slowly_split(grid, tokens, count)
@@ -114,7 +114,7 @@ def test_any_tokens_are_split_as_by_the_slow_reference(grid: ImageTokens, data: 
 def test_of_equal_shares_the_group_wins_that_comes_first_in_the_prompt() -> None:
     """A newline of one row before what another row shows."""
     grid = TokenGrids((GridPart(TokenGrid(2, 1), newlines=True),))
-    assert even_patches(grid.places(), np.array([1, 2]), 1).tokens.tolist() == [1]
+    assert even_groups(grid.places(), np.array([1, 2]), 1).tokens.tolist() == [1]
     assert slowly_split(grid, [1, 2], 1) == [[1]]
 
 
@@ -235,11 +235,11 @@ def test_planning_is_quicker_than_token_by_token() -> None:
 def test_without_numba_plans_are_made_by_numpy(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(patches, "_compiled", None)
+    monkeypatch.setattr(groups, "_compiled", None)
     monkeypatch.delitem(sys.modules, "vllm_crop.planning.compiled_groups", raising=False)
     monkeypatch.setitem(sys.modules, "numba", None)
     with caplog.at_level("INFO", "vllm.plugins.crop"):
-        assert not patches.use_compiled()
+        assert not groups.use_compiled()
     assert [record.levelname for record in caplog.records] == ["INFO"]
     assert "by numpy" in caplog.text
     assert make_plan(TokenGrid(8, 8), MIDDLE, 0.51, "pool").num_embeddings == 31
@@ -248,7 +248,7 @@ def test_without_numba_plans_are_made_by_numpy(
 def test_objects_of_the_compiler_have_attributes_that_vllm_can_look_through() -> None:
     """As vllm/triton_utils/dispatcher.py does when a CPU worker starts; it ends at the first that has not."""
     pytest.importorskip("numba")
-    assert patches.use_compiled()
+    assert groups.use_compiled()
     compiler = [module for name, module in sys.modules.items() if name.startswith(("numba", "llvmlite"))]
     assert len(compiler) > 100
     for module in compiler:
@@ -261,8 +261,8 @@ def test_compiled_code_is_not_kept_where_no_folder_can_be_written_to() -> None:
     pytest.importorskip("numba")
     program = (
         "from unittest import mock; from numba.core import caching\n"
-        "from vllm_crop.planning import groups as patches\n"
-        "with mock.patch.object(caching.CacheImpl, '_locator_classes', []): assert patches.use_compiled()"
+        "from vllm_crop.planning import groups\n"
+        "with mock.patch.object(caching.CacheImpl, '_locator_classes', []): assert groups.use_compiled()"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 

@@ -92,7 +92,7 @@ def test_plans_deliver_the_budget_and_average_within_a_group(
     assert len(used) == len(set(used))
     positions = [embedding.position for embedding in embeddings_of(plan)]
     assert positions == sorted(set(positions))
-    group = grid.places().group.tolist()
+    group = grid.places().part.tolist()
     for embedding in embeddings_of(plan):
         assert embedding.position in embedding.tokens
         assert len({group[token] for token in embedding.tokens}) == 1
@@ -108,7 +108,7 @@ def test_every_group_of_the_context_gets_its_share(grid: TokenGrids, region: Reg
     left = retained_count(grid.num_tokens, rate) - len(inside)
     assume(inside and left > 0)
     context = [token for token in range(grid.num_tokens) if token not in inside]
-    group = grid.places().group.tolist()
+    group = grid.places().part.tolist()
     sizes = Counter(group[token] for token in context)
     plan = make_plan(grid, region, rate, "prune")
     got = Counter(group[e.position] for e in embeddings_of(plan) if e.position not in inside)

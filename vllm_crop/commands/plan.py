@@ -33,7 +33,7 @@ Cell = tuple[str, str]
 # Character and colour of a cell; the character is what is left where the terminal shows no colours.
 _REGION_CELL, _KEPT_CELL, _LEFT_OUT_CELL = ("#", "magenta"), ("o", "bright_white"), (".", "bright_black")
 _EVICTED_CELLS = ("1", "blue_violet"), ("2", "slate_blue1"), ("3", "medium_purple1"), ("4", "plum1")
-_PATCH_CELLS = (("+", "blue"), ("-", "cyan"), ("=", "green"), ("~", "yellow"), (":", "red"))
+_GROUP_CELLS = (("+", "blue"), ("-", "cyan"), ("=", "green"), ("~", "yellow"), (":", "red"))
 
 
 def plan(
@@ -98,7 +98,7 @@ def _drawing(token_plan: TokenPlan, region: Region, width: int) -> Text:
     """The grids, `width` characters a token, newlines at the end of their rows, and what they mean."""
     inside, assigned = token_plan.grid.mask(region).tolist(), token_plan.assignment.tolist()
     stages, leaves_at = token_plan.eviction_layers, token_plan.evicted_from_layer.tolist()
-    patches = _patch_cells(token_plan)
+    groups = _group_cells(token_plan)
     drawing, shown = Text(), set()
 
     def cell_of(token: int) -> Cell:
@@ -107,7 +107,7 @@ def _drawing(token_plan: TokenPlan, region: Region, width: int) -> Text:
             return _LEFT_OUT_CELL
         if leaves_at[index] != NEVER:
             return _EVICTED_CELLS[stages.index(leaves_at[index])]
-        return patches.get(index, _REGION_CELL if inside[token] else _KEPT_CELL)
+        return groups.get(index, _REGION_CELL if inside[token] else _KEPT_CELL)
 
     for part in token_plan.grid.parts:
         if part.first:
@@ -125,11 +125,11 @@ def _drawing(token_plan: TokenPlan, region: Region, width: int) -> Text:
         if cell in shown:
             _append(drawing, cell)
             drawing.append(f" {meaning}  ")
-    if not shown.isdisjoint(_PATCH_CELLS):
-        for cell in _PATCH_CELLS:
+    if not shown.isdisjoint(_GROUP_CELLS):
+        for cell in _GROUP_CELLS:
             if cell in shown:
                 _append(drawing, cell)
-        drawing.append(" pooled, one embedding per patch")
+        drawing.append(" pooled, one embedding per group")
     return drawing
 
 
@@ -138,7 +138,7 @@ def _append(drawing: Text, cell: Cell, width: int = 2) -> None:
     drawing.append(character * width, style=f"{colour} on {colour}")
 
 
-def _patch_cells(token_plan: TokenPlan) -> dict[int, Cell]:
+def _group_cells(token_plan: TokenPlan) -> dict[int, Cell]:
     """A cell for each pooled embedding, another one than its neighbours have where that is possible."""
     group, row, col = (axis.tolist() for axis in token_plan.grid.places())
     held = dict(zip(zip(group, row, col, strict=True), token_plan.assignment.tolist(), strict=True))
@@ -151,6 +151,6 @@ def _patch_cells(token_plan: TokenPlan) -> dict[int, Cell]:
             for down, right in ((-1, 0), (1, 0), (0, -1), (0, 1)):
                 near = group[token], row[token] + down, col[token] + right
                 taken.add(chosen.get(held.get(near, -1)))
-        free = [cell for cell in _PATCH_CELLS if cell not in taken]
-        chosen[index] = free[0] if free else _PATCH_CELLS[index % len(_PATCH_CELLS)]
+        free = [cell for cell in _GROUP_CELLS if cell not in taken]
+        chosen[index] = free[0] if free else _GROUP_CELLS[index % len(_GROUP_CELLS)]
     return chosen

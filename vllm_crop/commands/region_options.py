@@ -53,7 +53,7 @@ PruningRateOption = Annotated[
 ]
 CompressionOption = Annotated[
     Compression,
-    typer.Option(help="Tokens outside the region: averaged in patches, or one of each patch kept."),
+    typer.Option(help="Tokens outside the region: averaged in groups, or one of each group kept."),
 ]
 MethodOption = Annotated[
     Method,

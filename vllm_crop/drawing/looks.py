@@ -6,7 +6,7 @@ from enum import Enum
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from vllm_crop.drawing.tokens import KEPT_LINE, PATCH_LINE, faded, shaded
+from vllm_crop.drawing.tokens import GROUP_LINE, KEPT_LINE, faded, shaded
 from vllm_crop.planning.plan import TokenPlan
 from vllm_crop.planning.summary import PlanSummary
 
@@ -23,7 +23,7 @@ class Swatch(Enum):
 
     REGION = "region"
     KEPT = "kept: one token per cell"
-    POOLED = "pooled: one token per patch"
+    POOLED = "pooled: one token per group"
     EVICTED = "evicted: seen below layer"
     LEFT_OUT = "left out"
     UNSEEN = "not seen by the model"
@@ -105,7 +105,7 @@ def _symbol(entry: LegendEntry) -> Image.Image:
     elif entry.swatch is Swatch.POOLED:
         draw.rectangle((0, 0, 17, 26), fill=(118, 170, 214))
         draw.rectangle((18, 0, 34, 26), fill=(150, 158, 110))
-        draw.line((17, 0, 17, 26), fill=PATCH_LINE[0], width=PATCH_LINE[1])
+        draw.line((17, 0, 17, 26), fill=GROUP_LINE[0], width=GROUP_LINE[1])
     elif entry.swatch is Swatch.EVICTED:
         sample = shaded(sample, entry.stage, entry.num_stages)
     elif entry.swatch is Swatch.LEFT_OUT:

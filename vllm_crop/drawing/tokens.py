@@ -15,9 +15,9 @@ Cell = tuple[int, int]  # row, column
 # Colour with opacity, and width in pixels, from the weakest line to the strongest.
 LEFT_OUT_LINE = ((255, 255, 255, 40), 1)
 KEPT_LINE = ((255, 255, 255, 100), 1)
-PATCH_LINE = ((20, 24, 32, 190), 2)
-_LINES = (LEFT_OUT_LINE, KEPT_LINE, PATCH_LINE)
-_PATCH_OPACITY = 0.86  # a trace of the picture shows what was averaged
+GROUP_LINE = ((20, 24, 32, 190), 2)
+_LINES = (LEFT_OUT_LINE, KEPT_LINE, GROUP_LINE)
+_GROUP_OPACITY = 0.86  # a trace of the picture shows what was averaged
 # Colour and opacity of the shade, of what is evicted first and of what is evicted last.
 _EVICTED_FIRST = (44, 30, 138), 0.8
 _EVICTED_LAST = (158, 122, 246), 0.6
@@ -47,7 +47,7 @@ def draw_tokens(seen: Image.Image, plan: TokenPlan, part: GridPart | None = None
             box = _cell(seen, grid, place)
             cell = seen.crop(box)
             if len(tokens) > 1:
-                cell = Image.blend(cell, Image.new("RGB", cell.size, colour), _PATCH_OPACITY)
+                cell = Image.blend(cell, Image.new("RGB", cell.size, colour), _GROUP_OPACITY)
             if layer != NEVER:
                 cell = shaded(cell, stages.index(layer), len(stages))
             drawing.paste(cell, box[:2])

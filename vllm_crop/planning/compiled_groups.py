@@ -43,10 +43,10 @@ def split(
     Args:
         row, col: where each token is, `[num_tokens]`, set by set and row by row within each.
         totals: tokens of each set.
-        counts: patches of each set, at least 1 and at most its tokens.
+        counts: groups of each set, at least 1 and at most its tokens.
 
     Returns:
-        Indices of tokens patch by patch, and the patches' sizes, in no particular order.
+        Indices of tokens group by group, and the groups' sizes, in no particular order.
     """
     order, sizes = np.empty(len(row), dtype=np.int64), np.empty(sum(counts.tolist()), dtype=np.int64)
     _split(row, col, totals, counts, SIMILAR, order, sizes)
@@ -54,11 +54,11 @@ def split(
 
 
 def middles(row: NDArray[np.int32], col: NDArray[np.int32], tokens: Indices, sizes: Indices) -> Indices:
-    """Find the token of each patch nearest to its centroid as `vllm_crop.planning.groups` does.
+    """Find the token of each group nearest to its centroid as `vllm_crop.planning.groups` does.
 
     Args:
         row, col: where each token of the image is, `[num_image_tokens]`.
-        tokens, sizes: the patches.
+        tokens, sizes: the groups.
     """
     found = np.empty(len(sizes), dtype=np.int64)
     _middles(row, col, tokens, sizes, found)
@@ -114,7 +114,7 @@ def _split_all(row, col, totals, counts, similar, order, sizes):  # type: ignore
         while num_waiting:
             num_waiting -= 1
             start, total, count = waiting[num_waiting]
-            if count in (1, total):  # one patch, or patches of one token
+            if count in (1, total):  # one group, or groups of one token
                 for offset in range(total):
                     order[num_ordered + offset] = by_row[start + offset]
                 num_ordered += total

@@ -125,12 +125,11 @@ class Places(NamedTuple):
     """Where tokens are, each array `[num_tokens]`, int32.
 
     Attributes:
-        group: only tokens of one group are neighbours and averaged with each other.
-        row: within the group.
-        col: within the group.
+        part: only tokens of one part are neighbours and averaged with each other: a grid, or its newlines.
+        row, col: within the part.
     """
 
-    group: NDArray[np.int32]
+    part: NDArray[np.int32]
     row: NDArray[np.int32]
     col: NDArray[np.int32]
 
@@ -263,13 +262,13 @@ class TokenGrids:
         return np.concatenate([part.mask(region) for part in self.parts])
 
     def places(self) -> Places:
-        """Say where every token is. Every grid is a group of its own, and so are its newlines."""
+        """Say where every token is. Every grid is a part of its own, and so are its newlines."""
         places = np.empty((3, self.num_tokens), dtype=np.int32)
         for index, part in enumerate(self.parts):
             shape = (part.grid.rows, part.row_length)
-            group, row, col = places[:, part.first : part.first + part.num_tokens].reshape(3, *shape)
-            group[:, : part.grid.cols] = 2 * index
-            group[:, part.grid.cols :] = 2 * index + 1
+            part_of, row, col = places[:, part.first : part.first + part.num_tokens].reshape(3, *shape)
+            part_of[:, : part.grid.cols] = 2 * index
+            part_of[:, part.grid.cols :] = 2 * index + 1
             row[:] = np.arange(part.grid.rows)[:, None]
             col[:] = np.arange(part.row_length)
             col[:, part.grid.cols :] = 0

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Splitting tokens evenly into compact patches.
+"""Splitting tokens evenly into compact groups.
 
-A set of tokens that is to become `count` patches is cut in two across its longer side, each half gets its
+A set of tokens that is to become `count` groups is cut in two across its longer side, each half gets its
 share of them, and is cut again. Sets of the same depth do not depend on each other, so all of them are cut at
-once: a plan of thousands of patches takes a dozen steps over arrays and not thousands of calls.
+once: a plan of thousands of groups takes a dozen steps over arrays and not thousands of calls.
 
 A server does without these steps: `use_compiled` puts compiled_groups.py in their place, the only part of
-planning that imports more than numpy, and only when called. Patches are the same either way.
+planning that imports more than numpy, and only when called. Groups are the same either way.
 """
 
 import logging
@@ -22,7 +22,7 @@ from vllm_crop.planning.geometry import Indices, Places
 
 logger = logging.getLogger("vllm.plugins.crop")
 
-SIMILAR = 1.2  # how much larger the patches on one side of a cut may be, on average
+SIMILAR = 1.2  # how much larger the groups on one side of a cut may be, on average
 
 # How the cuts of many sets are found quickest depends on how many and how large they are.
 _FEW_SETS = 8  # up to so many, one after the other
@@ -43,12 +43,12 @@ class _Compiled(NamedTuple):
 _compiled: _Compiled | None = None
 
 
-class Patches(NamedTuple):
-    """Tokens by patch.
+class Groups(NamedTuple):
+    """Tokens by group.
 
     Attributes:
-        tokens: `[num_tokens]`, patch by patch, in any order within each.
-        sizes: how many of them each patch has, `[num_patches]`, at least 1.
+        tokens: `[num_tokens]`, group by group, in any order within each.
+        sizes: how many of them each group has, `[num_patches]`, at least 1.
     """
 
     tokens: Indices
@@ -75,35 +75,35 @@ def use_compiled() -> bool:
     return _compiled is not None
 
 
-def even_patches(places: Places, tokens: Indices, count: int) -> Patches:
-    """Split tokens into compact patches of similar size.
+def even_groups(places: Places, tokens: Indices, count: int) -> Groups:
+    """Split tokens into compact groups of similar size.
 
-    A patch lies in one group. Each group gets its share, which is none where it has too few tokens for one.
+    A group lies in one part. Each part gets its share, which is none where it has too few tokens for one.
 
     Args:
         places: where the image's tokens are.
         tokens: any of them, ascending, holes included.
-        count: how many patches, in `0..len(tokens)`.
+        count: how many groups, in `0..len(tokens)`.
     """
     if count == len(tokens):
-        return Patches(tokens, np.ones(count, dtype=np.int64))
+        return Groups(tokens, np.ones(count, dtype=np.int64))
     if not count:
-        return Patches(tokens[:0], tokens[:0])
-    if places.group[-1]:
-        tokens, totals, counts = _by_group(places.group, tokens, count)
+        return Groups(tokens[:0], tokens[:0])
+    if places.part[-1]:
+        tokens, totals, counts = _by_part(places.part, tokens, count)
         wanted = counts > 0
         if not wanted.all():
             tokens, totals, counts = tokens[wanted.repeat(totals)], totals[wanted], counts[wanted]
-    else:  # all are of the first group
+    else:  # all are of the first part
         totals, counts = np.array([len(tokens)]), np.array([count])
     split = _split if _compiled is None else _compiled.split
     order, sizes = split(places.row[tokens], places.col[tokens], totals, counts)
-    return Patches(tokens[order], sizes)
+    return Groups(tokens[order], sizes)
 
 
-def middles(places: Places, patches: Patches) -> Indices:
-    """Find the token of each patch nearest to its centroid, the first one on a tie, `[num_patches]`."""
-    tokens, sizes = patches
+def middles(places: Places, groups: Groups) -> Indices:
+    """Find the token of each group nearest to its centroid, the first one on a tie, `[num_patches]`."""
+    tokens, sizes = groups
     if len(tokens) == len(sizes):
         return tokens
     if _compiled is not None:
@@ -119,13 +119,13 @@ def middles(places: Places, patches: Patches) -> Indices:
     return found
 
 
-def _by_group(group: NDArray[np.int32], tokens: Indices, count: int) -> tuple[Indices, Indices, Indices]:
-    """Tokens sorted by group, and the size and the share of each group among them."""
-    own = group[tokens]
+def _by_part(part: NDArray[np.int32], tokens: Indices, count: int) -> tuple[Indices, Indices, Indices]:
+    """Tokens sorted by part, and the size and the share of each part among them."""
+    own = part[tokens]
     tokens = tokens[own.argsort(kind="stable")]
     sizes = np.bincount(own)
     sizes = sizes[sizes > 0]
-    # Of equal remainders the group wins that comes first in the prompt.
+    # Of equal remainders the part wins that comes first in the prompt.
     in_prompt = tokens[sizes.cumsum() - sizes].argsort()
     shares = np.empty_like(sizes)
     shares[in_prompt] = _shares(sizes[in_prompt].tolist(), count)
@@ -197,23 +197,23 @@ class _Codes:
 def _split(
     row: NDArray[np.int32], col: NDArray[np.int32], totals: Indices, counts: Indices
 ) -> tuple[Indices, Indices]:
-    """Split sets of tokens, each into its count of patches.
+    """Split sets of tokens, each into its count of groups.
 
-    One step of the loop, with two sets of 6 and 3 tokens that are to be 3 and 2 patches:
+    One step of the loop, with two sets of 6 and 3 tokens that are to be 3 and 2 groups:
 
         sets      |a b c d e f|g h i|      in the order of the side they are cut across
         lines      0 0 1 1 2 2 0 0 1       that side's line of each token
-        cuts           ^           ^       at a border between lines, if one leaves similar patches
-        next      |a b|c d e f|g h|i|      twice the sets, with 1, 2, 1 and 1 patches to become
+        cuts           ^           ^       at a border between lines, if one leaves similar groups
+        next      |a b|c d e f|g h|i|      twice the sets, with 1, 2, 1 and 1 groups to become
         done      |a b|       |g h|i|      leave the loop
 
     Args:
         row, col: where each token is, `[num_tokens]`, set by set and row by row within each.
         totals: tokens of each set.
-        counts: patches of each set, at least 1 and at most its tokens.
+        counts: groups of each set, at least 1 and at most its tokens.
 
     Returns:
-        Indices of tokens patch by patch, and the patches' sizes, in no particular order.
+        Indices of tokens group by group, and the groups' sizes, in no particular order.
     """
     done: list[tuple[Indices, Indices]] = []
     of = _Codes(row, col, totals)
@@ -222,7 +222,7 @@ def _split(
         open_sets = (counts > 1) & (counts < totals)
         if np.count_nonzero(open_sets) < len(totals):
             is_open = open_sets.repeat(totals)
-            closed, into = totals[~open_sets], counts[~open_sets]  # one patch, or patches of one token
+            closed, into = totals[~open_sets], counts[~open_sets]  # one group, or groups of one token
             done.append((codes[~is_open], (closed // into).repeat(into)))
             codes, totals, counts = codes[is_open], totals[open_sets], counts[open_sets]
             if not len(totals):
@@ -255,9 +255,9 @@ def _extents(lines: NDArray[np.int32], starts: Indices) -> NDArray[np.int32]:
 def _cuts(
     changes: NDArray[np.bool_], set_of: Indices, starts: Indices, totals: Indices, counts: Indices
 ) -> tuple[Indices, Indices]:
-    """Where to cut each set, in tokens from its start, and how many of its patches go before the cut.
+    """Where to cut each set, in tokens from its start, and how many of its groups go before the cut.
 
-    Between two lines if that leaves patches of similar size on both sides, which keeps them in one piece;
+    Between two lines if that leaves groups of similar size on both sides, which keeps them in one piece;
     else in the middle of a line, exactly in proportion.
 
     Args:
@@ -286,11 +286,11 @@ def _cuts(
 
 
 def _cut(borders: Sequence[int], start: int, total: int, count: int) -> tuple[int, int]:
-    """Where to cut one set and how many of its patches go before the cut: the rule.
+    """Where to cut one set and how many of its groups go before the cut: the rule.
 
     Args:
         borders: tokens before which a line begins, ascending; of all sets.
-        start: the set's first token; `total` of them are to be `count` patches.
+        start: the set's first token; `total` of them are to be `count` groups.
     """
     after = bisect_left(borders, start + (total + 1) // 2)
     before = after - 1
@@ -313,14 +313,14 @@ def _cut(borders: Sequence[int], start: int, total: int, count: int) -> tuple[in
 
 
 # The same rule for many cuts at once. A cut is one number, the better the smaller: its distance from the
-# middle, then where it is, then how many patches go before it, in fields of some bits.
+# middle, then where it is, then how many groups go before it, in fields of some bits.
 
 
 def _rate(total: Indices, count: Indices, cut: Indices, bits: int) -> Indices:
     """Rate cuts between lines; one that will not do, such as at 0, becomes the cut in the middle of a line.
 
     Args:
-        total: tokens of a set; `count`: patches of it; `cut`: tokens before a cut. They broadcast.
+        total: tokens of a set; `count`: groups of it; `cut`: tokens before a cut. They broadcast.
         bits: of a field.
     """
     rest = total - cut
@@ -340,7 +340,7 @@ def _pack(distance: Indices | int, cut: Indices, share: Indices, bits: int) -> I
 
 
 def _unpack(rated: Indices, bits: int) -> tuple[Indices, Indices]:
-    """Where to cut, and the patches before it."""
+    """Where to cut, and the groups before it."""
     field = (1 << bits) - 1
     return rated >> bits & field, rated & field
 

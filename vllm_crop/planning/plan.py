@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from vllm_crop.planning.budget import Method, retained_per_stage
 from vllm_crop.planning.geometry import ImageTokens, Indices, Mask, Places, Region
-from vllm_crop.planning.groups import even_patches, middles
+from vllm_crop.planning.groups import even_groups, middles
 
 Compression = Literal["pool", "prune"]
 
@@ -150,8 +150,8 @@ def make_plan(
     """Spend the budget on the region first, the rest of it evenly on the context (CROP section 3.2).
 
     A region larger than the budget is sampled evenly and nothing else is kept. A smaller one is kept whole.
-    When compressing, the remaining embeddings go to the context, each the mean of a compact patch (`pool`)
-    or the token nearest to the middle of that patch (`prune`). When evicting, every stage keeps a subset of
+    When compressing, the remaining embeddings go to the context, each the mean of a compact group (`pool`)
+    or the token nearest to the middle of that group (`prune`). When evicting, every stage keeps a subset of
     the embeddings of the stage before it, chosen by the same rule.
 
     Args:
@@ -221,11 +221,11 @@ def _compressed(
         position = _region_first(places, inside, np.arange(len(inside)), count)
         assignment[position] = np.arange(count)
         return assignment, position
-    patches = even_patches(places, (~inside).nonzero()[0], count - len(region))
-    middle = middles(places, patches)
+    groups = even_groups(places, (~inside).nonzero()[0], count - len(region))
+    middle = middles(places, groups)
     position = np.sort(np.concatenate([region, middle]))
     assignment[position] = np.arange(count)
-    assignment[patches.tokens] = assignment[middle].repeat(patches.sizes)
+    assignment[groups.tokens] = assignment[middle].repeat(groups.sizes)
     return assignment, position
 
 
@@ -240,4 +240,4 @@ def _region_first(places: Places, inside: Mask, tokens: Indices, count: int) -> 
 
 
 def _spread(places: Places, tokens: Indices, count: int) -> Indices:
-    return np.sort(middles(places, even_patches(places, tokens, count)))
+    return np.sort(middles(places, even_groups(places, tokens, count)))

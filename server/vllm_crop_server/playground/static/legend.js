@@ -13,7 +13,7 @@ function entriesOf(plan, outlined) {
   const entries = [];
   if (outlined) entries.push(["region", "region"]);
   if (kept) entries.push(["kept", `kept: one token per cell (${kept})`]);
-  if (pooled) entries.push(["pooled", `pooled: one token per patch (${pooled})`]);
+  if (pooled) entries.push(["pooled", `pooled: one token per group (${pooled})`]);
   evicted.forEach(({ layer, count }, stage) => {
     entries.push(["evicted", `evicted: seen below layer ${layer} (${count})`, shade(stage, evicted.length)]);
   });
