@@ -329,7 +329,7 @@ def main() -> None:
     survived = 0
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy"
-        ignored = shutil.ignore_patterns(".git", ".venv", "build", "*cache*", ".hypothesis")
+        ignored = shutil.ignore_patterns(".git", ".venv", "build", "__pycache__", ".*_cache", ".hypothesis")
         shutil.copytree(ROOT, copy, ignore=ignored)
         for number, mutation in enumerate(chosen, start=1):
             start = time.monotonic()
@@ -367,8 +367,10 @@ def first_failure(copy: Path, arguments: str) -> str | None:
     finished = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True, check=False)
     if finished.returncode == 0:
         return None
-    found = re.search(r"^(?:FAILED|ERROR) (\S+)", finished.stdout, re.MULTILINE)
-    return found[1] if found else f"exit code {finished.returncode}: {finished.stdout[-200:]!r}"
+    found = re.search(r"^(?:FAILED|ERROR) (\S+::\S+)", finished.stdout, re.MULTILINE)
+    # Anything else, such as a file that cannot be imported, says nothing about the mistake.
+    assert found is not None, finished.stdout[-2000:]
+    return found[1]
 
 
 if __name__ == "__main__":
