@@ -16,7 +16,7 @@ from pydantic import (
     model_validator,
 )
 
-from vllm_crop.errors import UnsupportedFlagError
+from vllm_crop.errors import InvalidConfigError
 from vllm_crop.localizers.settings import LocalizerConfig
 from vllm_crop.planning.budget import Method, method_evicts
 from vllm_crop.planning.plan import Compression
@@ -144,16 +144,16 @@ class CropConfig(BaseModel):
         """Validate `additional_config["crop"]`.
 
         Raises:
-            UnsupportedFlagError: naming every wrong key, its value and what is allowed.
+            InvalidConfigError: naming every wrong key, its value and what is allowed.
         """
         if not isinstance(settings, Mapping):
-            raise UnsupportedFlagError(
+            raise InvalidConfigError(
                 f"additional_config.{CONFIG_KEY} must be an object, got {shorten(settings)}"
             )
         try:
             return cls.model_validate(dict(settings))
         except ValidationError as error:
-            raise UnsupportedFlagError(describe_errors(error, "additional_config.crop", cls)) from None
+            raise InvalidConfigError(describe_errors(error, "additional_config.crop", cls)) from None
 
 
 def describe_errors(error: ValidationError, prefix: str, model: type[BaseModel]) -> str:

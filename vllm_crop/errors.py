@@ -5,6 +5,7 @@ CropError
 ├── UnsupportedVersionError   this vLLM is not one we know
 ├── UnsupportedModelError     this checkpoint cannot be pruned, with the reason
 ├── UnsupportedFlagError      a vLLM option that does not go together with pruning
+├── InvalidConfigError        a setting of ours is wrong, or this model cannot have it
 └── UnsupportedImageError     the checkpoint's own image processor refuses such an image
 """
 
@@ -23,6 +24,10 @@ class UnsupportedModelError(CropError):
 
 class UnsupportedFlagError(CropError):
     """A vLLM option is set that pruning would silently break."""
+
+
+class InvalidConfigError(CropError):
+    """A value of `--crop-config` is none, or cannot be had with this model."""
 
 
 class UnsupportedImageError(CropError):

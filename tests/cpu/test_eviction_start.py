@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from vllm_crop.errors import UnsupportedFlagError
+from vllm_crop.errors import InvalidConfigError
 
 pytestmark = pytest.mark.vllm_runtime
 
@@ -98,5 +98,5 @@ def test_breakable_graphs_are_refused(configure: Configure, monkeypatch: pytest.
 def test_layers_that_cannot_work_are_refused(
     configure: Configure, crop: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(UnsupportedFlagError, match=message):
+    with pytest.raises(InvalidConfigError, match=message):
         configure(crop=crop)

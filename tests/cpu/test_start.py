@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from vllm_crop.compat.patches.cli_flags import apply_options
-from vllm_crop.errors import UnsupportedFlagError
+from vllm_crop.errors import InvalidConfigError, UnsupportedFlagError
 
 pytestmark = pytest.mark.vllm_runtime
 
@@ -106,7 +106,7 @@ def test_run_batch_is_refused() -> None:
 
 @pytest.mark.parametrize("settings", [True, "plc", [], 7])
 def test_settings_of_another_type_are_refused(parse: Parse, settings: Any) -> None:
-    with pytest.raises(UnsupportedFlagError, match="must be an object"):
+    with pytest.raises(InvalidConfigError, match="must be an object"):
         parse("MODEL", "--plugin", "crop", "--additional-config", json.dumps({"crop": settings}))
 
 

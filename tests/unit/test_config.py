@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from vllm_crop.config import CropConfig, CropLimits, shorten
-from vllm_crop.errors import UnsupportedFlagError
+from vllm_crop.errors import InvalidConfigError
 from vllm_crop.localizers.settings import LocalizerConfig
 
 ALLOWED: dict[str, list[Any]] = {
@@ -119,7 +119,7 @@ def test_every_field_is_among_the_allowed_examples() -> None:
 def test_wrong_settings_are_refused_with_place_allowed_and_given_value(
     given_settings: dict[Any, Any], said: list[str]
 ) -> None:
-    with pytest.raises(UnsupportedFlagError) as refused:
+    with pytest.raises(InvalidConfigError) as refused:
         CropConfig.from_mapping(given_settings)
     message = str(refused.value)
     assert message.startswith("additional_config.crop")
@@ -129,17 +129,17 @@ def test_wrong_settings_are_refused_with_place_allowed_and_given_value(
 
 
 def test_several_wrong_settings_are_named_together_up_to_five() -> None:
-    with pytest.raises(UnsupportedFlagError) as refused:
+    with pytest.raises(InvalidConfigError) as refused:
         CropConfig.from_mapping({"pruning_rate": 9, "method": "x"})
     assert str(refused.value).count("additional_config.crop.") == 2
-    with pytest.raises(UnsupportedFlagError) as refused:
+    with pytest.raises(InvalidConfigError) as refused:
         CropConfig.from_mapping({f"unknown{index}": 1 for index in range(50)})
     assert str(refused.value).count("additional_config.crop.") == 5
 
 
 @pytest.mark.parametrize("value", [True, "plc", 0.5, [1], []])
 def test_settings_that_are_no_object_are_refused_like_other_wrong_settings(value: Any) -> None:
-    with pytest.raises(UnsupportedFlagError, match=r"additional_config\.crop"):
+    with pytest.raises(InvalidConfigError, match=r"additional_config\.crop"):
         CropConfig.from_mapping(value)
 
 

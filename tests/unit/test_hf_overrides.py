@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlavaConfig, PretrainedConfig, Qwen2_5_VLC
 
 from vllm_crop.compat.hf_overrides import apply_overrides, compose_hf_overrides
 from vllm_crop.config import CropConfig
-from vllm_crop.errors import UnsupportedFlagError, UnsupportedModelError
+from vllm_crop.errors import InvalidConfigError, UnsupportedModelError
 
 CROP = CropConfig(pruning_rate=0.5).model_dump()
 SETTLED = {**CROP, "position_ids": "renumbered"}  # as it travels with a LLaVA
@@ -94,7 +94,7 @@ def test_models_with_mrope_keep_original_position_ids(position_ids: str | None) 
 
 
 def test_models_with_mrope_cannot_be_renumbered() -> None:
-    with pytest.raises(UnsupportedFlagError, match=r"position_ids='renumbered' is not .*leave it out"):
+    with pytest.raises(InvalidConfigError, match=r"position_ids='renumbered' is not .*leave it out"):
         compose_hf_overrides({**CROP, "position_ids": "renumbered"}, {})(qwen())
 
 

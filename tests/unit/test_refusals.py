@@ -10,7 +10,7 @@ from transformers import LlavaConfig
 from vllm_crop.compat import checks
 from vllm_crop.compat.refusals import REFUSED, refuse_flags, refuse_localizer, refuse_model, served_geometry
 from vllm_crop.config import CropConfig
-from vllm_crop.errors import UnsupportedFlagError
+from vllm_crop.errors import InvalidConfigError, UnsupportedFlagError
 from vllm_crop.localizers.settings import LocalizerConfig
 
 
@@ -95,7 +95,7 @@ def test_tokenizers_of_transformers_pass(tokenizer_mode: str) -> None:
 def test_original_positions_need_room_for_an_unpruned_image() -> None:
     original = CropConfig(position_ids="original")
     refuse_model(model_config(max_model_len=4096 - 576), original)
-    with pytest.raises(UnsupportedFlagError, match=r"--max-model-len must be at most 3520.*got 3521"):
+    with pytest.raises(InvalidConfigError, match=r"--max-model-len must be at most 3520.*got 3521"):
         refuse_model(model_config(max_model_len=4096 - 575), original)
 
 

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from vllm_crop.config import PositionIds
-from vllm_crop.errors import UnsupportedFlagError
+from vllm_crop.errors import InvalidConfigError
 from vllm_crop.families.registry import VisionGeometry, family_of, geometry_from_configs
 
 HfConfig = Any
@@ -25,7 +25,7 @@ def apply_overrides(hf_config: HfConfig, crop: Mapping[str, Any], user_overrides
 
     Raises:
         UnsupportedModelError: the checkpoint is none we can prune.
-        UnsupportedFlagError: it cannot have the position ids asked for.
+        InvalidConfigError: it cannot have the position ids asked for.
     """
     if callable(user_overrides):
         hf_config = user_overrides(hf_config)
@@ -47,7 +47,7 @@ def apply_overrides(hf_config: HfConfig, crop: Mapping[str, Any], user_overrides
 
 def _settle_position_ids(asked: PositionIds | None, geometry: VisionGeometry) -> PositionIds:
     if asked == "renumbered" and geometry.uses_mrope:
-        raise UnsupportedFlagError(
+        raise InvalidConfigError(
             "--crop-config position_ids='renumbered' is not possible for a model with M-RoPE, whose position "
             "ids are rows and columns of the image: leave it out"
         )

@@ -5,7 +5,7 @@ import os
 from typing import Any, NoReturn
 
 from vllm_crop.config import CONFIG_KEY, CropConfig
-from vllm_crop.errors import UnsupportedFlagError
+from vllm_crop.errors import InvalidConfigError, UnsupportedFlagError
 from vllm_crop.families.registry import VisionGeometry, geometry_from_configs
 from vllm_crop.localizers.settings import LocalizerConfig
 from vllm_crop.planning.budget import BudgetError, check_eviction_layers, retained_per_stage
@@ -59,7 +59,7 @@ def refuse_model(model_config: Any, config: CropConfig) -> None:
     """Refuse what only the finished model config shows.
 
     Raises:
-        UnsupportedFlagError: naming the flag and what to set instead.
+        InvalidConfigError, UnsupportedFlagError: naming the flag and what to set instead.
     """
     if model_config.tokenizer_mode not in ("auto", "hf", "slow"):
         refuse("--tokenizer-mode other than auto|hf|slow")
@@ -69,7 +69,7 @@ def refuse_model(model_config: Any, config: CropConfig) -> None:
     if config.position_ids == "original" and not geometry.uses_mrope:
         room = model_config.hf_text_config.max_position_embeddings - geometry.max_tokens
         if model_config.max_model_len > room:
-            raise UnsupportedFlagError(
+            raise InvalidConfigError(
                 "--crop-config position_ids='original' lets positions run past the prompt's length: "
                 f"--max-model-len must be at most {room} for this model, got {model_config.max_model_len}"
             )
@@ -95,13 +95,13 @@ def refuse_budget(model_config: Any, config: CropConfig) -> None:
     """Refuse eviction layers the model does not have, or that cannot meet the server's pruning rate.
 
     Raises:
-        UnsupportedFlagError: naming layers or a rate that would do.
+        InvalidConfigError: naming layers or a rate that would do.
     """
     geometry = served_geometry(model_config)
     try:
         check_eviction_layers(config.stages, geometry.num_layers, geometry.first_eviction_layer)
     except BudgetError as error:
-        raise UnsupportedFlagError(f"--crop-config {error}") from None
+        raise InvalidConfigError(f"--crop-config {error}") from None
     try:
         retained_per_stage(
             geometry.max_tokens,
@@ -111,7 +111,7 @@ def refuse_budget(model_config: Any, config: CropConfig) -> None:
             config.stages,
         )
     except BudgetError as error:
-        raise UnsupportedFlagError(f"--crop-config pruning_rate: {error}") from None
+        raise InvalidConfigError(f"--crop-config pruning_rate: {error}") from None
 
 
 def uses_rust_front_end() -> bool:
