@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from lab.evaluation.cells import METHODS, RATES, SERVER, make_grid
+from lab.evaluation.conditions import METHODS, RATES, SERVER, make_grid
 from lab.evaluation.options import Engine, Options
 from lab.evaluation.regions import ALL_SOURCES, DESCRIPTIONS, SOURCES
 from vllm_crop.commands.region_options import parse_layers
@@ -64,7 +64,7 @@ def evaluate(
         bool,
         typer.Option("--quick", help=f"{QUICK_PER_FAMILY} questions of a family, at 0.889 only."),
     ] = False,
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for cells, results and page.")] = Path(
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for conditions, results and page.")] = Path(
         "build/eval"
     ),
 ) -> None:
@@ -75,8 +75,8 @@ def evaluate(
     same checkpoint and the same visual tokens to answer from, averaged over decoder layers; what the model
     spends on finding a region is not counted. The unpruned model is always measured, to compare with.
 
-    Writes results.json, curves.png and index.html. Every finished cell is kept: run the same command again to
-    go on after an interruption, or with more methods or rates to add cells.
+    Writes results.json, curves.png and index.html. Every finished condition is kept: run the command again
+    to go on after an interruption, or with more methods or rates to add conditions.
 
     \b
     A first look, in a few minutes:
@@ -122,7 +122,7 @@ def _run(options: Options, console: Console) -> None:
         console.print(f"The evaluation failed: {error}", style="red", markup=False)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        console.print("Stopped. The same command goes on with the first unfinished cell.")
+        console.print("Stopped. The same command goes on with the first unfinished condition.")
         raise typer.Exit(130) from None
     print_report(console, report)
     write_report(options.folder, report)

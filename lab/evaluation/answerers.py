@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who answers which cell. Each is started when its first unfinished cell comes, and only then."""
+"""Who answers which condition. Each is started when its first unfinished condition comes, and only then."""
 
 from functools import cached_property
 
 from lab.evaluation.asking import Answerer
-from lab.evaluation.cells import GridCell
+from lab.evaluation.conditions import Condition
 from lab.evaluation.options import Options
 from lab.evaluation.served.accounting import Accounting
 from vllm_crop.config import CropConfig
@@ -18,13 +18,13 @@ class Answerers:
     def __init__(self, options: Options) -> None:
         self.options = options
 
-    def __call__(self, cell: GridCell) -> Answerer:
-        """Who answers a cell.
+    def __call__(self, condition: Condition) -> Answerer:
+        """Who answers a condition.
 
         Raises:
             CropError: it cannot be started; the message says what to do.
         """
-        name = self.options.engine_for(cell)
+        name = self.options.engine_for(condition)
         if name == "transformers":
             return self._transformers
         return self._endpoint if name == "endpoint" else self._engine

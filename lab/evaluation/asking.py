@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a cell asks a question: with which images, which words, and which `crop`."""
+"""How a condition asks a question: with which images, which words, and which `crop`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from lab.evaluation.cells import CROP_METHODS, LOCATE, GridCell
+from lab.evaluation.conditions import CROP_METHODS, LOCATE, Condition
 from lab.evaluation.controls import resized, thumbnail_and_crop
 from lab.evaluation.questions import TestScene
 from lab.tinyvqa import words
@@ -61,15 +61,15 @@ class SceneTask:
 
 
 class Answerer(Protocol):
-    """Something that answers cells: the served engine, an endpoint, or plain transformers."""
+    """Something that answers conditions: the served engine, an endpoint, or plain transformers."""
 
     name: str
 
-    def answer(self, cell: GridCell, tasks: Sequence[SceneTask]) -> list[list[Answer]]:
-        """Per scene and question. Raises BudgetError if the method cannot meet the cell's rate."""
+    def answer(self, condition: Condition, tasks: Sequence[SceneTask]) -> list[list[Answer]]:
+        """Per scene and question. Raises BudgetError if the method cannot meet the condition's rate."""
         ...
 
-    def ttft_ms(self, cell: GridCell, tasks: Sequence[SceneTask]) -> float | None:
+    def ttft_ms(self, condition: Condition, tasks: Sequence[SceneTask]) -> float | None:
         """Median time of requests sent one at a time; None if that means nothing here.
 
         To the first token; of the localizer to the last, as nothing can begin before it has spoken.
@@ -77,26 +77,26 @@ class Answerer(Protocol):
         ...
 
 
-def ask(cell: GridCell, task: SceneTask, resize: SmartResize) -> list[Asked]:
+def ask(condition: Condition, task: SceneTask, resize: SmartResize) -> list[Asked]:
     """Every question of a scene."""
     picture = task.scene.picture()
     texts = [question.text for question in task.scene.questions]
-    if cell.method == LOCATE:
+    if condition.method == LOCATE:
         small = thumbnail(picture)
         return [Asked((small,), words.LOCATE + text, steps=LOCATE_STEPS) for text in texts]
-    if cell.method == "no-image":
+    if condition.method == "no-image":
         return [Asked((), text) for text in texts]
-    if cell.pruning_rate is None:
+    if condition.pruning_rate is None:
         return [Asked((picture,), text) for text in texts]
-    tokens = retained_count(resize.grid(*picture.size).num_tokens, cell.pruning_rate)
-    if cell.method == "resize":
+    tokens = retained_count(resize.grid(*picture.size).num_tokens, condition.pruning_rate)
+    if condition.method == "resize":
         small = resized(picture, tokens, resize)
         return [Asked((small,), text) for text in texts]
     pairs = list(zip(texts, task.regions, strict=True))
-    if cell.method == "two-images":
+    if condition.method == "two-images":
         return [_with_crop(picture, text, region, tokens, resize) for text, region in pairs]
-    assert cell.method in CROP_METHODS, f"{cell.method} cannot be served"
-    return [Asked((picture,), text, _crop_field(cell, region)) for text, region in pairs]
+    assert condition.method in CROP_METHODS, f"{condition.method} cannot be served"
+    return [Asked((picture,), text, _crop_field(condition, region)) for text, region in pairs]
 
 
 def _with_crop(
@@ -107,6 +107,6 @@ def _with_crop(
     return Asked(tuple(images), text)
 
 
-def _crop_field(cell: GridCell, region: Region | None) -> dict[str, Any]:
-    regions = {"regions": [None if region is None else region.as_lists()]} if cell.sends_regions else {}
-    return {**regions, "pruning_rate": cell.pruning_rate, "method": cell.method}
+def _crop_field(condition: Condition, region: Region | None) -> dict[str, Any]:
+    regions = {"regions": [None if region is None else region.as_lists()]} if condition.sends_regions else {}
+    return {**regions, "pruning_rate": condition.pruning_rate, "method": condition.method}

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lab.evaluation.runner.seam import Kept, LayerView, Pruning, Sight
+from lab.evaluation.runner.method import Kept, LayerView, Pruning, Sight
 from vllm_crop.planning.plan import TokenPlan
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lab.evaluation.cells import CONTROLS, CROP_METHODS, OFF, GridCell
+from lab.evaluation.conditions import CONTROLS, CROP_METHODS, OFF, Condition
 from lab.evaluation.summary import Row
 
 _TICKS = (43, 64, 96, 128, 192, 288, 576)  # tokens
@@ -18,12 +18,12 @@ class Panel:
 
     title: str
     group: str
-    shows: Callable[[GridCell], bool]
+    shows: Callable[[Condition], bool]
 
 
-def _against(cell: GridCell) -> bool:
+def _against(condition: Condition) -> bool:
     """CROP as it would be served, and what it is compared with: even pooling, "whole", is a rival too."""
-    return cell.region in (None, "localizer", "whole")
+    return condition.region in (None, "localizer", "whole")
 
 
 PANELS = (
@@ -57,8 +57,8 @@ def lines_of(rows: Sequence[Row], panel: Panel) -> dict[str, list[Row]]:
     """The rows of each line, by ascending tokens; what has no rate makes no line."""
     lines: dict[str, list[Row]] = {}
     for row in rows:
-        if row.cell.pruning_rate is not None and not row.impossible and panel.shows(row.cell):
-            lines.setdefault(row.cell.row, []).append(row)
+        if row.condition.pruning_rate is not None and not row.impossible and panel.shows(row.condition):
+            lines.setdefault(row.condition.row, []).append(row)
     return {
         name: sorted(points, key=lambda row: row.groups[panel.group].visual_tokens)
         for name, points in lines.items()
@@ -70,12 +70,12 @@ def _draw(axis: Any, panel: Panel, rows: Sequence[Row]) -> None:
         scores = [row.groups[panel.group] for row in points]
         tokens = [score.visual_tokens for score in scores]
         shares = [score.accuracy for score in scores]
-        style = {"color": f"C{index % 10}", "label": name, **_style(points[0].cell, index)}
+        style = {"color": f"C{index % 10}", "label": name, **_style(points[0].condition, index)}
         axis.plot(tokens, [share.value for share in shares], markersize=5, **style)
         bounds = [share.low for share in shares], [share.high for share in shares]
         axis.fill_between(tokens, *bounds, color=style["color"], alpha=0.1)
     for row in rows:
-        if row.cell == OFF:
+        if row.condition == OFF:
             axis.axhline(row.groups[panel.group].accuracy.value, color="black", linewidth=1, label="unpruned")
     axis.set_xscale("log")
     axis.minorticks_off()
@@ -86,8 +86,8 @@ def _draw(axis: Any, panel: Panel, rows: Sequence[Row]) -> None:
     axis.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.17))
 
 
-def _style(cell: GridCell, index: int) -> dict[str, Any]:
-    marker = "os^Dv"[index // 10 % 5] if cell.method in CROP_METHODS else "x+*"[index // 10 % 3]
-    if cell.method in CROP_METHODS:
+def _style(condition: Condition, index: int) -> dict[str, Any]:
+    marker = "os^Dv"[index // 10 % 5] if condition.method in CROP_METHODS else "x+*"[index // 10 % 3]
+    if condition.method in CROP_METHODS:
         return {"linestyle": "-", "linewidth": 2.2, "marker": marker}
-    return {"linestyle": ":" if cell.method in CONTROLS else "--", "linewidth": 1.2, "marker": marker}
+    return {"linestyle": ":" if condition.method in CONTROLS else "--", "linewidth": 1.2, "marker": marker}

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from lab.evaluation.cells import LOCATE
+from lab.evaluation.conditions import LOCATE
 from lab.evaluation.questions import TestScene
 from lab.evaluation.regions import area, coverage, parse_location
 from lab.evaluation.stats import Estimate, wilson
-from lab.evaluation.store import CellResult
+from lab.evaluation.store import ConditionResult
 from vllm_crop.localizers.dialects import WHOLE
 
 
@@ -19,8 +19,8 @@ class LocalizerScore:
 
     Attributes:
         covered: local questions whose minimal region is covered entirely.
-        coverage: share of the minimal region's cells covered, on average.
-        area: share of the image's cells, on average over local questions.
+        coverage: share of the minimal region's conditions covered, on average.
+        area: share of the image's conditions, on average over local questions.
         whole: search and count questions answered with the whole image.
         unreadable: answers that are no location; the image is served whole then.
         ms: median time of one such request, thumbnail to last digit; comes on top of a TTFT.
@@ -35,9 +35,9 @@ class LocalizerScore:
     ms: float | None
 
 
-def score_localizer(scenes: Sequence[TestScene], results: Sequence[CellResult]) -> LocalizerScore | None:
-    """From the localizer's own cell; None where nobody asked it."""
-    result = next((one for one in results if one.cell.method == LOCATE), None)
+def score_localizer(scenes: Sequence[TestScene], results: Sequence[ConditionResult]) -> LocalizerScore | None:
+    """From the localizer's own condition; None where nobody asked it."""
+    result = next((one for one in results if one.condition.method == LOCATE), None)
     if result is None:
         return None
     said = iter(result.answers)

@@ -20,8 +20,8 @@ def _parts(report: Report) -> Iterator[str]:
     program, *arguments = origin["command"]
     name = ["python", "-m", "lab.evaluation"] if program.endswith("__main__.py") else [Path(program).name]
     command = shlex.join([*name, *arguments])
-    revisions = ", ".join(revision[:12] for revision in origin["revisions_of_cells"])
-    made = f"Made by `{command}`, cells measured at {revisions}, in {origin['seconds'] / 60:.0f} minutes"
+    revisions = ", ".join(revision[:12] for revision in origin["revisions_of_conditions"])
+    made = f"Made by `{command}`, conditions measured at {revisions}, in {origin['seconds'] / 60:.0f} minutes"
     yield f"{made}. Margins, thresholds and all settings are in `results.json`.\n"
     for note in NOTES:
         yield f"* {note}"
@@ -35,8 +35,8 @@ def _parts(report: Report) -> Iterator[str]:
     yield ""
     for row in report.rows:
         if row.impossible:
-            yield f"* {row.cell.row} at {row.cell.pruning_rate:g}: {row.impossible}"
+            yield f"* {row.condition.row} at {row.condition.pruning_rate:g}: {row.impossible}"
 
 
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |"
+def _line(conditions: Sequence[str]) -> str:
+    return "| " + " | ".join(condition.replace("|", "/") for condition in conditions) + " |"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is asked of one evaluation, and what its cells have in common."""
+"""What is asked of one evaluation, and what its conditions have in common."""
 
 import hashlib
 import json
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lab.evaluation.cells import CROP_METHODS, GridCell
+from lab.evaluation.conditions import CROP_METHODS, Condition
 from vllm_crop.errors import CropError
 
 Engine = Literal["vllm", "transformers"]
@@ -30,7 +30,7 @@ class Options:
 
     model: Path
     per_family: int
-    grid: tuple[GridCell, ...]
+    grid: tuple[Condition, ...]
     engine: Engine
     base_url: str | None
     eviction_layers: tuple[int, ...]
@@ -39,12 +39,12 @@ class Options:
 
     @property
     def prunes(self) -> bool:
-        """Whether some cell needs the plugin."""
-        return any(cell.method in CROP_METHODS for cell in self.grid)
+        """Whether some condition needs the plugin."""
+        return any(condition.method in CROP_METHODS for condition in self.grid)
 
-    def engine_for(self, cell: GridCell) -> str:
-        """The name of what answers a cell."""
-        if cell.is_rival:
+    def engine_for(self, condition: Condition) -> str:
+        """The name of what answers a condition."""
+        if condition.is_rival:
             return "transformers"
         return "endpoint" if self.base_url else self.engine
 
@@ -54,7 +54,7 @@ class Options:
         return {"method": "plc", "eviction_layers": layers, "position_ids": "original"}
 
     def settings(self) -> dict[str, Any]:
-        """What the cells of one table must share."""
+        """What the conditions of one table must share."""
         return {
             "weights": weights_hash(self.model),
             "per_family": self.per_family,

@@ -54,7 +54,7 @@ def write_page(path: Path, report: Report, curves: Path) -> None:
     template = Environment(loader=loader, autoescape=True, trim_blocks=True).get_template("page.html.jinja")
     notes = [*NOTES, *([describe_localizer(report.localizer)] if report.localizer else [])]
     impossible = [
-        f"{row.cell.row} at {row.cell.pruning_rate:g}: {row.impossible}"
+        f"{row.condition.row} at {row.condition.pruning_rate:g}: {row.impossible}"
         for row in report.rows
         if row.impossible
     ]
@@ -85,9 +85,9 @@ def _further_tables(report: Report) -> Iterator[Table]:
     columns = ("CROP", "rate", "whole below", "regions used", *COLUMNS[2:6])
     thresholds = [_threshold_cells(row) for row in report.thresholds]
     yield Table("Doubtful regions: the whole image below a confidence", columns, thresholds)
-    same = [[one.cell.slug, one.engine, f"{one.same} of {one.asked}"] for one in report.agreements]
+    same = [[one.condition.slug, one.engine, f"{one.same} of {one.asked}"] for one in report.agreements]
     yield Table(
-        "Answers that plain transformers give too, word for word", ("cell", "engine", "the same"), same
+        "Answers that plain transformers give too, word for word", ("condition", "engine", "the same"), same
     )
 
 

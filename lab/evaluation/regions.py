@@ -5,7 +5,7 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
-from lab.evaluation.cells import SERVER
+from lab.evaluation.conditions import SERVER
 from lab.evaluation.questions import TestScene
 from lab.tinyvqa.questions import CellBox, Question
 from vllm_crop.localizers.base import UnreadableAnswerError

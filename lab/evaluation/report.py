@@ -15,7 +15,7 @@ from lab.evaluation.curves import draw_curves
 from lab.evaluation.localizer_score import LocalizerScore, score_localizer
 from lab.evaluation.questions import TestScene
 from lab.evaluation.stats import Estimate
-from lab.evaluation.store import CellResult
+from lab.evaluation.store import ConditionResult
 from lab.evaluation.summary import Row, summarize
 from lab.evaluation.thresholds import ThresholdRow, sweep
 from vllm_crop.benchmarking.report import write_json
@@ -37,7 +37,7 @@ class Report:
 
 def make_report(
     scenes: Sequence[TestScene],
-    results: Sequence[CellResult],
+    results: Sequence[ConditionResult],
     agreed: Sequence[Agreement],
     provenance: Mapping[str, Any],
 ) -> Report:
@@ -61,7 +61,7 @@ def write_report(folder: Path, report: Report) -> None:
         "provenance": report.provenance,
         "localizer": report.localizer and asdict(report.localizer),
         "thresholds": [asdict(row) for row in report.thresholds],
-        "rows": [{"row": row.cell.row, **asdict(row)} for row in report.rows],
+        "rows": [{"row": row.condition.row, **asdict(row)} for row in report.rows],
         "margins": [asdict(margin) for margin in report.margins],
         "agreements": [asdict(one) for one in report.agreements],
     }
@@ -104,12 +104,12 @@ def _short(estimate: Estimate | None) -> str:
 
 def table_cells(row: Row) -> list[str]:
     """A row as text: name, rate, tokens, accuracy and retention of local and of all questions, TTFT."""
-    rate = "" if row.cell.pruning_rate is None else f"{row.cell.pruning_rate:g}"
+    rate = "" if row.condition.pruning_rate is None else f"{row.condition.pruning_rate:g}"
     if row.impossible:
-        return [row.cell.row, rate, "impossible", *[""] * 5]
+        return [row.condition.row, rate, "impossible", *[""] * 5]
     local, every = row.groups["local"], row.groups["all"]
     return [
-        row.cell.row,
+        row.condition.row,
         rate,
         f"{local.visual_tokens:.0f} / {every.visual_tokens:.0f}",
         interval(local.accuracy),

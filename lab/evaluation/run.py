@@ -13,7 +13,7 @@ from lab.evaluation.options import Options
 from lab.evaluation.questions import make_test_set
 from lab.evaluation.report import Report, make_report
 from lab.evaluation.session import Session
-from lab.evaluation.store import CellResult, Store
+from lab.evaluation.store import ConditionResult, Store
 from vllm_crop.measuring.provenance import provenance
 
 
@@ -33,9 +33,9 @@ def evaluate(options: Options, console: Console) -> Report:
 
 
 def _origin(
-    origin: dict[str, Any], options: Options, settings: dict[str, Any], results: Sequence[CellResult]
+    origin: dict[str, Any], options: Options, settings: dict[str, Any], results: Sequence[ConditionResult]
 ) -> dict[str, Any]:
-    """Where the numbers come from; cells of earlier runs may be of earlier revisions."""
+    """Where the numbers come from; conditions of earlier runs may be of earlier revisions."""
     revisions = sorted({result.revision or "unknown" for result in results})
     return {
         **origin,
@@ -43,7 +43,7 @@ def _origin(
         "settings": settings,
         "engine": options.engine_for(options.grid[0]),
         "crop_settings": options.crop_settings(),
-        "cells": [asdict(cell) for cell in options.grid],
-        "revisions_of_cells": revisions,
+        "conditions": [asdict(condition) for condition in options.grid],
+        "revisions_of_conditions": revisions,
         "seconds": round(sum(result.seconds for result in results), 1),
     }

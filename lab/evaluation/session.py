@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the grid: cell by cell, with a progress bar, each finished cell kept."""
+"""Runs the grid: condition by condition, with a progress bar, each finished condition kept."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.progress import Progress
 
 from lab.evaluation.asking import Answer, Answerer, SceneTask
-from lab.evaluation.cells import LOCATE, OFF, GridCell
+from lab.evaluation.conditions import LOCATE, OFF, Condition
 from lab.evaluation.questions import TestScene, make_test_set
 from lab.evaluation.regions import parse_location, regions_for
-from lab.evaluation.store import CellResult, Store
+from lab.evaluation.store import ConditionResult, Store
 from vllm_crop.benchmarking.session import progress_bar
 from vllm_crop.planning.budget import BudgetError
 from vllm_crop.planning.geometry import Region
@@ -23,7 +23,7 @@ SCENES_AT_ONCE = 16
 TIMED = 9  # requests for a time to first token, the first of them to warm up
 TIMED_SEED = 7  # of a test set of its own: images that no cache has seen
 
-AnswererFor = Callable[[GridCell], Answerer]
+AnswererFor = Callable[[Condition], Answerer]
 LocalizerAnswer = dict[tuple[int, str], Region]
 
 
@@ -32,64 +32,68 @@ class Session:
     """One run.
 
     Attributes:
-        answerer_for: who answers a cell; asked only for unfinished cells, as starting one takes long.
+        answerer_for: who answers a condition; asked only for unfinished ones, as starting one takes long.
         engine_for: the name of that one.
     """
 
     scenes: tuple[TestScene, ...]
     answerer_for: AnswererFor
-    engine_for: Callable[[GridCell], str]
+    engine_for: Callable[[Condition], str]
     store: Store
     console: Console
     revision: str | None = None
     _unpruned: tuple[Answer, ...] = ()
 
-    def run(self, grid: Sequence[GridCell]) -> list[CellResult]:
-        """Every cell, in order."""
-        needs_locating = any(cell.region == "localizer" for cell in grid)
-        cells = [GridCell(LOCATE), *grid] if needs_locating else list(grid)
-        results: list[CellResult] = []
+    def run(self, grid: Sequence[Condition]) -> list[ConditionResult]:
+        """Every condition, in order."""
+        needs_locating = any(condition.region == "localizer" for condition in grid)
+        conditions = [Condition(LOCATE), *grid] if needs_locating else list(grid)
+        results: list[ConditionResult] = []
         located: LocalizerAnswer | None = None
         with progress_bar(self.console) as progress:
-            overall = progress.add_task("cells", total=len(cells))
-            for cell in cells:
-                progress.update(overall, description=f"cells: {cell.slug}")
-                results.append(self._result(cell, located, progress))
-                if cell.method == LOCATE:
+            overall = progress.add_task("cells", total=len(conditions))
+            for condition in conditions:
+                progress.update(overall, description=f"conditions: {condition.slug}")
+                results.append(self._result(condition, located, progress))
+                if condition.method == LOCATE:
                     located = locations(self.scenes, results[-1].answers)
-                elif cell == OFF:
+                elif condition == OFF:
                     self._unpruned = results[-1].answers
                 progress.advance(overall)
         return results
 
-    def _result(self, cell: GridCell, located: LocalizerAnswer | None, progress: Progress) -> CellResult:
-        engine = self.engine_for(cell)
-        known = self.store.load(cell, engine)
+    def _result(
+        self, condition: Condition, located: LocalizerAnswer | None, progress: Progress
+    ) -> ConditionResult:
+        engine = self.engine_for(condition)
+        known = self.store.load(condition, engine)
         if known is not None:
             return known
-        answerer = self.answerer_for(cell)
+        answerer = self.answerer_for(condition)
         start = time.perf_counter()
         try:
-            answers = list(chain.from_iterable(self._answers(answerer, cell, located, progress)))
+            answers = list(chain.from_iterable(self._answers(answerer, condition, located, progress)))
             seconds = time.perf_counter() - start
-            ttft = self._ttft(answerer, cell)
-            result = CellResult(cell, engine, tuple(answers), seconds, ttft, None, self.revision)
+            ttft = self._ttft(answerer, condition)
+            result = ConditionResult(condition, engine, tuple(answers), seconds, ttft, None, self.revision)
         except (BudgetError, InvalidCropError) as error:
-            result = CellResult(cell, engine, impossible=str(error), revision=self.revision)
+            result = ConditionResult(condition, engine, impossible=str(error), revision=self.revision)
         self.store.save(result)
         return result
 
     def _answers(
-        self, answerer: Answerer, cell: GridCell, located: LocalizerAnswer | None, progress: Progress
+        self, answerer: Answerer, condition: Condition, located: LocalizerAnswer | None, progress: Progress
     ) -> Iterator[list[Answer]]:
-        every = make_tasks(cell, self.scenes, located)
-        if not cell.sends_regions:
-            yield from self._ask(answerer, cell, every, progress)
+        every = make_tasks(condition, self.scenes, located)
+        if not condition.sends_regions:
+            yield from self._ask(answerer, condition, every, progress)
             return
         # Without a region a question is the unpruned model's own, which has answered it.
         known = iter(self._unpruned)
         pruned = chain.from_iterable(
-            self._ask(answerer, cell, [task for task in map(only_regions, every) if task.regions], progress)
+            self._ask(
+                answerer, condition, [task for task in map(only_regions, every) if task.regions], progress
+            )
         )
         for task in every:
             old = [next(known) for _ in task.regions]
@@ -98,36 +102,40 @@ class Session:
             ]
 
     def _ask(
-        self, answerer: Answerer, cell: GridCell, tasks: Sequence[SceneTask], progress: Progress
+        self, answerer: Answerer, condition: Condition, tasks: Sequence[SceneTask], progress: Progress
     ) -> Iterator[list[Answer]]:
-        bar = progress.add_task(f"{cell.slug} ({answerer.name})", total=len(tasks))
+        bar = progress.add_task(f"{condition.slug} ({answerer.name})", total=len(tasks))
         try:
             for first in range(0, len(tasks), SCENES_AT_ONCE):
                 some = tasks[first : first + SCENES_AT_ONCE]
-                yield from answerer.answer(cell, some)
+                yield from answerer.answer(condition, some)
                 progress.advance(bar, len(some))
         finally:
             progress.remove_task(bar)
 
-    def _ttft(self, answerer: Answerer, cell: GridCell) -> float | None:
-        """Timed with true regions, if any are sent: the localizer's own time is that of its own cell."""
-        scenes = make_test_set(TIMED, TIMED_SEED + hash_of(cell))[:TIMED]
-        known = GridCell(cell.method, "oracle", cell.pruning_rate) if cell.sends_regions else cell
-        return answerer.ttft_ms(cell, make_tasks(known, scenes, None))
+    def _ttft(self, answerer: Answerer, condition: Condition) -> float | None:
+        """Timed with true regions, if any are sent: the localizer's own time is that of its own condition."""
+        scenes = make_test_set(TIMED, TIMED_SEED + hash_of(condition))[:TIMED]
+        known = (
+            Condition(condition.method, "oracle", condition.pruning_rate)
+            if condition.sends_regions
+            else condition
+        )
+        return answerer.ttft_ms(condition, make_tasks(known, scenes, None))
 
 
-def hash_of(cell: GridCell) -> int:
-    """A seed for each cell, the same in every process."""
-    return sum(index * byte for index, byte in enumerate(cell.slug.encode(), start=1))
+def hash_of(condition: Condition) -> int:
+    """A seed for each condition, the same in every process."""
+    return sum(index * byte for index, byte in enumerate(condition.slug.encode(), start=1))
 
 
 def make_tasks(
-    cell: GridCell, scenes: Sequence[TestScene], located: LocalizerAnswer | None
+    condition: Condition, scenes: Sequence[TestScene], located: LocalizerAnswer | None
 ) -> list[SceneTask]:
-    """The questions of all scenes with the regions of a cell."""
-    if cell.region is None or not cell.sends_regions:
+    """The questions of all scenes with the regions of a condition."""
+    if condition.region is None or not condition.sends_regions:
         return [SceneTask(scene, (None,) * len(scene.questions)) for scene in scenes]
-    regions = regions_for(cell.region, scenes, located)
+    regions = regions_for(condition.region, scenes, located)
     return [SceneTask(scene, tuple(row)) for scene, row in zip(scenes, regions, strict=True)]
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finished cells on disk: a run that was stopped goes on where it was, and never mixes settings."""
+"""Finished conditions on disk: a run that was stopped goes on where it was, and never mixes settings."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from lab.evaluation.asking import Answer
-from lab.evaluation.cells import GridCell
+from lab.evaluation.conditions import Condition
 from vllm_crop.benchmarking.report import write_json
 
 
 @dataclass(frozen=True)
-class CellResult:
-    """Answers of one cell, in the order of the test set.
+class ConditionResult:
+    """Answers of one condition, in the order of the test set.
 
     Attributes:
         engine: what answered.
@@ -22,7 +22,7 @@ class CellResult:
         revision: of the code that measured it; a run that goes on may be newer.
     """
 
-    cell: GridCell
+    condition: Condition
     engine: str
     answers: tuple[Answer, ...] = ()
     seconds: float = 0.0
@@ -35,31 +35,31 @@ class CellResult:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, found: dict[str, Any]) -> "CellResult":
+    def from_json(cls, found: dict[str, Any]) -> "ConditionResult":
         """The inverse."""
         answers = tuple(Answer(**answer) for answer in found["answers"])
-        return cls(**{**found, "cell": GridCell(**found["cell"]), "answers": answers})
+        return cls(**{**found, "condition": Condition(**found["condition"]), "answers": answers})
 
 
 @dataclass(frozen=True)
 class Store:
-    """A folder of cells; `settings` are what the cells of a table must have in common."""
+    """A folder of conditions; `settings` are what the conditions of a table must have in common."""
 
     folder: Path
     settings: dict[str, Any]
 
-    def load(self, cell: GridCell, engine: str) -> CellResult | None:
-        """The result of a cell, if it was measured with the same settings."""
-        path = self._path(cell, engine)
+    def load(self, condition: Condition, engine: str) -> ConditionResult | None:
+        """The result of a condition, if it was measured with the same settings."""
+        path = self._path(condition, engine)
         if not path.exists():
             return None
         found = json.loads(path.read_text())
-        return CellResult.from_json(found["result"]) if found["settings"] == self.settings else None
+        return ConditionResult.from_json(found["result"]) if found["settings"] == self.settings else None
 
-    def save(self, result: CellResult) -> None:
+    def save(self, result: ConditionResult) -> None:
         """Write a result, all of it or nothing."""
-        path = self._path(result.cell, result.engine)
+        path = self._path(result.condition, result.engine)
         write_json(path, {"settings": self.settings, "result": result.to_json()})
 
-    def _path(self, cell: GridCell, engine: str) -> Path:
-        return self.folder / "cells" / f"{engine}-{cell.slug}.json"
+    def _path(self, condition: Condition, engine: str) -> Path:
+        return self.folder / "conditions" / f"{engine}-{condition.slug}.json"

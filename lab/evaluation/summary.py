@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From answers to the table: accuracy, retention and cost of every cell, and who is clear of whom."""
+"""From answers to the table: accuracy, retention and cost of every condition, and who is clear of whom."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import compress
 from statistics import fmean
 
-from lab.evaluation.cells import LOCATE, OFF, GridCell
+from lab.evaluation.conditions import LOCATE, OFF, Condition
 from lab.evaluation.questions import TestScene
 from lab.evaluation.stats import Estimate, retention, wilson
-from lab.evaluation.store import CellResult
+from lab.evaluation.store import ConditionResult
 from lab.tinyvqa.questions import FAMILIES, LOCAL
 
 GROUPS: dict[str, tuple[str, ...]] = {"local": LOCAL, "all": FAMILIES}
@@ -17,7 +17,7 @@ GROUPS: dict[str, tuple[str, ...]] = {"local": LOCAL, "all": FAMILIES}
 
 @dataclass(frozen=True)
 class GroupScore:
-    """A cell's answers to some families.
+    """A condition's answers to some families.
 
     Attributes:
         retained: share of the unpruned model's accuracy, None if that is zero.
@@ -35,9 +35,9 @@ class GroupScore:
 
 @dataclass(frozen=True)
 class Row:
-    """A cell of the grid with its scores, by group and by family; no scores where it is impossible."""
+    """A condition of the grid with its scores, by group and by family; no scores where it is impossible."""
 
-    cell: GridCell
+    condition: Condition
     engine: str
     groups: dict[str, GroupScore]
     families: dict[str, Estimate]
@@ -46,17 +46,17 @@ class Row:
     impossible: str | None
 
 
-def right_answers(scenes: Sequence[TestScene], result: CellResult) -> list[bool]:
+def right_answers(scenes: Sequence[TestScene], result: ConditionResult) -> list[bool]:
     """Exact match, question by question."""
     expected = [question.answer for scene in scenes for question in scene.questions]
     return [answer.text == wanted for answer, wanted in zip(result.answers, expected, strict=True)]
 
 
-def summarize(scenes: Sequence[TestScene], results: Sequence[CellResult]) -> list[Row]:
-    """A row per cell, in the order of the results; the unpruned model's is among them."""
+def summarize(scenes: Sequence[TestScene], results: Sequence[ConditionResult]) -> list[Row]:
+    """A row per condition, in the order of the results; the unpruned model's is among them."""
     families = families_of(scenes)
-    base = right_answers(scenes, next(result for result in results if result.cell == OFF))
-    return [_row(scenes, families, result, base) for result in results if result.cell.method != LOCATE]
+    base = right_answers(scenes, next(result for result in results if result.condition == OFF))
+    return [_row(scenes, families, result, base) for result in results if result.condition.method != LOCATE]
 
 
 def families_of(scenes: Sequence[TestScene]) -> list[str]:
@@ -65,10 +65,10 @@ def families_of(scenes: Sequence[TestScene]) -> list[str]:
 
 
 def _row(
-    scenes: Sequence[TestScene], families: Sequence[str], result: CellResult, base: Sequence[bool]
+    scenes: Sequence[TestScene], families: Sequence[str], result: ConditionResult, base: Sequence[bool]
 ) -> Row:
     if result.impossible:
-        return Row(result.cell, result.engine, {}, {}, 0.0, None, result.impossible)
+        return Row(result.condition, result.engine, {}, {}, 0.0, None, result.impossible)
     right = right_answers(scenes, result)
     groups = {name: _group(result, right, base, [f in of for f in families]) for name, of in GROUPS.items()}
     by_family = {}
@@ -76,11 +76,11 @@ def _row(
         chosen = list(compress(right, [one == family for one in families]))
         by_family[family] = wilson(sum(chosen), len(chosen))
     pace = result.seconds / len(right)
-    return Row(result.cell, result.engine, groups, by_family, pace, result.ttft_ms, None)
+    return Row(result.condition, result.engine, groups, by_family, pace, result.ttft_ms, None)
 
 
 def _group(
-    result: CellResult, right: Sequence[bool], base: Sequence[bool], chosen: Sequence[bool]
+    result: ConditionResult, right: Sequence[bool], base: Sequence[bool], chosen: Sequence[bool]
 ) -> GroupScore:
     ours, theirs = list(compress(right, chosen)), list(compress(base, chosen))
     answers = list(compress(result.answers, chosen))

@@ -8,9 +8,9 @@ with the region and that of the unpruned model: nothing is asked again.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from lab.evaluation.cells import CROP_METHODS, LOCATE, OFF
+from lab.evaluation.conditions import CROP_METHODS, LOCATE, OFF
 from lab.evaluation.questions import TestScene
-from lab.evaluation.store import CellResult
+from lab.evaluation.store import ConditionResult
 from lab.evaluation.summary import GroupScore, summarize
 
 THRESHOLDS = (0.0, 0.25, 0.5, 0.75, 0.9, 0.99)
@@ -32,17 +32,17 @@ class ThresholdRow:
     groups: dict[str, GroupScore]
 
 
-def sweep(scenes: Sequence[TestScene], results: Sequence[CellResult]) -> list[ThresholdRow]:
+def sweep(scenes: Sequence[TestScene], results: Sequence[ConditionResult]) -> list[ThresholdRow]:
     """Every threshold for every method and rate with the localizer's regions; empty without confidences."""
-    located = next((one for one in results if one.cell.method == LOCATE), None)
-    unpruned = next((one for one in results if one.cell == OFF), None)
+    located = next((one for one in results if one.condition.method == LOCATE), None)
+    unpruned = next((one for one in results if one.condition == OFF), None)
     if located is None or unpruned is None or any(one.confidence is None for one in located.answers):
         return []
     confidences = [answer.confidence or 0.0 for answer in located.answers]
     served = [
         one
         for one in results
-        if one.cell.method in CROP_METHODS and one.cell.region == "localizer" and not one.impossible
+        if one.condition.method in CROP_METHODS and one.condition.region == "localizer" and not one.impossible
     ]
     return [
         _row(scenes, result, unpruned, confidences, threshold)
@@ -53,8 +53,8 @@ def sweep(scenes: Sequence[TestScene], results: Sequence[CellResult]) -> list[Th
 
 def _row(
     scenes: Sequence[TestScene],
-    result: CellResult,
-    unpruned: CellResult,
+    result: ConditionResult,
+    unpruned: ConditionResult,
     confidences: Sequence[float],
     threshold: float,
 ) -> ThresholdRow:
@@ -65,7 +65,7 @@ def _row(
         answer.visual_tokens < whole.visual_tokens
         for answer, (_, whole, _) in zip(answers, triples, strict=True)
     )
-    assert result.cell.pruning_rate is not None
+    assert result.condition.pruning_rate is not None
     return ThresholdRow(
-        result.cell.method, result.cell.pruning_rate, threshold, used / len(answers), row.groups
+        result.condition.method, result.condition.pruning_rate, threshold, used / len(answers), row.groups
     )

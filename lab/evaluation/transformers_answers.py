@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import cast
 
 from lab.evaluation.asking import ANSWER_STEPS, Answer, Asked, SceneTask, ask
-from lab.evaluation.cells import CROP_METHODS, OFF, GridCell
+from lab.evaluation.conditions import CROP_METHODS, OFF, Condition
 from lab.evaluation.crop_pruning import crop_pruning
 from lab.evaluation.rivals.registry import RIVALS
+from lab.evaluation.runner.method import Pruning, Seen
 from lab.evaluation.runner.qwen import UNPRUNED, QwenRunner, Reply
-from lab.evaluation.runner.seam import Pruning, Seen
 from lab.tinyvqa.drawing import draw_scene
 from lab.tinyvqa.scenes import Scene
 from vllm_crop.families.qwen_vl import SmartResize
@@ -44,42 +44,44 @@ class TransformersAnswers:
         self.resize = SmartResize.of_processor(self.runner.processor.image_processor)
         self._see_picture = lru_cache(_SCENES_KEPT)(self._see_scene)
 
-    def answer(self, cell: GridCell, tasks: Sequence[SceneTask]) -> list[list[Answer]]:
+    def answer(self, condition: Condition, tasks: Sequence[SceneTask]) -> list[list[Answer]]:
         """Per scene and question."""
-        return [self._answer_scene(cell, task) for task in tasks]
+        return [self._answer_scene(condition, task) for task in tasks]
 
-    def ttft_ms(self, cell: GridCell, tasks: Sequence[SceneTask]) -> None:
+    def ttft_ms(self, condition: Condition, tasks: Sequence[SceneTask]) -> None:
         """Questions share their work here, so no time is one of a request."""
         return None
 
-    def _answer_scene(self, cell: GridCell, task: SceneTask) -> list[Answer]:
+    def _answer_scene(self, condition: Condition, task: SceneTask) -> list[Answer]:
         answers: dict[int, Answer] = {}
-        for group in self._groups(cell, task):
+        for group in self._groups(condition, task):
             replies = self.runner.answer(group.images, group.texts, group.pruning, group.steps)
             answers |= dict(zip(group.indices, map(_answer, replies), strict=True))
         return [answers[index] for index in sorted(answers)]
 
-    def _groups(self, cell: GridCell, task: SceneTask) -> Iterator[_Group]:
+    def _groups(self, condition: Condition, task: SceneTask) -> Iterator[_Group]:
         texts = [question.text for question in task.scene.questions]
-        if cell.method in RIVALS:
-            assert cell.pruning_rate is not None
+        if condition.method in RIVALS:
+            assert condition.pruning_rate is not None
             seen = self._see_picture(task.scene.scene)
-            pruning = RIVALS[cell.method](seen.grid.num_tokens, self.runner.num_layers, cell.pruning_rate)
+            pruning = RIVALS[condition.method](
+                seen.grid.num_tokens, self.runner.num_layers, condition.pruning_rate
+            )
             yield self._on_picture(range(len(texts)), texts, seen, pruning)
-        elif cell.method == OFF.method:
+        elif condition.method == OFF.method:
             yield self._on_picture(range(len(texts)), texts, self._see_picture(task.scene.scene), UNPRUNED)
-        elif cell.method in CROP_METHODS:
-            yield from self._crop_groups(cell, task, texts)
+        elif condition.method in CROP_METHODS:
+            yield from self._crop_groups(condition, task, texts)
         else:
-            yield from self._as_asked(ask(cell, task, self.resize))
+            yield from self._as_asked(ask(condition, task, self.resize))
 
-    def _crop_groups(self, cell: GridCell, task: SceneTask, texts: list[str]) -> Iterator[_Group]:
-        assert cell.pruning_rate is not None
+    def _crop_groups(self, condition: Condition, task: SceneTask, texts: list[str]) -> Iterator[_Group]:
+        assert condition.pruning_rate is not None
         seen = self._see_picture(task.scene.scene)
-        layers, method = self.runner.num_layers, cast(Method, cell.method)
-        stages = () if cell.method == "plc" else self.eviction_layers
+        layers, method = self.runner.num_layers, cast(Method, condition.method)
+        stages = () if condition.method == "plc" else self.eviction_layers
         plans = {
-            index: make_plan(seen.grid, region, cell.pruning_rate, "pool", method, layers, stages)
+            index: make_plan(seen.grid, region, condition.pruning_rate, "pool", method, layers, stages)
             for index, region in enumerate(task.regions)
             if region is not None
         }

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from lab.evaluation.asking import Answer, SceneTask
-from lab.evaluation.cells import LOCATE, OFF, GridCell
+from lab.evaluation.conditions import LOCATE, OFF, Condition
 from lab.evaluation.crop_pruning import crop_pruning
 from lab.evaluation.questions import TestScene, make_test_set
 from lab.evaluation.regions import regions_for
 from lab.evaluation.rivals.registry import RIVALS
+from lab.evaluation.runner.method import Pruning, Seen
 from lab.evaluation.runner.qwen import QwenRunner, Reply
-from lab.evaluation.runner.seam import Pruning, Seen
 from lab.evaluation.transformers_answers import TransformersAnswers
 from lab.tinyvqa import words
 from tests.slow_plan import embeddings_of
@@ -210,24 +210,24 @@ def test_an_empty_pruning_changes_nothing(
 
 
 @pytest.mark.parametrize(
-    ("cell", "visual"),
+    ("condition", "visual"),
     [
         (OFF, {576.0}),
-        (GridCell(LOCATE), {64.0}),
-        (GridCell("no-image"), {0.0}),
-        (GridCell("resize", None, 0.889), {64.0}),
-        (GridCell("plc", "oracle", 0.889), {64.0, 576.0}),  # search and count are served whole
-        (GridCell("ilp", "oracle", 0.667), {2300 / 12, 576.0}),
-        (GridCell("plc+ilp", "whole", 0.926), {43.0}),
-        (GridCell("divprune", None, 0.778), {128.0}),
+        (Condition(LOCATE), {64.0}),
+        (Condition("no-image"), {0.0}),
+        (Condition("resize", None, 0.889), {64.0}),
+        (Condition("plc", "oracle", 0.889), {64.0, 576.0}),  # search and count are served whole
+        (Condition("ilp", "oracle", 0.667), {2300 / 12, 576.0}),
+        (Condition("plc+ilp", "whole", 0.926), {43.0}),
+        (Condition("divprune", None, 0.778), {128.0}),
     ],
-    ids=lambda value: value.slug if isinstance(value, GridCell) else "",
+    ids=lambda value: value.slug if isinstance(value, Condition) else "",
 )
 def test_cells_take_the_tokens_of_their_budget(
-    cell: GridCell, visual: set[float], answers: TransformersAnswers, scene: TestScene
+    condition: Condition, visual: set[float], answers: TransformersAnswers, scene: TestScene
 ) -> None:
-    regions = regions_for(cell.region, [scene])[0] if cell.region else [None] * len(scene.questions)
-    (row,) = answers.answer(cell, [SceneTask(scene, tuple(regions))])
+    regions = regions_for(condition.region, [scene])[0] if condition.region else [None] * len(scene.questions)
+    (row,) = answers.answer(condition, [SceneTask(scene, tuple(regions))])
     assert all(isinstance(answer, Answer) for answer in row)
     assert {round(answer.visual_tokens) for answer in row} == {round(count) for count in visual}
     for answer in row:

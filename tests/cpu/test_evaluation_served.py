@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoProcessor
 
 from lab.evaluation.asking import SceneTask, ask
-from lab.evaluation.cells import CROP_METHODS, LOCATE, OFF, GridCell
+from lab.evaluation.conditions import CROP_METHODS, LOCATE, OFF, Condition
 from lab.evaluation.questions import make_test_set
 from lab.evaluation.regions import regions_for
 from lab.evaluation.served.accounting import Accounting, CountError
@@ -24,10 +24,10 @@ pytestmark = pytest.mark.vllm_runtime
 
 CELLS = (
     OFF,
-    GridCell(LOCATE),
-    GridCell("no-image"),
-    GridCell("resize", None, 0.889),
-    GridCell("two-images", "oracle", 0.889),
+    Condition(LOCATE),
+    Condition("no-image"),
+    Condition("resize", None, 0.889),
+    Condition("two-images", "oracle", 0.889),
 )
 
 
@@ -58,36 +58,40 @@ def crop_engine(tiny: Path) -> EngineAnswers:
     return start(tiny, {"method": "plc", "eviction_layers": [1], "position_ids": "original"})
 
 
-@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.slug)
-def test_the_engine_answers_as_transformers_does(cell: GridCell, tiny: Path, engine: EngineAnswers) -> None:
-    check(cell, tiny, engine)
+@pytest.mark.parametrize("condition", CELLS, ids=lambda condition: condition.slug)
+def test_the_engine_answers_as_transformers_does(
+    condition: Condition, tiny: Path, engine: EngineAnswers
+) -> None:
+    check(condition, tiny, engine)
 
 
 @pytest.mark.parametrize("method", CROP_METHODS)
 def test_crop_is_served_as_transformers_runs_its_plans(
     method: str, tiny: Path, crop_engine: EngineAnswers
 ) -> None:
-    check(GridCell(method, "oracle", 0.667), tiny, crop_engine)
+    check(Condition(method, "oracle", 0.667), tiny, crop_engine)
 
 
 def test_a_rate_that_cannot_be_met_is_refused_before_anything_is_sent(crop_engine: EngineAnswers) -> None:
     scene = make_test_set(1)[0]
     regions = regions_for("oracle", [scene])[0]
     with pytest.raises(InvalidCropError, match="pruning_rate"):
-        crop_engine.answer(GridCell("ilp", "oracle", 0.926), [SceneTask(scene, tuple(regions))])
+        crop_engine.answer(Condition("ilp", "oracle", 0.926), [SceneTask(scene, tuple(regions))])
 
 
-def check(cell: GridCell, tiny: Path, engine: EngineAnswers) -> None:
+def check(condition: Condition, tiny: Path, engine: EngineAnswers) -> None:
     scenes = make_test_set(2)
-    regions = regions_for("oracle", scenes) if cell.region else [[None] * len(s.questions) for s in scenes]
+    regions = (
+        regions_for("oracle", scenes) if condition.region else [[None] * len(s.questions) for s in scenes]
+    )
     tasks = [SceneTask(scene, tuple(row)) for scene, row in zip(scenes, regions, strict=True)]
-    expected = TransformersAnswers(tiny, (1,)).answer(cell, tasks)
-    for served, plain in zip(engine.answer(cell, tasks), expected, strict=True):
+    expected = TransformersAnswers(tiny, (1,)).answer(condition, tasks)
+    for served, plain in zip(engine.answer(condition, tasks), expected, strict=True):
         for one, other in zip(served, plain, strict=True):
             assert one.text == other.text
             counts = [(a.visual_tokens, a.kv_tokens, a.prompt_tokens) for a in (one, other)]
             assert counts[0] == pytest.approx(counts[1])
-    assert engine.ttft_ms(cell, tasks * 2) > 0
+    assert engine.ttft_ms(condition, tasks * 2) > 0
 
 
 def test_a_prompt_of_another_length_than_planned_is_an_error(engine: EngineAnswers) -> None:

@@ -18,8 +18,8 @@ from lab import evaluation
 from lab.evaluation import session as sessions
 from lab.evaluation.__main__ import app
 from lab.evaluation.asking import Answer, SceneTask, ask
-from lab.evaluation.cells import LOCATE, METHODS, OFF, RATES, GridCell, make_grid
 from lab.evaluation.comparisons import agreements, margins
+from lab.evaluation.conditions import LOCATE, METHODS, OFF, RATES, Condition, make_grid
 from lab.evaluation.controls import near_square, resized, thumbnail_and_crop
 from lab.evaluation.localizer_score import score_localizer
 from lab.evaluation.markdown import write_markdown
@@ -30,7 +30,7 @@ from lab.evaluation.rivals.names import RIVAL_TITLES
 from lab.evaluation.rivals.registry import RIVALS
 from lab.evaluation.session import Session, make_tasks
 from lab.evaluation.stats import difference, retention, wilson
-from lab.evaluation.store import CellResult, Store
+from lab.evaluation.store import ConditionResult, Store
 from lab.evaluation.summary import summarize
 from lab.evaluation.thresholds import THRESHOLDS, sweep
 from lab.tinyvqa.questions import FAMILIES, boxes_region
@@ -218,27 +218,27 @@ def test_a_small_crop_keeps_its_pixels() -> None:
     assert crop.tobytes() == picture.crop((144, 96, 208, 160)).tobytes()
 
 
-# --- the grid, and how cells ask
+# --- the grid, and how conditions ask
 
 
 def test_the_unpruned_model_comes_first_and_sources_that_cannot_help_run_once() -> None:
     grid = make_grid(METHODS, RATES, SOURCES)
     assert grid[0] == OFF
     assert len(set(grid)) == len(grid)
-    assert len({cell.slug for cell in grid}) == len(grid)
-    assert {cell.region for cell in grid if cell.method == "ilp"} == {"localizer", "oracle"}
-    assert {cell.region for cell in grid if cell.method == "plc"} == set(SOURCES)
-    assert {cell.pruning_rate for cell in grid if cell.method == "fastv"} == set(RATES)
+    assert len({condition.slug for condition in grid}) == len(grid)
+    assert {condition.region for condition in grid if condition.method == "ilp"} == {"localizer", "oracle"}
+    assert {condition.region for condition in grid if condition.method == "plc"} == set(SOURCES)
+    assert {condition.pruning_rate for condition in grid if condition.method == "fastv"} == set(RATES)
 
 
 def test_regions_of_the_server_are_no_clients_business(scenes: tuple[TestScene, ...]) -> None:
     grid = make_grid(("plc", "ilp", "two-images"), [0.889], ("oracle", "server"))
-    found = [cell for cell in grid if cell.region == "server"]
-    assert [cell.method for cell in found] == ["plc", "ilp"]
-    for cell in found:
-        (task, *_) = make_tasks(cell, scenes, None)
-        assert {str(one.crop) for one in ask(cell, task, RESIZE)} == {
-            str({"pruning_rate": 0.889, "method": cell.method})
+    found = [condition for condition in grid if condition.region == "server"]
+    assert [condition.method for condition in found] == ["plc", "ilp"]
+    for condition in found:
+        (task, *_) = make_tasks(condition, scenes, None)
+        assert {str(one.crop) for one in ask(condition, task, RESIZE)} == {
+            str({"pruning_rate": 0.889, "method": condition.method})
         }
 
 
@@ -251,15 +251,15 @@ def test_cells_ask_what_they_are_to_measure(scenes: tuple[TestScene, ...]) -> No
     regions = tuple(regions_for("oracle", scenes)[0])
     task = SceneTask(scene, regions)
     tokens = {
-        cell: [
+        condition: [
             sum(RESIZE.grid(*image.size).num_tokens for image in one.images)
-            for one in ask(cell, task, RESIZE)
+            for one in ask(condition, task, RESIZE)
         ]
-        for cell in (OFF, GridCell("no-image"), GridCell("resize", None, 0.889), GridCell(LOCATE))
+        for condition in (OFF, Condition("no-image"), Condition("resize", None, 0.889), Condition(LOCATE))
     }
     assert [set(counts) for counts in tokens.values()] == [{576}, {0}, {64}, {64}]
-    assert all(one.text.startswith("where:") for one in ask(GridCell(LOCATE), task, RESIZE))
-    asked = ask(GridCell("plc", "oracle", 0.889), task, RESIZE)
+    assert all(one.text.startswith("where:") for one in ask(Condition(LOCATE), task, RESIZE))
+    asked = ask(Condition("plc", "oracle", 0.889), task, RESIZE)
     for one, region in zip(asked, regions, strict=True):
         sent = [None if region is None else region.as_lists()]
         assert one.crop == {"regions": sent, "pruning_rate": 0.889, "method": "plc"}
@@ -276,27 +276,27 @@ class StandIn:
     def __init__(self, wrong: dict[str, int]) -> None:
         self.wrong, self.calls = wrong, 0
 
-    def answer(self, cell: GridCell, tasks: list[SceneTask]) -> list[list[Answer]]:
+    def answer(self, condition: Condition, tasks: list[SceneTask]) -> list[list[Answer]]:
         self.calls += 1
-        if cell.method == "ilp":
+        if condition.method == "ilp":
             raise BudgetError("too few layers")
         rows = []
         for task in tasks:
             row = []
             for index, question in enumerate(task.scene.questions):
-                said = question.location if cell.method == LOCATE else question.answer
-                wrong = index < self.wrong.get(cell.method, 0)
+                said = question.location if condition.method == LOCATE else question.answer
+                wrong = index < self.wrong.get(condition.method, 0)
                 row.append(Answer("?" if wrong else said, 64.0, 76.0, 76))
             rows.append(row)
         return rows
 
-    def ttft_ms(self, cell: GridCell, tasks: list[SceneTask]) -> float:
+    def ttft_ms(self, condition: Condition, tasks: list[SceneTask]) -> float:
         return 12.5
 
 
 def run(
     folder: Path, scenes: tuple[TestScene, ...], answerer: StandIn, settings: object = 1
-) -> list[CellResult]:
+) -> list[ConditionResult]:
     grid = make_grid(["plc", "ilp", "fastv"], [0.889], ["localizer"])
     store = Store(folder, {"settings": settings})
     session = Session(scenes, lambda _: answerer, lambda _: "stand-in", store, Console(quiet=True))
@@ -306,7 +306,7 @@ def run(
 def test_finished_cells_are_not_run_again(tmp_path: Path, scenes: tuple[TestScene, ...]) -> None:
     first, second, third = StandIn({}), StandIn({}), StandIn({})
     results = run(tmp_path, scenes, first)
-    assert [result.cell.method for result in results] == [LOCATE, "off", "plc", "ilp", "fastv"]
+    assert [result.condition.method for result in results] == [LOCATE, "off", "plc", "ilp", "fastv"]
     assert run(tmp_path, scenes, second) == results
     assert (first.calls, second.calls) == (5, 0)
     run(tmp_path, scenes, third, settings=2)  # never mixes what was set otherwise
@@ -318,7 +318,7 @@ def test_questions_without_a_region_are_not_asked_twice(
 ) -> None:
     """They are the unpruned model's, and so are their answers."""
     answerer = StandIn({"off": 99})
-    results = {result.cell.method: result for result in run(tmp_path, scenes, answerer)}
+    results = {result.condition.method: result for result in run(tmp_path, scenes, answerer)}
     questions = [question for scene in scenes for question in scene.questions]
     for question, answer in zip(questions, results["plc"].answers, strict=True):
         assert answer.text == (question.answer if question.boxes else "?")
@@ -334,14 +334,14 @@ def test_a_stopped_run_goes_on_with_the_first_unfinished_cell(
         patched.setattr(sessions.Session, "_ttft", stop)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path, scenes, StandIn({}))
-    assert not list(tmp_path.glob("cells/*"))
+    assert not list(tmp_path.glob("conditions/*"))
     results = run(tmp_path, scenes, StandIn({}))
-    assert len(list(tmp_path.glob("cells/*.json"))) == len(results)
+    assert len(list(tmp_path.glob("conditions/*.json"))) == len(results)
 
 
 def test_the_table_counts_right_answers_and_margins(tmp_path: Path, scenes: tuple[TestScene, ...]) -> None:
     results = run(tmp_path, scenes, StandIn({"fastv": 2}))
-    rows = {row.cell.method: row for row in summarize(scenes, results)}
+    rows = {row.condition.method: row for row in summarize(scenes, results)}
     assert rows["off"].groups["all"].accuracy.value == 1
     assert rows["plc"].groups["local"].asked == 3 * PER_FAMILY
     assert rows["ilp"].impossible == "too few layers"
@@ -372,14 +372,14 @@ def test_the_page_needs_nothing_else(tmp_path: Path, scenes: tuple[TestScene, ..
     store = Store(tmp_path, {"settings": 1})
     store.save(other)
     agreed = agreements(results, store)
-    assert [(one.cell, one.engine, one.asked) for one in agreed] == [(OFF, "stand-in", 5 * PER_FAMILY)]
+    assert [(one.condition, one.engine, one.asked) for one in agreed] == [(OFF, "stand-in", 5 * PER_FAMILY)]
     assert agreed[0].same < agreed[0].asked
     origin = {
         "git_revision": "<abc>",
         "command": ["/lab/evaluation/__main__.py", "-o", "a b"],
         "seconds": 90.0,
     }
-    origin["revisions_of_cells"] = ["0123456789abcdef", "unknown"]
+    origin["revisions_of_conditions"] = ["0123456789abcdef", "unknown"]
     report = make_report(scenes, results, agreed, origin)
     write_report(tmp_path, report)
     page = (tmp_path / "index.html").read_text()
@@ -388,14 +388,15 @@ def test_the_page_needs_nothing_else(tmp_path: Path, scenes: tuple[TestScene, ..
     assert "&lt;abc&gt;" in page
     assert "too few layers" in page
     found = json.loads((tmp_path / "results.json").read_text())
-    assert [row["cell"]["method"] for row in found["rows"]] == ["off", "plc", "ilp", "fastv"]
+    assert [row["condition"]["method"] for row in found["rows"]] == ["off", "plc", "ilp", "fastv"]
     assert found["provenance"] == origin
     table = (tmp_path / "README.md").read_text()
     assert (
-        "`python -m lab.evaluation -o 'a b'`, cells measured at 0123456789ab, unknown, in 2 minutes" in table
+        "`python -m lab.evaluation -o 'a b'`, conditions measured at 0123456789ab, unknown, in 2 minutes"
+        in table
     )
     lines = [line for line in table.splitlines() if line.startswith("| ")]
-    assert len(lines) == 1 + len(results) - 1  # the localizer's own cell is no row
+    assert len(lines) == 1 + len(results) - 1  # the localizer's own condition is no row
     assert len({line.count("|") for line in lines}) == 1
     assert "![Accuracy against visual tokens](curves.png)" in table
 
@@ -405,18 +406,18 @@ def test_the_published_page_is_made_of_the_published_numbers(tmp_path: Path) -> 
     write_markdown(tmp_path / "README.md", report)
     assert (PUBLISHED / "README.md").read_text() == (tmp_path / "README.md").read_text()
     for row in report.rows:
-        assert row.cell.method in METHODS, "a row that no command makes"
+        assert row.condition.method in METHODS, "a row that no command makes"
 
 
 def test_results_survive_the_disk(tmp_path: Path) -> None:
     store = Store(tmp_path, {"n": 1})
-    result = CellResult(
-        GridCell("plc", "oracle", 0.5), "vllm", (Answer("7", 1.5, 2.5, 3),), 1.0, None, None, "r"
+    result = ConditionResult(
+        Condition("plc", "oracle", 0.5), "vllm", (Answer("7", 1.5, 2.5, 3),), 1.0, None, None, "r"
     )
     store.save(result)
-    assert store.load(result.cell, "vllm") == result
-    assert store.load(result.cell, "transformers") is None
-    assert replace(store, settings={"n": 2}).load(result.cell, "vllm") is None
+    assert store.load(result.condition, "vllm") == result
+    assert store.load(result.condition, "transformers") is None
+    assert replace(store, settings={"n": 2}).load(result.condition, "vllm") is None
 
 
 # --- the command
@@ -459,11 +460,11 @@ def test_doubtful_regions_are_replaced_by_the_unpruned_answer() -> None:
     scenes = make_test_set(2)
     truth = [question.answer for scene in scenes for question in scene.questions]
     sure = [0.1, 0.6, 0.95, 0.3, 0.8] * (len(truth) // 5)
-    whole = CellResult(OFF, "vllm", tuple(Answer(text, 576, 590, 590) for text in truth))
-    pruned = CellResult(
-        GridCell("plc", "localizer", 0.889), "vllm", tuple(Answer("no", 64, 78, 78) for _ in truth)
+    whole = ConditionResult(OFF, "vllm", tuple(Answer(text, 576, 590, 590) for text in truth))
+    pruned = ConditionResult(
+        Condition("plc", "localizer", 0.889), "vllm", tuple(Answer("no", 64, 78, 78) for _ in truth)
     )
-    located = CellResult(GridCell(LOCATE), "vllm", tuple(Answer("whole", 64, 78, 78, p) for p in sure))
+    located = ConditionResult(Condition(LOCATE), "vllm", tuple(Answer("whole", 64, 78, 78, p) for p in sure))
     rows = sweep(scenes, [whole, located, pruned])
     assert [row.whole_below for row in rows] == list(THRESHOLDS)
     for row in rows:

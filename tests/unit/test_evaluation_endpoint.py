@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from lab.evaluation.asking import Answer, Asked, SceneTask, ask
-from lab.evaluation.cells import OFF, SERVER, GridCell
+from lab.evaluation.conditions import OFF, SERVER, Condition
 from lab.evaluation.questions import make_test_set
 from lab.evaluation.served.endpoint import EndpointAnswers, EndpointError
 from vllm_crop.config import CropConfig
@@ -89,15 +89,15 @@ def tasks() -> list[SceneTask]:
 
 
 def test_questions_are_sent_as_images_words_and_crop(url: str, tasks: list[SceneTask]) -> None:
-    cell = GridCell("plc", "oracle", 0.889)
+    condition = Condition("plc", "oracle", 0.889)
     endpoint = EndpointAnswers(Counts(), url)  # type: ignore[arg-type]
-    rows = endpoint.answer(cell, tasks)
+    rows = endpoint.answer(condition, tasks)
     assert [[answer.text for answer in row] for row in rows] == [
         [question.text.split()[-1] for question in task.scene.questions] for task in tasks
     ]
     sent = {json.dumps(body["crop"]): body for body in Handler.received}
     for task in tasks:
-        for asked in ask(cell, task, Counts.resize):
+        for asked in ask(condition, task, Counts.resize):
             body = sent[json.dumps(asked.crop)]
             assert (body["model"], body["temperature"], body["max_tokens"]) == ("tiny", 0, asked.steps)
     image_url = Handler.received[0]["messages"][0]["content"][0]["image_url"]["url"]
@@ -122,14 +122,14 @@ def test_a_refusal_says_what_may_be_missing(url: str, tasks: list[SceneTask]) ->
     Handler.refuses = True
     endpoint = EndpointAnswers(Counts(), url)  # type: ignore[arg-type]
     with pytest.raises(EndpointError, match="--plugin crop"):
-        endpoint.answer(GridCell("plc", "oracle", 0.889), tasks)
+        endpoint.answer(Condition("plc", "oracle", 0.889), tasks)
 
 
 @pytest.mark.parametrize("region", [[[0.25, 0.25, 0.5, 0.5]], None])
 def test_what_the_server_finds_is_counted_by_its_facts(url: str, tasks: list[SceneTask], region: Any) -> None:
     Handler.facts = {"region": region, "localizer": {"outcome": "region"}}
     counts = Counts()
-    EndpointAnswers(counts, url).answer(GridCell("plc", SERVER, 0.889), tasks)  # type: ignore[arg-type]
+    EndpointAnswers(counts, url).answer(Condition("plc", SERVER, 0.889), tasks)  # type: ignore[arg-type]
     sent = {"pruning_rate": 0.889, "method": "plc"}
     assert [body["crop"] for body in Handler.received] == [sent] * len(Handler.received)
     assert counts.counted == [{**sent, "regions": [region]}] * len(Handler.received)
@@ -140,7 +140,7 @@ def test_a_server_without_a_localizer_is_an_error(url: str, tasks: list[SceneTas
     Handler.facts = facts
     endpoint = EndpointAnswers(Counts(), url)  # type: ignore[arg-type]
     with pytest.raises(EndpointError, match="localizer"):
-        endpoint.answer(GridCell("plc", SERVER, 0.889), tasks)
+        endpoint.answer(Condition("plc", SERVER, 0.889), tasks)
 
 
 def test_nobody_at_the_address() -> None:

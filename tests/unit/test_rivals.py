@@ -10,7 +10,7 @@ from lab.evaluation.rivals.budgets import latest_first_layer, pyramid
 from lab.evaluation.rivals.cdpruner import most_likely, relevance
 from lab.evaluation.rivals.divprune import most_diverse
 from lab.evaluation.rivals.registry import RIVALS
-from lab.evaluation.runner.seam import Kept, LayerView, Seen, Sight, top
+from lab.evaluation.runner.method import Kept, LayerView, Seen, Sight, top
 from vllm_crop.planning.budget import BudgetError, retained_per_stage, target_average
 from vllm_crop.planning.geometry import TokenGrid
 

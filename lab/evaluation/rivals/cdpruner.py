@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from lab.evaluation.runner.seam import Kept, Pruning, Sight
+from lab.evaluation.runner.method import Kept, Pruning, Sight
 from vllm_crop.planning.budget import retained_count
 
 _LEAST = 1e-6

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from lab.evaluation.runner.seam import Kept, Pruning
+from lab.evaluation.runner.method import Kept, Pruning
 from vllm_crop.planning.budget import retained_count
 
 

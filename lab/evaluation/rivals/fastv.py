@@ -9,7 +9,7 @@ budget is smaller than two full layers, K is 1.
 from torch import Tensor
 
 from lab.evaluation.rivals.budgets import one_shot
-from lab.evaluation.runner.seam import LayerView, Pruning, top
+from lab.evaluation.runner.method import LayerView, Pruning, top
 
 LAYER = 2
 

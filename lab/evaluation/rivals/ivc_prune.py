@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from lab.evaluation.runner.seam import Kept, Pruning, Sight, top
+from lab.evaluation.runner.method import Kept, Pruning, Sight, top
 from vllm_crop.planning.budget import retained_count
 
 ANCHORS = 0.25

@@ -9,7 +9,7 @@ the model; where the budget asks for it, earlier.
 from torch import Tensor
 
 from lab.evaluation.rivals.budgets import pyramid
-from lab.evaluation.runner.seam import LayerView, Pruning, top
+from lab.evaluation.runner.method import LayerView, Pruning, top
 
 
 def choose(view: LayerView, count: int) -> Tensor:

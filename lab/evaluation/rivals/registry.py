@@ -12,7 +12,7 @@ from lab.evaluation.rivals.pyramiddrop import pyramiddrop
 from lab.evaluation.rivals.sparsevlm import sparsevlm
 from lab.evaluation.rivals.visionzip import visionzip
 from lab.evaluation.rivals.vtw import vtw
-from lab.evaluation.runner.seam import Pruning
+from lab.evaluation.runner.method import Pruning
 
 # From visual tokens, decoder layers and pruning rate to what a method does; BudgetError if it cannot.
 RIVALS: dict[str, Callable[[int, int, float], Pruning]] = {

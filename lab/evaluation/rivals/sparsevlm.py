@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lab.evaluation.rivals.budgets import pyramid
-from lab.evaluation.runner.seam import Kept, LayerView, Pruning, Sight, top
+from lab.evaluation.runner.method import Kept, LayerView, Pruning, Sight, top
 
 
 class Raters:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from lab.evaluation.runner.seam import Kept, Pruning, Seen, top
+from lab.evaluation.runner.method import Kept, Pruning, Seen, top
 from vllm_crop.planning.budget import retained_count
 
 CONTEXTUAL = 10 / 64

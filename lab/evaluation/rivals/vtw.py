@@ -8,7 +8,7 @@ taken, at least one layer, and the tokens it really took are reported.
 import torch
 from torch import Tensor
 
-from lab.evaluation.runner.seam import LayerView, Pruning
+from lab.evaluation.runner.method import LayerView, Pruning
 from vllm_crop.planning.budget import target_average
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
 
-from lab.evaluation.runner.seam import LayerView, Pruning, repeat_heads
+from lab.evaluation.runner.method import LayerView, Pruning, repeat_heads
 
 Heads = tuple[Tensor, Tensor, Tensor]  # queries, keys and values [batch, heads, tokens, width]
 

@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from lab.evaluation.runner.decoder import Decoder, LayerCache, Rows
+from lab.evaluation.runner.method import Kept, Pruning, Seen, Sight
 from lab.evaluation.runner.prompts import PromptMaker, Prompts
-from lab.evaluation.runner.seam import Kept, Pruning, Seen, Sight
 from lab.evaluation.runner.vision import see
 
 UNPRUNED = Pruning()

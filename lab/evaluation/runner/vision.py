@@ -11,7 +11,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     get_vision_window_index,
 )
 
-from lab.evaluation.runner.seam import Seen
+from lab.evaluation.runner.method import Seen
 from vllm_crop.planning.geometry import TokenGrid
 
 

@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any
 
 from lab.evaluation.asking import Answer, Asked, SceneTask, ask
-from lab.evaluation.cells import LOCATE, GridCell
+from lab.evaluation.conditions import LOCATE, Condition
 from lab.evaluation.served.accounting import Accounting
 from vllm_crop.client import CropClient, facts_of
 from vllm_crop.errors import CropError
@@ -43,24 +43,24 @@ class EndpointAnswers:
                 "the address end in /v1?"
             ) from None
 
-    def answer(self, cell: GridCell, tasks: Sequence[SceneTask]) -> list[list[Answer]]:
+    def answer(self, condition: Condition, tasks: Sequence[SceneTask]) -> list[list[Answer]]:
         """Per scene and question, several in flight."""
-        asked = [ask(cell, task, self.accounting.resize) for task in tasks]
+        asked = [ask(condition, task, self.accounting.resize) for task in tasks]
         self.accounting.check(list(chain.from_iterable(asked)))
         with ThreadPoolExecutor(IN_FLIGHT) as pool:
-            answer = partial(self._answer, logprobs=cell.method == LOCATE)
+            answer = partial(self._answer, logprobs=condition.method == LOCATE)
             answers = iter(list(pool.map(answer, chain.from_iterable(asked))))
         return [[next(answers) for _ in questions] for questions in asked]
 
-    def ttft_ms(self, cell: GridCell, tasks: Sequence[SceneTask]) -> float:
+    def ttft_ms(self, condition: Condition, tasks: Sequence[SceneTask]) -> float:
         """Median time to the first streamed token, of the localizer to the last, one request at a time."""
         times = []
         for task in tasks:
-            (first, *_) = ask(cell, task, self.accounting.resize)
+            (first, *_) = ask(condition, task, self.accounting.resize)
             start = time.perf_counter()
             with self._complete(first, stream=True).parse() as stream:
                 chunks = (chunk for chunk in stream if chunk.choices)
-                deque(chunks, maxlen=0) if cell.method == LOCATE else next(chunks)
+                deque(chunks, maxlen=0) if condition.method == LOCATE else next(chunks)
             times.append(1e3 * (time.perf_counter() - start))
         return median(times[1:])  # the first one warms up
 

@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any
 
 from lab.evaluation.asking import Answer, Asked, SceneTask, ask
-from lab.evaluation.cells import LOCATE, GridCell
+from lab.evaluation.conditions import LOCATE, Condition
 from lab.evaluation.served.accounting import Accounting
 
 # Prefix caching would answer parts of later questions about an image, and its first token earlier.
@@ -40,20 +40,20 @@ class EngineAnswers:
         additional = {} if crop is None else {"additional_config": {"crop": dict(crop)}}
         self.llm: Any = LLM(model=accounting.model, **ENGINE, **additional)
 
-    def answer(self, cell: GridCell, tasks: Sequence[SceneTask]) -> list[list[Answer]]:
+    def answer(self, condition: Condition, tasks: Sequence[SceneTask]) -> list[list[Answer]]:
         """Per scene and question; all of them in flight at once."""
-        asked = [ask(cell, task, self.accounting.resize) for task in tasks]
+        asked = [ask(condition, task, self.accounting.resize) for task in tasks]
         flat = list(chain.from_iterable(asked))
         self.accounting.check(flat)
-        outputs = iter(self._generate(flat, logprobs=0 if cell.method == LOCATE else None))
+        outputs = iter(self._generate(flat, logprobs=0 if condition.method == LOCATE else None))
         return [[self._answer(one, next(outputs)) for one in questions] for questions in asked]
 
-    def ttft_ms(self, cell: GridCell, tasks: Sequence[SceneTask]) -> float:
+    def ttft_ms(self, condition: Condition, tasks: Sequence[SceneTask]) -> float:
         """Median time of requests, one at a time, each about an image not seen before."""
         times = []
         for task in tasks:
-            (first, *_) = ask(cell, task, self.accounting.resize)
-            timed = first if cell.method == LOCATE else replace(first, steps=1)
+            (first, *_) = ask(condition, task, self.accounting.resize)
+            timed = first if condition.method == LOCATE else replace(first, steps=1)
             start = time.perf_counter()
             self._generate([timed])
             times.append(1e3 * (time.perf_counter() - start))

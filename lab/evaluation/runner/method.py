@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one seam of all pruning methods: what they may look at, and what they say.
+"""What all pruning methods have in common: what they may look at, and what they say.
 
 A method decides before the language model, from what the image and the questions are (`Sight`), or between
 two of its layers, from what these have computed (`LayerView`). What is known before the forward pass could be

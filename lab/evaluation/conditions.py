@@ -20,8 +20,8 @@ LOCATE = "locate"  # the localizer's own answers; no row of the table
 
 
 @dataclass(frozen=True)
-class GridCell:
-    """One cell: all questions of the test set, asked in one way.
+class Condition:
+    """One condition: all questions of the test set, asked in one way.
 
     Attributes:
         region: the region source, None for methods that take no region.
@@ -58,11 +58,11 @@ class GridCell:
         return self.method in RIVAL_TITLES
 
 
-OFF = GridCell("off")
+OFF = Condition("off")
 
 
-def make_grid(methods: Sequence[str], rates: Sequence[float], regions: Sequence[str]) -> list[GridCell]:
-    """The cells in the order they run: the unpruned model first, which all others are compared with.
+def make_grid(methods: Sequence[str], rates: Sequence[float], regions: Sequence[str]) -> list[Condition]:
+    """The conditions in the order they run: the unpruned model first, which all others are compared with.
 
     Sources that are not meant to help are controls: they run with the first of CROP's methods only.
     """
@@ -70,13 +70,13 @@ def make_grid(methods: Sequence[str], rates: Sequence[float], regions: Sequence[
     first = next((method for method in methods if method in CROP_METHODS), None)
     for method in dict.fromkeys(methods):
         if method == "no-image":
-            grid.append(GridCell(method))
+            grid.append(Condition(method))
         elif method in CROP_METHODS:
             sources = [one for one in regions if method == first or one in TRUSTED]
-            grid += [GridCell(method, source, rate) for source in sources for rate in rates]
+            grid += [Condition(method, source, rate) for source in sources for rate in rates]
         elif method == "two-images":
             sources = [one for one in regions if one in TRUSTED and one != SERVER]
-            grid += [GridCell(method, source, rate) for source in sources for rate in rates]
+            grid += [Condition(method, source, rate) for source in sources for rate in rates]
         elif method != "off":
-            grid += [GridCell(method, None, rate) for rate in rates]
+            grid += [Condition(method, None, rate) for rate in rates]
     return grid
