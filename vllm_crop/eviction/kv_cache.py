@@ -134,6 +134,13 @@ class StageKVCacheManager(SingleTypeKVCacheManager):
         blocks = self.req_to_blocks[request_id]
         hash_size = self.block_pool.hash_block_size
         hashes = prefix_cache.StageHashes(request.block_hashes, hash_size, self.stage, self.block_size)
+        # Kept tokens in blocks of 4, computed up to the bar; vLLM's hashes cover 4 tokens of the prompt each:
+        #
+        #   prompt   0  1  2  3 | 4  5  6  7 | 8  9 10 11 | 12       5, 6, 8 and 9 are evicted
+        #   kept     0  1  2  3 | 4  7 10 11 | 12
+        #            full: h0     full: h2     tail, under the hash of each prefix that ends in it
+        #
+        # The second block is full after token 11, so its key is the hash that covers 11, not the second one.
         num_cached, num_full = self.num_cached_block.get(request_id, 0), hashes.num_full_blocks(num_tokens)
         for index in range(num_cached, num_full):
             self._publish(hashes.full_block_hash(index), blocks[index])

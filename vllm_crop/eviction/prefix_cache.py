@@ -95,6 +95,8 @@ def longest_hit(
         cached: the blocks of all groups under a hash, or None.
         max_length: most tokens the hit may have.
     """
+    # Full blocks first, as far as all of them are cached. A hit may end inside the last of them, or in a tail
+    # behind them, but only where all groups' blocks agree (`alignment`): try the ends from the longest down.
     full: list[Sequence[KVCacheBlock]] = []
     while (block_hash := hashes.full_block_hash(len(full))) is not None and (blocks := cached(block_hash)):
         full.append(blocks)

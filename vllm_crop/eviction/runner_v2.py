@@ -83,6 +83,11 @@ class EvictionModelState(DefaultModelState):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """As upstream for the first layers; metadata of each stage's own for the later ones."""
+        # Three kinds of steps:
+        #   nobody running evicts, no graph    all metadata is upstream's
+        #   a graph is captured or replayed    stages have buffers of their own, which the graph reads: always
+        #                                      written, and all rows kept, evicted ones without a slot
+        #   otherwise                          stages get metadata of exactly the rows that are left
         self._evicting = None
         in_graph = for_capture or cudagraph_mode == CUDAGraphMode.FULL
         is_real = input_batch.req_ids[0] in self._slots  # neither warm-up nor capture
