@@ -7,7 +7,7 @@ looked at when the route itself reads it, which is after authentication, and sta
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from typing import Any, NoReturn
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -60,9 +60,7 @@ class _Exchange:
         self.scope = scope
         self.receive = receive
         self.send = send
-        self.context = RequestContext(
-            adapters=_loaded_adapters(scope), only_counts=scope["path"].endswith(COUNT_ROUTE)
-        )
+        self.context = RequestContext(only_counts=scope["path"].endswith(COUNT_ROUTE))
         self.rejection: tuple[int, InvalidCropError] | None = None
         self.rejected = False
         self.chunks: list[bytes] = []
@@ -168,15 +166,17 @@ def read_crop(body: bytes) -> CropParams | None:
 
 def _warming_up(scope: Scope, send: Send) -> Send:
     """A `send` that lets the localizer answer once before the server says it has started."""
-    engine = getattr(getattr(scope.get("app"), "state", None), "engine_client", None)
+    state = getattr(scope.get("app"), "state", None)
+    engine = getattr(state, "engine_client", None)
     found = getattr(getattr(engine, "renderer", None), "warm_up_localizer", None)
     if found is None:
         return send
-    warm_up: Callable[[], Awaitable[None]] = found
+    warm_up: Callable[[Any], Awaitable[None]] = found
+    models = getattr(state, "openai_serving_models", None)
 
     async def send_when_warm(message: Message) -> None:
         if message["type"] == "lifespan.startup.complete":
-            await warm_up()
+            await warm_up(models)
         await send(message)
 
     return send_when_warm
@@ -187,9 +187,3 @@ def _is_json_post(scope: Scope) -> bool:
         return False
     media_type = Headers(scope=scope).get("content-type", "").partition(";")[0].strip().lower()
     return media_type == "application/json" or media_type.endswith("+json")
-
-
-def _loaded_adapters(scope: Scope) -> Mapping[str, Any]:
-    """The server's LoRA adapters by name, which the localizer may answer with."""
-    models = getattr(scope["app"].state, "openai_serving_models", None) if "app" in scope else None
-    return getattr(models, "lora_requests", {})

@@ -37,6 +37,10 @@ LIGHT_IMPORTS = {
     "import vllm_crop.compat.hf_overrides": HEAVY,
     "import vllm_crop.compat.refusals": HEAVY,
     "import vllm_crop.compat.install": HEAVY,
+    "import vllm_crop.compat.installation": HEAVY,
+    "import vllm_crop.eviction.report": HEAVY,
+    "import vllm_crop.planner": HEAVY,
+    "import vllm_crop.client": (*HEAVY, "openai"),
     "import vllm_crop.commands.app": (
         *HEAVY,
         "numba",

@@ -5,15 +5,16 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from vllm.v1.kv_cache_interface import KVCacheConfig, iter_layer_specs
+from typing import TYPE_CHECKING, Any
 
 from vllm_crop.config import CropConfig
 from vllm_crop.errors import UnsupportedFlagError
 from vllm_crop.eviction.grouping import KVGrouping, predict_grouping, predict_packed_grouping
 from vllm_crop.families.registry import geometry_from_configs
 from vllm_crop.planning.budget import BudgetError, Method, method_evicts, retained_per_stage
+
+if TYPE_CHECKING:
+    from vllm.v1.kv_cache_interface import KVCacheConfig
 
 logger = logging.getLogger("vllm.plugins.crop")
 
@@ -34,7 +35,7 @@ def expected_grouping(num_layers: int, stages: tuple[int, ...], block_size: int)
 
 
 def report_start(
-    kv_cache_config: KVCacheConfig, hf_config: Any, stages: tuple[int, ...], block_size: int
+    kv_cache_config: "KVCacheConfig", hf_config: Any, stages: tuple[int, ...], block_size: int
 ) -> None:
     """Log groups, padding and expected KV.
 
@@ -63,8 +64,10 @@ def report_start(
         logger.warning(wasteful)
 
 
-def built_groups(kv_cache_config: KVCacheConfig) -> list[tuple[int, int]]:
+def built_groups(kv_cache_config: "KVCacheConfig") -> list[tuple[int, int]]:
     """Stage and number of layers of every KV cache group, sorted."""
+    from vllm.v1.kv_cache_interface import iter_layer_specs
+
     groups = []
     for group in kv_cache_config.kv_cache_groups:
         stages = {getattr(spec, "stage", 0) for spec in iter_layer_specs(group.kv_cache_spec)}
@@ -72,8 +75,10 @@ def built_groups(kv_cache_config: KVCacheConfig) -> list[tuple[int, int]]:
     return sorted(groups)
 
 
-def built_block_sizes(kv_cache_config: KVCacheConfig) -> tuple[int, ...]:
+def built_block_sizes(kv_cache_config: "KVCacheConfig") -> tuple[int, ...]:
     """Tokens per block of stages 0, 1, ..."""
+    from vllm.v1.kv_cache_interface import iter_layer_specs
+
     sizes = {}
     for group in kv_cache_config.kv_cache_groups:
         for spec in iter_layer_specs(group.kv_cache_spec):

@@ -13,11 +13,12 @@ from vllm.renderers.params import ChatParams
 from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
 from vllm_crop.families.registry import VisionGeometry
-from vllm_crop.frontend.request_context import RequestContext, current_request
+from vllm_crop.frontend.settling import LOCALIZERS_OWN, newly_sent
 from vllm_crop.localizers.base import LocalizerAnswer, LocalizerError, LocalizerName, UnreadableAnswerError
 from vllm_crop.localizers.dialects import dialect_with
 from vllm_crop.localizers.settings import LocalizerConfig
 from vllm_crop.localizers.thumbnails import not_huge, off_the_loop, shrink, size_for_tokens
+from vllm_crop.models.processor import REQUEST_KEY
 from vllm_crop.planning.geometry import ImageView, Region
 from vllm_crop.request import CropParams, CropRequest
 
@@ -55,10 +56,10 @@ class EngineLocalizer:
         """Ask the engine as one more request; cancelling this aborts it."""
         engine, options = self._engine(ServingEngine), self._options()
         glance = await off_the_loop(self._glance, image)
-        with inner_request(replace(glance.request, salt=salt)):
-            _, prompts = await self.renderer.render_chat_async(
-                [self._messages(glance, question)], self._chat_params(), prompt_extras=_salted(salt)
-            )
+        _, prompts = await self.renderer.render_chat_async(
+            [self._messages(glance, question)], self._chat_params(), prompt_extras=_extras(glance, salt)
+        )
+        with self._own(prompts[0]):
             output = await engine.generate(prompts[0], self._sampling(), options)
         return self._read(output, glance)
 
@@ -66,10 +67,10 @@ class EngineLocalizer:
         """The same for the offline `LLM`, whose other requests wait meanwhile."""
         engine, options = self._engine(OfflineEngine), self._options()
         glance = self._glance(image)
-        with inner_request(replace(glance.request, salt=salt)):
-            _, prompts = self.renderer.render_chat(
-                [self._messages(glance, question)], self._chat_params(), prompt_extras=_salted(salt)
-            )
+        _, prompts = self.renderer.render_chat(
+            [self._messages(glance, question)], self._chat_params(), prompt_extras=_extras(glance, salt)
+        )
+        with self._own(prompts[0]):
             output = engine.generate(prompts[0], self._sampling(), options)
         return self._read(output, glance)
 
@@ -123,13 +124,24 @@ class EngineLocalizer:
         }
 
     def _adapter(self) -> Any:
-        name, context = self.config.adapter, current_request.get()
+        name = self.config.adapter
         if name is None:
             return None
-        adapters = context.adapters if context is not None else {}
+        adapters = getattr(self.renderer.serving_models, "lora_requests", {})
         if name not in adapters:
             raise LocalizerError(f"LoRA adapter {name!r} is not loaded")
         return adapters[name]
+
+    @contextmanager
+    def _own(self, prompt: Any) -> Iterator[None]:
+        """Say that a prompt is the localizer's own; what the engine never got of it is not in its cache."""
+        unsent = prompt[LOCALIZERS_OWN] = newly_sent(prompt)
+        try:
+            yield
+        finally:
+            if (cache := self.renderer.mm_processor_cache) is not None:
+                for mm_hash in unsent:
+                    cache.invalidate(mm_hash)
 
     def _read(self, output: Any, glance: _Glance) -> LocalizerAnswer:
         said = output.outputs[0]
@@ -146,21 +158,10 @@ class EngineLocalizer:
         return LocalizerAnswer(in_image, confidence)
 
 
-def _salted(salt: str | None) -> dict[str, Any]:
-    """The salt also keeps the prefix cache's blocks of the localizer's own prompts apart."""
-    return {} if salt is None else {"cache_salt": salt}
-
-
-@contextmanager
-def inner_request(request: CropRequest) -> Iterator[None]:
-    """The localizer's own request: its image is not localized again, and counts for nobody."""
-    context = RequestContext(inner=request)
-    token = current_request.set(context)
-    try:
-        yield
-    finally:
-        current_request.reset(token)
-        context.forget_unsent()
+def _extras(glance: _Glance, salt: str | None) -> dict[str, Any]:
+    """What is asked for the image, whatever limits clients have. The salt also keeps blocks apart."""
+    asked = {"mm_processor_kwargs": {REQUEST_KEY: replace(glance.request, salt=salt)}}
+    return asked if salt is None else {**asked, "cache_salt": salt}
 
 
 class ServingEngine:

@@ -41,10 +41,12 @@ class CropRenderer(HfRenderer):
 
     Attributes:
         engine: what the localizer asks, once there is one.
+        serving_models: the API server's, whose LoRA adapters the localizer may answer with.
         chat_template: the server's own, None for the checkpoint's.
     """
 
     engine: ServingEngine | OfflineEngine | None = None
+    serving_models: Any = None
     chat_template: str | None = None
 
     @cached_property
@@ -83,8 +85,9 @@ class CropRenderer(HfRenderer):
         prompt[MESSAGES] = messages
         return conversation, prompt
 
-    async def warm_up_localizer(self) -> None:
+    async def warm_up_localizer(self, serving_models: Any) -> None:
         """Let the localizer answer once before clients ask; called by the HTTP middleware, never fails."""
+        self.serving_models = serving_models
         if self._localizing is not None:
             await self._localizing.warm_up()
 
@@ -104,7 +107,7 @@ class CropRenderer(HfRenderer):
         except Exception:
             self._record(localizations)
             raise
-        self._report(engine_input, localizations, **kwargs)
+        self._report(engine_input, asked, localizations, **kwargs)
         return engine_input
 
     async def process_for_engine_async(self, prompt: Any, arrival_time: float, **kwargs: Any) -> Any:
@@ -136,7 +139,7 @@ class CropRenderer(HfRenderer):
         except Exception:
             self._record(localizations)
             raise
-        self._report(engine_input, localizations, **kwargs)
+        self._report(engine_input, asked, localizations, **kwargs)
         return engine_input
 
     def _look_at(self, prompt: Any, messages: Sequence[Any]) -> tuple[CropRequest, list[RegionQuery]]:
@@ -145,14 +148,15 @@ class CropRenderer(HfRenderer):
         Raises:
             VLLMValidationError: the client asks for what this server does not do; nothing has been done yet.
         """
+        settings = prompt.get("mm_processor_kwargs") or {}
+        if isinstance(own := settings.get(REQUEST_KEY), CropRequest):
+            return own, []  # the localizer's: its image is not localized again
         context = current_request.get()
-        if context is not None and context.inner is not None:
-            return context.inner, []
         config, salt = self.mm_processor.crop_config, prompt.get("cache_salt")
         with as_validation_error():
             params = None if context is None else context.params
             if params is None:
-                given = (prompt.get("mm_processor_kwargs") or {}).get(CROP_KEY)
+                given = settings.get(CROP_KEY)
                 params = CropParams.parse({} if given is None else given)
             data = prompt.get("multi_modal_data") or {}
             # Before any localization is paid for, as far as vLLM has not to read the images for it.
@@ -161,7 +165,7 @@ class CropRenderer(HfRenderer):
         asked = CropRequest(params, salt=salt)
         if self._localizing is None:
             return asked, []
-        if set(prompt.get("mm_processor_kwargs") or {}) - {CROP_KEY}:
+        if set(settings) - {CROP_KEY}:
             return asked, []  # they can move an image under its region
         known = self.mm_processor.known_images(self.mm_processor_cache)
         uuids = (prompt.get("multi_modal_uuids") or {}).get("image") or ()
@@ -262,12 +266,13 @@ class CropRenderer(HfRenderer):
     def _report(
         self,
         engine_input: Any,
+        asked: CropRequest,
         localizations: Sequence[Localization],
         skip_mm_cache: bool = False,
         **_: Any,
     ) -> None:
         decisions: Sequence[ImageDecision] = engine_input.pop(DECISIONS, ())
-        if not decisions:
+        if not decisions or not asked.limited:  # the localizer's own counts for nobody
             return
         placeholders = engine_input["mm_placeholders"]["image"]
         if len(localizations) != len(decisions):

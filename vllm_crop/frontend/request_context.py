@@ -2,14 +2,14 @@
 """What the HTTP middleware and the renderer tell each other about the request being served."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from vllm_crop.localizers.decision import Localization
 from vllm_crop.planning.geometry import Region
-from vllm_crop.request import CropParams, CropRequest, ImageRequest
+from vllm_crop.request import CropParams, ImageRequest
 
 Source = Literal["request", "engine", "openai", "none", "off", "out_of_view"]
 MAX_HEADER_BYTES = 4096
@@ -109,15 +109,13 @@ FACTS = "crop_facts"  # key of the engine's input: what the renderer says of its
 
 @dataclass
 class RequestContext:
-    """One HTTP request, or one of the localizer's own.
+    """One HTTP request. The localizer's own requests run without one.
 
     Attributes:
         params: its `crop` field, None if absent.
         handed_over: whether a renderer took notice of `params`.
         facts: what became of the request's images.
         model_name: label to count the facts under once the request is accepted; None leaves them uncounted.
-        adapters: the server's loaded LoRA adapters by name.
-        inner: what is asked for the image of the localizer's own request; None for requests of clients.
         only_counts: whether the route counts tokens and answers nothing.
         request: vLLM's own object for the request, with its sampling parameters, where one is known.
         unsent: items that vLLM's processor cache takes for sent since this request was rendered, with what
@@ -128,8 +126,6 @@ class RequestContext:
     handed_over: bool = False
     facts: list[ImageFacts] = field(default_factory=list)
     model_name: str | None = None
-    adapters: Mapping[str, Any] = field(default_factory=dict)
-    inner: CropRequest | None = None
     only_counts: bool = False
     request: Any = None
     unsent: dict[str, Callable[[str], None]] = field(default_factory=dict)

@@ -4,6 +4,7 @@
 import asyncio
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Hashable
+from contextvars import Context
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -50,7 +51,8 @@ class SharedAnswers(Generic[Answer]):
             return known
         running = self._running.get(key)
         if running is None:
-            running = self._running[key] = _Running(asyncio.ensure_future(_run(work)))
+            # In a context of its own: the work is nobody's request, though somebody's asked for it first.
+            running = self._running[key] = _Running(asyncio.create_task(_run(work), context=Context()))
         running.waiting += 1
         try:
             # Shielded: one who goes away must not take the answer from the others.

@@ -19,7 +19,7 @@ from typing import Any
 
 from vllm_crop.eviction.markers import EvictionSettings
 from vllm_crop.frontend.request_context import current_request
-from vllm_crop.frontend.settling import newly_sent, settle_request
+from vllm_crop.frontend.settling import LOCALIZERS_OWN, newly_sent, settle_request
 
 REASON = "settles what a request's parameters and its prompt allow together"
 _MARK = "_vllm_crop_input_processor_patched"
@@ -50,8 +50,9 @@ def patch(input_processor: Any) -> None:
         if (context := current_request.get()) is not None:
             for mm_hash in sent:
                 context.unsent.pop(mm_hash, None)
-            if context.inner is not None:
-                request.reasoning_ended = True
+        if isinstance(prompt, dict) and (unsent := prompt.get(LOCALIZERS_OWN)) is not None:
+            unsent.clear()
+            request.reasoning_ended = True
         return request
 
     input_processor.process_inputs = process_inputs_with_crop
