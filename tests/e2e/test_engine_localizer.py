@@ -20,7 +20,7 @@ from PIL import Image
 
 from lab.evaluation.answerers import Answerers
 from lab.evaluation.asking import SceneTask
-from lab.evaluation.cells import OFF, GridCell
+from lab.evaluation.conditions import OFF, Condition
 from lab.evaluation.options import Options
 from lab.evaluation.questions import TestScene, make_test_set
 from lab.evaluation.session import locations, make_tasks
@@ -92,10 +92,10 @@ def test_it_answers_as_the_offline_evaluation_does(
 ) -> None:
     """Plain transformers with regions that it was asked for one by one, against regions the server finds."""
     monkeypatch.setenv("OPENAI_API_KEY", API_KEY)
-    on_server, offline = GridCell(method, "server", rate), GridCell(method, "localizer", rate)
+    on_server, offline = Condition(method, "server", rate), Condition(method, "localizer", rate)
     options = Options(CHECKPOINT, 1, (on_server,), "vllm", f"{server.base_url}/v1", (1,), 0, Path())
     endpoint, plain = Answerers(options)(on_server), TransformersAnswers(CHECKPOINT, (1,))
-    located = locations(SCENES, list(chain.from_iterable(plain.answer(*asking(GridCell("locate"))))))
+    located = locations(SCENES, list(chain.from_iterable(plain.answer(*asking(Condition("locate"))))))
     expected = list(chain.from_iterable(plain.answer(*asking(offline, located))))
     answers = list(chain.from_iterable(endpoint.answer(*asking(on_server))))
     assert [one.text for one in answers] == [one.text for one in expected]
@@ -107,7 +107,7 @@ def test_it_answers_as_the_offline_evaluation_does(
     assert [one.visual_tokens for one in answers] != [one.visual_tokens for one in unpruned]
 
 
-def asking(cell: GridCell, located: Any = None) -> tuple[GridCell, list[SceneTask]]:
+def asking(cell: Condition, located: Any = None) -> tuple[Condition, list[SceneTask]]:
     """All questions of the scenes."""
     return cell, make_tasks(cell, SCENES, located)
 
