@@ -23,7 +23,7 @@ QUICK = {
     "planning": "budget plan geometry plan_arrays token_grids",
     "families": "anyres smart_resize token_grids vision_geometry",
     "request.py": "params",
-    "planner.py": "params",
+    "planner.py": "planner params",
     "models": "compression",
     "eviction": "markers stage_inputs prompt_eviction grouping",
     "localizers": "localizers localization_service",

@@ -162,7 +162,7 @@ class PlainRopeMixin(CropModelMixin):
     """CropModelMixin for plain RoPE; the model class has SupportsMRoPE as its last base.
 
     M-RoPE is how vLLM lets a model choose position ids: used with `position_ids: "original"` only, when
-    frontend/hf_overrides.py switches it on. The language model keeps its plain RoPE.
+    compat/hf_overrides.py switches it on. The language model keeps its plain RoPE.
     """
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: Any) -> Any:

@@ -57,7 +57,7 @@ class CropProcessorMixin(BaseMultiModalProcessor):
 
     @cached_property
     def crop_config(self) -> CropConfig:
-        """The server's settings, which travel in the HF config (see frontend/hf_overrides.py)."""
+        """The server's settings, which travel in the HF config (see compat/hf_overrides.py)."""
         return CropConfig.from_mapping(self.info.get_hf_config().crop)
 
     @cached_property

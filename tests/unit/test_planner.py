@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One request's images to plans: what clients ask for is done or refused, what the server found never fails."""
+
+import pytest
+
+from vllm_crop.config import CropConfig
+from vllm_crop.families.qwen_vl import Qwen2_5VLGeometry
+from vllm_crop.planner import ImageDecision, Planner
+from vllm_crop.planning.geometry import Region
+from vllm_crop.request import CropParams, CropRequest, InvalidCropError
+
+BOX = [0.25, 0.25, 0.5, 0.5]
+REGION = Region.from_grid_cells(2, 2, 3, 3)
+GEOMETRY = Qwen2_5VLGeometry.from_configs(
+    {"num_hidden_layers": 28}, {"min_pixels": 3136, "max_pixels": 12845056}
+)
+PLANNER = Planner(CropConfig(pruning_rate=0.8), GEOMETRY)
+SIZE = (640, 480)
+
+
+def asked(*regions: object, **crop: object) -> CropRequest:
+    """What a client asks for."""
+    return CropRequest(CropParams.parse({"regions": list(regions), **crop}))
+
+
+def found(*regions: Region | None) -> CropRequest:
+    """What the server found itself."""
+    return CropRequest(CropParams.parse({}), found=regions)
+
+
+def whole(decisions: tuple[ImageDecision, ...]) -> list[str | None]:
+    """Why each image is served whole, None where it is pruned."""
+    return [decision.whole if decision.plan is None else None for decision in decisions]
+
+
+def test_each_image_has_its_own_plan() -> None:
+    decisions = PLANNER.plan(asked(BOX, None), [SIZE, SIZE])
+    assert whole(decisions) == [None, "no_region"]
+    assert decisions[0].plan is not None
+    assert decisions[0].plan.num_embeddings == round(0.2 * decisions[0].plan.grid.num_tokens)
+    assert PLANNER.plan_image(decisions[0].request, *SIZE).tokens == decisions[0].plan
+
+
+@pytest.mark.parametrize("request_of", [asked, found], ids=["asked", "found"])
+@pytest.mark.parametrize("impossible", ["settings", "embeddings", "a line"])
+def test_what_a_client_asks_is_refused_and_what_the_server_found_is_left_out(
+    request_of: object, impossible: str
+) -> None:
+    region = BOX if request_of is asked else REGION
+    sizes = [(20000, 10) if impossible == "a line" else SIZE]
+    others = ("max_pixels",) if impossible == "settings" else ()
+    embeddings = impossible == "embeddings"
+    if request_of is asked:
+        with pytest.raises(ValueError, match="not possible|aspect"):
+            PLANNER.plan(asked(region), sizes, embeddings, others)
+    else:
+        assert whole(PLANNER.plan(found(REGION), sizes, embeddings, others)) == ["not_possible"]
+
+
+def test_a_found_region_that_cannot_be_used_takes_no_other_along() -> None:
+    decisions = PLANNER.plan(found(REGION, REGION, None), [SIZE, (20000, 10), SIZE])
+    assert whole(decisions) == [None, "not_possible", "no_region"]
+
+
+def test_positions_that_are_left_over_need_room() -> None:
+    delta = PLANNER.plan(asked(BOX), [(2000, 100)])[0].mrope_position_delta
+    assert delta > 0
+    enough, short = (
+        Planner(PLANNER.config, GEOMETRY, 2 * delta),
+        Planner(PLANNER.config, GEOMETRY, 2 * delta - 1),
+    )
+    sizes = [(2000, 100)] * 2
+    assert whole(enough.plan(asked(BOX, BOX), sizes)) == [None, None]
+    with pytest.raises(InvalidCropError, match=f"has room for {2 * delta - 1}") as refused:
+        short.plan(asked(BOX, BOX), sizes)
+    assert refused.value.parameter == "crop.regions"
+    assert whole(short.plan(found(REGION, REGION), sizes)) == [None, "not_possible"]
+
+
+def test_images_that_vllm_has_taken_apart_are_whole() -> None:
+    """Embeddings of several images arrive as one item, and the localizer has looked at none of them."""
+    assert whole(PLANNER.plan(found(None), [None, None], embeddings=True)) == ["no_region", "no_region"]
+
+
+def test_a_size_that_nobody_knows_is_vllms_to_complain_of() -> None:
+    (decision,) = PLANNER.plan(asked(BOX), [None])
+    assert decision.plan is None
+    assert decision.request.region is None
+
+
+def test_a_region_out_of_view_leaves_the_image_whole() -> None:
+    from vllm_crop.families.llava import ClipPreprocessing, LlavaGeometry
+    from vllm_crop.planning.geometry import TokenGrid
+
+    geometry = LlavaGeometry(TokenGrid(24, 24), ClipPreprocessing.from_settings({}), num_layers=32)
+    decisions = Planner(PLANNER.config, geometry).plan(asked([0.0, 0.4, 0.05, 0.6]), [(1000, 500)])
+    assert whole(decisions) == ["out_of_view"]
