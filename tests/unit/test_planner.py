@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One request's images to plans: what clients ask for is done or refused, what the server found never fails."""
+"""One request's images to plans: what a client asks is done or refused, what the server found never fails."""
 
 import pytest
 
@@ -51,7 +51,7 @@ def test_what_a_client_asks_is_refused_and_what_the_server_found_is_left_out(
     others = ("max_pixels",) if impossible == "settings" else ()
     embeddings = impossible == "embeddings"
     if request_of is asked:
-        with pytest.raises(ValueError, match="not possible|aspect"):
+        with pytest.raises(ValueError, match=r"not possible|aspect"):
             PLANNER.plan(asked(region), sizes, embeddings, others)
     else:
         assert whole(PLANNER.plan(found(REGION), sizes, embeddings, others)) == ["not_possible"]
