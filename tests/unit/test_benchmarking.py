@@ -18,19 +18,17 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from vllm_crop.benchmarking import kv
-from vllm_crop.benchmarking.decode import DecodeOutcome, StepTimes
+from vllm_crop.benchmarking.decode import DecodeOutcome, StepTimes, ViewTimes, time_views
 from vllm_crop.benchmarking.decode_report import decode_json, print_decode, summarize_steps
 from vllm_crop.benchmarking.kv import KVCapacity, KVSampler, KVUsage
 from vllm_crop.benchmarking.load import bench_arguments
-from vllm_crop.benchmarking.localizers import engine_localizer, outcomes, remote_localizer
 from vllm_crop.benchmarking.options import Options
 from vllm_crop.benchmarking.prefill import ModelShape, ideals, prefill_flops
-from vllm_crop.benchmarking.report import print_report, write_report
+from vllm_crop.benchmarking.report import ideal_table, print_report, table, write_report
 from vllm_crop.benchmarking.runs import Mode, Run, RunError, RunSpec, schedule
 from vllm_crop.benchmarking.session import Outcome
 from vllm_crop.benchmarking.summary import Ratio, mean_prompt_tokens, summarize
-from vllm_crop.benchmarking.tables import ideal_table, table
-from vllm_crop.benchmarking.view_times import ViewTimes, time_views
+from vllm_crop.benchmarking.targets import engine_localizer, outcomes, remote_localizer
 from vllm_crop.commands.app import app
 from vllm_crop.config import CropConfig
 from vllm_crop.errors import CropError

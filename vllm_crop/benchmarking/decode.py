@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What eviction costs while answers are generated: engine steps with and without it."""
 
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import product
 from statistics import median, quantiles
 from typing import Any, Literal, get_args
 
+import numpy as np
 from rich.console import Console
 
 from vllm_crop.benchmarking import decode_engine
@@ -16,10 +18,50 @@ from vllm_crop.benchmarking.load import Client
 from vllm_crop.benchmarking.options import Options
 from vllm_crop.benchmarking.runs import RunError
 from vllm_crop.benchmarking.session import progress_bar
-from vllm_crop.benchmarking.view_times import ViewTimes, time_views
 from vllm_crop.eviction.grouping import predict_grouping
+from vllm_crop.eviction.prompt_eviction import from_leaving_stages
+from vllm_crop.eviction.stage_inputs import RunningEvictions
 from vllm_crop.families.checkpoint import load_geometry
 from vllm_crop.measuring.provenance import Machine, describe_machine
+
+CALLS = 500
+PROMPT_TOKENS, EVICTED_TOKENS = 640, 500
+
+
+@dataclass(frozen=True)
+class ViewTimes:
+    """RunningEvictions.views for one step in microseconds: median, and 10 to 90 percent of the calls."""
+
+    running: int
+    median_us: float
+    p10_us: float
+    p90_us: float
+
+
+def time_views(running: Sequence[int], num_stages: int) -> tuple[ViewTimes, ...]:
+    """Time steps in which so many requests generate a token each; every stage evicts the same number."""
+    per_stage = EVICTED_TOKENS // num_stages
+    leaving = [
+        (stage, np.arange(per_stage, dtype=np.int64) + (stage - 1) * per_stage)
+        for stage in range(1, num_stages + 1)
+    ]
+    eviction = from_leaving_stages(leaving, num_stages)
+    found = []
+    for count in running:
+        evictions = RunningEvictions(count, num_stages)
+        for slot in range(count):
+            evictions.set(slot, eviction)
+        slots, ones = np.arange(count), np.ones(count, dtype=np.int64)
+        times = []
+        for call in range(CALLS):
+            computed = ones * (PROMPT_TOKENS + call)
+            start = time.perf_counter()
+            evictions.views(slots, computed, ones)
+            times.append(1e6 * (time.perf_counter() - start))
+        low, middle, high = np.percentile(times, [10, 50, 90])
+        found.append(ViewTimes(count, float(middle), float(low), float(high)))
+    return tuple(found)
+
 
 SIZE = DummySize(layers=8)  # so small that a step is mostly overhead
 PRUNING_RATE = 0.889  # short in KV: 64 of 576 tokens on average

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_crop.benchmarking.decode import OUTPUT_LEN, SIZE, Case, DecodeOutcome, StepTimes
+from vllm_crop.benchmarking.report import ratio_text
 from vllm_crop.benchmarking.summary import Ratio
-from vllm_crop.benchmarking.tables import ratio_text
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vllm_crop.benchmarking.kv import KVCapacity, KVSampler
 from vllm_crop.benchmarking.load import Client, bench_arguments, run_bench
-from vllm_crop.benchmarking.localizers import outcomes
 from vllm_crop.benchmarking.options import Options
 from vllm_crop.benchmarking.prefill import Ideal, ModelShape, ideals, read_shape
 from vllm_crop.benchmarking.runs import LOCALIZED_MODES, WARM_UP, Mode, Run, RunError, RunSpec, schedule
 from vllm_crop.benchmarking.summary import mean_prompt_tokens
-from vllm_crop.benchmarking.targets import Target, started, what_to_serve
+from vllm_crop.benchmarking.targets import Target, outcomes, started, what_to_serve
 from vllm_crop.families.checkpoint import load_geometry
 from vllm_crop.measuring.metrics import metric_sum
 from vllm_crop.measuring.provenance import Machine, describe_machine
