@@ -170,6 +170,14 @@ def test_the_last_prompt_token_stays_though_it_is_an_images() -> None:
     assert eviction.end == 4
 
 
+def test_a_marker_on_the_last_token_evicts_nothing() -> None:
+    """Nobody of ours writes one there, but a prompt of token ids can have it."""
+    eviction = read_markers([7, MARKER_IDS[0], MARKER_IDS[0]], [(1, 2)], MARKER_IDS[:1])
+    assert eviction is not None
+    assert eviction.evicted[1].tolist() == [1]
+    assert read_markers([7, MARKER_IDS[0]], [(1, 1)], MARKER_IDS[:1]) is None
+
+
 def test_one_stage_per_embedding_is_needed() -> None:
     with pytest.raises(ValueError, match="1 embeddings leave or stay, the prompt has room for 2"):
         write_markers([100, 100, 1], [0, 1], [1], MARKER_IDS)
