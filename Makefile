@@ -6,15 +6,16 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 # What reaches the model runner. In the interpreter a step takes 0.3 s: one batch has all scenarios.
 V2_TESTS := $(addprefix tests/cpu/test_,runner.py parity.py caches.py image_names.py eviction_caches.py eviction_scheduling.py \
-	eviction_graphs.py soak.py qwen2_5_vl.py llava_next.py llava_onevision.py tinyvqa_served.py) \
+	eviction_graphs.py soak.py qwen2_5_vl.py llava_next.py tinyvqa_served.py) \
 	tests/cpu/test_eviction_parity.py::test_all_scenarios_in_one_batch
+LOCALIZER_TESTS := $(addprefix tests/e2e/test_,engine_localizer.py localizer_adapter.py remote_localizer.py playground.py)
 TIMING_TEST := tests/e2e/test_not_asked_for.py
 # Two lanes side by side on two cores: a thread for each process, which vLLM must not bind to a core.
 LANE := set -o pipefail; OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(BIN)/python -m pytest -p no:cacheprovider
 export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 
-.PHONY: help setup demo serve eval test test-all lane-v1 lane-v2 lane-e2e test-unit lint format clean
+.PHONY: help setup demo serve eval test test-all lane-v1 lane-v2 lane-localizers lane-e2e test-unit lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -32,7 +33,7 @@ eval: setup  ## are answers still right: CROP, rivals, controls (ARGS="--quick" 
 	@$(BIN)/python -m lab.evaluation $(ARGS)
 
 test: setup  ## all tests, two lanes at a time: real vLLM engines on both model runners, `vllm serve` over HTTP, a browser
-	@$(MAKE) --no-print-directory -j2 lane-v2 lane-v1 lane-e2e
+	@$(MAKE) --no-print-directory -j2 lane-v2 lane-v1 lane-localizers lane-e2e
 	@echo "Alone, as it measures time:"
 	@$(BIN)/python -m pytest $(TIMING_TEST) $(PYTEST_ARGS)
 
@@ -46,8 +47,11 @@ lane-v1:
 lane-v2:
 	@$(LANE) -p tests.v2_runner $(V2_TESTS) $(PYTEST_ARGS) | sed -u 's/^/V2  /'
 
+lane-localizers:
+	@$(LANE) $(LOCALIZER_TESTS) $(PYTEST_ARGS) | sed -u 's/^/loc /'
+
 lane-e2e:
-	@$(LANE) tests/e2e --ignore $(TIMING_TEST) $(PYTEST_ARGS) | sed -u 's/^/e2e /'
+	@$(LANE) tests/e2e $(addprefix --ignore ,$(LOCALIZER_TESTS) $(TIMING_TEST)) $(PYTEST_ARGS) | sed -u 's/^/e2e /'
 
 test-unit: setup  ## only what needs no vLLM engine
 	@$(BIN)/python -m pytest tests/unit tests/server $(PYTEST_ARGS)

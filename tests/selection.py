@@ -49,10 +49,13 @@ def _is_selected(item: Any, scenarios: list[Any], others: list[str], interpreted
 
 def _is_alone_interpreted(item: Any) -> bool:
     """On the slow runner, one family's scenarios each for pooled and for sampled tokens."""
-    if item.path.stem != "test_parity" or item.originalname in BATCHES:
+    if item.path.stem != "test_parity" or item.originalname == BATCHES[0]:
         return True
-    pooled = item.originalname in ("test_pooling_equals_transformers", "test_off_is_bitwise_stock_vllm")
-    return _family(item) == ALONE[0 if pooled else 1]
+    sampled = item.originalname in (
+        "test_sampling_with_original_positions_equals_transformers",
+        "test_original_positions_change_the_answer",
+    )
+    return _family(item) == ALONE[1 if sampled else 0]
 
 
 def _setting(item: Any) -> str | None:
