@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A drawn street scene, for the demo and for previews where no photo is at hand."""
+"""A drawn street scene, for tests of previews."""
 
 import random
 from collections.abc import Sequence

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything vllm-crop raises on purpose.
+"""What stops a server or a command on purpose. What is wrong with one request is request.InvalidCropError.
 
 CropError
 ├── UnsupportedVersionError   this vLLM is not one we know

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CropParams: what one request asks for, the body field `crop`."""
+"""What one request asks for: the body field `crop`, its bounds, and what follows for each image."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cell against condition: CROP's margin over others, and the engine's answers against plain transformers'."""
+"""Condition against condition: CROP's margin over others, and engine against plain transformers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -38,5 +38,5 @@ def _parts(report: Report) -> Iterator[str]:
             yield f"* {row.condition.row} at {row.condition.pruning_rate:g}: {row.impossible}"
 
 
-def _line(conditions: Sequence[str]) -> str:
-    return "| " + " | ".join(condition.replace("|", "/") for condition in conditions) + " |"
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(condition.replace("|", "/") for condition in cells) + " |"

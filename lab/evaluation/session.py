@@ -24,7 +24,7 @@ TIMED = 9  # requests for a time to first token, the first of them to warm up
 TIMED_SEED = 7  # of a test set of its own: images that no cache has seen
 
 AnswererFor = Callable[[Condition], Answerer]
-LocalizerAnswer = dict[tuple[int, str], Region]
+LocatedRegions = dict[tuple[int, str], Region]
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Session:
         needs_locating = any(condition.region == "localizer" for condition in grid)
         conditions = [Condition(LOCATE), *grid] if needs_locating else list(grid)
         results: list[ConditionResult] = []
-        located: LocalizerAnswer | None = None
+        located: LocatedRegions | None = None
         with progress_bar(self.console) as progress:
             overall = progress.add_task("cells", total=len(conditions))
             for condition in conditions:
@@ -63,7 +63,7 @@ class Session:
         return results
 
     def _result(
-        self, condition: Condition, located: LocalizerAnswer | None, progress: Progress
+        self, condition: Condition, located: LocatedRegions | None, progress: Progress
     ) -> ConditionResult:
         engine = self.engine_for(condition)
         known = self.store.load(condition, engine)
@@ -82,7 +82,7 @@ class Session:
         return result
 
     def _answers(
-        self, answerer: Answerer, condition: Condition, located: LocalizerAnswer | None, progress: Progress
+        self, answerer: Answerer, condition: Condition, located: LocatedRegions | None, progress: Progress
     ) -> Iterator[list[Answer]]:
         every = make_tasks(condition, self.scenes, located)
         if not condition.sends_regions:
@@ -130,7 +130,7 @@ def hash_of(condition: Condition) -> int:
 
 
 def make_tasks(
-    condition: Condition, scenes: Sequence[TestScene], located: LocalizerAnswer | None
+    condition: Condition, scenes: Sequence[TestScene], located: LocatedRegions | None
 ) -> list[SceneTask]:
     """The questions of all scenes with the regions of a condition."""
     if condition.region is None or not condition.sends_regions:
@@ -146,7 +146,7 @@ def only_regions(task: SceneTask) -> SceneTask:
     return SceneTask(scene, tuple(region for _, region in chosen))
 
 
-def locations(scenes: Sequence[TestScene], answers: Sequence[Answer]) -> LocalizerAnswer:
+def locations(scenes: Sequence[TestScene], answers: Sequence[Answer]) -> LocatedRegions:
     """What the localizer said, by scene and question; nothing where it made no sense."""
     said = iter(answers)
     parsed = {(s.scene.seed, q.text): parse_location(next(said).text) for s in scenes for q in s.questions}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The JSON shapes clients expect from each of the APIs that vLLM speaks."""
+"""Errors in the JSON that clients of each API of vLLM's expect."""
 
 from typing import Any
 

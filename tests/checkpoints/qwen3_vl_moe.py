@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Qwen3-VL checkpoint with a mixture of experts, otherwise as dummy_qwen3_vl.py makes it, for the tests."""
+"""A Qwen3-VL checkpoint with a mixture of experts, otherwise as qwen3_vl.py makes it."""
 
 from pathlib import Path
 from typing import Any

@@ -200,10 +200,10 @@ def unmarked(plan: TokenPlan) -> TokenPlan:
     return replace(plan, evicted_from_layer=np.full_like(plan.evicted_from_layer, NEVER))
 
 
-def test_labels_in_text_mean_nothing(engine: Engine, deep_hf: HfLlava) -> None:
-    """Outside of images a label is a token like any other, and nobody's tokens leave."""
-    labels = list(engine.scheduler.eviction_settings.marker_ids)
-    ids = [*labels, *deep_hf.processor.tokenizer.encode("What?\n"), *labels, 40]
+def test_markers_in_text_mean_nothing(engine: Engine, deep_hf: HfLlava) -> None:
+    """Outside of images a marker is a token like any other, and nobody's tokens leave."""
+    markers = list(engine.scheduler.eviction_settings.marker_ids)
+    ids = [*markers, *deep_hf.processor.tokenizer.encode("What?\n"), *markers, 40]
     from vllm import SamplingParams
 
     sampling = SamplingParams(temperature=0, max_tokens=4, logprobs=-1, ignore_eos=True)
@@ -426,15 +426,15 @@ def test_structured_output(engine: Engine, deep_hf: HfLlava) -> None:
     assert float((answer.logprobs[:, allowed] - expected).abs().max()) <= TOLERANCE
 
 
-def test_penalties_count_no_label_against_a_word(narrow_engine: Engine, deep_hf: HfLlava) -> None:
+def test_penalties_count_no_marker_against_a_word(narrow_engine: Engine, deep_hf: HfLlava) -> None:
     """The penalised logprobs are those of a prompt with image tokens where the labels are."""
     asked, tokenizer = pruned(353), deep_hf.processor.tokenizer
     penalties = {"repetition_penalty": 1.5, "presence_penalty": 0.6, "frequency_penalty": 0.3}
     narrow_engine.add("asked", asked, **penalties)
     answer = narrow_engine.finish()["asked"]
-    labels = set(narrow_engine.scheduler.eviction_settings.marker_ids)
-    assert labels <= set(answer.prompt_token_ids)
-    assert min(labels) >= len(tokenizer)
+    markers = set(narrow_engine.scheduler.eviction_settings.marker_ids)
+    assert markers <= set(answer.prompt_token_ids)
+    assert min(markers) >= len(tokenizer)
     reference = Following(deep_hf, answer.token_ids)
     reference.follow(narrow_engine, asked)
     prompt_ids = tokenizer.encode(asked.prompt()["prompt"], add_special_tokens=False)

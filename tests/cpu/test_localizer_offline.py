@@ -250,9 +250,9 @@ def test_prompt_logprobs_take_evictions_that_the_server_chose_away() -> None:
         )[0]
         for logprobs in (None, 1)
     )
-    labels = set(engine.processor.eviction_settings.marker_ids)
-    assert labels & set(plain.prompt_token_ids)
-    assert not labels & set(asked.prompt_token_ids)
+    markers = set(engine.processor.eviction_settings.marker_ids)
+    assert markers & set(plain.prompt_token_ids)
+    assert not markers & set(asked.prompt_token_ids)
     assert asked.outputs[0].text == plain.outputs[0].text == question.answer
 
 

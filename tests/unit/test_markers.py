@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Label ids: ids that no text can hold."""
+"""Marker ids: ids that no text can hold."""
 
 import sys
 from collections.abc import Mapping
@@ -119,7 +119,7 @@ def test_reserved_tokens_are_taken_in_order_after_padded_rows() -> None:
 
 
 @pytest.mark.usefixtures("_tokenizer_in_the_model_config")
-def test_what_the_model_uses_itself_is_never_a_label() -> None:
+def test_what_the_model_uses_itself_is_never_a_marker() -> None:
     vocabulary = {"the": 0, "<|reserved_special_token_0|>": 1, "<unused5>": 2, "<unused6>": 3}
     ids = {"image_token_index": 1, "eos_token_id": [2, 0], "bos_token_id": 5}
     config = model_config(vocabulary, vocab_size=6, **ids)

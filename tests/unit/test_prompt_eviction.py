@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which tokens of a prompt a stage runs without: read from labels, counted, against brute force."""
+"""Which tokens of a prompt a stage runs without: read from markers, counted, against brute force."""
 
 import itertools
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ TEXT_IDS = (1, 2, IMAGE_ID, *MARKER_IDS)  # a user may write every id
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids before labelling, images, and per token the stage it shall leave at, 0 for never."""
+    """Token ids before marking, images, and per token the stage it shall leave at, 0 for never."""
 
     token_ids: list[int]
     placeholders: list[tuple[int, int]]
@@ -36,8 +36,8 @@ class Prompt:
         """Token indices that the stage runs without."""
         return [token for token, leaves_at in enumerate(self.leaves_at) if 0 < leaves_at <= stage]
 
-    def labelled(self) -> list[int]:
-        """The token ids with labels."""
+    def marked(self) -> list[int]:
+        """The token ids with markers."""
         token_ids = list(self.token_ids)
         for offset, length in self.placeholders:
             inside = range(offset, offset + length)
@@ -46,7 +46,7 @@ class Prompt:
 
     def eviction(self) -> PromptEviction | None:
         """As scheduler and workers read it."""
-        return read_markers(self.labelled(), self.placeholders, self.marker_ids)
+        return read_markers(self.marked(), self.placeholders, self.marker_ids)
 
 
 @st.composite
@@ -86,8 +86,8 @@ def test_every_stage_reads_back_what_was_written(prompt: Prompt) -> None:
 
 @settings(deadline=None, max_examples=300)
 @given(prompts())
-def test_labels_change_no_token_outside_images_and_none_that_stays(prompt: Prompt) -> None:
-    for before, after, leaves_at in zip(prompt.token_ids, prompt.labelled(), prompt.leaves_at, strict=True):
+def test_markers_change_no_token_outside_images_and_none_that_stays(prompt: Prompt) -> None:
+    for before, after, leaves_at in zip(prompt.token_ids, prompt.marked(), prompt.leaves_at, strict=True):
         assert after == (prompt.marker_ids[leaves_at - 1] if leaves_at else before)
 
 
@@ -145,13 +145,13 @@ def test_what_a_stage_evicts_stays_away_from_later_ones(prompt: Prompt) -> None:
 
 
 @pytest.mark.parametrize("token_ids", [[101], [101, 102, 100, 103], [1, 100, 100, 101, 102]])
-def test_labels_in_text_evict_nothing(token_ids: list[int]) -> None:
+def test_markers_in_text_evict_nothing(token_ids: list[int]) -> None:
     assert read_markers(token_ids, [], MARKER_IDS) is None
     images = [(token_ids.index(100), token_ids.count(100))] if 100 in token_ids else []
     assert read_markers(token_ids, images, MARKER_IDS) is None
 
 
-def test_labels_of_stages_the_server_does_not_have_evict_nothing() -> None:
+def test_markers_of_stages_the_server_does_not_have_evict_nothing() -> None:
     assert read_markers([102, 103, 1], [(0, 2)], (101,)) is None
 
 

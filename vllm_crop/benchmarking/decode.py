@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What eviction costs while answers are generated: engine steps with and without it."""
+"""What eviction costs while answers are generated: engine steps with and without it, and the host's part of
+a step alone."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The servers a benchmark loads: one with the plugin and, beside it, stock vLLM."""
+"""The servers a benchmark loads: one with the plugin, maybe with a localizer, and stock vLLM."""
 
 import os
 import re

@@ -38,6 +38,18 @@ CHANGES = (
     Change("patch", "InputProcessor.process_inputs", input_processor.REASON),
     Change("patch", "AsyncLLM.__init__, LLMEngine.__init__", engine.REASON),
     Change(
+        "patch",
+        "LLMEngine.step, LLMEngine.has_unfinished_requests, of one engine (frontend/engine_localizer.py)",
+        "keeps what other requests answer while the offline localizer's runs",
+    ),
+    Change("entry", "sys.meta_path: a finder", "patches vLLM's modules once they are imported", "always"),
+    Change(
+        "entry", "endpoint plugin Playground", "adds the page's routes where VLLM_PLUGINS says so", "always"
+    ),
+    Change("entry", "--enable-prompt-tokens-details", "is switched on: usage says what was pruned"),
+    Change("entry", "KVCacheSpecRegistry: StageAttentionSpec", "lets vLLM group layers by stage", "eviction"),
+    Change("class", "Request.block_hashes: PlannedBlockHashes", "tells the lookup of evictions", "eviction"),
+    Change(
         "entry", "ModelRegistry: Crop<architecture>", "names our model classes, which nobody else asks for"
     ),
     Change(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one place that hooks into vLLM, in every process that loads plugins: as its modules are imported."""
+"""Hooks into vLLM in every process that loads plugins, as its modules are imported (see changes.py)."""
 
 import importlib
 import importlib.util

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The language model's layers, split at the eviction layers.
 
-The layers are upstream's own (vllm/model_executor/models/llama.py).
+The layers are upstream's own (vllm/model_executor/models/llama.py, qwen3.py and others: see DECODERS). With
+torch.compile each stage's are compiled by themselves, as in gemma3n.py there, whose early and late layers run
+with different rows too.
 """
 
 import types

@@ -4,6 +4,8 @@
 Inside an image's placeholder range an id says only "an embedding goes here", so one of a few marker ids can
 stand for it and say at which stage the token leaves. Scheduler and workers read the same plan back from the
 same ids, and block hashes tell different plans apart. Outside placeholder ranges a marker means nothing.
+
+Layers and ids are settled while the model's configuration is made and travel in the HF config.
 """
 
 import importlib

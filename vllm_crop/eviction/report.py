@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compares vLLM's KV cache groups with what was expected, and says at start what eviction will save."""
+"""What a server says of eviction at its start, and `check` before: groups, better layers, savings."""
 
 import logging
 import os

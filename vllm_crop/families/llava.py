@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LLaVA-1.5, LLaVA-NeXT and LLaVA-OneVision: tiles of one size, one or several."""
+"""LLaVA-1.5: every image in one square grid; and what all LLaVAs share, their vision towers.
+
+The image processor's steps follow transformers' LlavaImageProcessor and CLIPImageProcessor: pad, resize,
+centre crop.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which tokens an image gets from a processor that shows it whole and again in tiles (LLaVA-NeXT,
-LLaVA-OneVision).
+"""LLaVA-NeXT and LLaVA-OneVision: the image whole in one tile, and again larger in several.
 
 Follows transformers' LlavaNextImageProcessor, its select_best_resolution and get_patch_output_size, and
 pack_image_features of modeling_llava_next.py and modeling_llava_onevision.py, roundings included.

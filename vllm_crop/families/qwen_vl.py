@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Qwen2.5-VL and Qwen3-VL: the whole image in as many tokens as its size asks for."""
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: the whole image in as many tokens as its size asks for.
+
+Sizes follow transformers' Qwen2VLImageProcessor and its smart_resize.
+"""
 
 import math
 from collections.abc import Mapping

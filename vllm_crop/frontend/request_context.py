@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the HTTP middleware and the renderer tell each other about the request being served."""
+"""One request on its way: what the HTTP middleware read, and the facts that the renderer reports.
+
+The facts become the header `x-crop-facts` and the metrics.
+"""
 
 import json
 from collections.abc import Callable, Sequence
@@ -25,7 +28,7 @@ class ImageFacts:
         tokens_after_plc: placeholders it takes in the prompt.
         tokens_avg: embeddings a decoder layer runs with, averaged over layers.
         region: the region asked for, in fractions of the image as sent.
-        source: where the region came from; "none" and "out_of_view" images are served whole.
+        source: where the region came from; "none", "off" and "out_of_view" images are served whole.
         localization: what the server's own localizer did, if it was asked.
         request: what was asked for the image, the server's configuration applied.
     """

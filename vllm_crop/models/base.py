@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every family's model does with plans: compress, run the language model in stages."""
+"""What every family's model does with plans: compress, number the tokens that are left, run in stages."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which visual tokens the layers of the language model see: regions, grids, budgets, plans. numpy only."""
+"""Which visual tokens the language model sees: regions, grids, budgets, plans. No torch, no vLLM."""

@@ -6,7 +6,7 @@ share of them, and is cut again. Sets of the same depth do not depend on each ot
 once: a plan of thousands of groups takes a dozen steps over arrays and not thousands of calls.
 
 A server does without these steps: `use_compiled` puts compiled_groups.py in their place, the only part of
-planning that imports more than numpy, and only when called. Groups are the same either way.
+planning that needs a compiler, and only when called. Groups are the same either way.
 """
 
 import logging

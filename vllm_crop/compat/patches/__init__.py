@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One file per function of vLLM that is replaced: why, what, and when the patch can go."""
+"""One file per class of vLLM that is patched: why, what, and when the patch can go."""

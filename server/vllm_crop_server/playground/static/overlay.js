@@ -1,5 +1,5 @@
 // Draws a plan on the part of the image that the model sees. Looks and colours are those of `vllm-crop preview`
-// (vllm_crop/drawing/tokens.py and preview_legend.py).
+// (vllm_crop/drawing/tokens.py and looks.py).
 import { assignmentOf, evictionLayers, gridsOf, looksOf } from "./tokens.js";
 
 export const REGION_COLOUR = "rgb(255, 45, 120)";
