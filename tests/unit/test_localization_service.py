@@ -2,6 +2,7 @@
 """How many ask a localizer at once, for how long, and what becomes of them; with one that counts."""
 
 import asyncio
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -104,6 +105,20 @@ def test_what_one_tenant_was_told_is_not_known_to_another(counting: Counting) ->
 
     assert asyncio.run(asked()) == [False, False, False, True, True]
     assert counting.salts == [None, "a", "b"]
+
+
+def test_an_answer_is_of_one_question_about_one_picture(counting: Counting) -> None:
+    async def asked() -> list[bool]:
+        answers = service()
+        cached = []
+        for number, question in ((0, "where?"), (0, "what?"), (1, "where?"), (0, "what?"), (1, "where?")):
+            (query,) = images(1, first=number)
+            (found,) = await answers.localize([replace(query, question=question)])
+            cached.append(found.cached)
+        return cached
+
+    assert asyncio.run(asked()) == [False, False, False, True, True]
+    assert counting.asked == 3
 
 
 def test_a_request_counts_once_as_a_failure_however_many_images_it_has(counting: Counting) -> None:
