@@ -153,12 +153,14 @@ class CropRequest:
             served whole.
         limited: whether the limits for clients hold; not for the localizer's own requests.
         salt: the request's `cache_salt`.
+        in_batch: it is one of several conversations that go to the engine only when all are rendered.
     """
 
     params: CropParams
     found: tuple[Region | None, ...] | None = None
     limited: bool = True
     salt: str | None = None
+    in_batch: bool = False
 
     def images(self, config: CropConfig, num_images: int) -> list["ImageRequest"]:
         """What is asked for each image; see image_requests."""

@@ -60,7 +60,9 @@ class _Exchange:
         self.scope = scope
         self.receive = receive
         self.send = send
-        self.context = RequestContext(only_counts=scope["path"].endswith(COUNT_ROUTE))
+        self.context = RequestContext(
+            in_batch=scope["path"].endswith(BATCH_ROUTE), only_counts=scope["path"].endswith(COUNT_ROUTE)
+        )
         self.rejection: tuple[int, InvalidCropError] | None = None
         self.rejected = False
         self.chunks: list[bytes] = []

@@ -13,12 +13,13 @@ from vllm.renderers.params import ChatParams
 from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
 from vllm_crop.families.registry import VisionGeometry
-from vllm_crop.frontend.settling import LOCALIZERS_OWN, newly_sent
+from vllm_crop.frontend.settling import LOCALIZERS_OWN
 from vllm_crop.localizers.base import LocalizerAnswer, LocalizerError, LocalizerName, UnreadableAnswerError
 from vllm_crop.localizers.dialects import dialect_with
 from vllm_crop.localizers.settings import LocalizerConfig
 from vllm_crop.localizers.thumbnails import not_huge, off_the_loop, shrink, size_for_tokens
 from vllm_crop.models.processor import REQUEST_KEY
+from vllm_crop.models.sent import newly_sent
 from vllm_crop.planning.geometry import ImageView, Region
 from vllm_crop.request import CropParams, CropRequest
 

@@ -18,7 +18,7 @@ from vllm_crop.frontend.engine_localizer import OfflineEngine, ServingEngine
 from vllm_crop.frontend.localization import LocalizationService, RegionQuery, images_sought
 from vllm_crop.frontend.metrics import crop_metrics
 from vllm_crop.frontend.request_context import FACTS, ImageFacts, RequestContext, Source, current_request
-from vllm_crop.frontend.settling import IN_THE_WAY, evictions_refused, newly_sent
+from vllm_crop.frontend.settling import IN_THE_WAY, evictions_refused
 from vllm_crop.localizers.decision import Localization
 from vllm_crop.localizers.thumbnails import Picture, as_picture
 from vllm_crop.models.processor import (
@@ -28,6 +28,7 @@ from vllm_crop.models.processor import (
     CropProcessorMixin,
     as_validation_error,
 )
+from vllm_crop.models.sent import newly_sent
 from vllm_crop.planner import ImageDecision
 from vllm_crop.planning.budget import method_evicts, retained_count
 from vllm_crop.planning.groups import use_compiled
@@ -162,7 +163,8 @@ class CropRenderer(HfRenderer):
             # Before any localization is paid for, as far as vLLM has not to read the images for it.
             image_requests(params, config, _num_images(data, params))
         self._refuse_evictions_without_rows(params)
-        asked = CropRequest(params, salt=salt)
+        in_batch = context is not None and context.in_batch
+        asked = CropRequest(params, salt=salt, in_batch=in_batch)
         if self._localizing is None:
             return asked, []
         if set(settings) - {CROP_KEY}:

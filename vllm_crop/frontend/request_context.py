@@ -119,6 +119,7 @@ class RequestContext:
         handed_over: whether a renderer took notice of `params`.
         facts: what became of the request's images.
         model_name: label to count the facts under once the request is accepted; None leaves them uncounted.
+        in_batch: whether the route answers several conversations at once.
         only_counts: whether the route counts tokens and answers nothing.
         request: vLLM's own object for the request, with its sampling parameters, where one is known.
         unsent: items that vLLM's processor cache takes for sent since this request was rendered, with what
@@ -129,6 +130,7 @@ class RequestContext:
     handed_over: bool = False
     facts: list[ImageFacts] = field(default_factory=list)
     model_name: str | None = None
+    in_batch: bool = False
     only_counts: bool = False
     request: Any = None
     unsent: dict[str, Callable[[str], None]] = field(default_factory=dict)

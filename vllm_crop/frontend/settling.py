@@ -51,18 +51,6 @@ def evictions_refused(parameter: str) -> Any:
     )
 
 
-def newly_sent(prompt: Any) -> list[str]:
-    """The items of a prompt whose data goes along: vLLM's cache did not know them before."""
-    if not isinstance(prompt, dict) or prompt.get("type") != "multimodal":
-        return []
-    return [
-        mm_hash
-        for modality, items in prompt["mm_kwargs"].items()
-        for item, mm_hash in zip(items, prompt["mm_hashes"][modality], strict=True)
-        if item is not None
-    ]
-
-
 def _parameter_in_the_way(request: Any) -> str | None:
     for name in IN_THE_WAY:
         if getattr(request.sampling_params, name, None) is not None:

@@ -26,6 +26,7 @@ from vllm_crop.config import CropConfig
 from vllm_crop.eviction.markers import UNMARKED, EvictionSettings, embed_indices, write_markers
 from vllm_crop.families.registry import VisionGeometry, geometry_from_configs
 from vllm_crop.models.known_images import KnownImages, RequestImages, identify
+from vllm_crop.models.sent import newly_sent
 from vllm_crop.planner import ImageDecision, Planner
 from vllm_crop.planning.plan import TokenPlan
 from vllm_crop.request import CropParams, CropRequest, ImageRequest, InvalidCropError
@@ -127,6 +128,11 @@ class CropProcessorMixin(BaseMultiModalProcessor):
         processed = super().apply(
             replace(inputs, hf_processor_mm_kwargs={**plain, ITEMS_KEY: known_here}), timing_ctx
         )
+        if asked.in_batch and inputs.cache is not None:
+            # Until the last of the batch is rendered, others find in vLLM's cache what the engine has not
+            # got. Here, in the thread that looks it up for all, nobody can have been told so.
+            for mm_hash in newly_sent(processed):
+                inputs.cache.invalidate(mm_hash)
         if known is not None:  # not before: vLLM's cache knows nothing of a request that failed either
             for name, image, data in images.named:
                 known.remember(name, asked.salt, image, data)

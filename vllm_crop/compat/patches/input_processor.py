@@ -19,7 +19,8 @@ from typing import Any
 
 from vllm_crop.eviction.markers import EvictionSettings
 from vllm_crop.frontend.request_context import current_request
-from vllm_crop.frontend.settling import LOCALIZERS_OWN, newly_sent, settle_request
+from vllm_crop.frontend.settling import LOCALIZERS_OWN, settle_request
+from vllm_crop.models.sent import newly_sent
 
 REASON = "settles what a request's parameters and its prompt allow together"
 _MARK = "_vllm_crop_input_processor_patched"
