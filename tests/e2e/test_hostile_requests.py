@@ -294,8 +294,9 @@ def test_who_asks_for_too_much_takes_no_image_from_others(server: Server) -> Non
 
 
 def test_a_batch_that_is_localized_takes_no_image_from_others(server: Server) -> None:
+    """Whenever others ask: while one of its pictures is localized, processed, or waits for the last."""
     scene, question = LOCAL[1]
-    for number in range(4):
+    for number, delay in enumerate((0.02, 0.05, 0.1, 0.2)):
         first = noise(400 + 10 * number, scene.picture().size)
         others = [noise(401 + 10 * number + index, scene.picture().size) for index in range(6)]
         batch = {
@@ -303,11 +304,13 @@ def test_a_batch_that_is_localized_takes_no_image_from_others(server: Server) ->
             "messages": [question_about(picture, question) for picture in (first, *others)],
             "max_tokens": 3,
         }
-        with ThreadPoolExecutor(2) as pool:
+        with ThreadPoolExecutor(5) as pool:
             running = pool.submit(post, server, "/v1/chat/completions/batch", batch)
-            time.sleep(0.1)
-            victim = post(server, "/v1/chat/completions", chat([part(first)], question))
-            assert victim.status_code == 200, victim.text
+            time.sleep(delay)
+            bodies = [chat([part(picture)], question) for picture in (first, *others[:3])]
+            victims = [pool.submit(post, server, "/v1/chat/completions", body) for body in bodies]
+            for victim in victims:
+                assert victim.result().status_code == 200, victim.result().text
             assert running.result().status_code == 200, running.result().text
 
 
