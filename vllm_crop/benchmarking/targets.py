@@ -2,7 +2,6 @@
 """The servers a benchmark loads: one with the plugin, maybe with a localizer, and stock vLLM."""
 
 import os
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,6 +19,7 @@ from vllm_crop.benchmarking.runs import Mode, Run
 from vllm_crop.eviction.grouping import KVGrouping
 from vllm_crop.localizers.dialects import dialect_with
 from vllm_crop.localizers.settings import LocalizerConfig
+from vllm_crop.measuring.metrics import samples
 from vllm_crop.measuring.provenance import Machine
 from vllm_crop.measuring.server import Server, serve
 from vllm_crop.planning.geometry import Region
@@ -28,8 +28,6 @@ from vllm_crop.planning.geometry import Region
 DUMMY_PROMPT = "where: {question}"
 # All images cost the dummy the same; as much less as kind "engine" makes its glance.
 DUMMY_GLANCE = {"regions": [Region.whole().as_lists()], "pruning_rate": 1 - 64 / 576, "method": "plc"}
-
-_LOCALIZATIONS = re.compile(r'^crop:localizations_total\{.*outcome="(\w+)".*\} (\S+)$', re.MULTILINE)
 
 
 def engine_localizer(options: Options) -> dict[str, Any]:
@@ -60,8 +58,8 @@ def _dummy_settings(options: Options) -> dict[str, Any]:
 def outcomes(metrics: str) -> Counter[str]:
     """Images a server has localized since its start, by outcome, from its `/metrics`."""
     counts: Counter[str] = Counter()
-    for outcome, value in _LOCALIZATIONS.findall(metrics):
-        counts[outcome] += int(float(value))
+    for labels, value in samples(metrics, "crop:localizations_total"):
+        counts[labels["outcome"]] += int(value)
     return counts
 
 
