@@ -8,14 +8,14 @@ BIN := $(VENV)/bin
 V2_TESTS := $(addprefix tests/cpu/test_,runner.py parity.py caches.py image_names.py eviction_caches.py eviction_scheduling.py \
 	eviction_graphs.py soak.py qwen2_5_vl.py llava_next.py tinyvqa_served.py) \
 	tests/cpu/test_eviction_parity.py::test_all_scenarios_in_one_batch
-LOCALIZER_TESTS := $(addprefix tests/e2e/test_,engine_localizer.py localizer_adapter.py remote_localizer.py playground.py)
+TRAINED_TESTS := $(addprefix tests/e2e/test_,engine_localizer.py playground.py localizer_adapter.py remote_localizer.py hostile_requests.py)
 TIMING_TEST := tests/e2e/test_not_asked_for.py
 # Two lanes side by side on two cores: a thread for each process, which vLLM must not bind to a core.
 LANE := set -o pipefail; OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(BIN)/python -m pytest -p no:cacheprovider
 export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 
-.PHONY: help setup demo serve eval test test-all lane-v1 lane-v2 lane-localizers lane-e2e test-unit lint format clean
+.PHONY: help setup demo serve eval test test-all lane-v1 lane-v2 lane-trained lane-served test-unit lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -33,7 +33,7 @@ eval: setup  ## are answers still right: CROP, rivals, controls (ARGS="--quick" 
 	@$(BIN)/python -m lab.evaluation $(ARGS)
 
 test: setup  ## all tests, two lanes at a time: real vLLM engines on both model runners, `vllm serve` over HTTP, a browser
-	@$(MAKE) --no-print-directory -j2 lane-v2 lane-v1 lane-localizers lane-e2e
+	@$(MAKE) --no-print-directory -j2 lane-v2 lane-v1 lane-trained lane-served
 	@echo "Alone, as it measures time:"
 	@$(BIN)/python -m pytest $(TIMING_TEST) $(PYTEST_ARGS)
 
@@ -42,19 +42,19 @@ test-all: setup  ## the same with every scenario for every model family, one aft
 	@$(BIN)/python -m pytest -p tests.v2_runner --all-families $(V2_TESTS) $(PYTEST_ARGS)
 
 lane-v1:
-	@$(LANE) tests/unit tests/server tests/cpu $(PYTEST_ARGS) | sed -u 's/^/V1  /'
+	@$(LANE) tests/unit tests/cpu $(PYTEST_ARGS) | sed -u 's/^/V1      /'
 
 lane-v2:
-	@$(LANE) -p tests.v2_runner $(V2_TESTS) $(PYTEST_ARGS) | sed -u 's/^/V2  /'
+	@$(LANE) -p tests.v2_runner $(V2_TESTS) $(PYTEST_ARGS) | sed -u 's/^/V2      /'
 
-lane-localizers:
-	@$(LANE) $(LOCALIZER_TESTS) $(PYTEST_ARGS) | sed -u 's/^/loc /'
+lane-trained:
+	@$(LANE) $(TRAINED_TESTS) $(PYTEST_ARGS) | sed -u 's/^/trained /'
 
-lane-e2e:
-	@$(LANE) tests/e2e $(addprefix --ignore ,$(LOCALIZER_TESTS) $(TIMING_TEST)) $(PYTEST_ARGS) | sed -u 's/^/e2e /'
+lane-served:
+	@$(LANE) tests/e2e $(addprefix --ignore ,$(TRAINED_TESTS) $(TIMING_TEST)) $(PYTEST_ARGS) | sed -u 's/^/served  /'
 
 test-unit: setup  ## only what needs no vLLM engine
-	@$(BIN)/python -m pytest tests/unit tests/server $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest tests/unit $(PYTEST_ARGS)
 
 lint: setup  ## ruff and mypy
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from tests.selection import left_out
 
@@ -22,6 +23,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--all-families", action="store_true", help="run every scenario alone for every family, not for some"
     )
+
+
+# Without a deadline: other processes take turns on the same cores.
+settings.register_profile("some", max_examples=60, deadline=None)
+settings.register_profile("many", max_examples=400, deadline=None)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """How many examples a property is tried on."""
+    settings.load_profile("many" if config.getoption("--all-families") else "some")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

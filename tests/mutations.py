@@ -21,13 +21,13 @@ ROOT = Path(__file__).parents[1]
 # Tests without an engine, by the room of the mistake.
 QUICK = {
     "planning": "budget plan geometry plan_arrays token_grids",
-    "families": "anyres smart_resize token_grids vision_geometry",
-    "request.py": "params",
-    "planner.py": "planner params",
+    "families": "llava_next_geometry smart_resize token_grids vision_geometry",
+    "request.py": "request",
+    "planner.py": "planner request",
     "models": "compression",
     "eviction": "markers stage_inputs prompt_eviction grouping",
     "localizers": "localizers localization_service",
-    "frontend": "localization_service facts metrics",
+    "frontend": "localization_service facts_header metrics",
     "compat": "refusals command_check",
 }
 PARITY = "tests/cpu/test_eviction_parity.py::test_all_scenarios_in_one_batch[staged-llava]"

@@ -3,7 +3,8 @@
 
 A scenario runs alone for a family with plain RoPE and for one with M-RoPE and deepstack, and for one more, in
 turn, where an engine of it runs anyway. All of them run in one batch for every family, on an engine that
-compresses and evicts at two layers: whatever a family does of its own, it does there.
+compresses and evicts at two layers: whatever a family does of its own, it does there. On the slow runner that
+engine answers for the one that evicts at one layer, too.
 """
 
 from collections.abc import Iterable
@@ -11,13 +12,23 @@ from typing import Any
 
 ALONE = ("llava", "qwen3_vl")
 SELECTED = ("test_parity", "test_eviction_parity", "test_plan_contract", "test_eviction_compiled")
-SELECTED_SERVERS = ("test_odd_images", "test_qwen_vl")
+SELECTED_SERVERS = ("test_odd_images", "test_families")
 BATCHES = (
     "test_all_scenarios_in_one_batch",
     "test_vision_tower_batches_hold_no_more_tokens_than_profiled",
 )
 # The settings of engines (tests/cpu/conftest.py) that run for every family: on the slow runner, only the one
 # that compresses and evicts.
+# Parameters left out: what another one has too. By module, for both runners and for the slow one.
+LEFT_OUT = {
+    "test_soak": {"one stage"},
+    "test_eviction_compiled": {"llava"},
+}
+LEFT_OUT_INTERPRETED = {
+    "test_eviction_parity": {"evicting"},
+    "test_eviction_scheduling": {"evicting_engine"},
+    "test_eviction_caches": {"evicting_engine"},
+}
 EVERYWHERE, EVERYWHERE_INTERPRETED = ("pool", "staged"), ("staged",)
 
 
@@ -35,6 +46,8 @@ def left_out(items: Iterable[Any], interpreted: bool) -> list[Any]:
 
 def _is_selected(item: Any, scenarios: list[Any], others: list[str], interpreted: bool) -> bool:
     family, module = _family(item), item.path.stem
+    if _is_left_out(item, LEFT_OUT) or (interpreted and _is_left_out(item, LEFT_OUT_INTERPRETED)):
+        return False
     if module not in (*SELECTED, *SELECTED_SERVERS) or family is None:
         return True
     if family in ALONE:
@@ -45,6 +58,13 @@ def _is_selected(item: Any, scenarios: list[Any], others: list[str], interpreted
     if item.originalname in BATCHES or (module == "test_plan_contract" and not interpreted):
         return True
     return name is not None and not interpreted and others[scenarios.index(name) % len(others)] == family
+
+
+def _is_left_out(item: Any, parameters: dict[str, set[str]]) -> bool:
+    left_out = parameters.get(item.path.stem)
+    if left_out is None or not hasattr(item, "callspec"):
+        return False
+    return any(str(value) in left_out for value in item.callspec.params.values())
 
 
 def _is_alone_interpreted(item: Any) -> bool:

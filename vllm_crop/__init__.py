@@ -19,6 +19,6 @@ def register() -> None:
 
     It adds architecture names and command line options. Nothing changes for a server that does not ask.
     """
-    from vllm_crop.compat.install import install
+    from vllm_crop.compat.hooks import install
 
     install()

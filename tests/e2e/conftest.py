@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Servers started with `vllm serve`, asked through the real clients."""
 
+import json
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -8,7 +9,9 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import STARTS
+from tests.conftest import STARTS, CheckpointOf
+from tests.families import LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_5_VL, QWEN3_VL, Family
+from tests.reference import HfReference
 from vllm_crop.measuring import server as measuring
 from vllm_crop.measuring.metrics import metric_sum
 from vllm_crop.measuring.server import Server, get_text
@@ -19,6 +22,8 @@ OPTIONS = (
     *("--served-model-name", MODEL, "--dtype", "float32", "--max-model-len", "2048", "--enforce-eager"),
     *("--block-size", "32", "--limit-mm-per-prompt", '{"image": 8}', "--max-num-batched-tokens", "2048"),
 )
+FAMILIES = (LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_5_VL, QWEN3_VL)
+FAMILY_CROP = {"method": "plc+ilp", "eviction_layers": [2], "pruning_rate": 0.667}
 
 
 def serve(*args: Any, **kwargs: Any) -> AbstractContextManager[Server]:
@@ -53,3 +58,38 @@ def server(checkpoint: Path, logs: Path) -> Iterator[Server]:
     options = ("--api-server-count", "2", "--api-key", API_KEY)
     with serve(str(checkpoint), *crop, *options, *OPTIONS, log_path=logs / "crop.log") as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def localizing_server(logs: Path) -> Iterator[Server]:
+    """The trained model, finding regions itself, on two API server processes, with the page."""
+    from tests.tinyvqa import CHECKPOINT, ENGINE, crop_options
+
+    # A processor cache that is full soon: memory can be watched.
+    options = ("--api-server-count", "2", "--api-key", API_KEY, "--mm-processor-cache-gb", "0.05")
+    crop, env = crop_options(ENGINE, eviction_layers=[1]), {"VLLM_PLUGINS": "crop"}
+    log = logs / "localizing.log"
+    with serve(str(CHECKPOINT), *crop, *options, *OPTIONS, log_path=log, env=env) as running:
+        yield running
+
+
+@pytest.fixture(scope="session", params=FAMILIES, ids=str)
+def family(request: pytest.FixtureRequest) -> Family:
+    """The family of `family_server`; tests/selection.py leaves some out."""
+    found: Family = request.param
+    return found
+
+
+@pytest.fixture(scope="session")
+def family_server(family: Family, checkpoint_of: CheckpointOf, logs: Path) -> Iterator[Server]:
+    """A server that compresses and evicts, with vLLM's processor cache in shared memory."""
+    options = ("--crop-config", json.dumps(FAMILY_CROP), "--mm-processor-cache-type", "shm")
+    checkpoint = checkpoint_of(family, family.deep)
+    with serve(str(checkpoint), *options, *OPTIONS, log_path=logs / f"{family}.log") as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def family_hf(family: Family, checkpoint_of: CheckpointOf) -> HfReference:
+    """What `family_server` must answer."""
+    return family.reference(checkpoint_of(family, family.deep))

@@ -6,8 +6,6 @@ Right as transformers has it, or a clear 400.
 
 import base64
 import io
-import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +15,9 @@ from PIL import Image
 from vllm.multimodal.media.image import ImageMediaIO
 
 from tests.conftest import CheckpointOf
-from tests.e2e.conftest import MODEL, OPTIONS, serve
+from tests.e2e.conftest import FAMILY_CROP, MODEL
 from tests.e2e.test_serve import EVERY_TOKEN, FIRST, STEPS, TEXT, chat, expected
-from tests.families import LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_5_VL, QWEN3_VL, Family
+from tests.families import Family
 from tests.pictures import noise_image
 from tests.reference import HfReference
 from vllm_crop.client import facts_of
@@ -29,8 +27,6 @@ from vllm_crop.measuring.server import Server, get_text
 
 pytestmark = pytest.mark.e2e
 
-RATE = 0.667
-CROP = {"method": "plc+ilp", "eviction_layers": [3], "pruning_rate": RATE}
 NOISE, OTHER = noise_image(90, 330, 250), noise_image(91, 330, 250)
 ORIENTATION = 0x0112  # EXIF
 
@@ -72,32 +68,14 @@ ODD = {
 }
 
 
-@pytest.fixture(scope="module", params=(LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_5_VL, QWEN3_VL), ids=str)
-def family(request: pytest.FixtureRequest) -> Family:
-    found: Family = request.param
-    return found
-
-
 @pytest.fixture(scope="module")
 def checkpoint(family: Family, checkpoint_of: CheckpointOf) -> Path:
     return checkpoint_of(family, family.deep)
 
 
 @pytest.fixture(scope="module")
-def server(family: Family, checkpoint: Path, logs: Path) -> Iterator[Server]:
-    options = ("--crop-config", json.dumps(CROP))
-    with serve(str(checkpoint), *options, *OPTIONS, log_path=logs / f"odd_{family}.log") as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def client(server: Server) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.base_url}/v1", api_key="unused", max_retries=0)
-
-
-@pytest.fixture(scope="module")
-def hf(family: Family, checkpoint: Path) -> HfReference:
-    return family.reference(checkpoint)
+def client(family_server: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{family_server.base_url}/v1", api_key="unused", max_retries=0)
 
 
 def ask(client: openai.OpenAI, file: bytes) -> Any:
@@ -114,7 +92,7 @@ def ask(client: openai.OpenAI, file: bytes) -> Any:
 
 @pytest.mark.parametrize("name", ODD)
 def test_it_is_pruned_as_transformers_has_it_or_refused(
-    name: str, client: openai.OpenAI, server: Server, checkpoint: Path, hf: HfReference
+    name: str, client: openai.OpenAI, family_server: Server, checkpoint: Path, family_hf: HfReference
 ) -> None:
     picture = ImageMediaIO().load_bytes(ODD[name]).media  # upright, RGB: what the model sees
     try:
@@ -128,12 +106,12 @@ def test_it_is_pruned_as_transformers_has_it_or_refused(
         assert image["tokens"] == grid.num_tokens
         completion = response.parse()
         answer = completion.choices[0].message.content, completion.usage.prompt_tokens
-        stages = dict(method="plc+ilp", eviction_layers=(3,))
-        assert answer == expected(hf, [picture], [FIRST], RATE, **stages)  # type: ignore[arg-type]
-    assert get_text(f"{server.base_url}/health") == ""
+        stages = dict(method="plc+ilp", eviction_layers=(2,))
+        assert answer == expected(family_hf, [picture], [FIRST], FAMILY_CROP["pruning_rate"], **stages)  # type: ignore[arg-type]
+    assert get_text(f"{family_server.base_url}/health") == ""
 
 
-def test_the_region_follows_the_upright_picture(client: openai.OpenAI, hf: HfReference) -> None:
+def test_the_region_follows_the_upright_picture(client: openai.OpenAI, family_hf: HfReference) -> None:
     """The same pixels without the note that they lie on their side are another question."""
     upright = ImageMediaIO().load_bytes(ODD["turned"]).media
     assert upright.size == NOISE.size[::-1]
@@ -147,8 +125,8 @@ def test_the_region_follows_the_upright_picture(client: openai.OpenAI, hf: HfRef
     assert sideways.parse().choices[0].message.content != answers[0]
 
 
-def test_what_is_no_image_is_named(client: openai.OpenAI, server: Server) -> None:
+def test_what_is_no_image_is_named(client: openai.OpenAI, family_server: Server) -> None:
     for broken in (b"", b"no image", ODD["grey"][:500]):
         with pytest.raises(openai.BadRequestError):
             ask(client, broken)
-    assert get_text(f"{server.base_url}/health") == ""
+    assert get_text(f"{family_server.base_url}/health") == ""

@@ -16,8 +16,8 @@ from playwright.sync_api import Browser, expect
 
 from lab.evaluation.questions import make_test_set
 from tests.browser import REGION_PIXEL, Reader, chromium
-from tests.e2e.conftest import API_KEY, MODEL, OPTIONS, serve
-from tests.tinyvqa import CHECKPOINT, ENGINE, ask, crop_options, found
+from tests.e2e.conftest import API_KEY, MODEL
+from tests.tinyvqa import ask, found
 from vllm_crop.measuring.server import Server
 
 pytestmark = pytest.mark.e2e
@@ -29,12 +29,8 @@ SCREENSHOT = os.environ.get("CROP_SCREENSHOT")  # where to leave a picture of th
 
 
 @pytest.fixture(scope="module")
-def server(logs: Path) -> Iterator[Server]:
-    crop = crop_options(ENGINE, eviction_layers=[1])
-    options = (*crop, "--api-key", API_KEY, *OPTIONS)
-    env = {"VLLM_PLUGINS": "crop"}
-    with serve(str(CHECKPOINT), *options, log_path=logs / "playground.log", env=env) as running:
-        yield running
+def server(localizing_server: Server) -> Server:
+    return localizing_server
 
 
 @pytest.fixture(scope="module")

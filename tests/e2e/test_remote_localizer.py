@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Regions from another server: a real `vllm serve`, killed and back again, and ones that misbehave."""
+"""Regions from another server: a real `vllm serve` that goes and comes back, and one that misbehaves."""
 
 import gzip
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import pytest
 from lab.evaluation.questions import make_test_set
 from lab.tinyvqa.drawing import THUMBNAIL
 from tests.e2e.conftest import MODEL, OPTIONS, metric, serve
-from tests.tinyvqa import CHECKPOINT, ask, crop_options, found
+from tests.tinyvqa import CHECKPOINT, ask, crop_options, found, said_of_thumbnail
 from vllm_crop.measuring.server import HOST, Server, free_port, get_text
 
 pytestmark = pytest.mark.e2e
@@ -25,6 +26,7 @@ pytestmark = pytest.mark.e2e
 SCENES = make_test_set(4, seed=4)
 LOCAL = [(scene, q.text) for scene in SCENES for q in scene.questions if q.boxes]
 DEADLINE_S = 2.0
+SUSPEND_AFTER, SUSPEND_S = 4, 4.0
 KEY_VARIABLE, KEY = "LOCALIZER_KEY", "localizer-sekret"
 
 
@@ -97,64 +99,130 @@ def confident(logprob: str) -> bytes:
     return marked.replace(b"12345", logprob.encode())
 
 
-@contextmanager
-def served_with(url: str, log: Path, **localizer: Any) -> Iterator[tuple[Server, openai.OpenAI]]:
-    """A server whose localizer is at `url`."""
+class Relay:
+    """One address on which now this server answers, now that one, or nobody."""
+
+    def __init__(self) -> None:
+        self.port = free_port()
+        self.target = self.port
+        self._listener: socket.socket | None = None
+        self._open: list[socket.socket] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://{HOST}:{self.port}/v1"
+
+    def to(self, port: int) -> None:
+        """Hand connections on to a port, from the next one on."""
+        if self._listener is not None and self.target == port:
+            return
+        self.stop()
+        self.target = port
+        self._listener = socket.create_server((HOST, self.port))
+        threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
+
+    def stop(self) -> None:
+        """Cut all connections; further ones are refused."""
+        if self._listener is not None:
+            with suppress(OSError):
+                self._listener.shutdown(socket.SHUT_RDWR)
+            self._listener.close()
+        for one in self._open:
+            _cut(one)
+        self._listener, self._open = None, []
+
+    def _accept(self, listener: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                client, _ = listener.accept()
+                server = socket.create_connection((HOST, self.target))
+                self._open += [client, server]
+                for source, sink in ((client, server), (server, client)):
+                    threading.Thread(target=_pump, args=(source, sink), daemon=True).start()
+
+
+def _pump(source: socket.socket, sink: socket.socket) -> None:
+    with suppress(OSError):
+        while data := source.recv(1 << 16):
+            sink.sendall(data)
+    _cut(source)
+    _cut(sink)
+
+
+def _cut(connection: socket.socket) -> None:
+    with suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
+    connection.close()
+
+
+@pytest.fixture(scope="module")
+def relay() -> Iterator[Relay]:
+    one = Relay()
+    yield one
+    one.stop()
+
+
+@pytest.fixture(scope="module")
+def served(relay: Relay, logs: Path) -> Iterator[tuple[Server, openai.OpenAI]]:
+    """A server whose localizer is at the relay, with a client of it."""
     settings = {
         "kind": "openai",
-        "base_url": url,
+        "base_url": relay.url,
         "model": "localizer",
         "prompt": "where:{question}",
         "thumbnail_side": 8 * THUMBNAIL,
         "timeout_s": DEADLINE_S,
         "api_key_env": KEY_VARIABLE,
-        **localizer,
+        "suspend_after": SUSPEND_AFTER,
+        "suspend_s": SUSPEND_S,
     }
-    environment = {KEY_VARIABLE: KEY}
-    with serve(str(CHECKPOINT), *crop_options(settings), *OPTIONS, log_path=log, env=environment) as running:
+    crop, log = crop_options(settings), logs / "with_remote.log"
+    with serve(str(CHECKPOINT), *crop, *OPTIONS, log_path=log, env={KEY_VARIABLE: KEY}) as running:
         yield running, openai.OpenAI(base_url=f"{running.base_url}/v1", api_key="unused", max_retries=0)
 
 
-@contextmanager
-def localizer(port: int, log: Path) -> Iterator[Server]:
+@pytest.fixture(scope="module")
+def localizer(logs: Path) -> Iterator[Server]:
     """A `vllm serve` of the same checkpoint, without the plugin."""
     options = ("--served-model-name", "localizer", "--api-key", KEY, "--dtype", "float32", "--enforce-eager")
-    with serve(str(CHECKPOINT), *options, "--max-model-len", "2048", log_path=log, port=port) as running:
+    log = logs / "localizer.log"
+    with serve(str(CHECKPOINT), *options, "--max-model-len", "2048", log_path=log) as running:
         yield running
 
 
-def test_right_regions_killed_and_back(logs: Path) -> None:
-    port = free_port()
+def test_right_regions_gone_and_back(
+    served: tuple[Server, openai.OpenAI], localizer: Server, relay: Relay
+) -> None:
+    server, client = served
+    port = int(localizer.base_url.rsplit(":", 1)[1])
     scene, question = LOCAL[0]
-    patience_s = 10.0  # the first request of a server takes long
-    with served_with(f"http://{HOST}:{port}/v1", logs / "with_remote.log", timeout_s=patience_s) as (
-        server,
-        client,
-    ):
-        with localizer(port, logs / "localizer_1.log"):
-            first = [found(ask(client, scene.picture(), question)) for scene, question in LOCAL]
-            for image, (_, text) in zip(first, LOCAL, strict=True):
-                assert image["source"] == "openai"
-                assert image["localizer"]["outcome"] in ("region", "global"), (text, image)
-                assert 0 < image["localizer"]["confidence"] <= 1
-            truth = {q.text: q for scene in SCENES for q in scene.questions}
-            exact = [
-                image["region"] == [[pytest.approx(s, abs=1e-4) for s in box] for box in _boxes(truth[text])]
-                for image, (_, text) in zip(first, LOCAL, strict=True)
-            ]
-            assert sum(exact) >= 0.6 * len(exact)
-        failed = metric(server, "crop:localizations_total", outcome="error")
-        picture = scene.picture()
-        picture.putpixel((0, 0), (1, 2, 3))
-        start = time.monotonic()
-        image = found(ask(client, picture, question))
-        assert time.monotonic() - start < patience_s + 3
-        assert image["localizer"]["outcome"] == "error"
-        assert image["tokens_after_plc"] == 576
-        assert metric(server, "crop:localizations_total", outcome="error") == failed + 1
-        assert found(ask(client, scene.picture(), question))["localizer"]["cached"]  # known before
-        with localizer(port, logs / "localizer_2.log"):
-            assert found(ask(client, picture, question))["region"] == first[0]["region"]
+    direct = openai.OpenAI(base_url=f"{localizer.base_url}/v1", api_key=KEY)
+    said_of_thumbnail(direct, scene.picture(), question, "localizer")  # the first time takes seconds
+    relay.to(port)
+    first = [found(ask(client, scene.picture(), question)) for scene, question in LOCAL]
+    for image, (_, text) in zip(first, LOCAL, strict=True):
+        assert image["source"] == "openai"
+        assert image["localizer"]["outcome"] in ("region", "global"), (text, image)
+        assert 0 < image["localizer"]["confidence"] <= 1
+    truth = {q.text: q for scene in SCENES for q in scene.questions}
+    exact = [
+        image["region"] == [[pytest.approx(s, abs=1e-4) for s in box] for box in _boxes(truth[text])]
+        for image, (_, text) in zip(first, LOCAL, strict=True)
+    ]
+    assert sum(exact) >= 0.6 * len(exact)
+    relay.stop()
+    failed = metric(server, "crop:localizations_total", outcome="error")
+    picture = scene.picture()
+    picture.putpixel((0, 0), (1, 2, 3))
+    start = time.monotonic()
+    image = found(ask(client, picture, question))
+    assert time.monotonic() - start < DEADLINE_S + 3
+    assert image["localizer"]["outcome"] == "error"
+    assert image["tokens_after_plc"] == 576
+    assert metric(server, "crop:localizations_total", outcome="error") == failed + 1
+    assert found(ask(client, scene.picture(), question))["localizer"]["cached"]  # known before
+    relay.to(port)
+    assert found(ask(client, picture, question))["region"] == first[0]["region"]
 
 
 def _boxes(question: Any) -> list[list[float]]:
@@ -192,16 +260,18 @@ BAD: dict[str, tuple[Any, str]] = {
 
 
 @pytest.fixture(scope="module")
-def misbehaving() -> Iterator[Misbehaving]:
-    remote = Misbehaving()
-    yield remote
-    remote.server.shutdown()
+def remote() -> Iterator[Misbehaving]:
+    one = Misbehaving()
+    yield one
+    one.server.shutdown()
 
 
-@pytest.fixture(scope="module")
-def served(misbehaving: Misbehaving, logs: Path) -> Iterator[tuple[Server, openai.OpenAI]]:
-    with served_with(misbehaving.url, logs / "misbehaving.log") as running:
-        yield running
+@pytest.fixture
+def misbehaving(remote: Misbehaving, relay: Relay) -> Misbehaving:
+    """The remote behind the relay, which has seen nothing yet."""
+    relay.to(remote.server.server_address[1])
+    remote.seen.clear()
+    return remote
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -210,7 +280,6 @@ def test_a_remote_that_misbehaves_costs_its_deadline_at_most(
 ) -> None:
     server, client = served
     misbehaving.mode, outcome = BAD[name]
-    misbehaving.seen.clear()
     before = metric(server, "crop:localizations_total", outcome=outcome)
     picture = LOCAL[0][0].picture()
     picture.putpixel((0, 0), (list(BAD).index(name), 0, 0))
@@ -231,7 +300,6 @@ def test_a_remote_that_behaves_again_is_believed(
 ) -> None:
     _, client = served
     misbehaving.mode = 200, completion("2335")
-    misbehaving.seen.clear()
     picture = LOCAL[0][0].picture()
     picture.putpixel((0, 0), (255, 0, 0))
     image = found(ask(client, picture, LOCAL[0][1]))
@@ -241,28 +309,29 @@ def test_a_remote_that_behaves_again_is_believed(
     assert headers["authorization" if "authorization" in headers else "Authorization"] == f"Bearer {KEY}"
 
 
-def test_a_remote_that_hangs_is_left_alone_and_asked_again(misbehaving: Misbehaving, logs: Path) -> None:
+def test_a_remote_that_hangs_is_left_alone_and_asked_again(
+    served: tuple[Server, openai.OpenAI], misbehaving: Misbehaving
+) -> None:
+    server, client = served
     scene, question = LOCAL[0]
-    breaker = {"suspend_after": 2, "suspend_s": 4.0, "timeout_s": 1.0, "max_retries": 0}
-    with served_with(misbehaving.url, logs / "hanging.log", **breaker) as (server, client):
 
-        def answered(number: int) -> tuple[str, float]:
-            picture = scene.picture()
-            picture.putpixel((0, 0), (9, 9, number))
-            start = time.monotonic()
-            image = found(ask(client, picture, question))
-            return image["localizer"]["outcome"], time.monotonic() - start
+    def answered(number: int) -> tuple[str, float]:
+        picture = scene.picture()
+        picture.putpixel((0, 0), (9, 9, number))
+        start = time.monotonic()
+        image = found(ask(client, picture, question))
+        return image["localizer"]["outcome"], time.monotonic() - start
 
-        misbehaving.mode = "slow"
-        hanging = [answered(number) for number in range(5)]
-        assert [outcome for outcome, _ in hanging] == ["timeout"] * 2 + ["suspended"] * 3
-        assert all(seconds < 1 for outcome, seconds in hanging if outcome == "suspended")
-        assert metric(server, "crop:localizer_suspensions_total") == 1
-        time.sleep(4)
-        misbehaving.mode = 200, completion("2335")
-        assert [answered(10 + number)[0] for number in range(3)] == ["region"] * 3
-        warnings = [line for line in server.log_path.read_text().splitlines() if "WARNING" in line]
-        assert sum("in a row" in line or "answers again" in line for line in warnings) == 2
+    misbehaving.mode = "slow"
+    hanging = [answered(number) for number in range(SUSPEND_AFTER + 3)]
+    assert [outcome for outcome, _ in hanging] == ["timeout"] * SUSPEND_AFTER + ["suspended"] * 3
+    assert all(seconds < 1 for outcome, seconds in hanging if outcome == "suspended")
+    assert metric(server, "crop:localizer_suspensions_total") == 1
+    time.sleep(SUSPEND_S)
+    misbehaving.mode = 200, completion("2335")
+    assert [answered(10 + number)[0] for number in range(3)] == ["region"] * 3
+    warnings = [line for line in server.log_path.read_text().splitlines() if "WARNING" in line]
+    assert sum("in a row" in line or "answers again" in line for line in warnings) == 2
 
 
 def test_whatever_a_remote_says_is_a_line_of_the_log_at_most(served: tuple[Server, openai.OpenAI]) -> None:
@@ -272,7 +341,7 @@ def test_whatever_a_remote_says_is_a_line_of_the_log_at_most(served: tuple[Serve
     assert "\nERROR" not in log
 
 
-def test_the_key_is_in_no_log(served: tuple[Server, openai.OpenAI], logs: Path) -> None:
+def test_the_key_is_in_no_log(served: tuple[Server, openai.OpenAI]) -> None:
     server, _ = served
     assert MODEL in server.log_path.read_text()
     assert KEY not in server.log_path.read_text()

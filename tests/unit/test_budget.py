@@ -35,7 +35,6 @@ def possible_counts(num_tokens: int, method: Method, num_stages: int) -> list[tu
     return [counts for counts in ways if method != "ilp" or counts[0] == num_tokens]
 
 
-@settings(deadline=None, max_examples=500)
 @given(st.integers(1, 3000), rates, evicting, eviction_settings())
 def test_counts_never_increase_and_meet_the_rate_to_the_token(
     num_tokens: int, rate: float, method: Method, evictions: tuple[int, tuple[int, ...]]
@@ -53,7 +52,6 @@ def test_counts_never_increase_and_meet_the_rate_to_the_token(
     assert abs(average(counts, num_layers, layers) - target) <= 0.5 + 1e-6
 
 
-@settings(deadline=None, max_examples=300)
 @given(st.integers(1, 9), rates, evicting, eviction_settings(10, 3))
 def test_it_is_an_error_exactly_where_no_counts_would_do(
     num_tokens: int, rate: float, method: Method, evictions: tuple[int, tuple[int, ...]]
@@ -72,7 +70,6 @@ def test_it_is_an_error_exactly_where_no_counts_would_do(
             retained_per_stage(num_tokens, rate, method, num_layers, layers)
 
 
-@settings(deadline=None, max_examples=200)
 @given(
     st.integers(1, 400),
     rates,
@@ -94,7 +91,6 @@ def test_one_stage_keeps_the_count_whose_average_is_nearest(
     assert miss(kept) <= min(miss(count) for count in range(1, num_tokens + 1)) + 1e-9
 
 
-@settings(deadline=None, max_examples=200)
 @given(st.integers(1, 60), rates, evicting, eviction_settings())
 def test_every_stage_keeps_the_same_fraction(
     num_tokens: int, rate: float, method: Method, evictions: tuple[int, tuple[int, ...]]
@@ -146,7 +142,7 @@ def test_methods_that_evict() -> None:
 
 
 # Most rates can be met; those that cannot are what this is about.
-@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.filter_too_much])
+@settings(deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
 @given(st.integers(2, 3000), rates, eviction_settings())
 @example(576, 0.95, (32, (8, 16)))
 @example(576, 0.995, (32, (1,)))

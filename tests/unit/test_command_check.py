@@ -17,11 +17,11 @@ from typer.testing import CliRunner
 
 import vllm_crop
 from vllm_crop.commands.check import check
-from vllm_crop.compat import installation
+from vllm_crop.compat import diagnosis
 from vllm_crop.compat.changes import CHANGES
-from vllm_crop.compat.checks import SUPPORTED_VERSIONS, find_problem
 from vllm_crop.compat.points import UpstreamPoint
 from vllm_crop.compat.refusals import REFUSED
+from vllm_crop.compat.supported import SUPPORTED_VERSIONS, find_problem
 from vllm_crop.config import CropConfig
 from vllm_crop.eviction.refusals import refused_with_eviction
 from vllm_crop.eviction.report import recommended_layer, savings
@@ -47,14 +47,10 @@ def fine_installation(monkeypatch: pytest.MonkeyPatch) -> None:
     vllm = ModuleType("vllm")
     vllm.__version__ = "0.32.0+cpu"  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "vllm", vllm)
-    monkeypatch.setattr(
-        installation, "UPSTREAM_POINTS", (UpstreamPoint("json", "dumps", ("obj",), "writes"),)
-    )
-    monkeypatch.setattr(installation, "EVICTION_POINTS", ())
-    monkeypatch.setattr(installation, "CPU_RUNNER_POINTS", ())
-    monkeypatch.setattr(
-        installation, "_found_entry_points", lambda group=None: {"crop": "vllm_crop:register"}
-    )
+    monkeypatch.setattr(diagnosis, "UPSTREAM_POINTS", (UpstreamPoint("json", "dumps", ("obj",), "writes"),))
+    monkeypatch.setattr(diagnosis, "EVICTION_POINTS", ())
+    monkeypatch.setattr(diagnosis, "CPU_RUNNER_POINTS", ())
+    monkeypatch.setattr(diagnosis, "_found_entry_points", lambda group=None: {"crop": "vllm_crop:register"})
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
     monkeypatch.delenv("VLLM_USE_RUST_FRONTEND", raising=False)
 
@@ -92,7 +88,7 @@ def test_the_report_for_people_says_the_same() -> None:
 
 @pytest.mark.parametrize("points", ["EVICTION_POINTS", "CPU_RUNNER_POINTS"])
 def test_points_of_eviction_are_checked_too(points: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(installation, points, (UpstreamPoint("json", "vanished", (), ""),))
+    monkeypatch.setattr(diagnosis, points, (UpstreamPoint("json", "vanished", (), ""),))
     assert "json.vanished is gone" in report(1)["problems"]
 
 
@@ -106,7 +102,7 @@ def test_points_of_eviction_are_checked_too(points: str, monkeypatch: pytest.Mon
 def test_a_changed_upstream_point_is_a_problem(
     monkeypatch: pytest.MonkeyPatch, point: UpstreamPoint, problem: str
 ) -> None:
-    monkeypatch.setattr(installation, "UPSTREAM_POINTS", (point,))
+    monkeypatch.setattr(diagnosis, "UPSTREAM_POINTS", (point,))
     found = report(1)
     assert problem in found["problems"][0]
     assert problem in found["upstream_points"][0]["problem"]
@@ -120,7 +116,7 @@ def test_an_upstream_module_that_fails_to_import(monkeypatch: pytest.MonkeyPatch
     def fail(point: UpstreamPoint) -> str | None:
         raise RuntimeError("operator torchvision::nms does not exist")
 
-    monkeypatch.setattr(installation, "find_problem", fail)
+    monkeypatch.setattr(diagnosis, "find_problem", fail)
     assert "torchvision::nms" in report(1)["problems"][0]
 
 
@@ -148,9 +144,9 @@ def test_vllm_plugins_must_name_crop(monkeypatch: pytest.MonkeyPatch, selected: 
 
 
 def test_a_missing_entry_point_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(installation, "EVICTION_POINTS", ())
-    monkeypatch.setattr(installation, "CPU_RUNNER_POINTS", ())
-    monkeypatch.setattr(installation, "_found_entry_points", lambda group=None: {})
+    monkeypatch.setattr(diagnosis, "EVICTION_POINTS", ())
+    monkeypatch.setattr(diagnosis, "CPU_RUNNER_POINTS", ())
+    monkeypatch.setattr(diagnosis, "_found_entry_points", lambda group=None: {})
     assert "no entry point 'crop'" in report(1)["problems"][0]
 
 
@@ -206,7 +202,7 @@ def test_an_unsupported_checkpoint(tmp_path: Path) -> None:
 
 def test_the_real_entry_point_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    assert installation._found_entry_points().get("crop") == "vllm_crop:register"
+    assert diagnosis._found_entry_points().get("crop") == "vllm_crop:register"
 
 
 def test_a_checkpoint_with_several_grids(tmp_path: Path) -> None:
@@ -244,7 +240,7 @@ def test_what_is_gone_and_what_is_broken_beneath_are_told_apart(
 
 def test_every_change_is_listed() -> None:
     """A patch module without a row, or a row that is not printed, would be a change nobody is told of."""
-    patches = Path(installation.__file__).parent / "patches"
+    patches = Path(diagnosis.__file__).parent / "patches"
     reasons = {
         importlib.import_module(f"vllm_crop.compat.patches.{path.stem}").REASON
         for path in patches.glob("*.py")

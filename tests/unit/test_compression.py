@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from strategies import grids, regions
 
@@ -28,7 +28,6 @@ def random_features(num_tokens: int, seed: int = 0, dtype: torch.dtype = torch.f
     return torch.randn(num_tokens, 5, generator=generator).to(dtype)
 
 
-@settings(deadline=None)
 @given(
     grids(12),
     regions(),
@@ -58,7 +57,6 @@ def test_compression_is_the_mean_of_each_planned_embedding(
             assert torch.equal(row, features[embedding.position])
 
 
-@settings(deadline=None)
 @given(st.data(), st.integers(1, 40))
 def test_any_assignment_in_any_order_is_compressed(data: st.DataObject, num_tokens: int) -> None:
     count = data.draw(st.integers(1, num_tokens))
@@ -130,7 +128,6 @@ def test_a_large_entry_displaces_as_many_as_it_needs() -> None:
     assert [key for key in (0, 1, 2, 3, 9) if cache.find((key,)) is not None] == [3, 9]
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(1, 6)), max_size=40), st.integers(0, 12))
 def test_the_bytes_stored_never_exceed_the_bound(puts: list[tuple[int, int]], num_rows: int) -> None:
     cache = cache_of(num_rows)

@@ -6,7 +6,7 @@ import math
 from fractions import Fraction
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from strategies import boxes, exact, grids, regions
 
@@ -41,13 +41,11 @@ def tokens_seen(grid: TokenGrid, region: Region, window: Box = WHOLE) -> tuple[i
     return tuple(seen)
 
 
-@settings(deadline=None, max_examples=300)
 @given(grids(24), regions())
 def test_the_mask_marks_the_tokens_whose_area_the_region_overlaps(grid: TokenGrid, region: Region) -> None:
     assert touched(grid, region) == tokens_seen(grid, region)
 
 
-@settings(deadline=None)
 @given(grids(48), st.tuples(*[st.floats(0, 1, exclude_max=True)] * 2), st.floats(0, 1))
 def test_a_box_of_any_size_touches_at_least_one_token(
     grid: TokenGrid, corner: tuple[float, float], size: float
@@ -81,7 +79,6 @@ def test_the_whole_region_is_every_token(grid: TokenGrid) -> None:
     assert touched(grid, Region.whole()) == tuple(range(grid.num_tokens))
 
 
-@settings(deadline=None)
 @given(grids(), regions())
 def test_tokens_of_a_union_are_the_union_of_its_boxes_tokens(grid: TokenGrid, region: Region) -> None:
     separate = {token for box in region.boxes for token in touched(grid, Region((box,)))}
@@ -106,7 +103,6 @@ def test_grid_cells_include_both_ends() -> None:
     assert Region.from_grid_cells(1, 2, 1, 3) == Region((Box(0.125, 0.25, 0.25, 0.5),))
 
 
-@settings(deadline=None)
 @given(regions())
 def test_grid_cells_of_a_region_are_the_smallest_rectangle_that_covers_it(region: Region) -> None:
     cells = [divmod(token, GRID_CELLS) for token in tokens_seen(TokenGrid(GRID_CELLS, GRID_CELLS), region)]
@@ -146,7 +142,6 @@ def test_regions_become_lists_of_their_boxes() -> None:
     assert region.as_lists() == [[0.0, 0.1, 0.2, 0.3], [0.5, 0.5, 1.0, 1.0]]
 
 
-@settings(deadline=None, max_examples=400)
 @given(grids(), regions(), boxes(low=-50, high=150))
 def test_a_projected_region_covers_the_tokens_that_show_it(
     grid: TokenGrid, region: Region, window: Box

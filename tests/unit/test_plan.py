@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 import pytest
-from hypothesis import assume, example, given, settings
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from strategies import eviction_settings, grids, regions
 
@@ -28,7 +28,6 @@ compressions: st.SearchStrategy[Compression] = st.sampled_from(["pool", "prune"]
 evicting: st.SearchStrategy[Method] = st.sampled_from(["ilp", "plc+ilp"])
 
 
-@settings(deadline=None, max_examples=300)
 @given(grids(), regions(), rates, compressions)
 def test_every_plan_is_well_formed(
     grid: TokenGrid, region: Region, pruning_rate: float, compression: Compression
@@ -48,7 +47,6 @@ def test_every_plan_is_well_formed(
     assert all(before < after for before, after in itertools.pairwise(positions))
 
 
-@settings(deadline=None, max_examples=300)
 @given(grids(), regions(), rates, compressions)
 def test_a_region_within_the_budget_is_kept_token_by_token(
     grid: TokenGrid, region: Region, pruning_rate: float, compression: Compression
@@ -59,7 +57,6 @@ def test_a_region_within_the_budget_is_kept_token_by_token(
     assert all(kept.get((token,)) == token for token in inside)
 
 
-@settings(deadline=None, max_examples=300)
 @given(grids(), regions(), rates, compressions)
 def test_a_region_beyond_the_budget_takes_all_of_it(
     grid: TokenGrid, region: Region, pruning_rate: float, compression: Compression
@@ -71,7 +68,6 @@ def test_a_region_beyond_the_budget_takes_all_of_it(
     assert {embedding.position for embedding in embeddings_of(plan)} <= set(inside)
 
 
-@settings(deadline=None, max_examples=300)
 @given(grids(), regions(), rates)
 def test_pooling_spreads_the_whole_context_over_patches_of_similar_size(
     grid: TokenGrid, region: Region, pruning_rate: float
@@ -88,7 +84,6 @@ def test_pooling_spreads_the_whole_context_over_patches_of_similar_size(
     assert all(average / 3 <= len(patch) <= 2 * average for patch in patches)
 
 
-@settings(deadline=None)
 @given(grids(), regions(), rates)
 def test_a_pooled_embedding_sits_at_the_token_nearest_to_its_centroid(
     grid: TokenGrid, region: Region, pruning_rate: float
@@ -100,7 +95,6 @@ def test_a_pooled_embedding_sits_at_the_token_nearest_to_its_centroid(
         assert distances[embedding.position] == pytest.approx(min(distances.values()))
 
 
-@settings(deadline=None)
 @given(grids(), regions(), rates)
 def test_pruning_keeps_the_token_at_which_pooling_would_put_the_mean(
     grid: TokenGrid, region: Region, pruning_rate: float
@@ -111,7 +105,6 @@ def test_pruning_keeps_the_token_at_which_pooling_would_put_the_mean(
     assert [(e.tokens, e.position) for e in embeddings_of(pruned)] == [((p,), p) for p in positions]
 
 
-@settings(deadline=None)
 @given(grids(), regions(), compressions)
 def test_pruning_rate_zero_leaves_the_image_as_it_is(
     grid: TokenGrid, region: Region, compression: Compression
@@ -227,7 +220,6 @@ def evicting_plans(draw: st.DrawFn) -> Evicting:
     return Evicting(plan, region, compression, method, num_layers, layers, counts)
 
 
-@settings(deadline=None, max_examples=300)
 @given(evicting_plans())
 def test_evicting_plans_are_well_formed_and_deliver_the_counts_of_the_budget(made: Evicting) -> None:
     plan = made.plan
@@ -245,7 +237,6 @@ def test_evicting_plans_are_well_formed_and_deliver_the_counts_of_the_budget(mad
     assert plan.compresses == (made.counts[0] < plan.grid.num_tokens)
 
 
-@settings(deadline=None, max_examples=300)
 @given(evicting_plans())
 def test_no_stage_keeps_context_while_it_evicts_from_the_region(made: Evicting) -> None:
     inside = set(tokens_in(made.plan.grid, made.region))
@@ -254,7 +245,6 @@ def test_no_stage_keeps_context_while_it_evicts_from_the_region(made: Evicting) 
         assert before & inside <= after or after <= inside
 
 
-@settings(deadline=None)
 @given(evicting_plans())
 def test_eviction_alone_passes_every_token_to_the_language_model(made: Evicting) -> None:
     assume(made.method == "ilp")
@@ -262,7 +252,6 @@ def test_eviction_alone_passes_every_token_to_the_language_model(made: Evicting)
     assert [(e.tokens, e.position) for e in embeddings_of(made.plan)] == [((t,), t) for t in tokens]
 
 
-@settings(deadline=None)
 @given(evicting_plans())
 def test_what_is_compressed_before_eviction_is_compressed_as_without_it(made: Evicting) -> None:
     assume(made.method == "plc+ilp")
@@ -326,7 +315,6 @@ def plans_with_evictions(draw: st.DrawFn) -> TokenPlan:
     return plan_of(grid, plan.pruning_rate, embeddings)
 
 
-@settings(deadline=None)
 @given(plans_with_evictions(), st.integers(1, 12))
 def test_layer_counts_and_the_rate_reached_agree_with_counting_pairs(
     plan: TokenPlan, num_layers: int
@@ -350,7 +338,6 @@ def test_an_embedding_is_absent_from_the_layer_that_evicts_it_on() -> None:
     assert plan.pruning_rate_got(4) == 1 - 6 / 16
 
 
-@settings(deadline=None)
 @given(grids(), regions(), rates, compressions)
 def test_assignment_names_the_embedding_of_each_token(
     grid: TokenGrid, region: Region, pruning_rate: float, compression: Compression

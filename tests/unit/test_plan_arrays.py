@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from strategies import boxes, eviction_settings, regions
 
@@ -71,7 +71,6 @@ def any_tokens(draw: st.DrawFn) -> ImageTokens:
 
 
 @pytest.mark.usefixtures("split_by")
-@settings(deadline=None, max_examples=400)
 @given(
     any_tokens(),
     regions(),
@@ -97,7 +96,6 @@ def test_plans_are_those_of_the_slow_reference(
 
 
 @pytest.mark.usefixtures("split_by")
-@settings(deadline=None, max_examples=400)
 @given(any_tokens(), st.data())
 def test_any_tokens_are_split_as_by_the_slow_reference(grid: ImageTokens, data: st.DataObject) -> None:
     chance = data.draw(st.randoms(use_true_random=False))
@@ -144,7 +142,6 @@ def test_plans_of_many_tiles_are_those_of_the_slow_reference() -> None:
         assert embeddings_of(plan) == slow_plan(grid, region, 0.778, compression, name, 28, layers)
 
 
-@settings(deadline=None)
 @given(any_tokens(), regions())
 def test_masks_and_places_are_those_of_the_slow_reference(grid: ImageTokens, region: Region) -> None:
     assert tuple(grid.mask(region).nonzero()[0].tolist()) == tokens_in(grid, region)
@@ -152,7 +149,6 @@ def test_masks_and_places_are_those_of_the_slow_reference(grid: ImageTokens, reg
     assert list(places) == [place_of(grid, token) for token in range(grid.num_tokens)]
 
 
-@settings(deadline=None, max_examples=300)
 @given(st.integers(1, 20_000), rates, st.sampled_from(["ilp", "plc+ilp"]), eviction_settings())
 def test_stages_are_those_of_all_bisections(
     num_tokens: int, rate: float, method: Method, depth: tuple[int, tuple[int, ...]]

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from vllm_crop.eviction.markers import EvictionSettings, embed_indices, image_placeholders, write_markers
@@ -69,7 +69,6 @@ def stages(prompt: Prompt) -> range:
     return range(prompt.num_stages + 1)
 
 
-@settings(deadline=None, max_examples=300)
 @given(prompts())
 @example(Prompt([101, 100, 100, 101, 1], [(1, 2)], [0, 0, 0, 0, 0], 1))
 @example(Prompt([100, 100, 1], [(0, 2)], [2, 1, 0], 2))
@@ -84,14 +83,12 @@ def test_every_stage_reads_back_what_was_written(prompt: Prompt) -> None:
     assert eviction.end == 1 + max(prompt.evicted(prompt.num_stages))
 
 
-@settings(deadline=None, max_examples=300)
 @given(prompts())
 def test_markers_change_no_token_outside_images_and_none_that_stays(prompt: Prompt) -> None:
     for before, after, leaves_at in zip(prompt.token_ids, prompt.marked(), prompt.leaves_at, strict=True):
         assert after == (prompt.marker_ids[leaves_at - 1] if leaves_at else before)
 
 
-@settings(deadline=None, max_examples=300)
 @given(prompts(), st.integers(0, 20))
 def test_counts_are_those_of_sets(prompt: Prompt, num_answer_tokens: int) -> None:
     eviction = prompt.eviction()
@@ -105,7 +102,6 @@ def test_counts_are_those_of_sets(prompt: Prompt, num_answer_tokens: int) -> Non
             assert eviction.num_kept(stage, num_tokens) == num_tokens - gone
 
 
-@settings(deadline=None, max_examples=300)
 @given(prompts(), st.integers(0, 20))
 def test_token_index_is_the_inverse_of_num_kept_on_kept_tokens(
     prompt: Prompt, num_answer_tokens: int
@@ -120,7 +116,6 @@ def test_token_index_is_the_inverse_of_num_kept_on_kept_tokens(
         assert [eviction.num_kept(stage, token) for token in kept] == list(range(len(kept)))
 
 
-@settings(deadline=None, max_examples=200)
 @given(prompts(), st.data())
 def test_tokens_within_a_chunk(prompt: Prompt, data: st.DataObject) -> None:
     eviction = prompt.eviction()
@@ -133,7 +128,6 @@ def test_tokens_within_a_chunk(prompt: Prompt, data: st.DataObject) -> None:
         assert eviction.tokens_within(stage, start, stop).tolist() == expected
 
 
-@settings(deadline=None, max_examples=200)
 @given(prompts())
 def test_what_a_stage_evicts_stays_away_from_later_ones(prompt: Prompt) -> None:
     eviction = prompt.eviction()

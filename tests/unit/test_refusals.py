@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from transformers import LlavaConfig
 
-from vllm_crop.compat import checks
+from vllm_crop.compat import supported
 from vllm_crop.compat.refusals import REFUSED, refuse_flags, refuse_localizer, refuse_model, served_geometry
 from vllm_crop.config import CropConfig
 from vllm_crop.errors import InvalidConfigError, UnsupportedFlagError
@@ -137,7 +137,7 @@ def test_image_sizes_are_the_checkpoints_and_not_a_librarys_default() -> None:
 def test_a_server_needs_nothing_of_another_family(monkeypatch: pytest.MonkeyPatch) -> None:
     """LLaVA starts where Qwen3-VL's file of vLLM cannot be imported, and the other way round."""
     looked_at: list[str] = []
-    monkeypatch.setattr(checks, "find_problem", lambda point: looked_at.append(point.module))
+    monkeypatch.setattr(supported, "find_problem", lambda point: looked_at.append(point.module))
     config = CropConfig.from_mapping({"method": "ilp"})
     for model, text in (("Llava", "llama"), ("Qwen3VL", "qwen3_vl_text")):
         looked_at.clear()
@@ -145,9 +145,9 @@ def test_a_server_needs_nothing_of_another_family(monkeypatch: pytest.MonkeyPatc
             to_dict=lambda model=model: {"architectures": [f"Crop{model}ForConditionalGeneration"]},
             get_text_config=lambda text=text: SimpleNamespace(model_type=text),
         )
-        checks.require_supported_for(config, None)
+        supported.require_supported_for(config, None)
         assert not any(module.startswith("vllm.model_executor.models.qwen") for module in looked_at)
-        checks.require_supported_for(config, hf_config)
+        supported.require_supported_for(config, hf_config)
         files = {module.rpartition(".")[2] for module in looked_at if ".model_executor.models." in module}
         expected = {"llava", "llama"} if model == "Llava" else {"qwen3_vl", "qwen3"}
         assert files - {"interfaces"} == expected

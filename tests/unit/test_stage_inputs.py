@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_crop.eviction.prompt_eviction import IndexArray, PromptEviction, from_leaving_stages
@@ -123,7 +123,6 @@ def as_lists(view: StageInputs) -> dict[str, list[int] | None]:
     return {name: None if array is None else array.tolist() for name, array in vars(view).items()}
 
 
-@settings(deadline=None, max_examples=400)
 @given(batches(), st.booleans())
 def test_every_stage_sees_what_a_loop_over_tokens_sees(batch: Batch, keep_rows: bool) -> None:
     running = batch.running()
@@ -139,7 +138,6 @@ def test_every_stage_sees_what_a_loop_over_tokens_sees(batch: Batch, keep_rows: 
     assert running.any_in(slots) == any(any(request.leaves_at) for request in batch.requests)
 
 
-@settings(deadline=None, max_examples=300)
 @given(batches())
 def test_rows_that_attention_kernels_may_rely_on(batch: Batch) -> None:
     slots, computed, scheduled = batch.arrays()
@@ -159,7 +157,6 @@ def test_rows_that_attention_kernels_may_rely_on(batch: Batch) -> None:
         assert np.diff(view.query_start_loc).tolist() == scheduled.tolist()
 
 
-@settings(deadline=None, max_examples=300)
 @given(st.data(), st.integers(1, 3), st.booleans())
 def test_chunks_write_every_kept_token_once_and_in_order(
     data: st.DataObject, num_stages: int, keep_rows: bool

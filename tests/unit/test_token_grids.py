@@ -6,7 +6,7 @@ import json
 from collections import Counter
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from strategies import boxes, eviction_settings, exact, regions
 
@@ -79,7 +79,6 @@ def test_a_region_has_the_tokens_it_touches_in_every_grid_and_their_newlines(
         assert (newline in found) == (not found.isdisjoint(row_tokens))
 
 
-@settings(deadline=None)
 @given(several_grids(), regions(), rates, compressions)
 def test_plans_deliver_the_budget_and_average_within_a_group(
     grid: TokenGrids, region: Region, rate: float, compression: Compression
@@ -101,7 +100,6 @@ def test_plans_deliver_the_budget_and_average_within_a_group(
     assert inside <= kept or kept <= inside
 
 
-@settings(deadline=None)
 @given(several_grids(), regions(), rates)
 def test_every_group_of_the_context_gets_its_share(grid: TokenGrids, region: Region, rate: float) -> None:
     inside = set(tokens_in(grid, region))
@@ -115,7 +113,6 @@ def test_every_group_of_the_context_gets_its_share(grid: TokenGrids, region: Reg
     assert all(abs(got[group] - left * size / len(context)) < 1 for group, size in sizes.items())
 
 
-@settings(deadline=None)
 @given(several_grids(), regions(), rates, st.sampled_from(["ilp", "plc+ilp"]), eviction_settings(12, 3))
 def test_eviction_delivers_the_counts_of_every_stage(
     grid: TokenGrids, region: Region, rate: float, method: Method, depth: tuple[int, tuple[int, ...]]

@@ -18,7 +18,7 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Check this installation, and list settings and limits. Exits with 1 if pruning would not start."""
-    from vllm_crop.compat.installation import describe_installation
+    from vllm_crop.compat.diagnosis import describe_installation
 
     report = describe_installation(model)
     if as_json:
@@ -29,7 +29,7 @@ def check(
 
 
 def _print_report(console: Console, report: Mapping[str, Any]) -> None:
-    from vllm_crop.compat.installation import ENDPOINT_GROUP, ENTRY_POINT_GROUP
+    from vllm_crop.compat.diagnosis import ENDPOINT_GROUP, ENTRY_POINT_GROUP
 
     _print_rows(console, "Versions", report["versions"].items())
     console.print(f"  vllm-crop supports vllm{report['supported_vllm']}")

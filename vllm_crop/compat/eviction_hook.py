@@ -7,8 +7,8 @@ engine's configuration, in the process that starts the engine.
 
 from typing import Any
 
-from vllm_crop.compat.checks import require_supported
 from vllm_crop.compat.points import CPU_RUNNER_POINTS
+from vllm_crop.compat.supported import require_supported
 from vllm_crop.errors import UnsupportedFlagError
 from vllm_crop.eviction.markers import EvictionSettings
 from vllm_crop.eviction.refusals import refuse_flags

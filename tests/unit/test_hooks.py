@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from vllm_crop.compat.install import when_imported
+from vllm_crop.compat.hooks import when_imported
 
 PACKAGE = "crop_hook_probe"
 

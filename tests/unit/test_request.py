@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from strategies import regions
@@ -138,7 +138,6 @@ def test_coordinates_become_floats() -> None:
     assert all(isinstance(edge, float) for edge in region.boxes[0].as_list())
 
 
-@settings(deadline=None)
 @given(st.lists(st.none() | regions(), max_size=4))
 def test_regions_written_as_json_are_read_back(written: list[Region | None]) -> None:
     params = CropParams.parse({"regions": [region and region.as_lists() for region in written]})

@@ -16,9 +16,9 @@ from pydantic import BaseModel
 
 from vllm_crop import __version__
 from vllm_crop.compat.changes import CHANGES
-from vllm_crop.compat.checks import SUPPORTED_VERSIONS, find_problem
 from vllm_crop.compat.points import CPU_RUNNER_POINTS, EVICTION_POINTS, UPSTREAM_POINTS
 from vllm_crop.compat.refusals import REFUSED, uses_rust_front_end
+from vllm_crop.compat.supported import SUPPORTED_VERSIONS, find_problem
 from vllm_crop.config import CropConfig
 from vllm_crop.errors import CropError
 from vllm_crop.eviction.grouping import predict_grouping

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from transformers import (
     LlavaNextConfig,
@@ -68,7 +68,6 @@ PROCESSORS = {
 }
 
 
-@settings(deadline=None, max_examples=500)
 @given(width=sides, height=sides, pinpoints=st.sampled_from([PUBLISHED, NINE]))
 @example(width=3000, height=2, pinpoints=PUBLISHED)  # no row is left
 @example(width=2, height=3000, pinpoints=PUBLISHED)  # nothing but newlines is left
@@ -88,7 +87,6 @@ def test_the_tiles_that_are_left_are_those_of_unpad_image(
         assert len(tokens.parts) == 1
 
 
-@settings(deadline=None, max_examples=500)
 @given(width=sides, height=sides)
 @example(width=1153, height=944)  # the largest that is not scaled down, nearly
 @example(width=2304, height=2304)
@@ -106,7 +104,6 @@ def test_more_tokens_than_those_of_nine_tiles_are_scaled_down_as_upstream(width:
     assert tokens.num_tokens == len(packed[0]) <= onevision().max_tokens
 
 
-@settings(deadline=None)
 @given(width=sides, height=sides, pinpoints=st.sampled_from([PUBLISHED, NINE]))
 def test_no_image_has_more_tokens_than_the_largest(
     width: int, height: int, pinpoints: list[list[int]]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from fastapi import FastAPI
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import REGISTRY
 from pydantic import BaseModel
@@ -546,7 +546,6 @@ def refusal_of(body: bytes) -> InvalidCropError | None:
     return None
 
 
-@settings(deadline=None, max_examples=300)
 @given(json_values)
 def test_any_value_is_either_parsed_or_refused_by_name(value: Any) -> None:
     body = json.dumps({"crop": value}).encode()
@@ -559,7 +558,6 @@ def test_any_value_is_either_parsed_or_refused_by_name(value: Any) -> None:
         str(refusal).encode()
 
 
-@settings(deadline=None, max_examples=300)
 @given(st.binary(max_size=40), st.sampled_from([b'"crop"', b"\\u", b'{"crop":']))
 def test_any_bytes_are_read_without_an_unexpected_error(noise: bytes, marker: bytes) -> None:
     for body in (noise, marker + noise, noise + marker):

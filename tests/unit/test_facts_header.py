@@ -4,7 +4,7 @@
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from strategies import regions
 
@@ -58,7 +58,6 @@ def test_averages_are_rounded_to_hundredths() -> None:
     assert header["images"][0]["tokens_avg"] == 1.23
 
 
-@settings(deadline=None)
 @given(st.lists(images, max_size=60))
 def test_header_always_fits_is_plain_ascii_and_keeps_the_totals(facts: list[ImageFacts]) -> None:
     header = facts_header(facts)
