@@ -246,7 +246,7 @@ MUTATIONS = (
     ),
     Mutation(
         "an evicted row in a graph writes KV",
-        "eviction/runner_v2.py",
+        "runners/v2.py",
         "        if (view.kv_indices < 0).any():\n",
         "        if False:\n",
         (V2 + "tests/cpu/test_eviction_graphs.py",),

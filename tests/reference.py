@@ -252,6 +252,24 @@ class HfReference:
 
         return self._answer(prompt, last_hidden, steps)
 
+    @torch.inference_mode()
+    def attention(self, prompt: Prompt) -> torch.Tensor:
+        """How much the last row looks at every row, mean over heads, `[layers, rows]`."""
+        seen: list[torch.Tensor] = []
+        language_model = self.model.model.language_model
+        hooks = [
+            layer.self_attn.register_forward_hook(
+                lambda module, args, output: seen.append(output[1][0, :, -1].double().mean(0))
+            )
+            for layer in language_model.layers
+        ]
+        try:
+            self.decode(prompt, steps=1)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return torch.stack(seen)
+
     def _answer(
         self, prompt: Prompt, last_hidden: Callable[[Sequence[int]], torch.Tensor], steps: int
     ) -> Reference:

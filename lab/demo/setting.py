@@ -10,7 +10,11 @@ PRUNING_RATE = 0.889  # 64 of 576 tokens on average over layers, the least of th
 # The first of twelve layers alone spends 48 of these 64 tokens with "ilp"; a second one would leave no room.
 EVICTION_LAYERS = (1,)
 BLOCK_SIZE = 32  # the smallest on a CPU
-LOCALIZER = {"kind": "engine", "prompt": "where:{question}", "timeout_s": 60}
+# Layer 3 of twelve looks at what is asked for (docs/localization.md). A flat map is served whole.
+LOCALIZER = {
+    **{"kind": "attention", "layers": [3], "prompt": "{question}", "thumbnail_tokens": 64},
+    **{"further_window": 0.35, "whole_below": 0.3, "timeout_s": 60},
+}
 SERVER_OPTIONS = (
     *("--plugin", "crop", "--crop-config"),
     json.dumps({"pruning_rate": PRUNING_RATE, "eviction_layers": EVICTION_LAYERS, "localizer": LOCALIZER}),

@@ -35,7 +35,7 @@ def test_what_the_engine_gets(configure: Configure) -> None:
     config = configure("--enforce-eager")
     assert config.scheduler_config.scheduler_cls == "vllm_crop.eviction.scheduler.make_scheduler"
     if not config.use_v2_model_runner:
-        assert config.parallel_config.worker_cls == "vllm_crop.eviction.runner_v1.EvictionCPUWorker"
+        assert config.parallel_config.worker_cls == "vllm_crop.runners.v1.CropCPUWorker"
     written = config.model_config.hf_config.crop_eviction
     assert written["stages"] == [2]
     assert written["marker_ids"] == [319]  # the last padded row of the vocabulary

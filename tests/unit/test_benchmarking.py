@@ -28,7 +28,7 @@ from vllm_crop.benchmarking.report import ideal_table, print_report, table, writ
 from vllm_crop.benchmarking.runs import Mode, Run, RunError, RunSpec, schedule
 from vllm_crop.benchmarking.session import Outcome
 from vllm_crop.benchmarking.summary import Ratio, mean_prompt_tokens, summarize
-from vllm_crop.benchmarking.targets import engine_localizer, outcomes, remote_localizer
+from vllm_crop.benchmarking.targets import outcomes, own_localizer, remote_localizer
 from vllm_crop.commands.app import app
 from vllm_crop.config import CropConfig
 from vllm_crop.errors import CropError
@@ -217,7 +217,7 @@ class TestLocalizers:
 
     def test_servers_are_told_what_they_accept(self, tmp_path: Path) -> None:
         for options in (make_options(tmp_path, **self.BOTH), make_options(tmp_path, model="M", **self.BOTH)):
-            for settings in (engine_localizer(options), remote_localizer(options, self.SERVER)):
+            for settings in (own_localizer("engine", options), remote_localizer(options, self.SERVER)):
                 told = json.loads(options.crop_arguments(settings)[-1])
                 assert told["eviction_layers"] == [2]
                 assert CropConfig.from_mapping(told).localizer.localizes

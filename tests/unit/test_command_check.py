@@ -49,6 +49,7 @@ def fine_installation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", vllm)
     monkeypatch.setattr(diagnosis, "UPSTREAM_POINTS", (UpstreamPoint("json", "dumps", ("obj",), "writes"),))
     monkeypatch.setattr(diagnosis, "EVICTION_POINTS", ())
+    monkeypatch.setattr(diagnosis, "HEAT_POINTS", ())
     monkeypatch.setattr(diagnosis, "CPU_RUNNER_POINTS", ())
     monkeypatch.setattr(diagnosis, "_found_entry_points", lambda group=None: {"crop": "vllm_crop:register"})
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
@@ -86,7 +87,7 @@ def test_the_report_for_people_says_the_same() -> None:
         assert flag in result.stdout
 
 
-@pytest.mark.parametrize("points", ["EVICTION_POINTS", "CPU_RUNNER_POINTS"])
+@pytest.mark.parametrize("points", ["EVICTION_POINTS", "HEAT_POINTS", "CPU_RUNNER_POINTS"])
 def test_points_of_eviction_are_checked_too(points: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(diagnosis, points, (UpstreamPoint("json", "vanished", (), ""),))
     assert "json.vanished is gone" in report(1)["problems"]
@@ -145,6 +146,7 @@ def test_vllm_plugins_must_name_crop(monkeypatch: pytest.MonkeyPatch, selected: 
 
 def test_a_missing_entry_point_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(diagnosis, "EVICTION_POINTS", ())
+    monkeypatch.setattr(diagnosis, "HEAT_POINTS", ())
     monkeypatch.setattr(diagnosis, "CPU_RUNNER_POINTS", ())
     monkeypatch.setattr(diagnosis, "_found_entry_points", lambda group=None: {})
     assert "no entry point 'crop'" in report(1)["problems"][0]

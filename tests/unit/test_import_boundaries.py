@@ -17,7 +17,9 @@ import vllm_crop
 
 LIBRARY = Path(vllm_crop.__file__).parent
 # The last two measure, with vLLM's own load generator.
-MAY_IMPORT_VLLM = ("models", "eviction", "frontend", "compat", "measuring", "benchmarking")
+MAY_IMPORT_VLLM = (
+    *("models", "eviction", "heat", "runners", "frontend", "compat", "measuring", "benchmarking"),
+)
 HEAVY = ("torch", "vllm")
 
 # What is run, and the packages or modules that must not be loaded by it.
@@ -39,6 +41,9 @@ LIGHT_IMPORTS = {
     "import vllm_crop.compat.hooks": HEAVY,
     "import vllm_crop.compat.diagnosis": HEAVY,
     "import vllm_crop.eviction.report": HEAVY,
+    "import vllm_crop.heat.request": HEAVY,
+    "import vllm_crop.heat.refusals": HEAVY,
+    "import vllm_crop.heat.step": ("vllm",),
     "import vllm_crop.planner": HEAVY,
     "import vllm_crop.client": (*HEAVY, "openai"),
     "import vllm_crop.commands.app": (

@@ -94,6 +94,6 @@ class Options:
             raise BudgetError(error.reason) from None
 
     def _method(self, mode: Mode) -> Method:
-        if mode == "engine localizer" or mode == "remote localizer":
+        if mode == "attention localizer" or mode == "engine localizer" or mode == "remote localizer":
             return self.methods[0]
         return "off" if mode == "stock" else mode

@@ -11,7 +11,7 @@ from vllm_crop.errors import CropError
 
 # Unpruned on a server without the plugin, unpruned on the plugin's, its methods with the client's region, and
 # the first of these with a region the server finds.
-LocalizedMode = Literal["engine localizer", "remote localizer"]
+LocalizedMode = Literal["attention localizer", "engine localizer", "remote localizer"]
 Mode = Literal["stock", "off", "plc", "ilp", "plc+ilp", LocalizedMode]
 LOCALIZED_MODES: tuple[LocalizedMode, ...] = get_args(LocalizedMode)
 WARM_UP = -1

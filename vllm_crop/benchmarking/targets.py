@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 
@@ -26,13 +26,15 @@ from vllm_crop.planning.geometry import Region
 
 # A token is a byte to the dummy, and it understands nothing: the dialect's words would only take time.
 DUMMY_PROMPT = "where: {question}"
+OwnKind = Literal["attention", "engine"]
+OWN_MODES: dict[OwnKind, Mode] = {"attention": "attention localizer", "engine": "engine localizer"}
 # All images cost the dummy the same; as much less as kind "engine" makes its glance.
 DUMMY_GLANCE = {"regions": [Region.whole().as_lists()], "pruning_rate": 1 - 64 / 576, "method": "plc"}
 
 
-def engine_localizer(options: Options) -> dict[str, Any]:
+def own_localizer(kind: OwnKind, options: Options) -> dict[str, Any]:
     """`localizer` of the server that asks itself."""
-    return {"kind": "engine", **_dummy_settings(options), **options.localizer_config}
+    return {"kind": kind, **_dummy_settings(options), **options.localizer_config}
 
 
 def remote_localizer(options: Options, server: Server) -> dict[str, Any]:
@@ -99,7 +101,8 @@ class Target:
 def what_to_serve(options: Options, machine: Machine, client: Client) -> ToServe:
     """The user's model as it is, or the dummy model with settings that show its prefill."""
     # All servers are up at once, so that their runs can take turns; an idle one takes memory only.
-    servers = 1 + options.stock + ("remote localizer" in options.localizers)
+    own = sum(mode in options.localizers for mode in OWN_MODES.values())
+    servers = max(1, own) + options.stock + ("remote localizer" in options.localizers)
     share = ("--gpu-memory-utilization", f"{SHARE_OF_ALL / servers:.2f}") if servers > 1 else ()
     if options.model is not None:
         return ToServe(options.model, (*QUIET, *share, *options.serve_args), {})
@@ -133,14 +136,18 @@ def started(
         )
 
     with ExitStack() as stack:
-        asks_itself = "engine localizer" in options.localizers
-        localizer = engine_localizer(options) if asks_itself else None
+        own = [kind for kind, mode in OWN_MODES.items() if mode in options.localizers]
+        localizer = own_localizer(own[0], options) if own else None
         server = serve_with(options.crop_arguments(localizer), options.folder / "server.log")
         capacity = KVCapacity.of_server(server.base_url)
         if options.stages:
             grouping = client.call(_grouping, num_layers, options.stages, capacity.block_size)
             capacity = capacity.of_grouping(grouping)
         targets = dict.fromkeys(options.modes, Target(server, capacity))
+        for kind in own[1:]:  # a server finds regions in one way
+            arguments = options.crop_arguments(own_localizer(kind, options))
+            another = serve_with(arguments, options.folder / f"{kind}_server.log")
+            targets[OWN_MODES[kind]] = Target(another, capacity)
         if "remote localizer" in options.localizers:
             arguments = options.crop_arguments(remote_localizer(options, server))
             asking = serve_with(arguments, options.folder / "asking_server.log")

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 DEFAULT_REGION = ["0.375,0.375,0.625,0.625"]  # the four cells in the middle of the 8x8 grid
 METHODS: tuple[Method, ...] = ("plc", "ilp", "plc+ilp")
 DEFAULT_METHODS: list[str] = list(METHODS)
-LOCALIZERS = ("engine", "remote")
+LOCALIZERS = ("attention", "engine", "remote")
 DEFAULT_CONCURRENCY = [1, 4, 8]
 
 

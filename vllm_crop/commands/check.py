@@ -46,6 +46,8 @@ def _print_report(console: Console, report: Mapping[str, Any]) -> None:
         console.print(f"  {architecture}")
     _print_rows(console, "Refused with --plugin crop", report["refused"].items())
     _print_rows(console, "Refused with eviction too", report["refused_with_eviction"].items())
+    attention = report["refused_with_attention"]
+    _print_rows(console, "Refused with localizer kind 'attention' too", attention.items())
     settings = [
         (setting["key"], json.dumps(setting["default"]), setting["description"])
         for setting in report["config"]

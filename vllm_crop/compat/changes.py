@@ -9,7 +9,14 @@ from typing import Literal
 
 from vllm_crop.compat.patches import cli_flags, engine, input_processor, model_config, online_renderer
 
-When = Literal["always", "--plugin crop", "eviction", "eviction on a CPU without Triton"]
+When = Literal[
+    "always",
+    "--plugin crop",
+    "eviction",
+    "localizer attention",
+    "eviction, localizer attention",
+    "the same, on a CPU without Triton",
+]
 Kind = Literal["patch", "class", "entry", "context variable"]
 
 
@@ -39,7 +46,7 @@ CHANGES = (
     Change("patch", "AsyncLLM.__init__, LLMEngine.__init__", engine.REASON),
     Change(
         "patch",
-        "LLMEngine.step, LLMEngine.has_unfinished_requests, of one engine (frontend/engine_localizer.py)",
+        "LLMEngine.step, LLMEngine.has_unfinished_requests, of one engine (frontend/own_request.py)",
         "keeps what other requests answer while the offline localizer's runs",
     ),
     Change("entry", "sys.meta_path: a finder", "patches vLLM's modules once they are imported", "always"),
@@ -69,15 +76,21 @@ CHANGES = (
     ),
     Change(
         "class",
-        "DefaultModelState: EvictionModelState",
-        "makes the attention metadata of later layers",
-        "eviction",
+        "DefaultModelState: CropModelState",
+        "makes the attention metadata of later layers, knows whose heat maps a step makes",
+        "eviction, localizer attention",
     ),
     Change(
         "class",
-        "CPUWorker, CPUModelRunner: EvictionCPUWorker, EvictionCPUModelRunner",
+        "CPUWorker, CPUModelRunner: CropCPUWorker, CropCPUModelRunner",
         "the same for the V1 runner",
-        "eviction on a CPU without Triton",
+        "the same, on a CPU without Triton",
+    ),
+    Change(
+        "patch",
+        "AttentionImpl.forward of the layers that are watched",
+        "sees queries and keys",
+        "localizer attention",
     ),
     Change(
         "context variable",

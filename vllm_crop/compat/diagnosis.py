@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from vllm_crop import __version__
 from vllm_crop.compat.changes import CHANGES
-from vllm_crop.compat.points import CPU_RUNNER_POINTS, EVICTION_POINTS, UPSTREAM_POINTS
+from vllm_crop.compat.points import CPU_RUNNER_POINTS, EVICTION_POINTS, HEAT_POINTS, UPSTREAM_POINTS
 from vllm_crop.compat.refusals import REFUSED, uses_rust_front_end
 from vllm_crop.compat.supported import SUPPORTED_VERSIONS, find_problem
 from vllm_crop.config import CropConfig
@@ -26,6 +26,7 @@ from vllm_crop.eviction.refusals import refused_with_eviction
 from vllm_crop.eviction.report import BLOCK_SIZE, recommended_layer, savings
 from vllm_crop.families.checkpoint import load_geometry
 from vllm_crop.families.registry import FAMILIES, VisionGeometry
+from vllm_crop.heat.refusals import refused_with_attention
 
 ENTRY_POINT_GROUP, ENTRY_POINT = "vllm.general_plugins", "crop"
 ENDPOINT_GROUP = "vllm.endpoint_plugins"  # of the playground; added only where VLLM_PLUGINS names it
@@ -64,6 +65,7 @@ def describe_installation(model: str | None = None) -> dict[str, Any]:
         "architectures": sorted(FAMILIES),
         "refused": dict(REFUSED),
         "refused_with_eviction": refused_with_eviction(),
+        "refused_with_attention": refused_with_attention(),
         "config": describe_config(CropConfig),
         "model": checkpoint,
     }
@@ -128,7 +130,7 @@ def _installed_vllm() -> tuple[str, list[str]]:
 
 def _upstream_points() -> list[dict[str, Any]]:
     described = []
-    for point in (*UPSTREAM_POINTS, *EVICTION_POINTS, *CPU_RUNNER_POINTS):
+    for point in dict.fromkeys((*UPSTREAM_POINTS, *EVICTION_POINTS, *HEAT_POINTS, *CPU_RUNNER_POINTS)):
         try:
             with _quiet():
                 problem = find_problem(point)

@@ -12,9 +12,11 @@ from vllm_crop.compat.supported import require_supported
 from vllm_crop.errors import UnsupportedFlagError
 from vllm_crop.eviction.markers import EvictionSettings
 from vllm_crop.eviction.refusals import refuse_flags
+from vllm_crop.heat.refusals import makes_heat
+from vllm_crop.heat.refusals import refuse_flags as refuse_heat_flags
 
 SCHEDULER = "vllm_crop.eviction.scheduler.make_scheduler"
-CPU_WORKER = "vllm_crop.eviction.runner_v1.EvictionCPUWorker"
+CPU_WORKER = "vllm_crop.runners.v1.CropCPUWorker"
 
 
 def config_hook(stock: Any) -> type[Any]:
@@ -25,8 +27,7 @@ def config_hook(stock: Any) -> type[Any]:
         def verify_and_update_config(vllm_config: Any) -> None:
             if stock is not None:
                 stock.verify_and_update_config(vllm_config)
-            if EvictionSettings.from_hf_config(vllm_config.model_config.hf_config).stages:
-                prepare_engine(vllm_config)
+            prepare_engine(vllm_config)
 
         @staticmethod
         def verify_and_update_model_config(model_config: Any) -> None:
@@ -37,27 +38,33 @@ def config_hook(stock: Any) -> type[Any]:
 
 
 def prepare_engine(vllm_config: Any) -> None:
-    """Refuse what cannot work and name our scheduler and worker.
+    """Refuse what cannot work and name our scheduler and worker, where the server needs them.
 
     Raises:
         UnsupportedFlagError: naming the flag or the environment variable in the way.
     """
-    refuse_flags(vllm_config)
-    vllm_config.scheduler_config.scheduler_cls = SCHEDULER
-    if vllm_config.use_v2_model_runner:
+    hf_config = vllm_config.model_config.hf_config
+    evicts, heat = bool(EvictionSettings.from_hf_config(hf_config).stages), makes_heat(hf_config)
+    if evicts:
+        refuse_flags(vllm_config)
+        vllm_config.scheduler_config.scheduler_cls = SCHEDULER
+    if heat:
+        refuse_heat_flags(vllm_config)
+    if not (evicts or heat) or vllm_config.use_v2_model_runner:
         return
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
         raise UnsupportedFlagError(
-            "eviction needs vLLM's V2 model runner on this platform: unset VLLM_USE_V2_MODEL_RUNNER, install "
-            "Triton, and leave out what vLLM names above as not supported by V2"
+            "eviction and localizer kind 'attention' need vLLM's V2 model runner on this platform: unset "
+            "VLLM_USE_V2_MODEL_RUNNER, install Triton, and leave out what vLLM names above as not supported "
+            "by V2"
         )
     worker_cls = vllm_config.parallel_config.worker_cls
     if worker_cls not in ("auto", "vllm.v1.worker.cpu_worker.CPUWorker"):
         raise UnsupportedFlagError(
-            f"--worker-cls {worker_cls} cannot be used with eviction on a CPU without Triton: it brings a "
-            "worker of its own there"
+            f"--worker-cls {worker_cls} cannot be used with eviction or localizer kind 'attention' on a CPU "
+            "without Triton: they bring a worker of their own there"
         )
     require_supported(CPU_RUNNER_POINTS)
     vllm_config.parallel_config.worker_cls = CPU_WORKER

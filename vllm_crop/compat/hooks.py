@@ -58,7 +58,7 @@ def _patch_llm_engine(module: ModuleType) -> None:
 def _attach(kind: str, made: Any) -> None:
     attach = getattr(made.renderer, "attach_engine", None)  # our renderer's only
     if attach is not None:
-        attach(getattr(importlib.import_module("vllm_crop.frontend.engine_localizer"), kind), made)
+        attach(getattr(importlib.import_module("vllm_crop.frontend.own_request"), kind), made)
 
 
 def _register_models(registry: ModuleType) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every private point of vLLM we build on: a row each, with the reason; checked at start (checks.py)."""
+"""Every private point of vLLM we build on: a row each, with the reason; checked at start (supported.py)."""
 
 from dataclasses import dataclass
 
@@ -252,6 +252,25 @@ UPSTREAM_POINTS = (
     ),
 )
 
+# The V2 model runner's part of eviction and of heat maps.
+_MODEL_STATE_POINTS = (
+    _model_state(
+        "add_request",
+        "self req_index new_req_data",
+        "reads in the worker what a request evicts and whether it asks for a heat map",
+    ),
+    _model_state("remove_request", "self req_id", "forgets it"),
+    _model_state("initialize_kv_cache", "self kv_cache_config block_tables", "finds the KV cache groups"),
+    _model_state(
+        "prepare_attn",
+        "self input_batch cudagraph_mode block_tables slot_mappings attn_groups kv_cache_config for_capture",
+        "leaves later layers out of the stock attention metadata",
+    ),
+    _model_state(
+        "prepare_inputs", "self input_batch req_states", "hands the rows to drop and to watch to the model"
+    ),
+)
+
 # What eviction builds on, checked when a server is prepared to evict.
 EVICTION_POINTS = (
     _manager(
@@ -388,21 +407,36 @@ EVICTION_POINTS = (
         ),
         "builds attention metadata of later layers",
     ),
-    _model_state("add_request", "self req_index new_req_data", "reads a request's eviction in the worker"),
-    _model_state("remove_request", "self req_id", "forgets it"),
-    _model_state("initialize_kv_cache", "self kv_cache_config block_tables", "finds the KV cache groups"),
-    _model_state(
-        "prepare_attn",
-        "self input_batch cudagraph_mode block_tables slot_mappings attn_groups kv_cache_config for_capture",
-        "leaves later layers out of the stock attention metadata",
-    ),
-    _model_state("prepare_inputs", "self input_batch req_states", "hands the rows to drop to the model"),
+    *_MODEL_STATE_POINTS,
     UpstreamPoint(
         "vllm.v1.worker.gpu.block_table",
         "BlockTables.compute_slot_mappings",
         ("self", "idx_mapping", "query_start_loc", "positions", "num_tokens_padded", "out"),
         "computes the KV slots of stages",
     ),
+)
+
+# What localizer kind 'attention' builds on.
+HEAT_POINTS = (
+    UpstreamPoint(
+        "vllm.model_executor.layers.attention.attention",
+        "unified_attention_with_output",
+        ("query", "key", "value", "output", "layer_name"),
+        "calls a layer's attention outside compiled code, where queries and keys are seen",
+    ),
+    UpstreamPoint(
+        "vllm.v1.attention.backend",
+        "AttentionImpl.forward",
+        ("self", "layer", "query", "key", "value", "kv_cache", "attn_metadata", "output"),
+        "is wrapped in the layers that are watched",
+    ),
+    UpstreamPoint(
+        "vllm.v1.engine.logprobs",
+        "LogprobsProcessor.from_new_request",
+        ("tokenizer", "request"),
+        "brings back the log-probabilities of the ids that a request names, which carry the map",
+    ),
+    *_MODEL_STATE_POINTS,
 )
 
 # For CPUs without Triton, where the V1 model runner serves.
@@ -419,6 +453,7 @@ CPU_RUNNER_POINTS = (
     _v1_runner(
         "_model_forward",
         "self input_ids positions intermediate_tensors inputs_embeds",
-        "hands the rows to drop to the model",
+        "hands the rows to drop and to watch to the model",
     ),
+    _v1_runner("_sample", "self logits spec_decode_metadata", "reads maps as top log-probabilities"),
 )

@@ -51,7 +51,7 @@ def refuse_localizer(engine_args: Any, config: LocalizerConfig) -> None:
     Raises:
         UnsupportedFlagError: naming what is missing.
     """
-    if config.kind == "engine" and config.adapter is not None and not engine_args.enable_lora:
+    if config.kind in ("attention", "engine") and config.adapter is not None and not engine_args.enable_lora:
         refuse("localizer.adapter without --enable-lora")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from packaging.specifiers import SpecifierSet
 
-from vllm_crop.compat.points import EVICTION_POINTS, UPSTREAM_POINTS, UpstreamPoint
+from vllm_crop.compat.points import EVICTION_POINTS, HEAT_POINTS, UPSTREAM_POINTS, UpstreamPoint
 from vllm_crop.config import CropConfig
 from vllm_crop.errors import UnsupportedVersionError
 from vllm_crop.families.registry import FAMILIES, family_of
@@ -61,7 +61,8 @@ def require_supported_for(config: CropConfig, hf_config: Any) -> None:
     Raises:
         UnsupportedVersionError: naming what is installed and what is supported.
     """
-    points = [*UPSTREAM_POINTS, *(EVICTION_POINTS if config.stages else ())]
+    heat = config.localizer.kind == "attention"
+    points = [*UPSTREAM_POINTS, *(EVICTION_POINTS if config.stages else ()), *(HEAT_POINTS if heat else ())]
     if hf_config is None:
         require_supported(point for point in points if point.model_module is None)
         return

@@ -96,7 +96,7 @@ class EvictingDecoder:
         bounds = [0, *settings.stages, len(layers)]
         for stage, (start, stop) in enumerate(pairwise(bounds)):
             for layer in layers[start:stop]:
-                attention = _attention_of(layer)
+                attention = attention_of(layer)
                 attention.__class__ = StagedAttention
                 attention.crop_stage = stage
                 attention.crop_num_layers, attention.crop_stages = len(layers), settings.stages
@@ -202,11 +202,17 @@ def _graph_mode_restored() -> Iterator[Any]:
         context.cudagraph_runtime_mode = mode
 
 
-def _attention_of(layer: nn.Module) -> Any:
+def attention_of(layer: nn.Module) -> Any:
+    """The attention of a decoder layer.
+
+    Raises:
+        UnsupportedModelError: it has none, several, or one of another kind.
+    """
     found = [module for module in layer.modules() if isinstance(module, Attention)]
-    if len(found) != 1 or type(found[0]) is not Attention:
+    if len(found) != 1 or type(found[0]) not in (Attention, StagedAttention):
         raise UnsupportedModelError(
-            f"eviction needs one plain attention per layer, found {found}: use method 'plc'"
+            "eviction and localizer kind 'attention' need one plain attention per layer, found "
+            f"{found}: use method 'plc' and another localizer"
         )
     return found[0]
 
@@ -260,7 +266,7 @@ def _forward(
 
 
 def start_eviction(model: Any, vllm_config: VllmConfig) -> EvictingDecoder | None:
-    """Mark the later layers of a model and give it our ModelState; None if the server evicts nothing.
+    """Mark the later layers of a model; None if the server evicts nothing.
 
     Args:
         model: has `language_model.model`, the decoder (vllm/model_executor/models/llava.py).
@@ -268,8 +274,6 @@ def start_eviction(model: Any, vllm_config: VllmConfig) -> EvictingDecoder | Non
     settings = EvictionSettings.from_hf_config(vllm_config.model_config.hf_config)
     if not settings.stages:
         return None
-    # vLLM asks a model for its ModelState if it has this method, and decides itself if not.
-    model.get_model_state_cls = _model_state_cls
     decoder = EvictingDecoder(model.language_model.model, settings)
     mode = vllm_config.compilation_config.cudagraph_mode
     if mode is not None and mode.has_piecewise_cudagraphs():
@@ -279,9 +283,3 @@ def start_eviction(model: Any, vllm_config: VllmConfig) -> EvictingDecoder | Non
             vllm_config.model_config.dtype,
         )
     return decoder
-
-
-def _model_state_cls() -> type[Any]:
-    from vllm_crop.eviction.runner_v2 import EvictionModelState  # needs Triton, which V1 does without
-
-    return EvictionModelState

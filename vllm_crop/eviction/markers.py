@@ -133,6 +133,11 @@ def image_placeholders(mm_features: Iterable[Any]) -> list[tuple[int, int]]:
     ]
 
 
+def image_embeddings(mm_features: Iterable[Any]) -> list[NDArray[np.int64]]:
+    """Per image of a prompt the tokens that take an embedding."""
+    return [embed_indices(feature.mm_position) for feature in mm_features if feature.modality == "image"]
+
+
 # Tokens that checkpoints keep for later use: `<|reserved_special_token_0|>`, `<unused7>`, `[unused7]`.
 _RESERVED = re.compile(r"(<\|?|\[)(reserved|unused|placeholder|extra_id)[\w-]*(\|?>|\])")
 

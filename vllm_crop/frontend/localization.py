@@ -15,6 +15,7 @@ from vllm.exceptions import VLLMClientError
 
 from vllm_crop.config import CropConfig
 from vllm_crop.families.registry import VisionGeometry
+from vllm_crop.frontend.attention_localizer import AttentionLocalizer
 from vllm_crop.frontend.engine_localizer import EngineLocalizer
 from vllm_crop.frontend.metrics import crop_metrics
 from vllm_crop.frontend.shared import SharedAnswers
@@ -28,6 +29,7 @@ from vllm_crop.planning.geometry import Box, Region
 from vllm_crop.request import CropParams, is_off
 
 LOCALIZERS: dict[str, Callable[[Any, VisionGeometry, CropConfig], Localizer]] = {
+    "attention": lambda renderer, geometry, config: AttentionLocalizer(renderer, geometry, config.localizer),
     "engine": lambda renderer, geometry, config: EngineLocalizer(renderer, geometry, config.localizer),
     "openai": lambda renderer, geometry, config: OpenAILocalizer(config.localizer),
 }

@@ -14,9 +14,9 @@ from vllm.exceptions import VLLMClientError, VLLMValidationError
 from vllm.renderers.hf import HfRenderer
 
 from vllm_crop.errors import CropError
-from vllm_crop.frontend.engine_localizer import OfflineEngine, ServingEngine
 from vllm_crop.frontend.localization import LocalizationService, RegionQuery, images_sought
 from vllm_crop.frontend.metrics import crop_metrics
+from vllm_crop.frontend.own_request import OfflineEngine, ServingEngine
 from vllm_crop.frontend.request_context import FACTS, ImageFacts, RequestContext, Source, current_request
 from vllm_crop.frontend.settling import IN_THE_WAY, evictions_refused
 from vllm_crop.localizers.decision import Localization
@@ -66,7 +66,7 @@ class CropRenderer(HfRenderer):
         """
         if isinstance(self.mm_processor, CropProcessorMixin):
             use_compiled()
-        if self._localizing is not None and self._localizing.config.kind == "engine":
+        if self._localizing is not None and self._localizing.config.kind in ("attention", "engine"):
             self.engine = kind(engine)
 
     def warmup(self, chat_params: Any) -> None:

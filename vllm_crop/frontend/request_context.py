@@ -14,7 +14,7 @@ from vllm_crop.localizers.decision import Localization
 from vllm_crop.planning.geometry import Region
 from vllm_crop.request import CropParams, ImageRequest
 
-Source = Literal["request", "engine", "openai", "none", "off", "out_of_view"]
+Source = Literal["request", "attention", "engine", "openai", "none", "off", "out_of_view"]
 MAX_HEADER_BYTES = 4096
 _DECIMALS = 8  # enough to find the same tokens again from them
 

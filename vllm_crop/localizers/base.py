@@ -6,9 +6,10 @@ from typing import Literal, Protocol
 
 from PIL import Image
 
+from vllm_crop.localizers.heat import HeatMap
 from vllm_crop.planning.geometry import Region
 
-LocalizerName = Literal["engine", "openai"]
+LocalizerName = Literal["attention", "engine", "openai"]
 
 
 class LocalizerError(Exception):
@@ -26,11 +27,14 @@ class LocalizerAnswer:
     Attributes:
         region: in fractions of the image; None for "this question needs the whole image".
         confidence: the probability the localizer gave its own words, in [0, 1], among the legal ones where it
-            could say no others; None where it is unknown.
+            could say no others; of a heat map how much of the heat the region holds beyond its share of the
+            area; None where it is unknown.
+        heat: where the model looked, if that is what the region was read from; over what it was shown.
     """
 
     region: Region | None
     confidence: float | None
+    heat: HeatMap | None = None
 
 
 class Localizer(Protocol):

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """LocalizerConfig: who finds regions, and what is made of the answer."""
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from vllm_crop.localizers.dialects import DialectName
 
-Kind = Literal["request", "engine", "openai"]
+Kind = Literal["request", "attention", "engine", "openai"]
+VIEW_TOKENS = {"attention": 300, "engine": 64}
+# Of the depth: where layers look at what a question is about. Later ones hold little more of it.
+LOOKING = 0.35, 0.71
 Pinning = Literal["pinned", "latest", "off"]
 
 
@@ -18,8 +21,9 @@ class LocalizerConfig(BaseModel):
 
     kind: Kind = Field(
         default="request",
-        description="Who finds the region of a question: 'request' leaves it to the client; 'engine' asks "
-        "the served model itself, with a thumbnail; 'openai' asks another OpenAI-compatible server.",
+        description="Who finds the region of a question: 'request' leaves it to the client; 'attention' "
+        "takes where the served model looks while it reads the question beside a small view of the image; "
+        "'engine' lets it say where, of a thumbnail; 'openai' asks another OpenAI-compatible server.",
     )
     conversation: Pinning = Field(
         default="pinned",
@@ -36,10 +40,36 @@ class LocalizerConfig(BaseModel):
         default=None,
         max_length=4000,
         description="What the localizer is asked, {question} standing for the question. Left out: the "
-        "dialect's own words.",
+        "dialect's own words; for kind 'attention' the question and that a word or a phrase is enough.",
     )
-    thumbnail_tokens: int = Field(
-        default=64, ge=4, description="Most visual tokens of the image that kind 'engine' looks at."
+    thumbnail_tokens: int | None = Field(
+        default=None,
+        ge=4,
+        description="Most visual tokens of the image that kinds 'attention' and 'engine' look at. Left out: "
+        f"{VIEW_TOKENS['attention']} and {VIEW_TOKENS['engine']}.",
+    )
+    layers: list[Annotated[int, Field(ge=0)]] | None = Field(
+        default=None,
+        min_length=1,
+        max_length=64,
+        description="Decoder layers whose attention kind 'attention' reads. Left out: those from "
+        f"{LOOKING[0]} to {LOOKING[1]} of the depth.",
+    )
+    window: float = Field(
+        default=0.25,
+        gt=0,
+        le=1,
+        description="Side of the region around the hottest place of a map, as a fraction of the image's; "
+        "kind 'attention'.",
+    )
+    max_windows: int = Field(
+        default=2, ge=1, le=8, description="Most places of one image that kind 'attention' finds."
+    )
+    further_window: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="How hot a further place must be, as a fraction of the hottest; kind 'attention'.",
     )
     thumbnail_side: int = Field(
         default=768, ge=56, le=4096, description="Longer side in pixels of the image sent to kind 'openai'."
@@ -99,15 +129,18 @@ class LocalizerConfig(BaseModel):
     )
     priority: int = Field(
         default=0,
-        description="Priority of kind 'engine', with --scheduling-policy priority; lower is earlier.",
+        description="Priority of the request of kinds 'attention' and 'engine', with --scheduling-policy "
+        "priority; lower is earlier.",
     )
     adapter: str | None = Field(
         default=None,
-        description="Name of a loaded LoRA adapter (--lora-modules) that kind 'engine' answers with.",
+        description="Name of a loaded LoRA adapter (--lora-modules) that kinds 'attention' and "
+        "'engine' run with.",
     )
     chat_template_kwargs: dict[str, Any] = Field(
         default_factory=dict,
-        description="For the chat template, such as {'enable_thinking': false}; kind 'engine'.",
+        description="For the chat template, such as {'enable_thinking': false}; kinds "
+        "'attention' and 'engine'.",
     )
     base_url: str | None = Field(
         default=None, description="Of kind 'openai', such as http://localizer:8000/v1."
@@ -134,6 +167,18 @@ class LocalizerConfig(BaseModel):
         if self.prompt is not None and "{question}" not in self.prompt:
             raise ValueError("localizer.prompt must contain {question}")
         return self
+
+    @property
+    def view_tokens(self) -> int:
+        """Most visual tokens of the image that the served model is shown."""
+        return self.thumbnail_tokens or VIEW_TOKENS[self.kind]
+
+    def layers_of(self, num_layers: int) -> list[int]:
+        """The layers whose attention is read, ascending, of a decoder with this many."""
+        if self.layers is not None:
+            return sorted(set(self.layers))
+        first, last = (int(share * num_layers) for share in LOOKING)
+        return list(range(first, max(first + 1, last)))
 
     @property
     def localizes(self) -> bool:

@@ -2,6 +2,7 @@
 """What every family's model does with plans: compress, number the tokens that are left, run in stages."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +11,9 @@ from torch import nn
 from vllm.config import VllmConfig
 
 from vllm_crop.eviction.decoder import EvictingDecoder, EvictingStep, start_eviction
+from vllm_crop.eviction.markers import EvictionSettings
+from vllm_crop.heat.step import HeatStep
+from vllm_crop.heat.taps import start_heat
 from vllm_crop.models.encoder import CompressingEncoder, Encode
 from vllm_crop.models.processor import ASSIGNMENT, CROP_FIELDS, POSITIONS
 
@@ -21,6 +25,11 @@ class CropModelMixin(nn.Module):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.crop_encoder = CompressingEncoder(vllm_config)
         self.eviction = start_eviction(self, vllm_config)
+        stages = EvictionSettings.from_hf_config(vllm_config.model_config.hf_config).stages
+        self.heat = start_heat(self, vllm_config, stages)
+        if self.eviction is not None or self.heat is not None:
+            # vLLM asks a model for its ModelState if it has this method, and decides itself if not.
+            self.get_model_state_cls = _model_state_cls
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
         """The embeddings of a batch of images or videos, one `[num_embeddings, hidden]` tensor each."""
@@ -52,9 +61,21 @@ class CropModelMixin(nn.Module):
         positions: torch.Tensor,
         *args: Any,
         evicting: EvictingStep | None = None,
+        heat: HeatStep | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As upstream; in stages if rows go."""
+        """As upstream; in stages if rows go, watched if somebody asks for a heat map."""
+        with nullcontext() if self.heat is None else self.heat.watching(heat):
+            return self._forward(input_ids, positions, *args, evicting=evicting, **kwargs)
+
+    def _forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        *args: Any,
+        evicting: EvictingStep | None,
+        **kwargs: Any,
+    ) -> Any:
         embeds = kwargs.get("inputs_embeds")
         in_stages = self.eviction is not None and (evicting is not None or self.eviction.runs_all_steps)
         if evicting is not None and (embeds is None or self.eviction is None):
@@ -76,12 +97,24 @@ class CropModelMixin(nn.Module):
         """A forward pass in stages; for families whose layers take more than embeddings."""
         return eviction.run(evicting, inputs_embeds, positions)
 
+    def compute_logits(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+        """As upstream; heat maps in the place of logits of who asked for one."""
+        stock: Any = super()
+        logits: torch.Tensor | None = stock.compute_logits(hidden_states, *args, **kwargs)
+        return logits if self.heat is None else self.heat.write_into(logits)
+
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """As upstream; cached features belong to the old weights."""
         self.crop_encoder.cache.clear()
         stock: Any = super()
         loaded: set[str] = stock.load_weights(weights)
         return loaded
+
+
+def _model_state_cls() -> type[Any]:
+    from vllm_crop.runners.v2 import CropModelState  # needs Triton, which V1 does without
+
+    return CropModelState
 
 
 MRopePositions = Callable[[list[int], list[Any]], tuple[torch.Tensor, int]]
@@ -174,9 +207,8 @@ class PlainRopeMixin(CropModelMixin):
         input_ids: torch.Tensor | None,
         positions: torch.Tensor,
         *args: Any,
-        evicting: EvictingStep | None = None,
         **kwargs: Any,
     ) -> Any:
         """As upstream, with one row of M-RoPE positions where there are three."""
         positions = positions if positions.ndim == 1 else positions[0]
-        return super().forward(input_ids, positions, *args, evicting=evicting, **kwargs)
+        return super().forward(input_ids, positions, *args, **kwargs)

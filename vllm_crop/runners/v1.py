@@ -4,6 +4,7 @@
 Follows vllm/v1/worker/cpu_model_runner.py and gpu_model_runner.py.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_crop.eviction.decoder import EvictingStep
-from vllm_crop.eviction.markers import EvictionSettings, image_placeholders
+from vllm_crop.eviction.markers import EvictionSettings, image_embeddings, image_placeholders
 from vllm_crop.eviction.prompt_eviction import PromptEviction, read_markers
 from vllm_crop.eviction.stage_inputs import (
     RunningEvictions,
@@ -24,21 +25,26 @@ from vllm_crop.eviction.stage_inputs import (
     evicting_step,
     groups_by_stage,
 )
+from vllm_crop.heat.refusals import makes_heat
+from vllm_crop.heat.request import token_ids
+from vllm_crop.heat.step import HeatRequest, HeatStep, heat_step
 
 CPU = torch.device("cpu")
 
 
-class EvictionCPUModelRunner(CPUModelRunner):
-    """Rewrites what the later layers' attention reads."""
+class CropCPUModelRunner(CPUModelRunner):
+    """Rewrites what the later layers' attention reads, and knows whose heat maps a step makes."""
 
     attn_groups: Any
 
-    def start_eviction(self) -> None:
+    def start_crop(self) -> None:
         """Second half of `__init__`: the worker makes the stock runner and turns it into this one."""
         self.eviction_settings = EvictionSettings.from_hf_config(self.model_config.hf_config)
         self.running = RunningEvictions(self.max_num_reqs, len(self.eviction_settings.stages))
         self._row_owners: list[str] = []
         self._evicting: EvictingStep | None = None
+        self._makes_heat = makes_heat(self.model_config.hf_config)
+        self._heat: HeatStep | None = None
 
     def _update_states(self, scheduler_output: Any) -> Any:
         if scheduler_output.finished_req_ids or scheduler_output.scheduled_new_reqs:
@@ -46,9 +52,19 @@ class EvictionCPUModelRunner(CPUModelRunner):
         return super()._update_states(scheduler_output)
 
     def _build_attention_metadata(self, **kwargs: Any) -> Any:
-        self._evicting = None
+        self._evicting = self._heat = None
         num_reqs = self.input_batch.num_reqs
-        if kwargs["num_scheduled_tokens"] is None or not self._evicts(num_reqs):
+        if kwargs["num_scheduled_tokens"] is None:
+            return super()._build_attention_metadata(**kwargs)
+        scheduled = np.diff(self.query_start_loc.np[: num_reqs + 1]).astype(np.int64)
+        computed = self.input_batch.num_computed_tokens_cpu[:num_reqs].astype(np.int64)
+        evicts = self._evicts(num_reqs)
+        views = self.running.views(np.arange(num_reqs), computed, scheduled) if evicts else []
+        if self._makes_heat:
+            asked = [self._heat_request(req_id) for req_id in self.input_batch.req_ids[:num_reqs]]
+            left = [view.token_rows for view in views] or [None] * len(self.eviction_settings.stages)
+            self._heat = heat_step(asked, computed, scheduled, left)
+        if not evicts:
             return super()._build_attention_metadata(**kwargs)
         attn_groups = self.attn_groups
         stages = groups_by_stage(self.kv_cache_config, len(self.eviction_settings.stages))
@@ -57,9 +73,6 @@ class EvictionCPUModelRunner(CPUModelRunner):
             metadata, drafting = super()._build_attention_metadata(**kwargs)
         finally:
             self.attn_groups = attn_groups
-        scheduled = np.diff(self.query_start_loc.np[: num_reqs + 1]).astype(np.int64)
-        computed = self.input_batch.num_computed_tokens_cpu[:num_reqs].astype(np.int64)
-        views = self.running.views(np.arange(num_reqs), computed, scheduled)
         batches = [
             self._stage_batch(view, stage, kwargs["slot_mappings"])
             for view, stage in zip(views, stages, strict=True)
@@ -85,6 +98,15 @@ class EvictionCPUModelRunner(CPUModelRunner):
             state.crop_eviction = read_markers(state.prompt_token_ids or (), placeholders, marker_ids)
         eviction: PromptEviction | None = state.crop_eviction
         return eviction
+
+    def _heat_request(self, req_id: str) -> HeatRequest | None:
+        state: Any = self.requests[req_id]
+        if not hasattr(state, "crop_heat"):
+            state.crop_heat = HeatRequest.of(
+                state.sampling_params, len(state.prompt_token_ids or ()), image_embeddings(state.mm_features)
+            )
+        request: HeatRequest | None = state.crop_heat
+        return request
 
     def _stage_batch(
         self, view: StageInputs, stage: StageGroups, stock_slots: dict[int, torch.Tensor]
@@ -122,15 +144,40 @@ class EvictionCPUModelRunner(CPUModelRunner):
         evicting, self._evicting = self._evicting, None
         if evicting is not None:
             kwargs["evicting"] = evicting
+        if self._heat is not None:
+            kwargs["heat"] = self._heat
         return super()._model_forward(*args, **kwargs)
 
+    def _sample(self, logits: Any, spec_decode_metadata: Any) -> Any:
+        """As upstream, with maps read as top log-probabilities.
 
-class EvictionCPUWorker(CPUWorker):
+        Where one request names the ids it wants the log-probabilities of, upstream's sampler of this runner
+        gives the others none but their sampled token's. A map's ids are the only ones of its row.
+        """
+        heat, self._heat = self._heat, None
+        if heat is None:
+            return super()._sample(logits, spec_decode_metadata)
+        metadata = self.input_batch.sampling_metadata
+        own = {rows.batch_row for rows in heat.rows}
+        named = {row: ids for row, ids in (metadata.logprob_token_ids or {}).items() if row not in own}
+        most = max(len(token_ids(rows.request.num_cells)) for rows in heat.rows)
+        self.input_batch.sampling_metadata = replace(
+            metadata,
+            logprob_token_ids=named or None,
+            max_num_logprobs=max(metadata.max_num_logprobs or 0, most),
+        )
+        try:
+            return super()._sample(logits, spec_decode_metadata)
+        finally:
+            self.input_batch.sampling_metadata = metadata
+
+
+class CropCPUWorker(CPUWorker):
     """The value of `worker_cls` on a CPU with the V1 runner."""
 
     def init_device(self) -> None:
         """As upstream, with our runner."""
         super().init_device()
         runner: Any = self.model_runner
-        runner.__class__ = EvictionCPUModelRunner
-        runner.start_eviction()
+        runner.__class__ = CropCPUModelRunner
+        runner.start_crop()

@@ -21,8 +21,8 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_crop.eviction.decoder import EvictingStep
-from vllm_crop.eviction.markers import EvictionSettings, image_placeholders
-from vllm_crop.eviction.prompt_eviction import read_markers
+from vllm_crop.eviction.markers import EvictionSettings, image_embeddings, image_placeholders
+from vllm_crop.eviction.prompt_eviction import IndexArray, read_markers
 from vllm_crop.eviction.refusals import refuse_graphs
 from vllm_crop.eviction.stage_inputs import (
     AttentionGroups,
@@ -36,10 +36,13 @@ from vllm_crop.eviction.stage_inputs import (
     groups_by_stage,
     to_device,
 )
+from vllm_crop.heat.refusals import makes_heat
+from vllm_crop.heat.refusals import refuse_flags as refuse_heat_flags
+from vllm_crop.heat.step import HeatRequest, HeatStep, heat_step
 
 
-class EvictionModelState(DefaultModelState):
-    """Keeps the evictions of running requests and rewrites what the later layers' attention reads."""
+class CropModelState(DefaultModelState):
+    """Keeps what running requests evict, and whose heat maps are made; rewrites what later layers read."""
 
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, *args, **kwargs)
@@ -48,6 +51,9 @@ class EvictionModelState(DefaultModelState):
         self._nothing_runs = RunningEvictions(self.max_num_reqs, len(self.settings.stages))
         self._slots: dict[str, int] = {}
         self._evicting: EvictingStep | None = None
+        self._makes_heat = makes_heat(self.model_config.hf_config)
+        self._asked: dict[int, HeatRequest] = {}
+        self._heat: HeatStep | None = None
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         """As upstream, and read the request's eviction from its prompt."""
@@ -56,16 +62,25 @@ class EvictionModelState(DefaultModelState):
         prompt = new_req_data.prompt_token_ids or ()
         self.running.set(req_index, read_markers(prompt, placeholders, self.settings.marker_ids))
         self._slots[new_req_data.req_id] = req_index
+        self._asked.pop(req_index, None)
+        embeddings = image_embeddings(new_req_data.mm_features)
+        heat = self._makes_heat and HeatRequest.of(new_req_data.sampling_params, len(prompt), embeddings)
+        if heat:
+            self._asked[req_index] = heat
 
     def remove_request(self, req_id: str) -> None:
         """As upstream; also for preempted requests, which are added again."""
         super().remove_request(req_id)
         if (slot := self._slots.pop(req_id, None)) is not None:
             self.running.set(slot, None)
+            self._asked.pop(slot, None)
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> None:
         """Find the stages' KV cache groups; make the buffers that graphs may capture."""
-        refuse_graphs(self.vllm_config)
+        if self.settings.stages:
+            refuse_graphs(self.vllm_config)
+        if self._makes_heat:
+            refuse_heat_flags(self.vllm_config)
         super().initialize_kv_cache(kv_cache_config, block_tables)
         self.stages = groups_by_stage(kv_cache_config, len(self.settings.stages))
         self.batches = StageBatches(self.stages, block_tables, self.max_num_reqs)
@@ -88,12 +103,13 @@ class EvictionModelState(DefaultModelState):
         #   a graph is captured or replayed    stages have buffers of their own, which the graph reads: always
         #                                      written, and all rows kept, evicted ones without a slot
         #   otherwise                          stages get metadata of exactly the rows that are left
-        self._evicting = None
+        self._evicting = self._heat = None
         in_graph = for_capture or cudagraph_mode == CUDAGraphMode.FULL
         is_real = input_batch.req_ids[0] in self._slots  # neither warm-up nor capture
         slots = input_batch.idx_mapping_np
         evicts = is_real and self.running.any_in(slots)
-        early = early_groups(attn_groups, self.stages) if evicts or in_graph else attn_groups
+        splits = bool(self.stages) and (evicts or in_graph)
+        early = early_groups(attn_groups, self.stages) if splits else attn_groups
         metadata = super().prepare_attn(
             input_batch,
             cudagraph_mode,
@@ -105,12 +121,14 @@ class EvictionModelState(DefaultModelState):
             *args,
             **kwargs,
         )
-        if early is attn_groups:
+        if not splits:
+            self._find_heat(input_batch, is_real, [None] * len(self.stages))
             return metadata
         running = self.running if is_real else self._nothing_runs
         computed = input_batch.num_computed_tokens_np if is_real else np.zeros_like(slots)
         scheduled = input_batch.num_scheduled_tokens.astype(np.int64)
         views = running.views(slots, computed, scheduled, keep_rows=in_graph)
+        self._find_heat(input_batch, is_real, [view.token_rows for view in views])
         batches = []
         for index, view in enumerate(views):
             if view.evicts_rows:
@@ -132,7 +150,19 @@ class EvictionModelState(DefaultModelState):
         """As upstream, and the rows to drop, which the model's forward takes."""
         evicting, self._evicting = self._evicting, None
         inputs = super().prepare_inputs(input_batch, req_states)
-        return inputs if evicting is None else {**inputs, "evicting": evicting}
+        heat, self._heat = self._heat, None
+        own = {"evicting": evicting, "heat": heat}
+        return {**inputs, **{name: given for name, given in own.items() if given is not None}}
+
+    def _find_heat(
+        self, input_batch: InputBatch, is_real: bool, token_rows: Sequence[IndexArray | None]
+    ) -> None:
+        if not self._asked or not is_real:
+            return
+        requests = [self._asked.get(slot) for slot in input_batch.idx_mapping_np.tolist()]
+        computed = input_batch.num_computed_tokens_np.astype(np.int64)
+        scheduled = input_batch.num_scheduled_tokens.astype(np.int64)
+        self._heat = heat_step(requests, computed, scheduled, token_rows)
 
 
 class StageBatches:

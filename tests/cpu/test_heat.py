@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Heat maps of a served model equal the attention of plain transformers."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.conftest import CheckpointOf
+from tests.cpu.conftest import STEPS, TEXT, Engine, Question, _answer, decided
+from tests.families import FAMILIES, LLAVA, QWEN3_VL, Family
+from tests.pictures import noise_image
+from tests.reference import HfReference
+from vllm_crop.heat.request import NOWHERE, RING, NoHeatError, extra_args, read, token_ids
+
+pytestmark = pytest.mark.vllm_runtime
+
+LAYERS = [1, 3, 6]
+LOCALIZER = {"kind": "attention", "layers": LAYERS, "timeout_s": 60}
+EVICTING = {
+    **{"method": "plc+ilp", "eviction_layers": [2, 5], "pruning_rate": 2 / 3},
+    **{"compression": "prune", "position_ids": "original", "localizer": LOCALIZER},
+}
+PLAIN = {"pruning_rate": 5 / 6, "localizer": LOCALIZER}
+PICTURE, OTHER = noise_image(70, 330, 250), noise_image(71, 250, 330)
+BOX = [0.2, 0.1, 0.6, 0.5]
+OFF: dict[str, Any] = {"method": "off"}
+COMPRESSED = {"method": "plc", "regions": [[BOX]], "pruning_rate": 0.8}
+EVICTED = {"method": "ilp", "regions": [[BOX]]}
+OTHER_TEXT = "USER: {images}Where is the ship on its way to tonight?\nASSISTANT:"
+TOLERANCE = 1e-5  # of the hottest cell
+NOTICEABLE = 1e-2
+NUM_CELLS = 90
+
+Start = Callable[[Family, bool], Engine]
+
+
+@pytest.fixture(scope="module")
+def engine_of(checkpoint_of: CheckpointOf) -> Start:
+    """With or without eviction; 256 tokens a step, so that long prompts come in chunks."""
+    known: dict[tuple[Family, bool], Engine] = {}
+
+    def start(family: Family, evicts: bool) -> Engine:
+        if (family, evicts) not in known:
+            checkpoint = checkpoint_of(family, family.deep)
+            crop = EVICTING if evicts else PLAIN
+            known[family, evicts] = Engine(checkpoint, crop, family, max_num_batched_tokens=256)
+        return known[family, evicts]
+
+    return start
+
+
+def cells_of(engine: Engine, picture: Image.Image, crop: Any) -> list[int]:
+    """Each embedding in some cell, a few in none."""
+    decision = decided(engine.processor, picture, crop)
+    grid = engine.processor.geometry.grid(*picture.size)
+    count = grid.num_tokens if decision.compression is None else decision.compression.num_embeddings
+    places = np.random.default_rng(0).integers(RING, NUM_CELLS, count)
+    return [int(place) for place in places]
+
+
+def sampling(cells: Sequence[int] | None) -> Any:
+    from vllm import SamplingParams
+
+    if cells is None:
+        return SamplingParams(temperature=0, max_tokens=STEPS, logprobs=-1, ignore_eos=True)
+    return SamplingParams(
+        temperature=0,
+        max_tokens=1,
+        logprob_token_ids=token_ids(NUM_CELLS),
+        skip_reading_prefix_cache=True,
+        extra_args=extra_args(cells, NUM_CELLS),
+    )
+
+
+def ask(engine: Engine, *asked: tuple[Question, list[int] | None]) -> list[Any]:
+    """All in one batch: heat by cell for who comes with cells, answers for others."""
+    outputs = engine.llm.generate(
+        [question.prompt(engine.image) for question, _ in asked],
+        [sampling(cells) for _, cells in asked],
+        use_tqdm=False,
+    )
+    return [
+        _answer(output) if cells is None else read(output.outputs[0].logprobs[0], NUM_CELLS)
+        for output, (_, cells) in zip(outputs, asked, strict=True)
+    ]
+
+
+def expected(
+    hf: HfReference, engine: Engine, question: Question, cells: Sequence[int], layers: Sequence[int] = LAYERS
+) -> np.ndarray[Any, Any]:
+    """By the definition, from transformers' attention."""
+    (picture,) = question.images
+    plan = decided(engine.processor, picture, question.crop).compression
+    ids = hf.processor.tokenizer.encode(question.prompt(hf.image)["prompt"], add_special_tokens=False)
+    original = True if engine.config.position_ids == "original" else None
+    prompt = hf.embed(ids, [picture], [plan], original)
+    start = ids.index(hf.image_token_id)
+    attention = hf.attention(prompt)[list(layers), start : start + len(cells)]
+    where = torch.tensor(cells)
+    heat = (attention / attention[:, where != NOWHERE].sum(-1, keepdim=True)).amax(0)
+    return np.array(
+        [float(heat[where == cell].mean()) if (where == cell).any() else 0.0 for cell in range(NUM_CELLS)]
+    )
+
+
+def differs(got: np.ndarray[Any, Any], want: np.ndarray[Any, Any]) -> float:
+    """As a fraction of the hottest cell."""
+    return float(np.abs(got - want).max() / want.max())
+
+
+@pytest.mark.parametrize("evicts", [True, False], ids=["evicting", "plain"])
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
+def test_a_map_is_the_attention_of_transformers(
+    family: Family, evicts: bool, engine_of: Start, hf_of: Callable[..., HfReference]
+) -> None:
+    if not evicts and family not in (LLAVA, QWEN3_VL):
+        pytest.skip("the layers run as upstream has them for every family")
+    engine, hf = engine_of(family, evicts), hf_of(family, family.deep)
+    questions = [
+        Question((PICTURE,), OFF),
+        Question((OTHER,), COMPRESSED, OTHER_TEXT),
+        Question((PICTURE,), OFF, OTHER_TEXT),
+    ]
+    cells = [cells_of(engine, question.images[0], question.crop) for question in questions]
+    others = [Question((OTHER,), EVICTED if evicts else COMPRESSED), Question((), None)]
+    batch = [
+        (others[0], None),
+        (questions[0], cells[0]),
+        (others[1], None),
+        (questions[1], cells[1]),
+        (questions[2], cells[2]),
+    ]
+    first = ask(engine, *batch)
+    wanted = [expected(hf, engine, *one) for one in zip(questions, cells, strict=True)]
+    for got, want in zip((first[1], first[3], first[4]), wanted, strict=True):
+        assert differs(got, want) < TOLERANCE
+    # Alone, and with the prefix in the cache.
+    for question, where, want in zip(questions, cells, wanted, strict=True):
+        assert differs(ask(engine, (question, where))[0], want) < TOLERANCE
+    # Another question, another layer, a map of other cells: each would be noticed.
+    assert differs(wanted[2], wanted[0]) > NOTICEABLE
+    assert differs(expected(hf, engine, questions[0], cells[0], [1, 3]), wanted[0]) > NOTICEABLE
+    assert differs(np.roll(wanted[0], 1), wanted[0]) > NOTICEABLE
+
+
+@pytest.mark.parametrize("evicts", [True, False], ids=["evicting", "plain"])
+def test_others_are_answered_to_the_bit_as_beside_any_request(evicts: bool, engine_of: Start) -> None:
+    engine = engine_of(LLAVA, evicts)
+    others = [Question((OTHER,), EVICTED if evicts else COMPRESSED), Question((PICTURE,), OFF, OTHER_TEXT)]
+    looked = Question((PICTURE,), OFF)
+    cells = cells_of(engine, PICTURE, OFF)
+    answers = []
+    for where in (cells, None):
+        engine.llm.reset_prefix_cache()
+        batch = [(others[0], None), (looked, where), (others[1], None)]
+        got = ask(engine, *batch)
+        answers.append([got[0], got[2]])
+    for beside_map, beside_answer in zip(*answers, strict=True):
+        assert beside_map.token_ids == beside_answer.token_ids
+        # The first token comes of the same batch; later there is one request less.
+        assert torch.equal(beside_map.logprobs[0], beside_answer.logprobs[0])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"cells": [0] * 3, "num_cells": 90},
+        {"cells": "all", "num_cells": 90},
+        {"cells": [0] * 576, "num_cells": 10**9},
+        {"cells": [99] * 576, "num_cells": 90},
+        {"cells": [None] * 576, "num_cells": 90},
+        [],
+        7,
+    ],
+    ids=str,
+)
+def test_what_is_no_request_for_a_map_is_answered(wrong: Any, engine_of: Start) -> None:
+    from vllm import SamplingParams
+
+    engine = engine_of(LLAVA, True)
+    prompt = Question((PICTURE,), OFF).prompt(engine.image)
+    asked = SamplingParams(temperature=0, max_tokens=2, logprobs=3, extra_args={"crop_heat": wrong})
+    plain = SamplingParams(temperature=0, max_tokens=2, logprobs=3)
+    outputs = [engine.llm.generate(prompt, one, use_tqdm=False)[0].outputs[0] for one in (asked, plain)]
+    assert outputs[0].token_ids == outputs[1].token_ids
+    with pytest.raises(NoHeatError):
+        read(outputs[0].logprobs[0], NUM_CELLS)
+
+
+def test_text_alone_has_no_map(engine_of: Start) -> None:
+    with pytest.raises(NoHeatError):
+        ask(engine_of(LLAVA, True), (Question((), None, TEXT), [0, 1, 2]))

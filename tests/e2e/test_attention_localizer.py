@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vllm serve` that finds regions where the model looks, on two API server processes."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from PIL import Image
+
+from lab.demo.setting import LOCALIZER
+from lab.evaluation.questions import make_test_set
+from tests.e2e.conftest import MODEL, OPTIONS, metric, serve
+from tests.pictures import noise_image
+from tests.tinyvqa import CHECKPOINT, ask, crop_options, found
+from vllm_crop.localizers.decision import FALLBACKS
+from vllm_crop.measuring.server import Server
+from vllm_crop.planning.geometry import Box, Region, TokenGrid
+
+pytestmark = pytest.mark.e2e
+
+SCENES = make_test_set(6, seed=31)
+LOCAL = [(scene, q) for scene in SCENES for q in scene.questions if q.boxes]
+GLOBAL = [(scene, q) for scene in SCENES for q in scene.questions if not q.boxes]
+TOKENS = TokenGrid(24, 24)
+
+
+@pytest.fixture(scope="module")
+def server(logs: Path) -> Iterator[Server]:
+    # A limit that the localizer's own view is above: it is none of the clients'.
+    crop = crop_options(LOCALIZER, eviction_layers=[1], limits={"max_pruning_rate": 0.889})
+    options = ("--api-server-count", "2")
+    with serve(str(CHECKPOINT), *crop, *options, *OPTIONS, log_path=logs / "attention.log") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.base_url}/v1", api_key="unused", max_retries=0)
+
+
+def marked(picture: Image.Image, number: int) -> Image.Image:
+    """A picture that no cache has seen."""
+    picture.putpixel((0, 0), (number % 256, number // 256, 31))
+    return picture
+
+
+def covers(image: Any, question: Any) -> float:
+    """How much of what a question needs its region has."""
+    region = Region(tuple(Box(*box) for box in image["region"]))
+    needed = TOKENS.mask(question.region(8))
+    return float((needed & TOKENS.mask(region)).sum() / needed.sum())
+
+
+def test_the_region_is_where_the_answer_is(client: openai.OpenAI) -> None:
+    covered, right = [], 0
+    for scene, question in LOCAL:
+        response = ask(client, scene.picture(), question.text)
+        image = found(response)
+        assert (image["source"], image["localizer"]["outcome"]) == ("attention", "region"), question.text
+        assert image["tokens_after_plc"] == 64
+        covered.append(covers(image, question))
+        right += response.parse().choices[0].message.content.strip() == question.answer
+    assert sum(covered) / len(covered) > 0.9
+    assert min(covered) > 0.4
+    assert right >= 0.8 * len(LOCAL)
+
+
+def test_a_flat_map_is_served_whole_and_counted(server: Server, client: openai.OpenAI) -> None:
+    before = metric(server, "crop:localizations_total", outcome="low_confidence")
+    whole = 0
+    for scene, question in GLOBAL:
+        image = found(ask(client, scene.picture(), question.text))
+        whole += image["localizer"]["outcome"] == "low_confidence"
+        assert (image["region"] is None) == (image["localizer"]["outcome"] == "low_confidence")
+    assert whole >= 0.8 * len(GLOBAL)
+    assert metric(server, "crop:localizations_total", outcome="low_confidence") == before + whole
+
+
+@pytest.mark.parametrize("method", ["plc", "ilp", "plc+ilp"])
+def test_every_method_takes_the_region(client: openai.OpenAI, method: str) -> None:
+    scene, question = LOCAL[0]
+    image = found(ask(client, marked(scene.picture(), 1), question.text, {"method": method}))
+    assert covers(image, question) > 0.5
+    assert image["tokens_avg"] < 64.5
+
+
+def test_many_at_once_get_their_own_regions_beside_others(server: Server, client: openai.OpenAI) -> None:
+    alone = [found(ask(client, scene.picture(), q.text))["region"] for scene, q in LOCAL]
+
+    def one(number: int) -> Any:
+        scene, question = LOCAL[number % len(LOCAL)]
+        if number % 3 == 2:  # clients' own log-probabilities are theirs
+            response = ask(
+                client, scene.picture(), question.text, {"method": "off"}, logprobs=True, top_logprobs=5
+            )
+            first = response.parse().choices[0].logprobs.content[0]
+            assert len(first.top_logprobs) == 5
+            assert all(-100 < top.logprob <= 0 for top in first.top_logprobs)
+            return None
+        return found(ask(client, marked(scene.picture(), number), question.text))
+
+    with ThreadPoolExecutor(24) as pool:
+        images = list(pool.map(one, range(3 * len(LOCAL))))
+    for number, image in enumerate(images):
+        if image is not None:
+            wanted = alone[number % len(LOCAL)]
+            assert image["region"] == [pytest.approx(box, abs=0.13) for box in wanted], number
+    assert sum(
+        metric(server, "crop:localizations_total", outcome=fallback) for fallback in FALLBACKS
+    ) == metric(server, "crop:localizations_total", outcome="low_confidence")
+
+
+def test_the_same_question_is_not_asked_again_and_salts_keep_apart(client: openai.OpenAI) -> None:
+    scene, question = LOCAL[1]
+    picture = marked(scene.picture(), 700)
+    cached = [
+        found(ask(client, picture, question.text, body=body))["localizer"]["cached"]
+        for body in ({}, {}, {"cache_salt": "a"}, {"cache_salt": "a"})
+    ]
+    assert cached[0] is False
+    assert cached[2] is False
+    # Two API processes have a cache each.
+    again = [found(ask(client, picture, question.text))["localizer"]["cached"] for _ in range(12)]
+    assert any(again)
+
+
+def test_odd_pictures_are_answered(client: openai.OpenAI) -> None:
+    for size in ((28, 28), (1200, 40), (40, 1200), (620, 480)):
+        response = ask(client, noise_image(5, *size), LOCAL[0][1].text)
+        assert response.parse().choices[0].message.content is not None
+        assert found(response)["localizer"]["outcome"] in ("region", "low_confidence", "not_possible")
+
+
+def test_many_images_and_none(server: Server, client: openai.OpenAI) -> None:
+    few = min(8, len(LOCAL))  # as many as the server takes
+    pictures = [marked(LOCAL[index][0].picture(), 800 + index) for index in range(few)]
+    content = [{"type": "image_url", "image_url": {"url": url}} for url in map(_url, pictures)]
+    messages: Any = [{"role": "user", "content": [*content, {"type": "text", "text": LOCAL[0][1].text}]}]
+    answer = client.chat.completions.create(model=MODEL, messages=messages, max_tokens=2)
+    assert answer.choices[0].message.content is not None
+    plain: Any = [{"role": "user", "content": "how many?"}]
+    assert client.chat.completions.create(model=MODEL, messages=plain, max_tokens=2).choices
+
+
+def _url(picture: Image.Image) -> str:
+    from vllm_crop.client import data_url
+
+    return data_url(picture)
+
+
+def test_nothing_went_wrong(server: Server) -> None:
+    log = server.log_path.read_text()
+    assert "Traceback" not in log
+    assert "\nERROR" not in log
+    assert metric(server, "crop:localizations_total", outcome="unreadable") == 0

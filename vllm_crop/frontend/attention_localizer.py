@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the served model looks while it reads the question beside a view of the image: one prefill."""
+
+from typing import Any
+
+from PIL import Image
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+from vllm_crop.families.registry import VisionGeometry
+from vllm_crop.frontend.own_request import Glance, OwnRequests
+from vllm_crop.heat import request as heat_request
+from vllm_crop.localizers.base import LocalizerAnswer, LocalizerName, UnreadableAnswerError
+from vllm_crop.localizers.heat import HeatGrid, HeatMap, heat_grid
+from vllm_crop.localizers.settings import LocalizerConfig
+
+# The prompt must end where a short answer begins: there the model knows what it has to look at.
+PROMPT = "{question}\nAnswer the question using a single word or phrase."
+
+
+class AttentionLocalizer:
+    """A Localizer that reads the served model's attention."""
+
+    name: LocalizerName = "attention"
+
+    def __init__(self, renderer: Any, geometry: VisionGeometry, config: LocalizerConfig) -> None:
+        """`renderer`: the server's CropRenderer."""
+        self.requests = OwnRequests(renderer, geometry, config)
+        self.renderer, self.geometry, self.config = renderer, geometry, config
+        self.prompt = config.prompt or PROMPT
+        self.version = " ".join(
+            str(part)
+            for part in (
+                *("attention", config.adapter, config.view_tokens, config.layers, config.window),
+                *(config.max_windows, config.further_window, self.prompt),
+            )
+        )
+
+    async def locate(self, image: Image.Image, question: str, salt: str | None = None) -> LocalizerAnswer:
+        """Run one more request with a view of the image; cancelling this aborts it."""
+        glance = await self.requests.glance(image)
+        grid = self._grid(glance)
+        output = await self.requests.ask(glance, self._text(question), _sampling(grid), salt)
+        return self._read(output, glance, grid)
+
+    def locate_now(self, image: Image.Image, question: str, salt: str | None = None) -> LocalizerAnswer:
+        """The same for the offline `LLM`, whose other requests wait meanwhile."""
+        glance = self.requests.glance_now(image)
+        grid = self._grid(glance)
+        output = self.requests.ask_now(glance, self._text(question), _sampling(grid), salt)
+        return self._read(output, glance, grid)
+
+    def _text(self, question: str) -> str:
+        return self.prompt.replace("{question}", question)
+
+    def _grid(self, glance: Glance) -> HeatGrid:
+        size = glance.picture.size
+        (decision,) = self.renderer.mm_processor.planner.plan(glance.request, [size])
+        pooled = decision.compression
+        return heat_grid(self.geometry.grid(*size), None if pooled is None else pooled.assignment)
+
+    def _read(self, output: Any, glance: Glance, grid: HeatGrid) -> LocalizerAnswer:
+        (logprobs,) = output.outputs[0].logprobs
+        try:
+            heat = HeatMap.of(grid, heat_request.read(logprobs, grid.num_cells))
+        except heat_request.NoHeatError as error:
+            raise UnreadableAnswerError(str(error)) from None
+        config = self.config
+        seen = heat.region(config.window, config.max_windows, config.further_window)
+        region = glance.shows.unproject(seen)
+        if region is None:
+            raise UnreadableAnswerError("the hottest place is in the padding around the image")
+        return LocalizerAnswer(region, heat.within(seen), heat)
+
+
+def _sampling(grid: HeatGrid) -> SamplingParams:
+    return SamplingParams(
+        temperature=0.0,
+        max_tokens=1,
+        logprob_token_ids=heat_request.token_ids(grid.num_cells),
+        detokenize=False,
+        watermarking=False,
+        # Keys of tokens that are not computed again would not come by.
+        skip_reading_prefix_cache=True,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+        extra_args=heat_request.extra_args(grid.cells, grid.num_cells),
+    )

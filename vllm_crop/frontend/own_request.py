@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One more request of the served model, with a view of an image: what it is shown, and how it gets there."""
+
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from PIL import Image
+from vllm.renderers.params import ChatParams
+
+from vllm_crop.families.registry import VisionGeometry
+from vllm_crop.frontend.settling import LOCALIZERS_OWN
+from vllm_crop.localizers.base import LocalizerError
+from vllm_crop.localizers.settings import LocalizerConfig
+from vllm_crop.localizers.thumbnails import not_huge, off_the_loop, shrink, size_for_tokens
+from vllm_crop.models.processor import REQUEST_KEY
+from vllm_crop.models.sent import newly_sent
+from vllm_crop.planning.geometry import ImageView, Region
+from vllm_crop.request import CropParams, CropRequest
+
+
+@dataclass(frozen=True)
+class Glance:
+    """What the model is shown, and what is done with its tokens.
+
+    Attributes:
+        picture: of the same aspect as the image.
+        shows: the part of it that the model sees.
+        pixels: width and height of that part, as the model is shown it.
+    """
+
+    picture: Image.Image
+    request: CropRequest
+    shows: ImageView
+    pixels: tuple[int, int]
+
+
+class OwnRequests:
+    """Asks the server's own engine, past all limits that clients have."""
+
+    def __init__(self, renderer: Any, geometry: VisionGeometry, config: LocalizerConfig) -> None:
+        """`renderer`: the server's CropRenderer, whose `engine` answers."""
+        self.renderer, self.geometry, self.config = renderer, geometry, config
+
+    async def glance(self, image: Image.Image) -> Glance:
+        """A view of the image, made beside the event loop."""
+        return await off_the_loop(self.glance_now, image)
+
+    async def ask(self, glance: Glance, text: str, sampling: Any, salt: str | None) -> Any:
+        """The engine's output (vllm/outputs.py); cancelling this aborts the request."""
+        engine, options = self._engine(ServingEngine), self._options()
+        _, prompts = await self.renderer.render_chat_async(
+            [_messages(glance, text)], self._chat_params(), prompt_extras=_extras(glance, salt)
+        )
+        with self._own(prompts[0]):
+            return await engine.generate(prompts[0], sampling, options)
+
+    def ask_now(self, glance: Glance, text: str, sampling: Any, salt: str | None) -> Any:
+        """The same for the offline `LLM`, whose other requests wait meanwhile."""
+        engine, options = self._engine(OfflineEngine), self._options()
+        _, prompts = self.renderer.render_chat(
+            [_messages(glance, text)], self._chat_params(), prompt_extras=_extras(glance, salt)
+        )
+        with self._own(prompts[0]):
+            return engine.generate(prompts[0], sampling, options)
+
+    def glance_now(self, image: Image.Image) -> Glance:
+        """A view of the image with about as many tokens as the settings say."""
+        most = self.config.view_tokens
+        size = size_for_tokens(self.geometry, *image.size, most)
+        if size is not None:
+            picture, request = shrink(image, size), CropRequest(CropParams(method="off"), limited=False)
+        else:
+            # Every image costs the same here: average its tokens over the whole image instead.
+            picture = not_huge(image)
+            full = self.geometry.grid(*picture.size).num_tokens
+            whole = CropParams(regions=[Region.whole()], pruning_rate=1 - most / full, method="plc")
+            request = CropRequest(whole, limited=False)
+        shows = self.geometry.view(*picture.size)
+        return Glance(picture, request, shows, self.geometry.pixels(*picture.size))
+
+    def _engine(self, kind: type) -> Any:
+        engine = self.renderer.engine
+        if not isinstance(engine, kind):
+            raise LocalizerError("this process has no engine to ask")
+        return engine
+
+    def _chat_params(self) -> ChatParams:
+        given = {"add_generation_prompt": True, "tokenize": False, **self.config.chat_template_kwargs}
+        return ChatParams(chat_template=self.renderer.chat_template, chat_template_kwargs=given)
+
+    def _options(self) -> dict[str, Any]:
+        request_id = f"crop-localizer-{uuid.uuid4().hex}"
+        return {
+            "request_id": request_id,
+            "priority": self.config.priority,
+            "lora_request": self._adapter(),
+        }
+
+    def _adapter(self) -> Any:
+        name = self.config.adapter
+        if name is None:
+            return None
+        adapters = getattr(self.renderer.serving_models, "lora_requests", {})
+        if name not in adapters:
+            raise LocalizerError(f"LoRA adapter {name!r} is not loaded")
+        return adapters[name]
+
+    @contextmanager
+    def _own(self, prompt: Any) -> Iterator[None]:
+        """Say that a prompt is the localizer's own; what the engine never got of it is not in its cache."""
+        unsent = prompt[LOCALIZERS_OWN] = newly_sent(prompt)
+        try:
+            yield
+        finally:
+            if (cache := self.renderer.mm_processor_cache) is not None:
+                for mm_hash in unsent:
+                    cache.invalidate(mm_hash)
+
+
+def _messages(glance: Glance, text: str) -> list[Any]:
+    image = {"type": "image_pil", "image_pil": glance.picture}
+    return [{"role": "user", "content": [image, {"type": "text", "text": text}]}]
+
+
+def _extras(glance: Glance, salt: str | None) -> dict[str, Any]:
+    """What is asked for the image, whatever limits clients have. The salt also keeps blocks apart."""
+    asked = {"mm_processor_kwargs": {REQUEST_KEY: replace(glance.request, salt=salt)}}
+    return asked if salt is None else {**asked, "cache_salt": salt}
+
+
+class ServingEngine:
+    """An AsyncLLM (vllm/v1/engine/async_llm.py)."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+
+    async def generate(self, prompt: Any, sampling: Any, options: Mapping[str, Any]) -> Any:
+        """The finished output. If the caller is cancelled, vLLM aborts the request."""
+        outputs = [output async for output in self.engine.generate(prompt, sampling, **options)]
+        if not outputs or not outputs[-1].outputs:
+            raise LocalizerError("the engine gave no answer")
+        return outputs[-1]
+
+
+class OfflineEngine:
+    """An LLMEngine (vllm/v1/engine/llm_engine.py), stepped from here while the localizer's request runs.
+
+    Outputs of other requests that come meanwhile are kept for whoever steps the engine next.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+        self._step, self._has_unfinished = engine.step, engine.has_unfinished_requests
+        self._kept: list[Any] = []
+        engine.step, engine.has_unfinished_requests = self._step_with_kept, self._has_more
+
+    def generate(self, prompt: Any, sampling: Any, options: Mapping[str, Any]) -> Any:
+        """The finished output."""
+        request_id = self.engine.add_request(params=sampling, prompt=prompt, **options)
+        try:
+            while self._has_unfinished():
+                for output in self._step():
+                    if output.request_id != options["request_id"]:
+                        self._kept.append(output)
+                    elif output.finished:
+                        return output
+        except BaseException:
+            self.engine.abort_request([request_id], internal=True)
+            raise
+        raise LocalizerError("the engine gave no answer")
+
+    def _step_with_kept(self) -> list[Any]:
+        kept, self._kept = self._kept, []
+        return kept or list(self._step())
+
+    def _has_more(self) -> bool:
+        return bool(self._kept) or bool(self._has_unfinished())

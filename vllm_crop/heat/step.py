@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which rows of an engine step belong to requests for heat maps."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from vllm_crop.heat.request import CELLS, EXTRA_ARG, MAX_CELLS, NUM_CELLS, RING
+
+Indices = NDArray[np.int64]
+
+
+@dataclass
+class HeatRequest:
+    """A request as a worker holds it.
+
+    Attributes:
+        num_prompt_tokens: the last of them is where the answer begins: its attention is the map.
+        image_tokens: `[num_embeddings]`, where in the prompt the image's embeddings are.
+        cells: `[num_embeddings]`.
+        keys: per layer those of earlier steps, `[tokens, heads, size]` each, of a prompt in chunks.
+    """
+
+    num_prompt_tokens: int
+    image_tokens: Indices
+    cells: Indices
+    num_cells: int
+    keys: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, sampling: Any, num_prompt_tokens: int, placeholders: Sequence[Indices]) -> Self | None:
+        """Read it from a request's SamplingParams; None for any other request.
+
+        Args:
+            placeholders: per image of the prompt the tokens that take an embedding.
+        """
+        asked = (getattr(sampling, "extra_args", None) or {}).get(EXTRA_ARG)
+        # Anyone who may set extra arguments can send this: what does not fit is an ordinary request.
+        if not isinstance(asked, Mapping) or len(placeholders) != 1:
+            return None
+        cells, num_cells = asked.get(CELLS), asked.get(NUM_CELLS)
+        if not isinstance(num_cells, int) or not 0 < num_cells <= MAX_CELLS or not isinstance(cells, list):
+            return None
+        if len(cells) != len(placeholders[0]) or not all(
+            isinstance(cell, int) and RING <= cell < num_cells for cell in cells
+        ):
+            return None
+        return cls(num_prompt_tokens, placeholders[0], np.array(cells, dtype=np.int64), num_cells)
+
+
+@dataclass(frozen=True)
+class HeatRows:
+    """The rows of one of them in a step.
+
+    Attributes:
+        first: how many tokens of the prompt have been computed before.
+        is_last: the prompt's last token is among them.
+        batch_row: its place in the batch, and of its logits.
+    """
+
+    request: HeatRequest
+    first: int
+    num_rows: int
+    is_last: bool
+    batch_row: int
+
+
+@dataclass(frozen=True)
+class HeatStep:
+    """A step with such requests.
+
+    Attributes:
+        starts: per stage of the decoder and request the first of its rows.
+    """
+
+    rows: tuple[HeatRows, ...]
+    starts: tuple[tuple[int, ...], ...]
+
+
+def heat_step(
+    requests: Sequence[HeatRequest | None],
+    computed: Indices,
+    scheduled: Indices,
+    token_rows: Sequence[Indices | None] = (),
+) -> HeatStep | None:
+    """Find them in a step; None if there are none.
+
+    Args:
+        requests: per request of the batch, None for others.
+        computed, scheduled: `[num_reqs]`, tokens before this step and of this step.
+        token_rows: per later stage of the decoder the rows of the step that stay; None if all do.
+    """
+    if not any(requests):
+        return None
+    begins = np.cumsum(scheduled) - scheduled
+    rows, starts = [], []
+    for row, request in enumerate(requests):
+        if request is None or computed[row] >= request.num_prompt_tokens:
+            continue
+        first, count = int(computed[row]), int(scheduled[row])
+        rows.append(HeatRows(request, first, count, first + count >= request.num_prompt_tokens, row))
+        starts.append(int(begins[row]))
+    if not rows:
+        return None
+    # Nothing of such a request is evicted: its rows stay together and only move up.
+    later = [starts if left is None else np.searchsorted(left, starts).tolist() for left in token_rows]
+    return HeatStep(tuple(rows), (tuple(starts), *map(tuple, later)))

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Watches the attention of some decoder layers, and writes the maps it makes into the logits.
+
+The attention of a layer is an operation of vLLM's own, opaque to torch.compile and between the pieces of
+piecewise graphs: its implementation runs as Python and sees queries and keys after norms and RoPE, for every
+family alike (vllm/model_executor/layers/attention/attention.py, unified_attention_with_output).
+
+The rule (docs/localization.md): attention of the prompt's last token, summed over heads, then normalised over
+the image's tokens; of several layers the maximum; of the tokens of a cell the mean.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
+
+from vllm_crop.config import CropConfig
+from vllm_crop.errors import UnsupportedModelError
+from vllm_crop.eviction.decoder import attention_of
+from vllm_crop.heat.request import NOWHERE, SCALE, STAMP
+from vllm_crop.heat.step import HeatRows, HeatStep
+
+
+class HeatTaps:
+    """Maps of the requests of one step at a time."""
+
+    def __init__(self, attentions: Sequence[tuple[int, int, Any]]) -> None:
+        """Watch some layers.
+
+        Args:
+            attentions: per layer its number, the stage of the decoder it is in, and its Attention.
+
+        Raises:
+            UnsupportedModelError: a layer does not look at all that comes before.
+        """
+        self.num_layers = len(attentions)
+        self._step: HeatStep | None = None
+        self._seen: dict[int, list[torch.Tensor]] = {}
+        self._finished: list[tuple[HeatRows, torch.Tensor]] = []
+        for number, stage, attention in attentions:
+            _require_full_attention(number, attention.impl)
+            attention.impl.forward = self._tapped(number, stage, attention.impl, attention.impl.forward)
+
+    @contextmanager
+    def watching(self, step: HeatStep | None) -> Iterator[None]:
+        """While the layers of a step run."""
+        self._step, self._seen, self._finished = step, {}, []
+        try:
+            yield
+        finally:
+            self._step = None
+        if step is not None:
+            self._finished = [
+                (rows, torch.stack(self._seen[rows.batch_row]))
+                for rows in step.rows
+                if len(self._seen.get(rows.batch_row, ())) == self.num_layers
+            ]
+
+    def write_into(self, logits: torch.Tensor | None) -> torch.Tensor | None:
+        """Replace the logits of finished requests, `[num_reqs, vocab]`, by their maps, once.
+
+        Args:
+            logits: None on tensor parallel ranks that sample nothing.
+        """
+        finished, self._finished = self._finished, []
+        if not finished:
+            return logits
+        sums = torch.cat([of_layers.flatten() for _, of_layers in finished])
+        if get_tensor_model_parallel_world_size() > 1:  # each rank has some of the heads
+            sums = tensor_model_parallel_all_reduce(sums)
+        if logits is None:
+            return None
+        logits = logits.float()  # as the sampler reads them; others' values stay what they are
+        start = 0
+        for rows, of_layers in finished:
+            stop = start + of_layers.numel()
+            probabilities = _map(sums[start:stop].reshape(of_layers.shape), rows)
+            start = stop
+            row = logits[rows.batch_row]
+            row.fill_(-torch.inf)
+            row[: len(probabilities)] = probabilities.log()
+        return logits
+
+    def _tapped(self, number: int, stage: int, impl: Any, stock: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(layer: Any, query: Any, key: Any, *args: Any, **kwargs: Any) -> Any:
+            if self._step is not None:
+                self._look(self._step, number, stage, query, key, impl.scale)
+            return stock(layer, query, key, *args, **kwargs)
+
+        return forward
+
+    def _look(
+        self, step: HeatStep, number: int, stage: int, query: torch.Tensor, key: torch.Tensor, scale: float
+    ) -> None:
+        for rows, start in zip(step.rows, step.starts[stage], strict=True):
+            stop = start + rows.num_rows
+            kept = rows.request.keys
+            if not rows.first:
+                kept.pop(number, None)  # of a prompt that was preempted half way
+            if not rows.is_last:
+                kept.setdefault(number, []).append(key[start:stop].clone())
+                continue
+            keys = torch.cat([*kept.pop(number, ()), key[start:stop]])
+            if len(keys) != rows.request.num_prompt_tokens:
+                continue  # a part of the prompt was never seen here: no map is better than a wrong one
+            attention = attention_sums(query[stop - 1], keys, scale)
+            image = torch.from_numpy(rows.request.image_tokens).to(attention.device, non_blocking=True)
+            self._seen.setdefault(rows.batch_row, []).append(attention[image])
+
+
+def attention_sums(query: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
+    """Attention of one token to all before it and itself, summed over heads, `[tokens]` float32.
+
+    Args:
+        query: `[heads, size]`.
+        keys: `[tokens, key heads, size]`; each serves as many heads in a row.
+    """
+    _, num_key_heads, size = keys.shape
+    grouped = query.float().reshape(num_key_heads, -1, size)
+    scores = torch.einsum("hgd,thd->hgt", grouped, keys.float()) * scale
+    return scores.softmax(-1).sum((0, 1))
+
+
+def _map(sums: torch.Tensor, rows: HeatRows) -> torch.Tensor:
+    """The probabilities that stand for a map, from `[layers, embeddings]`."""
+    request = rows.request
+    shows = torch.from_numpy(request.cells != NOWHERE).to(sums.device)
+    shares = sums / sums[:, shows].sum(-1, keepdim=True)
+    heat = shares.amax(0)
+    cells = torch.from_numpy(request.cells).to(sums.device)
+    inside = cells >= 0
+    totals = heat.new_zeros(request.num_cells).index_add_(0, cells[inside], heat[inside])
+    counts = torch.bincount(cells[inside], minlength=request.num_cells)
+    values = totals / counts.clamp(min=1) / SCALE
+    return torch.cat([values, values.new_tensor([STAMP]), (1 - STAMP - values.sum())[None]])
+
+
+def _require_full_attention(number: int, impl: Any) -> None:
+    for name in ("sliding_window", "alibi_slopes", "logits_soft_cap", "sinks"):
+        value = getattr(impl, name, None)
+        if value not in (None, 0, -1, (-1, -1)):
+            raise UnsupportedModelError(
+                f"localizer kind 'attention' cannot read layer {number}, which has {name}: name other layers "
+                "in localizer.layers, or use kind 'engine'"
+            )
+
+
+def start_heat(model: Any, vllm_config: Any, stages: tuple[int, ...]) -> HeatTaps | None:
+    """Watch layers of a model that has `language_model.model`, the decoder; None if nobody reads them.
+
+    Args:
+        stages: eviction layers of the server.
+
+    Raises:
+        UnsupportedModelError: the model has no such layer, or the layer cannot be read.
+    """
+    config = CropConfig.from_mapping(vllm_config.model_config.hf_config.crop)
+    if config.localizer.kind != "attention":
+        return None
+    decoder = list(model.language_model.model.layers)
+    layers = config.localizer.layers_of(len(decoder))
+    if layers[-1] >= len(decoder):
+        raise UnsupportedModelError(
+            f"localizer.layers {layers}: the model's decoder layers are 0 to {len(decoder) - 1}"
+        )
+    return HeatTaps(
+        [(layer, sum(layer >= first for first in stages), attention_of(decoder[layer])) for layer in layers]
+    )

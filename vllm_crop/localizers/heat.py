@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a view of an image to the cells of a heat map, and from the map to a region."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vllm_crop.heat.request import MAX_CELLS, NOWHERE, RING
+from vllm_crop.planning.geometry import Box, ImageTokens, Region
+
+FloatArray = NDArray[np.float64]
+# From so many rows and columns on the outer ring is left out: attention that is about nothing gathers in the
+# last column, and a thing that only the ring shows is rare. Of a small view the ring is half of it.
+_RINGED = 12
+
+
+@dataclass(frozen=True)
+class HeatGrid:
+    """A map's cells.
+
+    Attributes:
+        cells: per embedding of the view the cell it counts for, or NOWHERE, or RING.
+    """
+
+    rows: int
+    cols: int
+    cells: tuple[int, ...]
+
+    @property
+    def num_cells(self) -> int:
+        """Cells of the map, those that no embedding counts for included."""
+        return self.rows * self.cols
+
+
+@dataclass(frozen=True, eq=False)
+class HeatMap:
+    """Where the model looked, `[rows, cols]` over what it was shown; the sum is 1."""
+
+    values: FloatArray
+
+    @classmethod
+    def of(cls, grid: HeatGrid, heat: FloatArray) -> "HeatMap":
+        """From `[num_cells]`."""
+        total = float(heat.sum())
+        values = heat / total if total > 0 else np.full(grid.num_cells, 1 / grid.num_cells)
+        return cls(values.reshape(grid.rows, grid.cols))
+
+    def region(self, side: float, most: int, worth: float) -> Region:
+        """Windows around the hottest cells.
+
+        Args:
+            side: of a window, as a fraction of what was shown.
+            most: how many windows.
+            worth: how hot a further window's hottest cell must be, as a fraction of the first one's.
+        """
+        return Region(tuple(self._windows(side, most, worth)))
+
+    def within(self, region: Region) -> float:
+        """How much of the heat a region holds beyond its share of the area: 0 if it is flat, at most 1."""
+        inside = np.zeros(self.values.shape)
+        for box in region.boxes:
+            inside = np.maximum(inside, np.outer(*_shares(box, *self.values.shape)))
+        area = float(inside.mean())
+        held = float((inside * self.values).sum())
+        return 1.0 if area >= 1 else min(1.0, max(0.0, (held - area) / (1 - area)))
+
+    def _windows(self, side: float, most: int, worth: float) -> Iterator[Box]:
+        rows, cols = self.values.shape
+        left = self.values.copy()
+        first = float(left.max())
+        for number in range(most):
+            row, col = divmod(int(left.argmax()), cols)
+            if number and left[row, col] < worth * first:
+                return
+            x0, y0 = _around((col + 0.5) / cols, side), _around((row + 0.5) / rows, side)
+            box = Box(x0, y0, x0 + side, y0 + side)
+            yield box
+            # A cell that the window shows half of needs no window of its own.
+            left[np.outer(*_shares(box, rows, cols)) > 0.2] = -1
+
+
+def heat_grid(tokens: ImageTokens, assignment: NDArray[np.int32] | None = None) -> HeatGrid:
+    """The cells of a view's map: those of its grid, or fewer where it has more than a map can.
+
+    Args:
+        tokens: of the view, unpruned.
+        assignment: the embedding each token becomes part of; left out, each has its own.
+    """
+    finest = max(tokens.parts, key=lambda part: part.grid.num_tokens).grid
+    shrink = min(1.0, (MAX_CELLS / finest.num_tokens) ** 0.5)
+    rows = min(max(1, int(finest.rows * shrink)), MAX_CELLS)
+    cols = min(max(1, int(finest.cols * shrink)), MAX_CELLS // rows)
+    places = _places(tokens)
+    ringed = min(finest.rows, finest.cols) >= _RINGED
+    if assignment is not None:
+        places = _means(places, assignment)
+    shows = ~np.isnan(places[:, 0])
+    x, y = np.where(shows, places.T, 0.0)
+    cells = np.minimum((y * rows).astype(int), rows - 1) * cols + np.minimum((x * cols).astype(int), cols - 1)
+    if ringed:
+        edge_x, edge_y = 1 / finest.cols, 1 / finest.rows
+        ring = (x < edge_x) | (x > 1 - edge_x) | (y < edge_y) | (y > 1 - edge_y)
+        cells[ring] = RING
+    cells[~shows] = NOWHERE
+    return HeatGrid(rows, cols, tuple(cells.tolist()))
+
+
+def _places(tokens: ImageTokens) -> FloatArray:
+    """The middle of every token in fractions of the view, `[num_tokens, 2]`; NaN for newlines."""
+    places = np.full((tokens.num_tokens, 2), np.nan)
+    for part in tokens.parts:
+        row, col = np.divmod(np.arange(part.num_tokens), part.row_length)
+        window, shown = part.window, col < part.grid.cols
+        x = window.x0 + (col + 0.5) / part.grid.cols * (window.x1 - window.x0)
+        y = window.y0 + (row + 0.5) / part.grid.rows * (window.y1 - window.y0)
+        of_part = slice(part.first, part.first + part.num_tokens)
+        places[of_part] = np.where(shown[:, None], np.stack([x, y], axis=-1), np.nan)
+    return places
+
+
+def _means(places: FloatArray, assignment: NDArray[np.int32]) -> FloatArray:
+    """The middle of every embedding, of the tokens it is made of."""
+    counts = np.zeros(int(assignment.max()) + 1)
+    sums = np.zeros((len(counts), 2))
+    used = (assignment >= 0) & ~np.isnan(places[:, 0])
+    np.add.at(counts, assignment[used], 1)
+    np.add.at(sums, assignment[used], places[used])
+    with np.errstate(invalid="ignore"):
+        return np.asarray(sums / counts[:, None])
+
+
+def _around(middle: float, side: float) -> float:
+    return min(max(0.0, middle - side / 2), 1.0 - side)
+
+
+def _shares(box: Box, rows: int, cols: int) -> tuple[FloatArray, FloatArray]:
+    """How much of each row and of each column a box covers."""
+    return _covered(box.y0, box.y1, rows), _covered(box.x0, box.x1, cols)
+
+
+def _covered(start: float, end: float, count: int) -> FloatArray:
+    edges = np.arange(count + 1) / count
+    overlap = np.minimum(edges[1:], end) - np.maximum(edges[:-1], start)
+    return np.asarray(overlap.clip(min=0) * count)
