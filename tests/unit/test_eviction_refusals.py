@@ -49,6 +49,7 @@ def engine_config() -> Any:
             data_parallel_size=1,
             decode_context_parallel_size=1,
             prefill_context_parallel_size=1,
+            enable_batch_sharded_sampling=False,
             enable_expert_parallel=False,
             enable_eplb=False,
             use_ubatching=False,
@@ -62,9 +63,11 @@ def engine_config() -> Any:
             enable_prompt_embeds=False,
             skip_tokenizer_init=False,
             runner_type="generate",
-            hf_config=SimpleNamespace(),
+            hf_config=SimpleNamespace(crop={}, crop_eviction={"stages": [2], "marker_ids": [9]}),
         ),
-        cache_config=SimpleNamespace(kv_offloading_size=None, kv_sharing_fast_prefill=False),
+        cache_config=SimpleNamespace(
+            kv_offloading_size=None, kv_sharing_fast_prefill=False, cache_dtype="auto"
+        ),
         scheduler_config=SimpleNamespace(
             disable_hybrid_kv_cache_manager=None, scheduler_cls=None, async_scheduling=None
         ),
@@ -293,6 +296,7 @@ def test_the_hook_prepares_only_servers_that_evict(stock: Any, stages: tuple[int
 
 def test_a_server_that_never_evicts_may_have_everything_on() -> None:
     config = engine_config()
+    EvictionSettings((), ()).attach(config.model_config.hf_config)
     for switch_on in SWITCHES.values():
         switch_on(config)
     config_hook(None).verify_and_update_config(config)

@@ -27,13 +27,9 @@ class AttentionLocalizer:
         self.requests = OwnRequests(renderer, geometry, config)
         self.renderer, self.geometry, self.config = renderer, geometry, config
         self.prompt = config.prompt or PROMPT
-        self.version = " ".join(
-            str(part)
-            for part in (
-                *("attention", config.adapter, config.view_tokens, config.layers, config.window),
-                *(config.max_windows, config.further_window, self.prompt),
-            )
-        )
+        settings = config.adapter, config.thumbnail_tokens, config.layers, self.prompt
+        windows = config.window, config.max_windows, config.further_window
+        self.version = " ".join(map(str, ("attention", *windows, *settings)))
 
     async def locate(self, image: Image.Image, question: str, salt: str | None = None) -> LocalizerAnswer:
         """Run one more request with a view of the image; cancelling this aborts it."""

@@ -24,7 +24,9 @@ class EngineLocalizer:
         self.requests = OwnRequests(renderer, geometry, config)
         self.renderer = renderer
         self.dialect = dialect_with(config.dialect, config.prompt)
-        self.version = f"engine {config.adapter} {config.dialect} {config.view_tokens} {self.dialect.prompt}"
+        self.version = (
+            f"engine {config.adapter} {config.dialect} {config.thumbnail_tokens} {self.dialect.prompt}"
+        )
 
     async def locate(self, image: Image.Image, question: str, salt: str | None = None) -> LocalizerAnswer:
         """Ask the engine as one more request; cancelling this aborts it."""

@@ -68,7 +68,7 @@ class OwnRequests:
 
     def glance_now(self, image: Image.Image) -> Glance:
         """A view of the image with about as many tokens as the settings say."""
-        most = self.config.view_tokens
+        most = self.config.view_tokens(self.geometry.grid(*image.size).num_tokens)
         size = size_for_tokens(self.geometry, *image.size, most)
         if size is not None:
             picture, request = shrink(image, size), CropRequest(CropParams(method="off"), limited=False)

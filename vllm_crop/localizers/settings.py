@@ -8,7 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from vllm_crop.localizers.dialects import DialectName
 
 Kind = Literal["request", "attention", "engine", "openai"]
-VIEW_TOKENS = {"attention": 300, "engine": 64}
+# Visual tokens of a view. Of kind 'attention' about as many as published studies found enough for photos, and
+# not so many that looking costs what pruning saves.
+SMALLEST_VIEW, LARGEST_VIEW, VIEW_SHARE = 64, 300, 6
 # Of the depth: where layers look at what a question is about. Later ones hold little more of it.
 LOOKING = 0.35, 0.71
 Pinning = Literal["pinned", "latest", "off"]
@@ -46,7 +48,8 @@ class LocalizerConfig(BaseModel):
         default=None,
         ge=4,
         description="Most visual tokens of the image that kinds 'attention' and 'engine' look at. Left out: "
-        f"{VIEW_TOKENS['attention']} and {VIEW_TOKENS['engine']}.",
+        f"for 'attention' 1/{VIEW_SHARE} of the image's, {SMALLEST_VIEW} to {LARGEST_VIEW}; for 'engine' "
+        f"{SMALLEST_VIEW}.",
     )
     layers: list[Annotated[int, Field(ge=0)]] | None = Field(
         default=None,
@@ -168,10 +171,13 @@ class LocalizerConfig(BaseModel):
             raise ValueError("localizer.prompt must contain {question}")
         return self
 
-    @property
-    def view_tokens(self) -> int:
-        """Most visual tokens of the image that the served model is shown."""
-        return self.thumbnail_tokens or VIEW_TOKENS[self.kind]
+    def view_tokens(self, full: int) -> int:
+        """Most visual tokens that the served model is shown of an image that has `full` of them."""
+        if self.thumbnail_tokens is not None:
+            return self.thumbnail_tokens
+        if self.kind == "engine":
+            return SMALLEST_VIEW
+        return min(LARGEST_VIEW, max(SMALLEST_VIEW, full // VIEW_SHARE))
 
     def layers_of(self, num_layers: int) -> list[int]:
         """The layers whose attention is read, ascending, of a decoder with this many."""
