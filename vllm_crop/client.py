@@ -56,14 +56,19 @@ class CropAnswer:
 
     Attributes:
         facts: totals and, under `images`, what became of each image; empty from a server that does not prune.
-        prompt_tokens: from the usage.
-        ttft_ms: from sending the request to the first streamed token, the localizer's time included.
+        prompt_tokens, completion_tokens: from the usage.
+        ttft_ms: from sending the request to the first streamed token, the localizer's time included; NaN
+            where the server streamed none.
+        token_ids, prompt_token_ids: where the request asked for them with vLLM's `return_token_ids`.
     """
 
     text: str
     facts: dict[str, Any]
     prompt_tokens: int
     ttft_ms: float
+    completion_tokens: int = 0
+    token_ids: tuple[int, ...] = ()
+    prompt_token_ids: tuple[int, ...] = ()
 
 
 class CropClient:
@@ -97,6 +102,16 @@ class CropClient:
         extra_body: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Any:
+        """Send a question about pictures; its raw response, to be parsed. Arguments as of `send_messages`."""
+        return self.send_messages(question_about(pictures, question), crop, extra_body, **options)
+
+    def send_messages(
+        self,
+        messages: Sequence[Any],
+        crop: Mapping[str, Any] | None = None,
+        extra_body: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Any:
         """Send a chat completion; its raw response, to be parsed.
 
         Args:
@@ -106,7 +121,7 @@ class CropClient:
         field = {} if crop is None else {"crop": dict(crop)}
         return self.openai.chat.completions.with_raw_response.create(
             model=self.model,
-            messages=question_about(pictures, question),
+            messages=list(messages),
             extra_body={**field, **(extra_body or {})},
             **{"temperature": 0, **options},
         )
@@ -118,17 +133,36 @@ class CropClient:
         crop: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> CropAnswer:
-        """Stream an answer; arguments as of `send`."""
+        """Stream an answer about pictures; arguments as of `send`."""
+        return self.ask_messages(question_about(pictures, question), crop, **options)
+
+    def ask_messages(
+        self, messages: Sequence[Any], crop: Mapping[str, Any] | None = None, **options: Any
+    ) -> CropAnswer:
+        """Stream an answer; arguments as of `send_messages`."""
         start = time.perf_counter()
-        usage: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
-        response = self.send(pictures, question, crop, **usage, **options)
+        streamed: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
+        response = self.send_messages(messages, crop, **streamed, **options)
         words: list[str] = []
-        ttft_ms, prompt_tokens = math.nan, 0
+        token_ids: list[int] = []
+        prompt_token_ids: tuple[int, ...] = ()
+        ttft_ms, prompt_tokens, completion_tokens = math.nan, 0, 0
         for chunk in response.parse():
-            if chunk.choices and chunk.choices[0].delta.content:
-                if not words:
-                    ttft_ms = 1000 * (time.perf_counter() - start)
-                words.append(chunk.choices[0].delta.content)
+            prompt_token_ids = prompt_token_ids or tuple(getattr(chunk, "prompt_token_ids", None) or ())
+            for choice in chunk.choices:
+                words.append(choice.delta.content or "")
+                token_ids += getattr(choice, "token_ids", None) or ()
+            if math.isnan(ttft_ms) and (token_ids or any(words)):
+                ttft_ms = 1000 * (time.perf_counter() - start)
             if chunk.usage is not None:
-                prompt_tokens = chunk.usage.prompt_tokens
-        return CropAnswer("".join(words), facts_of(response.headers) or {}, prompt_tokens, ttft_ms)
+                prompt_tokens, completion_tokens = chunk.usage.prompt_tokens, chunk.usage.completion_tokens
+        facts = facts_of(response.headers) or {}
+        return CropAnswer(
+            "".join(words),
+            facts,
+            prompt_tokens,
+            ttft_ms,
+            completion_tokens,
+            tuple(token_ids),
+            prompt_token_ids,
+        )

@@ -22,7 +22,10 @@ LOCATE = "where:"  # before a question: where to look for the answer
 # The model was trained on an image and one question, in this order. More turns are written the same way.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %}<|answer|>{{ message['content'] }}<|im_end|>"
+    "{% if message['role'] == 'assistant' %}<|answer|>"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{% endif %}"
+    "<|im_end|>"
     "{% else %}<|im_start|>"
     "{% if message['content'] is string %}{{ message['content'] | lower }}{% else %}"
     "{% for part in message['content'] if part['type'] != 'text' %}"

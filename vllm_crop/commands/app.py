@@ -5,6 +5,7 @@ import typer
 
 from vllm_crop.commands.bench import bench
 from vllm_crop.commands.check import check
+from vllm_crop.commands.compare import compare
 from vllm_crop.commands.plan import plan
 from vllm_crop.commands.preview import preview
 
@@ -14,7 +15,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
 )
-for command in (check, plan, preview, bench):
+for command in (check, plan, preview, compare, bench):
     app.command()(command)
 
 

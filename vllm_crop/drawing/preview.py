@@ -60,11 +60,31 @@ def _draw_part(
     drawing.paste(draw_tokens(seen, plan, part), layout.view_box[:2])
     _outline(drawing, layout.view_box, _WHITE, 1)
     if region:
-        boxes = [layout.place(box) for box in region.boxes]
-        for colour, width, grow in ((_WHITE, 7, 5), (REGION_COLOUR, 5, 4)):
-            for box in boxes:
-                _outline(drawing, box, colour, width, grow)
+        _outline_boxes(drawing, [layout.place(box) for box in region.boxes])
     return drawing, seen.size != scene.size
+
+
+def draw_region(image: Image.Image, region: Region | None, long_side: int) -> Image.Image:
+    """The picture at most `long_side` pixels wide and high, with the region's boxes and no tokens.
+
+    Args:
+        image: as it is sent to the model; of any size and mode.
+        region: in fractions of the image as sent; None if there is none.
+    """
+    drawing = as_rgb(image)
+    scale = min(1.0, long_side / max(drawing.size))
+    width, height = (max(1, round(side * scale)) for side in drawing.size)
+    drawing = drawing.resize((width, height), Image.Resampling.LANCZOS)
+    layout = _Layout(drawing.size, (0, 0, width, height), (0, 0, width, height))
+    _outline_boxes(drawing, [layout.place(box) for box in region.boxes] if region else [])
+    return drawing
+
+
+def _outline_boxes(drawing: Image.Image, boxes: list[PixelBox]) -> None:
+    """Frame a region's boxes, all white rims below all coloured ones."""
+    for colour, width, grow in ((_WHITE, 7, 5), (REGION_COLOUR, 5, 4)):
+        for box in boxes:
+            _outline(drawing, box, colour, width, grow)
 
 
 def _side_by_side(drawings: list[Image.Image]) -> Image.Image:
