@@ -29,6 +29,8 @@ QUICK = {
     "localizers": "localizers localization_service",
     "frontend": "localization_service facts_header metrics",
     "compat": "refusals command_check",
+    "heat": "heat",
+    "runners": "stage_inputs",
 }
 PARITY = "tests/cpu/test_eviction_parity.py::test_all_scenarios_in_one_batch[staged-llava]"
 QWEN3 = "tests/cpu/test_eviction_parity.py::test_all_scenarios_in_one_batch[staged-qwen3_vl]"
@@ -38,6 +40,7 @@ SCHEDULING = "tests/cpu/test_eviction_scheduling.py"
 NAMES = "tests/cpu/test_image_names.py"
 CACHES = "tests/cpu/test_caches.py"
 LOCALIZER = "tests/cpu/test_localizer_offline.py"
+HEAT = "tests/cpu/test_heat.py -k llava-evicting"
 V2 = "-p tests.v2_runner "
 
 
@@ -286,6 +289,52 @@ MUTATIONS = (
         'self.localizer.version, ""',
     ),
     Mutation(
+        "a map of the layers' mean",
+        "heat/taps.py",
+        "    heat = shares.amax(0)\n",
+        "    heat = shares.mean(0)\n",
+    ),
+    Mutation(
+        "a map normalised over newlines too",
+        "heat/taps.py",
+        "sums[:, shows].sum(-1, keepdim=True)",
+        "sums.sum(-1, keepdim=True)",
+    ),
+    Mutation(
+        "a map is that of the row before",
+        "heat/taps.py",
+        "attention_sums(query[stop - 1], keys, scale)",
+        "attention_sums(query[stop - 2], keys, scale)",
+        (HEAT,),
+    ),
+    Mutation(
+        "keys of an earlier chunk are forgotten",
+        "heat/taps.py",
+        "keys = torch.cat([*kept.pop(number, ()), key[start:stop]])",
+        "keys = torch.cat([*kept.pop(number, ())[1:], key[start:stop]])",
+        (HEAT,),
+    ),
+    Mutation(
+        "rows that others left do not move a map's",
+        "heat/step.py",
+        "later = [starts if left is None else np.searchsorted(left, starts).tolist() for left in token_rows]",
+        "later = [starts for left in token_rows]",
+    ),
+    Mutation(
+        "a map goes into another request's logits",
+        "heat/taps.py",
+        "row = logits[rows.batch_row]",
+        "row = logits[rows.batch_row - 1]",
+        (HEAT,),
+    ),
+    Mutation(
+        "a map of an ordinary request takes others' log-probabilities",
+        "runners/v1.py",
+        "        if heat is None:\n            return super()._sample",
+        "        if True:\n            return super()._sample",
+        (HEAT,),
+    ),
+    Mutation(
         "box with x and y exchanged",
         "localizers/dialects.py",
         "    return Box(x0, y0, x1, y1)\n\n\n_CELLS",
@@ -301,7 +350,7 @@ MUTATIONS = (
     Mutation(
         "an unsure answer is used",
         "localizers/decision.py",
-        "if confidence < config.whole_below:",
+        "if confidence < config.least_confidence:",
         "if confidence < 0:",
     ),
     Mutation(

@@ -11,14 +11,18 @@ from collections.abc import Iterable
 from typing import Any
 
 ALONE = ("llava", "qwen3_vl")
-SELECTED = ("test_parity", "test_eviction_parity", "test_plan_contract", "test_eviction_compiled")
+SELECTED = (
+    "test_parity",
+    "test_eviction_parity",
+    "test_plan_contract",
+    "test_eviction_compiled",
+    "test_heat",
+)
 SELECTED_SERVERS = ("test_odd_images", "test_families")
 BATCHES = (
     "test_all_scenarios_in_one_batch",
     "test_vision_tower_batches_hold_no_more_tokens_than_profiled",
 )
-# The settings of engines (tests/cpu/conftest.py) that run for every family: on the slow runner, only the one
-# that compresses and evicts.
 # Parameters left out: what another one has too. By module, for both runners and for the slow one.
 LEFT_OUT = {
     "test_soak": {"one stage"},
@@ -28,7 +32,10 @@ LEFT_OUT_INTERPRETED = {
     "test_eviction_parity": {"evicting"},
     "test_eviction_scheduling": {"evicting_engine"},
     "test_eviction_caches": {"evicting_engine"},
+    "test_heat": {"False"},  # without eviction
 }
+# The settings of engines (tests/cpu/conftest.py) that run for every family: on the slow runner, only the one
+# that compresses and evicts.
 EVERYWHERE, EVERYWHERE_INTERPRETED = ("pool", "staged"), ("staged",)
 
 

@@ -39,6 +39,7 @@ class ImageDecision:
         request: as it is carried out: without the region where one cannot be used.
         plan: None serves the image whole.
         whole: why it does; "not_possible" is a region that the server found and cannot use.
+        reason: in words, why it cannot.
         mrope_position_delta: how many more position ids the image takes than tokens, if they are the original
             ones.
     """
@@ -47,6 +48,7 @@ class ImageDecision:
     plan: TokenPlan | None = None
     whole: Whole = "no_region"
     mrope_position_delta: int = 0
+    reason: str = ""
 
     @property
     def compression(self) -> TokenPlan | None:
@@ -93,11 +95,7 @@ class Planner:
         requests = asked.images(self.config, len(sizes))
         try:
             if other_kwargs and any(request.region for request in requests):
-                raise InvalidCropError(
-                    "crop.regions",
-                    f"not possible beside other mm_processor_kwargs of the request, {sorted(other_kwargs)}: "
-                    "they can move the image under the region",
-                )
+                raise _beside(other_kwargs)
             decisions = [
                 self._decide(request, size, embeddings) for request, size in zip(requests, sizes, strict=True)
             ]
@@ -158,14 +156,13 @@ class Planner:
         other_kwargs: Sequence[str],
         before: Sequence[ImageDecision],
     ) -> ImageDecision:
-        whole = ImageDecision(request.without_region(), whole="not_possible")
-        if other_kwargs and request.region is not None:
-            return whole
         try:
+            if other_kwargs and request.region is not None:
+                raise _beside(other_kwargs)
             decision = self._decide(request, size, embeddings)
             self._check_room([*before, decision])
-        except _CANNOT_PRUNE:
-            return whole
+        except _CANNOT_PRUNE as error:
+            return ImageDecision(request.without_region(), whole="not_possible", reason=str(error))
         return decision
 
     def _check_room(self, decisions: Sequence[ImageDecision]) -> None:
@@ -178,3 +175,11 @@ class Planner:
                 f"{delta} tokens removed, but this server keeps their position ids and has room for "
                 f"{self.room}: prune fewer images or less of them",
             )
+
+
+def _beside(other_kwargs: Sequence[str]) -> InvalidCropError:
+    return InvalidCropError(
+        "crop.regions",
+        f"not possible beside other mm_processor_kwargs of the request, {sorted(other_kwargs)}: "
+        "they can move the image under the region",
+    )

@@ -217,7 +217,7 @@ def test_one_image_that_cannot_be_pruned_takes_no_other_along(engine: Engine) ->
 def test_pixels_are_those_of_the_picture_that_the_model_sees(engine: Engine, size: tuple[int, int]) -> None:
     """A thumbnail is resized once more, to whole tokens, by the model's own image processor."""
     localizer = engine.llm.llm_engine.renderer._localizing.localizer
-    glance = localizer._glance(noise_image(7, *size))
+    glance = localizer.requests.glance_now(noise_image(7, *size))
     processor = engine.processor.info.get_hf_processor().image_processor
     ((_, rows, cols),) = processor(images=[glance.picture], return_tensors="pt")["image_grid_thw"].tolist()
     assert glance.pixels == (cols * processor.patch_size, rows * processor.patch_size)

@@ -430,7 +430,7 @@ pictures = st.tuples(st.integers(0, len(PICTURES) - 1), st.booleans(), st.boolea
 
 
 @settings(
-    max_examples=60,
+    max_examples=40,
     deadline=None,
     derandomize=True,
     database=None,

@@ -108,7 +108,7 @@ def test_every_condition_comes_first_equally_often() -> None:
 def test_a_picture_is_new_once() -> None:
     seen = SeenPictures()
     assert [seen.are_new(keys) for keys in (["a"], ["a"], ["b", "a"], ["b"], ["c"])] == [
-        *(True, False, False, False, True)
+        *(True, False, True, False, True)
     ]
 
 

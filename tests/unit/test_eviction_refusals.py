@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from vllm_crop.compat.eviction_hook import CPU_WORKER, SCHEDULER, config_hook, prepare_engine
+from vllm_crop.compat.engine_hook import CPU_WORKER, SCHEDULER, config_hook, prepare_engine
 from vllm_crop.compat.points import CPU_RUNNER_POINTS
 from vllm_crop.errors import UnsupportedFlagError
 from vllm_crop.eviction.markers import EvictionSettings
@@ -235,7 +235,7 @@ def test_the_v2_runner_needs_only_our_scheduler(platform: SimpleNamespace, is_cp
 @pytest.mark.parametrize("worker_cls", ["auto", STOCK_WORKER])
 def test_v1_on_a_cpu_needs_our_worker_too(worker_cls: str, monkeypatch: pytest.MonkeyPatch) -> None:
     checked: list[object] = []
-    monkeypatch.setattr("vllm_crop.compat.eviction_hook.require_supported", checked.append)
+    monkeypatch.setattr("vllm_crop.compat.engine_hook.require_supported", checked.append)
     config = engine_config()
     config.use_v2_model_runner = False
     config.parallel_config.worker_cls = worker_cls

@@ -136,9 +136,15 @@ class TestCells:
         grid = heat_grid(tokens, plan.assignment)
         assert len(grid.cells) == plan.num_embeddings
         for cell, members in zip(grid.cells, plan.members(), strict=True):
-            row, col = np.mean([divmod(token, 8) for token in members], axis=0)
-            assert abs(row - cell // 8) <= 1
-            assert abs(col - cell % 8) <= 1
+            row, col = np.mean([divmod(token, 8) for token in members], axis=0) + 0.5
+            assert (cell // 4, cell % 4) == (int(row / 2), int(col / 2))
+        assert sorted(set(grid.cells)) == list(range(16))
+
+    def test_of_many_pooled_tokens_the_ring_counts_for_nothing(self) -> None:
+        tokens = TokenGrid(48, 48)
+        plan = make_plan(tokens, Region.whole(), 0.875, "pool")
+        cells = np.array(heat_grid(tokens, plan.assignment).cells)
+        assert 0.15 < (cells == RING).mean() < 0.35
 
     @given(st.integers(1, 200), st.integers(1, 200))
     def test_any_view_has_a_map(self, rows: int, cols: int) -> None:
@@ -161,9 +167,11 @@ class TestRegion:
         grid = HeatGrid(8, 8, tuple(range(64)))
         flat, hot = np.ones(64), np.zeros(64)
         hot[9] = 1
-        for values, wanted in ((flat, 0.0), (hot, 1.0), (np.zeros(64), 0.0)):
+        for values, wanted in ((flat, 0.0), (hot, 1.0)):
             heat = HeatMap.of(grid, values)
             assert heat.within(heat.region(0.25, 1, 0.5)) == pytest.approx(wanted, abs=1e-9)
+        with pytest.raises(NoHeatError):
+            HeatMap.of(grid, np.zeros(64))
 
     @given(st.integers(1, 11), st.integers(1, 11), st.floats(0.05, 1), st.integers(1, 8), st.integers(0, 99))
     def test_any_map_has_a_region(self, rows: int, cols: int, side: float, most: int, seed: int) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When two answers are the same. Pure: no server is asked, no model judges."""
+"""Answers without what does not matter in them. Pure: no server is asked, no model judges."""
 
 import re
 import unicodedata

@@ -71,9 +71,9 @@ class SeenPictures:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def are_new(self, keys: Sequence[str]) -> bool:
-        """Whether none of them has been shown; from now on all have."""
+        """Whether any of them has not been shown; from now on all have."""
         with self._lock:
-            new = self._keys.isdisjoint(keys)
+            new = not self._keys.issuperset(keys)
             self._keys.update(keys)
             return new
 

@@ -65,7 +65,7 @@ class Scorer:
         try:
             return Score(self._forced(asked, crop, salt), whole=True)
         except _NotForcedError as reason:
-            first = self._first(crop, salt)
+            first = self._first(asked, crop, salt)
             return None if first is None else Score((first,), False, str(reason))
 
     def _forced(self, asked: CropAnswer, crop: Mapping[str, Any], salt: str) -> tuple[float, ...]:
@@ -98,7 +98,7 @@ class Scorer:
             float(place[str(token)]["logprob"]) for place, token in zip(places, token_ids, strict=True)
         )
 
-    def _first(self, crop: Mapping[str, Any], salt: str) -> float | None:
+    def _first(self, asked: CropAnswer, crop: Mapping[str, Any], salt: str) -> float | None:
         token_id = self.answer.token_ids[0]
         named = {
             "logprob_token_ids": [token_id],
@@ -108,6 +108,9 @@ class Scorer:
         response = self.client.send_messages(
             self.messages, crop, {**self.body, **named}, max_tokens=1, logprobs=True
         )
+        facts = facts_of(response.headers) or {}
+        if facts.get("tokens_avg") != asked.facts.get("tokens_avg"):
+            return None  # pruned differently: the log-probability of another prompt
         (place, *_) = response.parse().choices[0].logprobs.content
         found = {one.token: one.logprob for one in (place, *place.top_logprobs)}
         return found.get(f"token_id:{token_id}")

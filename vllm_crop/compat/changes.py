@@ -60,7 +60,10 @@ CHANGES = (
         "entry", "ModelRegistry: Crop<architecture>", "names our model classes, which nobody else asks for"
     ),
     Change(
-        "entry", "MODELS_CONFIG_MAP: Crop<architecture>", "prepares the engine's configuration", "eviction"
+        "entry",
+        "MODELS_CONFIG_MAP: Crop<architecture>",
+        "prepares the engine's configuration",
+        "eviction, localizer attention",
     ),
     Change("entry", "--middleware CropMiddleware", "reads the body field `crop`, writes `x-crop-facts`"),
     Change("class", "HfRenderer: CropRenderer", "finds regions before a prompt is expanded"),

@@ -11,7 +11,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from vllm_crop.compat.eviction_hook import config_hook
+from vllm_crop.compat.engine_hook import config_hook
 from vllm_crop.compat.patches import cli_flags, engine, input_processor, model_config, online_renderer
 from vllm_crop.compat.supported import require_supported_for
 from vllm_crop.families.registry import FAMILIES

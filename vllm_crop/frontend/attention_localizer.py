@@ -9,7 +9,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm_crop.families.registry import VisionGeometry
 from vllm_crop.frontend.own_request import Glance, OwnRequests
 from vllm_crop.heat import request as heat_request
-from vllm_crop.localizers.base import LocalizerAnswer, LocalizerName, UnreadableAnswerError
+from vllm_crop.localizers.base import LocalizerAnswer, LocalizerError, LocalizerName, UnreadableAnswerError
 from vllm_crop.localizers.heat import HeatGrid, HeatMap, heat_grid
 from vllm_crop.localizers.settings import LocalizerConfig
 
@@ -55,9 +55,11 @@ class AttentionLocalizer:
         return heat_grid(self.geometry.grid(*size), None if pooled is None else pooled.assignment)
 
     def _read(self, output: Any, glance: Glance, grid: HeatGrid) -> LocalizerAnswer:
-        (logprobs,) = output.outputs[0].logprobs
+        places = output.outputs[0].logprobs
+        if not places:
+            raise LocalizerError("the engine ended the request before its first token")
         try:
-            heat = HeatMap.of(grid, heat_request.read(logprobs, grid.num_cells))
+            heat = HeatMap.of(grid, heat_request.read(places[0], grid.num_cells))
         except heat_request.NoHeatError as error:
             raise UnreadableAnswerError(str(error)) from None
         config = self.config

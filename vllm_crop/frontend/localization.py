@@ -90,6 +90,12 @@ class LocalizationService:
     def record(self, localizations: Sequence[Localization]) -> None:
         """Count what has become of images, once that is settled."""
         for one in localizations:
+            if one.reason:
+                self.log.warning(
+                    "not_possible",
+                    "A region that was found cannot be used, the image is served whole: %s",
+                    " ".join(one.reason.split())[:200],
+                )
             if one.outcome != "not_asked":
                 crop_metrics().record_localization(self.model_name, one)
 

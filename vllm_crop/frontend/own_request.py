@@ -162,11 +162,14 @@ class OfflineEngine:
         request_id = self.engine.add_request(params=sampling, prompt=prompt, **options)
         try:
             while self._has_unfinished():
+                answer = None
                 for output in self._step():
                     if output.request_id != options["request_id"]:
                         self._kept.append(output)
                     elif output.finished:
-                        return output
+                        answer = output
+                if answer is not None:
+                    return answer
         except BaseException:
             self.engine.abort_request([request_id], internal=True)
             raise

@@ -281,7 +281,9 @@ class CropRenderer(HfRenderer):
             localizations = ()  # of embeddings that vLLM has taken apart: none of them was looked at
         found = (
             [
-                replace(one, region=None, outcome="not_possible") if decision.whole == "not_possible" else one
+                replace(one, region=None, outcome="not_possible", reason=decision.reason)
+                if decision.whole == "not_possible"
+                else one
                 for one, decision in zip(localizations, decisions, strict=True)
             ]
             if localizations

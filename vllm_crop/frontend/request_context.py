@@ -16,6 +16,7 @@ from vllm_crop.request import CropParams, ImageRequest
 
 Source = Literal["request", "attention", "engine", "openai", "none", "off", "out_of_view"]
 MAX_HEADER_BYTES = 4096
+_LONGEST_REASON = 120  # characters of a region that cannot be used
 _DECIMALS = 8  # enough to find the same tokens again from them
 
 
@@ -92,12 +93,13 @@ def _settings_json(images: Sequence[ImageFacts]) -> dict[str, Any]:
 
 
 def _localization_json(localization: Localization) -> dict[str, Any]:
-    confidence = localization.confidence
+    confidence, reason = localization.confidence, " ".join(localization.reason.split())
     return {
         "outcome": localization.outcome,
         "confidence": None if confidence is None else round(confidence, 4),
         "ms": round(1000 * localization.seconds, 1),
         "cached": localization.cached,
+        **({"reason": reason[:_LONGEST_REASON]} if reason else {}),
     }
 
 

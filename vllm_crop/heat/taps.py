@@ -40,7 +40,7 @@ class HeatTaps:
         self._seen: dict[int, list[torch.Tensor]] = {}
         self._finished: list[tuple[HeatRows, torch.Tensor]] = []
         for number, stage, attention in attentions:
-            _require_full_attention(number, attention.impl)
+            _require_plain(number, attention)
             attention.impl.forward = self._tapped(number, stage, attention.impl, attention.impl.forward)
 
     @contextmanager
@@ -127,7 +127,8 @@ def _map(sums: torch.Tensor, rows: HeatRows) -> torch.Tensor:
     """The probabilities that stand for a map, from `[layers, embeddings]`."""
     request = rows.request
     shows = torch.from_numpy(request.cells != NOWHERE).to(sums.device)
-    shares = sums / sums[:, shows].sum(-1, keepdim=True)
+    # A layer that gives the image nothing at all has no say.
+    shares = sums / sums[:, shows].sum(-1, keepdim=True).clamp(min=torch.finfo(sums.dtype).tiny)
     heat = shares.amax(0)
     cells = torch.from_numpy(request.cells).to(sums.device)
     inside = cells >= 0
@@ -137,10 +138,17 @@ def _map(sums: torch.Tensor, rows: HeatRows) -> torch.Tensor:
     return torch.cat([values, values.new_tensor([STAMP]), (1 - STAMP - values.sum())[None]])
 
 
-def _require_full_attention(number: int, impl: Any) -> None:
+def _require_plain(number: int, attention: Any) -> None:
+    if getattr(attention, "query_quant", None) is not None:
+        raise UnsupportedModelError(
+            "localizer kind 'attention' cannot read quantised queries: leave out --kv-cache-dtype, or use "
+            "kind 'engine'"
+        )
+    impl = attention.impl
     for name in ("sliding_window", "alibi_slopes", "logits_soft_cap", "sinks"):
         value = getattr(impl, name, None)
-        if value not in (None, 0, -1, (-1, -1)):
+        # What backends write for "none": a number or a pair of them; anything else is a tensor of values.
+        if isinstance(value, torch.Tensor) or value not in (None, 0, -1, (-1, -1)):
             raise UnsupportedModelError(
                 f"localizer kind 'attention' cannot read layer {number}, which has {name}: name other layers "
                 "in localizer.layers, or use kind 'engine'"

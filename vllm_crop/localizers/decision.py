@@ -38,6 +38,7 @@ class Localization:
         confidence: None where it is unknown.
         seconds: from the question to the decision, waiting included.
         cached: whether the answer was known.
+        reason: of an image that is "not_possible", in words.
     """
 
     region: Region | None
@@ -46,6 +47,7 @@ class Localization:
     confidence: float | None = None
     seconds: float = 0.0
     cached: bool = False
+    reason: str = ""
 
 
 def settle(located: LocalizerAnswer, config: LocalizerConfig) -> tuple[Region | None, Outcome]:
@@ -61,7 +63,7 @@ def settle(located: LocalizerAnswer, config: LocalizerConfig) -> tuple[Region | 
     confidence = 1.0 if located.confidence is None else located.confidence
     if not math.isfinite(confidence):
         raise UnreadableAnswerError(f"a confidence of {confidence}")
-    if confidence < config.whole_below:
+    if confidence < config.least_confidence:
         return None, "low_confidence"
     widened = confidence < config.widen_below
     margin = config.margin + (config.widen_by if widened else 0.0)

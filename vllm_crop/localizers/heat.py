@@ -7,13 +7,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_crop.heat.request import MAX_CELLS, NOWHERE, RING
+from vllm_crop.heat.request import MAX_CELLS, NOWHERE, RING, NoHeatError
 from vllm_crop.planning.geometry import Box, ImageTokens, Region
 
 FloatArray = NDArray[np.float64]
 # From so many rows and columns on the outer ring is left out: attention that is about nothing gathers in the
 # last column, and a thing that only the ring shows is rare. Of a small view the ring is half of it.
 _RINGED = 12
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,15 @@ class HeatMap:
 
     @classmethod
     def of(cls, grid: HeatGrid, heat: FloatArray) -> "HeatMap":
-        """From `[num_cells]`."""
+        """From `[num_cells]`.
+
+        Raises:
+            NoHeatError: all of it is zero.
+        """
         total = float(heat.sum())
-        values = heat / total if total > 0 else np.full(grid.num_cells, 1 / grid.num_cells)
-        return cls(values.reshape(grid.rows, grid.cols))
+        if not total > 0:
+            raise NoHeatError("no layer looks at the image")
+        return cls((heat / total).reshape(grid.rows, grid.cols))
 
     def region(self, side: float, most: int, worth: float) -> Region:
         """Windows around the hottest cells.
@@ -77,7 +83,7 @@ class HeatMap:
             x0, y0 = _around((col + 0.5) / cols, side), _around((row + 0.5) / rows, side)
             box = Box(x0, y0, x0 + side, y0 + side)
             yield box
-            # A cell that the window shows half of needs no window of its own.
+            # A cell that the window shows a part of needs no window of its own.
             left[np.outer(*_shares(box, rows, cols)) > 0.2] = -1
 
 
@@ -89,18 +95,19 @@ def heat_grid(tokens: ImageTokens, assignment: NDArray[np.int32] | None = None) 
         assignment: the embedding each token becomes part of; left out, each has its own.
     """
     finest = max(tokens.parts, key=lambda part: part.grid.num_tokens).grid
-    shrink = min(1.0, (MAX_CELLS / finest.num_tokens) ** 0.5)
-    rows = min(max(1, int(finest.rows * shrink)), MAX_CELLS)
-    cols = min(max(1, int(finest.cols * shrink)), MAX_CELLS // rows)
-    places = _places(tokens)
-    ringed = min(finest.rows, finest.cols) >= _RINGED
-    if assignment is not None:
-        places = _means(places, assignment)
+    places = _places(tokens) if assignment is None else _means(_places(tokens), assignment)
+    # As if the embeddings were a grid of the same shape: tokens may have been averaged.
+    finer = min(1.0, (len(places) / finest.num_tokens) ** 0.5)
+    view_rows, view_cols = finest.rows * finer, finest.cols * finer
+    shrink = min(1.0, (MAX_CELLS / (view_rows * view_cols)) ** 0.5)
+    rows = min(max(1, int(view_rows * shrink + _ROUNDING)), MAX_CELLS)
+    cols = min(max(1, int(view_cols * shrink + _ROUNDING)), MAX_CELLS // rows)
+    ringed = min(view_rows, view_cols) >= _RINGED
     shows = ~np.isnan(places[:, 0])
     x, y = np.where(shows, places.T, 0.0)
     cells = np.minimum((y * rows).astype(int), rows - 1) * cols + np.minimum((x * cols).astype(int), cols - 1)
     if ringed:
-        edge_x, edge_y = 1 / finest.cols, 1 / finest.rows
+        edge_x, edge_y = 1 / view_cols, 1 / view_rows
         ring = (x < edge_x) | (x > 1 - edge_x) | (y < edge_y) | (y > 1 - edge_y)
         cells[ring] = RING
     cells[~shows] = NOWHERE

@@ -11,6 +11,7 @@ Kind = Literal["request", "attention", "engine", "openai"]
 # Visual tokens of a view. Of kind 'attention' about as many as published studies found enough for photos, and
 # not so many that looking costs what pruning saves.
 SMALLEST_VIEW, LARGEST_VIEW, VIEW_SHARE = 64, 300, 6
+FLAT = 0.1  # a fixed window on a flat map has 0 beyond its share of the area
 # Of the depth: where layers look at what a question is about. Later ones hold little more of it.
 LOOKING = 0.35, 0.71
 Pinning = Literal["pinned", "latest", "off"]
@@ -86,8 +87,12 @@ class LocalizerConfig(BaseModel):
     min_area: float = Field(
         default=0.0, ge=0, le=1, description="Boxes are grown to at least this fraction of the image."
     )
-    whole_below: float = Field(
-        default=0.0, ge=0, le=1, description="Serve the image whole if the localizer's confidence is less."
+    whole_below: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="Serve the image whole if the localizer's confidence is less. Left out: "
+        f"{FLAT} for kind 'attention', whose map is flat then, else 0.",
     )
     widen_below: float = Field(
         default=0.0,
@@ -185,6 +190,13 @@ class LocalizerConfig(BaseModel):
             return sorted(set(self.layers))
         first, last = (int(share * num_layers) for share in LOOKING)
         return list(range(first, max(first + 1, last)))
+
+    @property
+    def least_confidence(self) -> float:
+        """Below it the image is served whole."""
+        if self.whole_below is not None:
+            return self.whole_below
+        return FLAT if self.kind == "attention" else 0.0
 
     @property
     def localizes(self) -> bool:

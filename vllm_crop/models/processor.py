@@ -164,7 +164,11 @@ class CropProcessorMixin(BaseMultiModalProcessor):
             data[index] = known.data_of(image)
             if data[index] is None and asked.found is not None and cache.is_cached_item(image.key):
                 # Only the whole image is left: what the server found must not make it a miss.
-                settled[index] = ImageDecision(decision.request.without_region(), whole="not_possible")
+                settled[index] = ImageDecision(
+                    decision.request.without_region(),
+                    whole="not_possible",
+                    reason="of an image that came as a name alone only the whole is left",
+                )
         supplied = self.info.parse_mm_data({"image": data}, validate=False)
         return replace(
             inputs, mm_data_items=MultiModalDataItems({**inputs.mm_data_items, **supplied})

@@ -102,9 +102,10 @@ class CropCPUModelRunner(CPUModelRunner):
     def _heat_request(self, req_id: str) -> HeatRequest | None:
         state: Any = self.requests[req_id]
         if not hasattr(state, "crop_heat"):
-            state.crop_heat = HeatRequest.of(
-                state.sampling_params, len(state.prompt_token_ids or ()), image_embeddings(state.mm_features)
-            )
+            embeddings = image_embeddings(state.mm_features)
+            asked = HeatRequest.of(state.sampling_params, len(state.prompt_token_ids or ()), embeddings)
+            # Of a prompt that is evicted from, rows would be missing.
+            state.crop_heat = None if self._eviction(req_id) is not None else asked
         request: HeatRequest | None = state.crop_heat
         return request
 

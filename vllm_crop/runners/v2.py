@@ -60,12 +60,13 @@ class CropModelState(DefaultModelState):
         super().add_request(req_index, new_req_data)
         placeholders = image_placeholders(new_req_data.mm_features)
         prompt = new_req_data.prompt_token_ids or ()
-        self.running.set(req_index, read_markers(prompt, placeholders, self.settings.marker_ids))
+        eviction = read_markers(prompt, placeholders, self.settings.marker_ids)
+        self.running.set(req_index, eviction)
         self._slots[new_req_data.req_id] = req_index
         self._asked.pop(req_index, None)
         embeddings = image_embeddings(new_req_data.mm_features)
         heat = self._makes_heat and HeatRequest.of(new_req_data.sampling_params, len(prompt), embeddings)
-        if heat:
+        if heat and eviction is None:  # of a prompt that is evicted from, rows would be missing
             self._asked[req_index] = heat
 
     def remove_request(self, req_id: str) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Brings the scheduler and, on plain CPUs, the worker of eviction into vLLM's configuration.
+"""Brings eviction's scheduler and, on plain CPUs, our worker into vLLM's configuration.
 
 vLLM calls a model's entry in MODELS_CONFIG_MAP (vllm/model_executor/models/config.py) while it completes the
 engine's configuration, in the process that starts the engine.
@@ -22,7 +22,7 @@ CPU_WORKER = "vllm_crop.runners.v1.CropCPUWorker"
 def config_hook(stock: Any) -> type[Any]:
     """The entry for one of our architectures; `stock` is that of the architecture it stands for, or None."""
 
-    class EvictionConfigHook:
+    class EngineConfigHook:
         @staticmethod
         def verify_and_update_config(vllm_config: Any) -> None:
             if stock is not None:
@@ -34,7 +34,7 @@ def config_hook(stock: Any) -> type[Any]:
             if stock is not None:
                 stock.verify_and_update_model_config(model_config)
 
-    return EvictionConfigHook
+    return EngineConfigHook
 
 
 def prepare_engine(vllm_config: Any) -> None:
