@@ -53,8 +53,8 @@ def remote_localizer(options: Options, server: Server) -> dict[str, Any]:
 
 
 def _dummy_settings(options: Options) -> dict[str, Any]:
-    """On a busy CPU a late answer is still one, to be timed."""
-    return {} if options.model else {"prompt": DUMMY_PROMPT, "timeout_s": 60}
+    """On a busy CPU a late answer is still one, to be timed; and so is an unsure one of a dummy."""
+    return {} if options.model else {"prompt": DUMMY_PROMPT, "timeout_s": 60, "whole_below": 0.0}
 
 
 def outcomes(metrics: str) -> Counter[str]:
