@@ -32,8 +32,9 @@ def report(measured: Measured, console: Console) -> None:
     console.print(costs_table(rows(measured)))
     console.print(
         f"Pruning rate {PRUNING_RATE}; ilp evicts from layer {EVICTION_LAYERS[0]} of {LAYERS} on. The model "
-        "found every region itself, on a thumbnail; its time is part of the time to first token (median and "
-        "range over the local questions, a new picture each time, on this machine). Search and count need "
+        "found every region itself, in a small view of the image; its time is part of the time to first "
+        "token (median and range over the local questions, a new picture each time, on this machine), and "
+        "in the row of wrong regions they were sent on purpose. Search and count need "
         "the whole image: there the localizer says so and nothing is pruned."
     )
     summary = {

@@ -165,6 +165,24 @@ def test_others_are_answered_to_the_bit_as_beside_any_request(evicts: bool, engi
         assert torch.equal(beside_map.logprobs[0], beside_answer.logprobs[0])
 
 
+def test_beside_a_client_that_names_ids_both_get_theirs(engine_of: Start) -> None:
+    from vllm import SamplingParams
+
+    engine = engine_of(LLAVA, True)
+    looked, named = Question((PICTURE,), OFF), Question((OTHER,), OFF, OTHER_TEXT)
+    cells = cells_of(engine, PICTURE, OFF)
+    ids = [300, 3, 250]
+    # It is still answered when the map is made.
+    names = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, logprob_token_ids=ids)
+    alone = engine.llm.generate(named.prompt(engine.image), names, use_tqdm=False)[0].outputs[0].logprobs[0]
+    (wanted,) = ask(engine, (looked, cells))
+    prompts = [named.prompt(engine.image), looked.prompt(engine.image)]
+    beside, mapped = engine.llm.generate(prompts, [names, sampling(cells)], use_tqdm=False)
+    assert differs(read(mapped.outputs[0].logprobs[0], NUM_CELLS), wanted) < TOLERANCE
+    for token in ids:
+        assert abs(beside.outputs[0].logprobs[0][token].logprob - alone[token].logprob) < 1e-4
+
+
 @pytest.mark.parametrize(
     "wrong",
     [

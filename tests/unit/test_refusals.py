@@ -99,6 +99,15 @@ def test_original_positions_need_room_for_an_unpruned_image() -> None:
         refuse_model(model_config(max_model_len=4096 - 575), original)
 
 
+def test_layers_that_the_model_does_not_have_are_refused_before_it_is_loaded() -> None:
+    def reading(*layers: int) -> CropConfig:
+        return CropConfig(localizer=LocalizerConfig(kind="attention", layers=list(layers)))
+
+    refuse_model(model_config(), reading(3, 31))
+    with pytest.raises(InvalidConfigError, match=r"localizer.layers \[3, 32\]: .* layers are 0 to 31"):
+        refuse_model(model_config(), reading(32, 3))
+
+
 def test_renumbered_positions_need_no_room() -> None:
     refuse_model(model_config(max_model_len=4096), CropConfig())
 

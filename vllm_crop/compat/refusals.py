@@ -66,6 +66,13 @@ def refuse_model(model_config: Any, config: CropConfig) -> None:
     if config.stages:
         refuse_budget(model_config, config)
     geometry = served_geometry(model_config)
+    if config.localizer.kind == "attention":
+        layers = config.localizer.layers_of(geometry.num_layers)
+        if layers[-1] >= geometry.num_layers:
+            raise InvalidConfigError(
+                f"--crop-config localizer.layers {layers}: the model's decoder layers are 0 to "
+                f"{geometry.num_layers - 1}"
+            )
     if config.position_ids == "original" and not geometry.uses_mrope:
         room = model_config.hf_text_config.max_position_embeddings - geometry.max_tokens
         if model_config.max_model_len > room:

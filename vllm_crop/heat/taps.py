@@ -162,17 +162,13 @@ def start_heat(model: Any, vllm_config: Any, stages: tuple[int, ...]) -> HeatTap
         stages: eviction layers of the server.
 
     Raises:
-        UnsupportedModelError: the model has no such layer, or the layer cannot be read.
+        UnsupportedModelError: a layer cannot be read.
     """
     config = CropConfig.from_mapping(vllm_config.model_config.hf_config.crop)
     if config.localizer.kind != "attention":
         return None
     decoder = list(model.language_model.model.layers)
     layers = config.localizer.layers_of(len(decoder))
-    if layers[-1] >= len(decoder):
-        raise UnsupportedModelError(
-            f"localizer.layers {layers}: the model's decoder layers are 0 to {len(decoder) - 1}"
-        )
     return HeatTaps(
         [(layer, sum(layer >= first for first in stages), attention_of(decoder[layer])) for layer in layers]
     )

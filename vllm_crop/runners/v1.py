@@ -160,11 +160,13 @@ class CropCPUModelRunner(CPUModelRunner):
             return super()._sample(logits, spec_decode_metadata)
         metadata = self.input_batch.sampling_metadata
         own = {rows.batch_row for rows in heat.rows}
-        named = {row: ids for row, ids in (metadata.logprob_token_ids or {}).items() if row not in own}
+        if set(metadata.logprob_token_ids or ()) - own:
+            # Another request names ids too: upstream then reads named ids only, the map's among them.
+            return super()._sample(logits, spec_decode_metadata)
         most = max(len(token_ids(rows.request.num_cells)) for rows in heat.rows)
         self.input_batch.sampling_metadata = replace(
             metadata,
-            logprob_token_ids=named or None,
+            logprob_token_ids=None,
             max_num_logprobs=max(metadata.max_num_logprobs or 0, most),
         )
         try:
