@@ -8,9 +8,9 @@ BIN := $(VENV)/bin
 V2_TESTS := $(addprefix tests/cpu/test_,runner.py parity.py caches.py image_names.py eviction_caches.py eviction_scheduling.py \
 	eviction_graphs.py heat.py soak.py qwen2_5_vl.py llava_next.py tinyvqa_served.py) \
 	tests/cpu/test_eviction_parity.py::test_all_scenarios_in_one_batch
-TRAINED_TESTS := $(addprefix tests/e2e/test_,attention_localizer.py engine_localizer.py playground.py localizer_adapter.py remote_localizer.py hostile_requests.py compare.py)
+TRAINED_TESTS := $(addprefix tests/e2e/test_,engine_localizer.py playground.py compare.py remote_localizer.py hostile_requests.py)
 TIMING_TEST := tests/e2e/test_not_asked_for.py
-# Two lanes side by side on two cores: a thread for each process, which vLLM must not bind to a core.
+# Two lanes side by side on two cores, those with one process each first: a thread for each process, which vLLM must not bind to a core.
 LANE := set -o pipefail; OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(BIN)/python -m pytest -p no:cacheprovider
 export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
@@ -33,7 +33,7 @@ eval: setup  ## are answers still right: CROP, rivals, controls (ARGS="--quick" 
 	@$(BIN)/python -m lab.evaluation $(ARGS)
 
 test: setup  ## all tests, two lanes at a time: real vLLM engines on both model runners, `vllm serve` over HTTP, a browser
-	@$(MAKE) --no-print-directory -j2 lane-trained lane-v1 lane-v2 lane-served
+	@$(MAKE) --no-print-directory -j2 lane-v2 lane-v1 lane-trained lane-served
 	@echo "Alone, as it measures time:"
 	@$(BIN)/python -m pytest $(TIMING_TEST) $(PYTEST_ARGS)
 
