@@ -8,6 +8,7 @@ from typing import Any
 from vllm_crop.errors import UnsupportedFlagError
 
 Check = Callable[[Any], bool]
+_EVICTION = "eviction (--crop-config method 'ilp' or 'plc+ilp', or eviction_layers)"
 
 # (flag, reason, whether the VllmConfig has it on). What stands in the way is said in the reason.
 REFUSED: tuple[tuple[str, str, Check], ...] = (
@@ -137,7 +138,7 @@ def refuse_flags(vllm_config: Any) -> None:
     Raises:
         UnsupportedFlagError: naming the first offending flag.
     """
-    _refuse((*REFUSED, *REFUSED_GRAPHS), vllm_config)
+    refuse_first((*REFUSED, *REFUSED_GRAPHS), vllm_config, _EVICTION)
 
 
 def refuse_graphs(vllm_config: Any) -> None:
@@ -146,7 +147,7 @@ def refuse_graphs(vllm_config: Any) -> None:
     Raises:
         UnsupportedFlagError: naming the setting.
     """
-    _refuse(REFUSED_GRAPHS, vllm_config)
+    refuse_first(REFUSED_GRAPHS, vllm_config, _EVICTION)
 
 
 def captures_mixed_steps(vllm_config: Any) -> bool:
@@ -155,10 +156,12 @@ def captures_mixed_steps(vllm_config: Any) -> bool:
     return mode is not None and mode.mixed_mode().name == "FULL"
 
 
-def _refuse(entries: Sequence[tuple[str, str, Check]], vllm_config: Any) -> None:
+def refuse_first(entries: Sequence[tuple[str, str, Check]], vllm_config: Any, beside: str) -> None:
+    """Refuse the first of some flags that is on, beside what it cannot be used with.
+
+    Raises:
+        UnsupportedFlagError: naming both.
+    """
     for flag, reason, is_on in entries:
         if is_on(vllm_config):
-            raise UnsupportedFlagError(
-                f"{flag} cannot be used with eviction (--crop-config method 'ilp' or 'plc+ilp', or "
-                f"eviction_layers): {reason}"
-            )
+            raise UnsupportedFlagError(f"{flag} cannot be used with {beside}: {reason}")

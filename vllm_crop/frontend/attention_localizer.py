@@ -12,6 +12,7 @@ from vllm_crop.heat import request as heat_request
 from vllm_crop.localizers.base import LocalizerAnswer, LocalizerError, LocalizerName, UnreadableAnswerError
 from vllm_crop.localizers.heat import HeatGrid, HeatMap, heat_grid
 from vllm_crop.localizers.settings import LocalizerConfig
+from vllm_crop.localizers.thumbnails import off_the_loop
 
 # The prompt must end where a short answer begins: there the model knows what it has to look at.
 PROMPT = "{question}\nAnswer the question using a single word or phrase."
@@ -34,7 +35,7 @@ class AttentionLocalizer:
     async def locate(self, image: Image.Image, question: str, salt: str | None = None) -> LocalizerAnswer:
         """Run one more request with a view of the image; cancelling this aborts it."""
         glance = await self.requests.glance(image)
-        grid = self._grid(glance)
+        grid = await off_the_loop(self._grid, glance)
         output = await self.requests.ask(glance, self._text(question), _sampling(grid), salt)
         return self._read(output, glance, grid)
 

@@ -4,8 +4,7 @@
 from typing import Any
 
 from vllm_crop.config import CropConfig
-from vllm_crop.errors import UnsupportedFlagError
-from vllm_crop.eviction.refusals import Check, captures_mixed_steps
+from vllm_crop.eviction.refusals import Check, captures_mixed_steps, refuse_first
 
 # (flag, reason, whether the VllmConfig has it on).
 REFUSED: tuple[tuple[str, str, Check], ...] = (
@@ -63,6 +62,4 @@ def refuse_flags(vllm_config: Any) -> None:
     Raises:
         UnsupportedFlagError: naming the flag.
     """
-    for flag, reason, is_on in REFUSED:
-        if is_on(vllm_config):
-            raise UnsupportedFlagError(f"{flag} cannot be used with localizer.kind 'attention': {reason}")
+    refuse_first(REFUSED, vllm_config, "localizer.kind 'attention'")
