@@ -21,7 +21,7 @@ pytestmark = pytest.mark.e2e
 PAIRS = 16
 MEDIAN_RANKS = (3, 12)  # of 16 sorted values; the median lies between them with 97 % (order statistics)
 # An engine spins for a while after a request, on the core that the other server's engine is bound to.
-PAUSE_S = 1.0
+PAUSE_S = 0.5
 
 
 def ask(server: Server, seed: int) -> tuple[Any, float]:
