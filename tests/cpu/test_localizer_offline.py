@@ -17,8 +17,9 @@ from tests.cpu.conftest import Engine, Question
 from tests.families import FAMILIES, LLAVA, LLAVA_ONEVISION, QWEN2_5_VL, Family
 from tests.pictures import noise_image
 from tests.tinyvqa import CHECKPOINT, ENGINE
+from vllm_crop.client import data_url
 from vllm_crop.localizers.dialects import DIALECTS, read_cells
-from vllm_crop.localizers.thumbnails import shrink, size_for_tokens
+from vllm_crop.localizers.thumbnails import as_picture, shrink, size_for_tokens
 from vllm_crop.planning.geometry import Region
 
 pytestmark = pytest.mark.vllm_runtime
@@ -217,20 +218,20 @@ def test_one_image_that_cannot_be_pruned_takes_no_other_along(engine: Engine) ->
 def test_pixels_are_those_of_the_picture_that_the_model_sees(engine: Engine, size: tuple[int, int]) -> None:
     """A thumbnail is resized once more, to whole tokens, by the model's own image processor."""
     localizer = engine.llm.llm_engine.renderer._localizing.localizer
-    glance = localizer.requests.glance_now(noise_image(7, *size))
+    glance = localizer.requests.glance_now(as_picture(noise_image(7, *size)))
     processor = engine.processor.info.get_hf_processor().image_processor
-    ((_, rows, cols),) = processor(images=[glance.picture], return_tensors="pt")["image_grid_thw"].tolist()
+    ((_, rows, cols),) = processor(images=[glance.item], return_tensors="pt")["image_grid_thw"].tolist()
     assert glance.pixels == (cols * processor.patch_size, rows * processor.patch_size)
 
 
 def test_arrays_are_localized_as_pictures_are(engine: Engine) -> None:
     scene, question = ASKED[0]
     text = f"<|im_start|>{{images}}{question.text}<|answer|>"
-    as_picture, as_array = (
+    from_picture, from_array = (
         Question((image,), {"question": question.text}, text, "")  # type: ignore[arg-type]
         for image in (scene.picture(), np.asarray(scene.picture()))
     )
-    first, second = engine.ask(as_picture, as_array, steps=2)
+    first, second = engine.ask(from_picture, from_array, steps=2)
     assert first.prompt_token_ids == second.prompt_token_ids
     assert len(first.prompt_token_ids) < 200
 
@@ -262,10 +263,19 @@ def test_where_all_images_cost_the_same_the_glance_is_averaged(
     checkpoint: Path = checkpoint_of(LLAVA, LLAVA.deep)
     localizer = {"kind": "engine", "prompt": "{question}"}
     llava = Engine(checkpoint, {"localizer": localizer, "pruning_rate": 0.8333}, LLAVA)
-    content = [{"type": "image_pil", "image_pil": noise_image(900)}, {"type": "text", "text": "What is it?"}]
-    ((_, length),) = chat(llava, [[{"role": "user", "content": content}]])
-    (glance_id, glance), (_, answered) = added
-    assert glance_id.startswith("crop-localizer-")
-    assert answered == length
-    # The same words about an image of 64 tokens, of 96, or of all 576 where the model names no region.
-    assert answered - glance in (96 - 64, 576 - 64)
+    encoder, picture = llava.model.crop_encoder, noise_image(900)
+    parts = [
+        {"type": "image_pil", "image_pil": picture},
+        {"type": "image_url", "image_url": {"url": data_url(noise_image(901))}},
+    ]
+    for part in parts:
+        encoded = encoder.num_encoded
+        content = [part, {"type": "text", "text": "What is it?"}]
+        ((_, length),) = chat(llava, [[{"role": "user", "content": content}]])
+        assert encoder.num_encoded == encoded + 1  # the vision tower ran once for both
+        (glance_id, glance), (_, answered) = added
+        added.clear()
+        assert glance_id.startswith("crop-localizer-")
+        assert answered == length
+        # The same words about an image of 64 tokens, of 96, or of all 576 where the model names no region.
+        assert answered - glance in (96 - 64, 576 - 64)

@@ -13,7 +13,7 @@ from vllm_crop.config import CropConfig
 from vllm_crop.frontend import localization
 from vllm_crop.frontend.localization import LocalizationService, RegionQuery
 from vllm_crop.localizers.base import LocalizerAnswer, LocalizerError
-from vllm_crop.localizers.thumbnails import as_picture
+from vllm_crop.localizers.thumbnails import Picture, as_picture
 from vllm_crop.planning.geometry import Region
 
 
@@ -28,7 +28,7 @@ class Counting:
         self.error: Exception | None = None
         self.seconds = 0.02
 
-    async def locate(self, image: Image.Image, question: str, salt: str | None = None) -> LocalizerAnswer:
+    async def locate(self, picture: Picture, question: str, salt: str | None = None) -> LocalizerAnswer:
         self.running += 1
         self.asked += 1
         self.most = max(self.most, self.running)

@@ -3,7 +3,6 @@
 
 from typing import Any
 
-from PIL import Image
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from vllm_crop.families.registry import VisionGeometry
@@ -12,7 +11,7 @@ from vllm_crop.heat import request as heat_request
 from vllm_crop.localizers.base import LocalizerAnswer, LocalizerError, LocalizerName, UnreadableAnswerError
 from vllm_crop.localizers.heat import HeatGrid, HeatMap, heat_grid
 from vllm_crop.localizers.settings import LocalizerConfig
-from vllm_crop.localizers.thumbnails import off_the_loop
+from vllm_crop.localizers.thumbnails import Picture, off_the_loop
 
 # The prompt must end where a short answer begins: there the model knows what it has to look at.
 PROMPT = "{question}\nAnswer the question using a single word or phrase."
@@ -32,16 +31,16 @@ class AttentionLocalizer:
         windows = config.window, config.max_windows, config.further_window
         self.version = " ".join(map(str, ("attention", *windows, *settings)))
 
-    async def locate(self, image: Image.Image, question: str, salt: str | None = None) -> LocalizerAnswer:
+    async def locate(self, picture: Picture, question: str, salt: str | None = None) -> LocalizerAnswer:
         """Run one more request with a view of the image; cancelling this aborts it."""
-        glance = await self.requests.glance(image)
+        glance = await self.requests.glance(picture)
         grid = await off_the_loop(self._grid, glance)
         output = await self.requests.ask(glance, self._text(question), _sampling(grid), salt)
         return self._read(output, glance, grid)
 
-    def locate_now(self, image: Image.Image, question: str, salt: str | None = None) -> LocalizerAnswer:
+    def locate_now(self, picture: Picture, question: str, salt: str | None = None) -> LocalizerAnswer:
         """The same for the offline `LLM`, whose other requests wait meanwhile."""
-        glance = self.requests.glance_now(image)
+        glance = self.requests.glance_now(picture)
         grid = self._grid(glance)
         output = self.requests.ask_now(glance, self._text(question), _sampling(grid), salt)
         return self._read(output, glance, grid)
@@ -50,10 +49,9 @@ class AttentionLocalizer:
         return self.prompt.replace("{question}", question)
 
     def _grid(self, glance: Glance) -> HeatGrid:
-        size = glance.picture.size
-        (decision,) = self.renderer.mm_processor.planner.plan(glance.request, [size])
+        (decision,) = self.renderer.mm_processor.planner.plan(glance.request, [glance.size])
         pooled = decision.compression
-        return heat_grid(self.geometry.grid(*size), None if pooled is None else pooled.assignment)
+        return heat_grid(self.geometry.grid(*glance.size), None if pooled is None else pooled.assignment)
 
     def _read(self, output: Any, glance: Glance, grid: HeatGrid) -> LocalizerAnswer:
         places = output.outputs[0].logprobs

@@ -4,7 +4,6 @@
 import math
 from typing import Any
 
-from PIL import Image
 from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
 from vllm_crop.families.registry import VisionGeometry
@@ -12,6 +11,7 @@ from vllm_crop.frontend.own_request import Glance, OwnRequests
 from vllm_crop.localizers.base import LocalizerAnswer, LocalizerName, UnreadableAnswerError
 from vllm_crop.localizers.dialects import dialect_with
 from vllm_crop.localizers.settings import LocalizerConfig
+from vllm_crop.localizers.thumbnails import Picture
 
 
 class EngineLocalizer:
@@ -28,15 +28,15 @@ class EngineLocalizer:
             f"engine {config.adapter} {config.dialect} {config.thumbnail_tokens} {self.dialect.prompt}"
         )
 
-    async def locate(self, image: Image.Image, question: str, salt: str | None = None) -> LocalizerAnswer:
+    async def locate(self, picture: Picture, question: str, salt: str | None = None) -> LocalizerAnswer:
         """Ask the engine as one more request; cancelling this aborts it."""
-        glance = await self.requests.glance(image)
+        glance = await self.requests.glance(picture)
         text = self.dialect.ask(question)
         return self._read(await self.requests.ask(glance, text, self._sampling(), salt), glance)
 
-    def locate_now(self, image: Image.Image, question: str, salt: str | None = None) -> LocalizerAnswer:
+    def locate_now(self, picture: Picture, question: str, salt: str | None = None) -> LocalizerAnswer:
         """The same for the offline `LLM`, whose other requests wait meanwhile."""
-        glance = self.requests.glance_now(image)
+        glance = self.requests.glance_now(picture)
         text = self.dialect.ask(question)
         return self._read(self.requests.ask_now(glance, text, self._sampling(), salt), glance)
 

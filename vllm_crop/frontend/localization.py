@@ -34,6 +34,7 @@ LOCALIZERS: dict[str, Callable[[Any, VisionGeometry, CropConfig], Localizer]] = 
     "openai": lambda renderer, geometry, config: OpenAILocalizer(config.localizer),
 }
 _WARM_UP_S = 60.0
+_GREY = Picture(lambda: Image.new("RGB", (512, 512), "grey"))
 logger = logging.getLogger("vllm.plugins.crop")
 
 Key = tuple[str, str, str, str]
@@ -103,7 +104,7 @@ class LocalizationService:
         """Ask about a grey picture: the first question compiles a grammar and fills caches, for seconds."""
         try:
             async with asyncio.timeout(_WARM_UP_S):
-                await self.localizer.locate(Image.new("RGB", (512, 512), "grey"), "What is this?")
+                await self.localizer.locate(_GREY, "What is this?")
         except (TimeoutError, Exception) as error:
             logger.warning("The localizer does not answer yet: %s", _one_line(error))
 
@@ -162,7 +163,7 @@ class LocalizationService:
             cached = located is not None
             if located is None:
                 picture, question = sought.known
-                located = self.localizer.locate_now(picture.open(), question, sought.salt)
+                located = self.localizer.locate_now(picture, question, sought.salt)
                 self.answers.put(key, located)
             return self._settled(located, start, cached)
         except Exception as error:
@@ -173,8 +174,7 @@ class LocalizationService:
             self._asking.add(key)
             try:
                 picture, question = sought.known
-                image = await off_the_loop(picture.open)
-                return await self.localizer.locate(image, question, sought.salt)
+                return await self.localizer.locate(picture, question, sought.salt)
             finally:
                 self._asking.discard(key)
 

@@ -7,14 +7,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from PIL import Image
 from vllm.renderers.params import ChatParams
 
 from vllm_crop.families.registry import VisionGeometry
 from vllm_crop.frontend.settling import LOCALIZERS_OWN
 from vllm_crop.localizers.base import LocalizerError
 from vllm_crop.localizers.settings import LocalizerConfig
-from vllm_crop.localizers.thumbnails import not_huge, off_the_loop, shrink, size_for_tokens
+from vllm_crop.localizers.thumbnails import Picture, image_of, not_huge, off_the_loop, shrink, size_for_tokens
 from vllm_crop.models.processor import REQUEST_KEY
 from vllm_crop.models.sent import newly_sent
 from vllm_crop.planning.geometry import ImageView, Region
@@ -26,12 +25,14 @@ class Glance:
     """What the model is shown, and what is done with its tokens.
 
     Attributes:
-        picture: of the same aspect as the image.
+        item: a picture of the same aspect as the image, or the image itself, as vLLM takes it.
+        size: of that picture, width and height.
         shows: the part of it that the model sees.
         pixels: width and height of that part, as the model is shown it.
     """
 
-    picture: Image.Image
+    item: Any
+    size: tuple[int, int]
     request: CropRequest
     shows: ImageView
     pixels: tuple[int, int]
@@ -44,9 +45,9 @@ class OwnRequests:
         """`renderer`: the server's CropRenderer, whose `engine` answers."""
         self.renderer, self.geometry, self.config = renderer, geometry, config
 
-    async def glance(self, image: Image.Image) -> Glance:
-        """A view of the image, made beside the event loop."""
-        return await off_the_loop(self.glance_now, image)
+    async def glance(self, picture: Picture) -> Glance:
+        """A view of the picture, made beside the event loop."""
+        return await off_the_loop(self.glance_now, picture)
 
     async def ask(self, glance: Glance, text: str, sampling: Any, salt: str | None) -> Any:
         """The engine's output (vllm/outputs.py); cancelling this aborts the request."""
@@ -66,20 +67,25 @@ class OwnRequests:
         with self._own(prompts[0]):
             return engine.generate(prompts[0], sampling, options)
 
-    def glance_now(self, image: Image.Image) -> Glance:
-        """A view of the image with about as many tokens as the settings say."""
+    def glance_now(self, picture: Picture) -> Glance:
+        """A view of the picture with about as many tokens as the settings say."""
+        sent = picture.open_item()
+        image = image_of(sent)
         most = self.config.view_tokens(self.geometry.grid(*image.size).num_tokens)
         size = size_for_tokens(self.geometry, *image.size, most)
         if size is not None:
-            picture, request = shrink(image, size), CropRequest(CropParams(method="off"), limited=False)
+            view = image if size == image.size else shrink(image, size)
+            request = CropRequest(CropParams(method="off"), limited=False)
         else:
             # Every image costs the same here: average its tokens over the whole image instead.
-            picture = not_huge(image)
-            full = self.geometry.grid(*picture.size).num_tokens
+            view = not_huge(image)
+            full = self.geometry.grid(*view.size).num_tokens
             whole = CropParams(regions=[Region.whole()], pruning_rate=1 - most / full, method="plc")
             request = CropRequest(whole, limited=False)
-        shows = self.geometry.view(*picture.size)
-        return Glance(picture, request, shows, self.geometry.pixels(*picture.size))
+        # The image itself goes as it came, so that the vision tower runs once for it and for the view.
+        item = sent if view is image else view
+        shows, pixels = self.geometry.view(*view.size), self.geometry.pixels(*view.size)
+        return Glance(item, view.size, request, shows, pixels)
 
     def _engine(self, kind: type) -> Any:
         engine = self.renderer.engine
@@ -121,7 +127,7 @@ class OwnRequests:
 
 
 def _messages(glance: Glance, text: str) -> list[Any]:
-    image = {"type": "image_pil", "image_pil": glance.picture}
+    image = {"type": "image_pil", "image_pil": glance.item}
     return [{"role": "user", "content": [image, {"type": "text", "text": text}]}]
 
 

@@ -4,9 +4,8 @@
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from PIL import Image
-
 from vllm_crop.localizers.heat import HeatMap
+from vllm_crop.localizers.thumbnails import Picture
 from vllm_crop.planning.geometry import Region
 
 LocalizerName = Literal["attention", "engine", "openai"]
@@ -49,11 +48,11 @@ class Localizer(Protocol):
     name: LocalizerName
     version: str
 
-    async def locate(self, image: Image.Image, question: str, salt: str | None = None) -> LocalizerAnswer:
+    async def locate(self, picture: Picture, question: str, salt: str | None = None) -> LocalizerAnswer:
         """Find the region.
 
         Args:
-            image: as the client sent it, decoded.
+            picture: as the client sent it.
             salt: keeps tenants apart in caches that are shared, as the request's `cache_salt`.
 
         Raises:
@@ -61,6 +60,6 @@ class Localizer(Protocol):
         """
         ...
 
-    def locate_now(self, image: Image.Image, question: str, salt: str | None = None) -> LocalizerAnswer:
+    def locate_now(self, picture: Picture, question: str, salt: str | None = None) -> LocalizerAnswer:
         """The same without an event loop, for the offline `LLM`."""
         ...

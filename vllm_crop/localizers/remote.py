@@ -10,13 +10,11 @@ from functools import cached_property
 from importlib.util import find_spec
 from typing import Any
 
-from PIL import Image
-
 from vllm_crop.client import data_url
 from vllm_crop.localizers.base import LocalizerAnswer, LocalizerError, LocalizerName, UnreadableAnswerError
 from vllm_crop.localizers.dialects import dialect_with
 from vllm_crop.localizers.settings import LocalizerConfig
-from vllm_crop.localizers.thumbnails import off_the_loop, shrink
+from vllm_crop.localizers.thumbnails import Picture, off_the_loop, shrink
 
 MAX_ANSWER_BYTES = 256 << 10  # an answer with its logprobs takes about 20 KiB
 _WHOLE_PATCHES = 28  # pixels; Qwen2.5-VL speaks of the pixels of an image whose sides are multiples of it
@@ -67,16 +65,16 @@ class OpenAILocalizer:
             http_client=DefaultHttpxClient(follow_redirects=False, event_hooks=hooks), **self._options
         )
 
-    async def locate(self, image: Image.Image, question: str, salt: str | None = None) -> LocalizerAnswer:
+    async def locate(self, picture: Picture, question: str, salt: str | None = None) -> LocalizerAnswer:
         """Ask, and read the answer strictly. The salt stays here: the other server's caches are its own."""
-        url, size = await off_the_loop(_picture, image, self.config)
+        url, size = await off_the_loop(_thumbnail, picture, self.config)
         with _as_localizer_error():
             completion = await self._client.chat.completions.create(**self._request(url, question))
         return self._read(completion, size)
 
-    def locate_now(self, image: Image.Image, question: str, salt: str | None = None) -> LocalizerAnswer:
+    def locate_now(self, picture: Picture, question: str, salt: str | None = None) -> LocalizerAnswer:
         """The same without an event loop."""
-        url, size = _picture(image, self.config)
+        url, size = _thumbnail(picture, self.config)
         with _as_localizer_error():
             completion = self._offline_client.chat.completions.create(**self._request(url, question))
         return self._read(completion, size)
@@ -196,8 +194,9 @@ def _check_size(size: int) -> None:
         raise UnreadableAnswerError(f"an answer of more than {MAX_ANSWER_BYTES >> 10} KiB")
 
 
-def _picture(image: Image.Image, config: LocalizerConfig) -> tuple[str, tuple[int, int]]:
+def _thumbnail(picture: Picture, config: LocalizerConfig) -> tuple[str, tuple[int, int]]:
     """A data URL, and the size in pixels of what it shows."""
+    image = picture.open()
     scale = min(1.0, config.thumbnail_side / max(image.size))
     unit = _WHOLE_PATCHES if config.dialect == "pixels" else 1
     width, height = (max(unit, round(side * scale / unit) * unit) for side in image.size)

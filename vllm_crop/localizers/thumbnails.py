@@ -101,21 +101,26 @@ class Picture:
 
     def __init__(
         self,
-        open_image: Callable[[], Image.Image],
+        open_item: Callable[[], Any],
         encoded: bytes | None = None,
         decoding: Mapping[str, Any] | None = None,
     ) -> None:
         """Describe a picture.
 
         Args:
-            open_image: gives the decoded picture, as the model's own processor gets it.
+            open_item: gives the decoded picture as the model's own processor gets it: a PIL image, or vLLM's
+                MediaWithBytes around one.
             encoded: the bytes it was decoded from, where they are known.
             decoding: settings that the decoded picture depends on too.
         """
-        self._open, self._encoded, self._decoding = open_image, encoded, decoding
+        self._open, self._encoded, self._decoding = open_item, encoded, decoding
 
     def open(self) -> Image.Image:
         """The picture, decoded."""
+        return image_of(self._open())
+
+    def open_item(self) -> Any:
+        """The picture with the bytes it came as: vLLM's caches know it by them."""
         return self._open()
 
     def key(self) -> str:
@@ -125,11 +130,17 @@ class Picture:
             digest.update(f"encoded {sorted((self._decoding or {}).items())!r}".encode())
             digest.update(self._encoded)
         else:
-            image = self._open()
+            image = self.open()
             palette = image.getpalette() if image.mode in ("P", "PA") else None
             digest.update(f"decoded {image.mode} {image.size} {palette}".encode())
             digest.update(image.tobytes())
         return digest.hexdigest()
+
+
+def image_of(item: Any) -> Image.Image:
+    """The PIL image of what a Picture opens."""
+    image: Image.Image = getattr(item, "media", item)
+    return image
 
 
 def as_picture(item: Any) -> Picture | None:
@@ -141,7 +152,7 @@ def as_picture(item: Any) -> Picture | None:
     image = getattr(item, "media", item)
     if isinstance(image, Image.Image):
         encoded = getattr(item, "original_bytes", None)
-        return Picture(lambda: image, encoded, getattr(item, "io_config", None))
+        return Picture(lambda: item, encoded, getattr(item, "io_config", None))
     if isinstance(item, np.ndarray) and item.ndim == 3 and item.dtype == np.uint8:
         pixels = item if item.shape[-1] in (1, 3, 4) else np.moveaxis(item, 0, -1)
         if pixels.shape[-1] in (1, 3, 4):

@@ -82,7 +82,7 @@ class KnownImages:
         with self._lock:
             kept = self._data.get(image.key)
         if isinstance(kept, _Encoded):
-            return Picture(lambda: kept.decode().media, kept.original_bytes, kept.io_config)
+            return Picture(kept.decode, kept.original_bytes, kept.io_config)
         return as_picture(kept)
 
     def data_of(self, image: KnownImage) -> Any:
