@@ -62,7 +62,7 @@ def cells_of(engine: Engine, picture: Image.Image, crop: Any) -> list[int]:
     return [int(place) for place in places]
 
 
-def sampling(cells: Sequence[int] | None) -> Any:
+def sampling(cells: Sequence[int] | None, leaves: bool = False) -> Any:
     from vllm import SamplingParams
 
     if cells is None:
@@ -72,7 +72,7 @@ def sampling(cells: Sequence[int] | None) -> Any:
         max_tokens=1,
         logprob_token_ids=token_ids(NUM_CELLS),
         skip_reading_prefix_cache=True,
-        extra_args=extra_args(cells, NUM_CELLS),
+        extra_args=extra_args(cells, NUM_CELLS, leaves),
     )
 
 
@@ -145,6 +145,40 @@ def test_a_map_is_the_attention_of_transformers(
     assert differs(wanted[2], wanted[0]) > NOTICEABLE
     assert differs(expected(hf, engine, questions[0], cells[0], [1, 3]), wanted[0]) > NOTICEABLE
     assert differs(np.roll(wanted[0], 1), wanted[0]) > NOTICEABLE
+
+
+@pytest.mark.parametrize("evicts", [True, False], ids=["evicting", "plain"])
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
+def test_a_step_of_views_alone_ends_at_the_last_layer_that_is_read(
+    family: Family, evicts: bool, engine_of: Start
+) -> None:
+    if not evicts and family is not LLAVA:
+        pytest.skip("the layers run as upstream has them for every family")
+    engine = engine_of(family, evicts)
+    heat = engine.model.heat
+    looked, other = Question((PICTURE,), OFF), Question((OTHER,), OFF, OTHER_TEXT)
+    cells = cells_of(engine, PICTURE, OFF)
+    (wanted,), (before,) = ask(engine, (looked, cells)), ask(engine, (other, None))
+    prompt = looked.prompt(engine.image) | {"cache_salt": "apart"}
+    left = heat.steps_left
+    output = engine.llm.generate(prompt, sampling(cells, leaves=True), use_tqdm=False)[0]
+    assert differs(read(output.outputs[0].logprobs[0], NUM_CELLS), wanted) < TOLERANCE
+    num_steps = -(-len(output.prompt_token_ids) // 256)
+    assert heat.steps_left - left == num_steps
+    # Nothing of it stays behind: neither in the model nor in the prefix cache.
+    (after,), (same,) = ask(engine, (other, None)), ask(engine, (looked, None))
+    assert torch.equal(after.logprobs, before.logprobs)
+    engine.llm.reset_prefix_cache()
+    (fresh,) = ask(engine, (looked, None))
+    assert float((same.logprobs - fresh.logprobs).abs().max()) < TOLERANCE
+    # Beside a request that needs the other layers, all rows go through them.
+    left = heat.steps_left
+    together = engine.llm.generate(
+        [prompt, other.prompt(engine.image)], [sampling(cells, leaves=True), sampling(None)], use_tqdm=False
+    )
+    assert differs(read(together[0].outputs[0].logprobs[0], NUM_CELLS), wanted) < TOLERANCE
+    assert float((_answer(together[1]).logprobs - before.logprobs).abs().max()) < TOLERANCE
+    assert heat.steps_left - left < num_steps
 
 
 @pytest.mark.parametrize("evicts", [True, False], ids=["evicting", "plain"])

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the served model looks while it reads the question beside a view of the image: one prefill."""
 
+import secrets
 from typing import Any
 
 from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -27,6 +28,8 @@ class AttentionLocalizer:
         self.requests = OwnRequests(renderer, geometry, config)
         self.renderer, self.geometry, self.config = renderer, geometry, config
         self.prompt = config.prompt or PROMPT
+        # Views leave the model half way: their blocks in the prefix cache are good for nobody.
+        self._apart = secrets.token_hex(16)
         settings = config.adapter, config.thumbnail_tokens, config.layers, self.prompt
         windows = config.window, config.max_windows, config.further_window
         self.version = " ".join(map(str, ("attention", *windows, *settings)))
@@ -35,15 +38,18 @@ class AttentionLocalizer:
         """Run one more request with a view of the image; cancelling this aborts it."""
         glance = await self.requests.glance(picture)
         grid = await off_the_loop(self._grid, glance)
-        output = await self.requests.ask(glance, self._text(question), _sampling(grid), salt)
+        output = await self.requests.ask(glance, self._text(question), _sampling(grid), self._salt(salt))
         return self._read(output, glance, grid)
 
     def locate_now(self, picture: Picture, question: str, salt: str | None = None) -> LocalizerAnswer:
         """The same for the offline `LLM`, whose other requests wait meanwhile."""
         glance = self.requests.glance_now(picture)
         grid = self._grid(glance)
-        output = self.requests.ask_now(glance, self._text(question), _sampling(grid), salt)
+        output = self.requests.ask_now(glance, self._text(question), _sampling(grid), self._salt(salt))
         return self._read(output, glance, grid)
+
+    def _salt(self, salt: str | None) -> str:
+        return self._apart + (salt or "")
 
     def _text(self, question: str) -> str:
         return self.prompt.replace("{question}", question)
@@ -79,5 +85,5 @@ def _sampling(grid: HeatGrid) -> SamplingParams:
         # Keys of tokens that are not computed again would not come by.
         skip_reading_prefix_cache=True,
         output_kind=RequestOutputKind.FINAL_ONLY,
-        extra_args=heat_request.extra_args(grid.cells, grid.num_cells),
+        extra_args=heat_request.extra_args(grid.cells, grid.num_cells, leaves=True),
     )

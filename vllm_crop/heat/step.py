@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vllm_crop.heat.request import CELLS, EXTRA_ARG, MAX_CELLS, NUM_CELLS, RING
+from vllm_crop.heat.request import CELLS, EXTRA_ARG, LEAVES, MAX_CELLS, NUM_CELLS, RING
 
 Indices = NDArray[np.int64]
 
@@ -22,6 +22,7 @@ class HeatRequest:
         num_prompt_tokens: the last of them is where the answer begins: its attention is the map.
         image_tokens: `[num_embeddings]`, where in the prompt the image's embeddings are.
         cells: `[num_embeddings]`.
+        leaves: whether it skips the layers after the last one that is read, where it can.
         keys: per layer those of earlier steps, `[tokens, heads, size]` each, of a prompt in chunks.
     """
 
@@ -29,6 +30,7 @@ class HeatRequest:
     image_tokens: Indices
     cells: Indices
     num_cells: int
+    leaves: bool = False
     keys: dict[int, list[torch.Tensor]] = field(default_factory=dict)
 
     @classmethod
@@ -49,7 +51,9 @@ class HeatRequest:
             isinstance(cell, int) and RING <= cell < num_cells for cell in cells
         ):
             return None
-        return cls(num_prompt_tokens, placeholders[0], np.array(cells, dtype=np.int64), num_cells)
+        # A second token would need all layers of the first ones.
+        leaves = asked.get(LEAVES) is True and getattr(sampling, "max_tokens", None) == 1
+        return cls(num_prompt_tokens, placeholders[0], np.array(cells, dtype=np.int64), num_cells, leaves)
 
 
 @dataclass(frozen=True)
@@ -75,10 +79,12 @@ class HeatStep:
 
     Attributes:
         starts: per stage of the decoder and request the first of its rows.
+        all_leave: nobody in the step needs the layers after the last one that is read.
     """
 
     rows: tuple[HeatRows, ...]
     starts: tuple[tuple[int, ...], ...]
+    all_leave: bool = False
 
 
 def heat_step(
@@ -108,4 +114,5 @@ def heat_step(
         return None
     # Nothing of such a request is evicted: its rows stay together and only move up.
     later = [starts if left is None else np.searchsorted(left, starts).tolist() for left in token_rows]
-    return HeatStep(tuple(rows), (tuple(starts), *map(tuple, later)))
+    all_leave = len(rows) == len(requests) and all(one.request.leaves for one in rows)
+    return HeatStep(tuple(rows), (tuple(starts), *map(tuple, later)), all_leave)

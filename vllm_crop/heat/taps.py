@@ -5,6 +5,9 @@ The attention of a layer is an operation of vLLM's own, opaque to torch.compile 
 piecewise graphs: its implementation runs as Python and sees queries and keys after norms and RoPE, for every
 family alike (vllm/model_executor/layers/attention/attention.py, unified_attention_with_output).
 
+A step of nothing but such requests ends at the last of these layers: an exception takes it out of the forward
+pass, whatever that is made of.
+
 The rule (docs/localization.md): attention of the prompt's last token, summed over heads, then normalised over
 the image's tokens; of several layers the maximum; of the tokens of a cell the mean.
 """
@@ -23,19 +26,27 @@ from vllm_crop.heat.request import NOWHERE, SCALE, STAMP
 from vllm_crop.heat.step import HeatRows, HeatStep
 
 
+class _AllSeen(Exception):
+    """No layer after this one is needed by anybody in the step."""
+
+
 class HeatTaps:
     """Maps of the requests of one step at a time."""
 
-    def __init__(self, attentions: Sequence[tuple[int, int, Any]]) -> None:
+    def __init__(self, attentions: Sequence[tuple[int, int, Any]], may_leave: bool = False) -> None:
         """Watch some layers.
 
         Args:
-            attentions: per layer its number, the stage of the decoder it is in, and its Attention.
+            attentions: per layer its number, the stage of the decoder it is in, and its Attention; ascending.
+            may_leave: whether a step may end at the last of them.
 
         Raises:
             UnsupportedModelError: a layer does not look at all that comes before.
         """
         self.num_layers = len(attentions)
+        self.steps_left = 0
+        self._last = attentions[-1][0]
+        self._may_leave = may_leave
         self._step: HeatStep | None = None
         self._seen: dict[int, list[torch.Tensor]] = {}
         self._finished: list[tuple[HeatRows, torch.Tensor]] = []
@@ -45,10 +56,12 @@ class HeatTaps:
 
     @contextmanager
     def watching(self, step: HeatStep | None) -> Iterator[None]:
-        """While the layers of a step run."""
+        """While the layers of a step run; leaves the block where the rest of them is not needed."""
         self._step, self._seen, self._finished = step, {}, []
         try:
             yield
+        except _AllSeen:
+            self.steps_left += 1
         finally:
             self._step = None
         if step is not None:
@@ -87,6 +100,8 @@ class HeatTaps:
         def forward(layer: Any, query: Any, key: Any, *args: Any, **kwargs: Any) -> Any:
             if self._step is not None:
                 self._look(self._step, number, stage, query, key, impl.scale)
+                if self._may_leave and self._step.all_leave and number == self._last:
+                    raise _AllSeen
             return stock(layer, query, key, *args, **kwargs)
 
         return forward
@@ -170,5 +185,12 @@ def start_heat(model: Any, vllm_config: Any, stages: tuple[int, ...]) -> HeatTap
     decoder = list(model.language_model.model.layers)
     layers = config.localizer.layers_of(len(decoder))
     return HeatTaps(
-        [(layer, sum(layer >= first for first in stages), attention_of(decoder[layer])) for layer in layers]
+        [(layer, sum(layer >= first for first in stages), attention_of(decoder[layer])) for layer in layers],
+        may_leave=_may_leave(vllm_config),
     )
+
+
+def _may_leave(vllm_config: Any) -> bool:
+    """Whether nobody waits in later layers: experts on other ranks, or a transfer of KV layer by layer."""
+    spread = vllm_config.parallel_config.data_parallel_size > 1 and vllm_config.model_config.is_moe
+    return not spread and vllm_config.kv_transfer_config is None

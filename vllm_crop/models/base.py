@@ -67,6 +67,10 @@ class CropModelMixin(nn.Module):
         """As upstream; in stages if rows go, watched if somebody asks for a heat map."""
         with nullcontext() if self.heat is None else self.heat.watching(heat):
             return self._forward(input_ids, positions, *args, evicting=evicting, **kwargs)
+        # Left half way: all rows are of requests whose logits a map replaces.
+        embeds: torch.Tensor = kwargs["inputs_embeds"]
+        self.forget_step(len(embeds))
+        return torch.zeros_like(embeds)
 
     def _forward(
         self,
@@ -86,6 +90,13 @@ class CropModelMixin(nn.Module):
             return stock.forward(input_ids, positions, *args, **kwargs)
         assert self.eviction is not None
         return self.run_in_stages(self.eviction, evicting, embeds, positions)
+
+    def forget_step(self, num_tokens: int) -> None:
+        """Clean up after a forward pass that was left half way, for families that keep something of it.
+
+        Args:
+            num_tokens: with padding.
+        """
 
     def run_in_stages(
         self,

@@ -44,6 +44,11 @@ class DeepstackMixin(CropQwenVLMixin):
         upstream._clear_deepstack_input_embeds(num_tokens)
         return hidden_states
 
+    def forget_step(self, num_tokens: int) -> None:
+        """Clear the deepstack rows: the next step would add them to its own."""
+        upstream: Any = super()
+        upstream._clear_deepstack_input_embeds(num_tokens)
+
 
 @MULTIMODAL_REGISTRY.register_processor(
     Qwen3VLMultiModalProcessor,
