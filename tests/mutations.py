@@ -328,6 +328,26 @@ MUTATIONS = (
         (HEAT,),
     ),
     Mutation(
+        "a step with others ends at the last layer that is read",
+        "heat/step.py",
+        "all_leave = len(rows) == len(requests) and all(",
+        "all_leave = all(",
+    ),
+    Mutation(
+        "deepstack rows of a step that was left half way stay",
+        "models/qwen3_vl.py",
+        "upstream: Any = super()\n        upstream._clear_deepstack_input_embeds(num_tokens)\n\n\n",
+        "pass\n\n\n",
+        ("tests/cpu/test_heat.py -k alone_ends and qwen3_vl and not moe",),
+    ),
+    Mutation(
+        "views share their blocks with clients",
+        "frontend/attention_localizer.py",
+        'return self._apart + (salt or "")',
+        'return salt or ""',
+        (LOCALIZER + " -k what_a_view_is_asked",),
+    ),
+    Mutation(
         "a map of an ordinary request takes others' log-probabilities",
         "runners/v1.py",
         "        if heat is None:\n            return super()._sample",

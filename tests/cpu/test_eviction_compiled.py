@@ -2,6 +2,7 @@
 """With torch.compile each stage's layers are compiled by themselves, and every step runs in stages."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,14 @@ from vllm.config import CUDAGraphMode
 from vllm.forward_context import get_forward_context
 
 from tests.conftest import CheckpointOf
-from tests.cpu.conftest import EVICT, Engine, ReferenceFor, ReferenceOf
+from tests.cpu import test_heat as heat
+from tests.cpu.conftest import EVICT, Engine, Question, ReferenceFor, ReferenceOf
 from tests.cpu.test_eviction_parity import SCENARIOS
 from tests.cpu.test_parity import TOLERANCE, difference, each_family
 from tests.families import Family
+from tests.reference import HfReference
 from vllm_crop.eviction.decoder import EvictingDecoder
+from vllm_crop.heat.request import read
 
 pytestmark = pytest.mark.vllm_runtime
 
@@ -36,15 +40,31 @@ def num_compiled() -> int:
 
 
 @each_family
-def test_compiled_stages(checkpoint_of: CheckpointOf, reference_of: ReferenceOf, family: Family) -> None:
+def test_compiled_stages(
+    checkpoint_of: CheckpointOf,
+    reference_of: ReferenceOf,
+    hf_of: Callable[..., HfReference],
+    family: Family,
+) -> None:
     before = num_compiled()
     checkpoint = checkpoint_of(family, family.deep)
-    engine = Engine(checkpoint, EVICT, family, max_num_batched_tokens=512, enforce_eager=False)
+    crop = {**EVICT, "localizer": heat.LOCALIZER}
+    engine = Engine(checkpoint, crop, family, max_num_batched_tokens=512, enforce_eager=False)
     assert engine.model.eviction.runs_all_steps
     check(engine, reference_of(family, "evicting"))
     assert all(segment.compiled or segment.aot_compiled_fn for segment in engine.model.eviction.segments)
     # vLLM keeps compiled code by the name of `forward`: the stages must not find each other's.
     assert num_compiled() == before + 2
+    looked = Question((heat.PICTURE,), heat.OFF)
+    cells = heat.cells_of(engine, heat.PICTURE, heat.OFF)
+    wanted = heat.expected(hf_of(family, family.deep), engine, looked, cells)
+    for leaves in (False, True):  # after the last layer that is read, or through all
+        left = engine.model.heat.steps_left
+        output = engine.llm.generate(
+            looked.prompt(engine.image), heat.sampling(cells, leaves), use_tqdm=False
+        )[0]
+        assert heat.differs(read(output.outputs[0].logprobs[0], heat.NUM_CELLS), wanted) < heat.TOLERANCE
+        assert (engine.model.heat.steps_left > left) is leaves
 
 
 def test_rows_between_captured_stages(

@@ -279,3 +279,31 @@ def test_where_all_images_cost_the_same_the_glance_is_averaged(
         assert answered == length
         # The same words about an image of 64 tokens, of 96, or of all 576 where the model names no region.
         assert answered - glance in (96 - 64, 576 - 64)
+
+
+def test_a_client_who_asks_what_a_view_is_asked_gets_all_layers(checkpoint_of: CheckpointOf) -> None:
+    """Keys and values of a view end half way up: the prefix cache must not give them to anybody."""
+    from vllm import SamplingParams
+
+    localizer = {"kind": "attention", "prompt": "{question}", "whole_below": 0.0}
+    engine = Engine(checkpoint_of(LLAVA, LLAVA.deep), {"localizer": localizer, "pruning_rate": 5 / 6}, LLAVA)
+    part = {"type": "image_pil", "image_pil": noise_image(902)}
+    messages = [{"role": "user", "content": [part, {"type": "text", "text": "What is it?"}]}]
+    sampling = SamplingParams(temperature=0, max_tokens=3, logprobs=-1)
+    view = {"method": "plc", "regions": [[[0, 0, 1, 1]]], "pruning_rate": 5 / 6}
+
+    def asked(crop: Any) -> Any:
+        output = engine.llm.chat(
+            messages, sampling, use_tqdm=False, mm_processor_kwargs={"crop": crop} if crop else None
+        )[0]
+        first = output.outputs[0].logprobs[0]
+        return output, [first[token].logprob for token in range(len(first))]
+
+    left = engine.model.heat.steps_left
+    asked(None)
+    assert engine.model.heat.steps_left > left
+    same, after = asked(view)
+    engine.llm.reset_prefix_cache()
+    fresh, alone = asked(view)
+    assert same.prompt_token_ids == fresh.prompt_token_ids
+    assert after == pytest.approx(alone, abs=1e-5)

@@ -94,6 +94,31 @@ class TestStep:
         assert step is not None
         assert step.starts == ((5,), (5,), (2,))
 
+    def test_a_step_can_end_early_if_nobody_needs_its_other_layers(self) -> None:
+        one, stays = asked([0, 1], 2, prompt=3), asked([0, 1], 2, prompt=3)
+        one.leaves = True
+
+        def all_leave(requests: list[HeatRequest | None], computed: list[int]) -> bool:
+            step = heat_step(requests, np.array(computed), np.array([1] * len(requests)))
+            assert step is not None
+            return step.all_leave
+
+        assert all_leave([one], [0])
+        assert all_leave([one, one], [2, 0])
+        assert not all_leave([one, stays], [0, 0])
+        assert not all_leave([one, None], [0, 0])
+        assert not all_leave([one, one], [0, 3])  # the second one answers already
+
+    @pytest.mark.parametrize(
+        ("max_tokens", "said", "leaves"), [(1, True, True), (2, True, False), (1, 1, False)]
+    )
+    def test_only_a_request_of_one_token_leaves(self, max_tokens: int, said: Any, leaves: bool) -> None:
+        extra = {"crop_heat": {"cells": [0, 1], "num_cells": 2, "leaves": said}}
+        sampling = SimpleNamespace(extra_args=extra, max_tokens=max_tokens)
+        read = HeatRequest.of(sampling, 5, [np.array([1, 2])])
+        assert read is not None
+        assert read.leaves is leaves
+
     def test_nothing_to_look_at(self) -> None:
         assert heat_step([None, None], np.array([0, 0]), np.array([5, 3])) is None
         decoding = asked([0, 1], 2, prompt=3)
