@@ -138,57 +138,80 @@ def slow_plan(
     method: Method = "plc",
     num_layers: int = 1,
     eviction_layers: tuple[int, ...] = (),
+    around: Region | None = None,
 ) -> tuple[PlannedEmbedding, ...]:
     """The embeddings that `vllm_crop.planning.plan.make_plan` plans, in prompt order."""
     first, *later = retained_per_stage(grid.num_tokens, pruning_rate, method, num_layers, eviction_layers)
     inside = frozenset(tokens_in(grid, region))
-    embeddings = _compressed(grid, inside, first, compression)
+    rim = frozenset(tokens_in(grid, around)) - inside if around else frozenset[int]()
+    embeddings = _compressed(grid, inside, rim, first, compression)
     if later:
         positions = [embedding.position for embedding in embeddings]
-        evicted = _evictions(grid, inside, positions, dict(zip(eviction_layers, later, strict=True)))
+        evicted = _evictions(grid, inside, rim, positions, dict(zip(eviction_layers, later, strict=True)))
         embeddings = [replace(e, evicted_from_layer=evicted.get(e.position)) for e in embeddings]
     return tuple(embeddings)
 
 
 def _compressed(
-    grid: ImageTokens, inside: Collection[int], count: int, compression: Compression
+    grid: ImageTokens, inside: Collection[int], rim: Collection[int], count: int, compression: Compression
 ) -> list[PlannedEmbedding]:
     """The `count` embeddings the language model receives, in prompt order."""
     tokens = range(grid.num_tokens)
     if compression == "prune" or len(inside) >= count:
-        return [PlannedEmbedding((token,), token) for token in _region_first(grid, inside, tokens, count)]
+        return [
+            PlannedEmbedding((token,), token) for token in _region_first(grid, inside, rim, tokens, count)
+        ]
     kept = [PlannedEmbedding((token,), token) for token in inside]
     context = [token for token in tokens if token not in inside]
     pooled = [
         PlannedEmbedding(tuple(sorted(group)), middle(grid, group))
-        for group in even_groups(grid, context, count - len(kept))
+        for group in _context(grid, rim, context, count - len(kept))
     ]
     return sorted(kept + pooled, key=lambda embedding: embedding.position)
 
 
 def _evictions(
-    grid: ImageTokens, inside: Collection[int], positions: Sequence[int], counts: dict[int, int]
+    grid: ImageTokens,
+    inside: Collection[int],
+    rim: Collection[int],
+    positions: Sequence[int],
+    counts: dict[int, int],
 ) -> dict[int, int]:
     """The layer at which each position leaves that does; `counts` are the survivors by eviction layer."""
     evicted = {}
     for layer, count in counts.items():
-        kept = _region_first(grid, inside, positions, count)
+        kept = _region_first(grid, inside, rim, positions, count)
         evicted.update(dict.fromkeys(set(positions).difference(kept), layer))
         positions = kept
     return evicted
 
 
-def _region_first(grid: ImageTokens, inside: Collection[int], tokens: Sequence[int], count: int) -> list[int]:
+def _region_first(
+    grid: ImageTokens, inside: Collection[int], rim: Collection[int], tokens: Sequence[int], count: int
+) -> list[int]:
     """`count` of the tokens, ascending: those inside the region before others, spread evenly."""
     region = [token for token in tokens if token in inside]
     if len(region) >= count:
-        return _spread(grid, region, count)
+        return sorted(middle(grid, group) for group in even_groups(grid, region, count))
     context = [token for token in tokens if token not in inside]
-    return sorted(region + _spread(grid, context, count - len(region)))
+    groups = _context(grid, rim, context, count - len(region))
+    return sorted(region + [middle(grid, group) for group in groups])
 
 
-def _spread(grid: ImageTokens, tokens: Sequence[int], count: int) -> list[int]:
-    return sorted(middle(grid, group) for group in even_groups(grid, tokens, count))
+def _context(grid: ImageTokens, rim: Collection[int], tokens: Sequence[int], count: int) -> list[list[int]]:
+    """`count` groups of tokens outside the region, smaller ones in its rim.
+
+    A far token has s * s of an embedding and one of the rim s, where the region's have one each.
+    """
+    near, far = [token for token in tokens if token in rim], [token for token in tokens if token not in rim]
+    of_rim = count if near else 0
+    if near and far:
+        low, high = 0.0, 1.0
+        for _ in range(60):
+            share = (low + high) / 2
+            low, high = (share, high) if len(near) * share + len(far) * share**2 <= count else (low, share)
+        of_rim = max(min(round(len(near) * low), len(near), count), count - len(far))
+    return even_groups(grid, near, of_rim) + even_groups(grid, far, count - of_rim)
 
 
 def even_groups(grid: ImageTokens, tokens: Sequence[int], count: int) -> list[list[int]]:

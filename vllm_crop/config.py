@@ -78,6 +78,13 @@ class CropConfig(BaseModel):
         description="What 'plc' makes of tokens outside the region: 'pool' averages groups of them, "
         "'prune' keeps one token of each group.",
     )
+    rim: float = Field(
+        default=0.0,
+        ge=0,
+        le=0.5,
+        description="How far around a region the context keeps more than elsewhere, as a fraction of the "
+        "image's sides: a region may be a little off. A request's `crop.rim` overrides it.",
+    )
     position_ids: PositionIds | None = Field(
         default=None,
         description="'renumbered' numbers the remaining tokens through; 'original' keeps the position ids "

@@ -117,7 +117,8 @@ class Planner:
             UnsupportedImageError: the image processor refuses such an image.
         """
         grid = self.geometry.grid(width, height)
-        region = request.region and self.geometry.view(width, height).project(request.region)
+        view = self.geometry.view(width, height)
+        region = request.region and view.project(request.region)
         if region is None:
             return ImagePlan(None, whole_image_plan(grid, request.pruning_rate))
         try:
@@ -129,6 +130,7 @@ class Planner:
                 request.method,
                 self.geometry.num_layers,
                 request.eviction_layers,
+                view.project(request.around) if request.around else None,
             )
         except BudgetError as error:
             raise InvalidCropError("crop.pruning_rate", str(error)) from None

@@ -93,6 +93,14 @@ class CropParams(BaseModel):
         "'plc+ilp' does both, 'off' leaves the images as they are.",
     )
 
+    rim: float | None = Field(
+        default=None,
+        ge=0,
+        le=0.5,
+        allow_inf_nan=False,
+        description="How far around a region the context keeps more than elsewhere, as a fraction of the "
+        "image's sides; 0 for a sharp edge.",
+    )
     localize: Pinning | None = Field(
         default=None,
         description="Which question an image's region is found for, where the server finds regions: 'pinned' "
@@ -180,6 +188,8 @@ class ImageRequest:
         compression: what "plc" makes of the tokens outside the region.
         method: the request's, else the server's.
         eviction_layers: strictly ascending; empty if the method does not evict.
+        rim: how far around the region tokens are kept at an intermediate ratio, as a fraction of the image's
+            sides.
         off: whether the image is served whole because pruning is switched off, and not for want of a region.
     """
 
@@ -188,7 +198,13 @@ class ImageRequest:
     compression: Compression
     method: Method = "plc"
     eviction_layers: tuple[int, ...] = ()
+    rim: float = 0.0
     off: bool = False
+
+    @property
+    def around(self) -> Region | None:
+        """The region with its rim; None without one."""
+        return self.region.widened(self.rim) if self.region is not None and self.rim else None
 
     def without_region(self) -> "ImageRequest":
         """The same for an image that is served whole."""
@@ -202,7 +218,8 @@ class ImageRequest:
         if self.region is None or self.method == "ilp":
             return None
         boxes = repr(self.region.as_lists())
-        return ("plc-1", self.method, boxes, repr(self.pruning_rate), self.compression, self.eviction_layers)
+        numbers = repr(self.pruning_rate), repr(self.rim)
+        return ("plc-2", self.method, boxes, *numbers, self.compression, self.eviction_layers)
 
 
 def is_off(params: CropParams, config: CropConfig) -> bool:
@@ -252,8 +269,9 @@ def image_requests(
             """--crop-config '{"eviction_layers": [2]}'""",
         )
     off = is_off(params, config)
+    rim = config.rim if params.rim is None else params.rim
     stages = config.stages if evicts else ()
     return [
-        ImageRequest(None if off else region, rate, config.compression, method, stages, off)
+        ImageRequest(None if off else region, rate, config.compression, method, stages, rim, off)
         for region in regions
     ]

@@ -67,17 +67,8 @@ def settle(located: LocalizerAnswer, config: LocalizerConfig) -> tuple[Region | 
         return None, "low_confidence"
     widened = confidence < config.widen_below
     margin = config.margin + (config.widen_by if widened else 0.0)
-    boxes = tuple(_grown(_widened(box, margin), config.min_area) for box in located.region.boxes)
+    boxes = tuple(_grown(box.widened(margin), config.min_area) for box in located.region.boxes)
     return Region(boxes), "widened" if widened else "region"
-
-
-def _widened(box: Box, margin: float) -> Box:
-    return Box(
-        max(0.0, box.x0 - margin),
-        max(0.0, box.y0 - margin),
-        min(1.0, box.x1 + margin),
-        min(1.0, box.y1 + margin),
-    )
 
 
 def _grown(box: Box, min_area: float) -> Box:

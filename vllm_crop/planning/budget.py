@@ -5,6 +5,7 @@ A `pruning_rate` is averaged over layers, so the layers before the first evictio
 with fewer tokens later.
 """
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from operator import mul
@@ -106,6 +107,23 @@ def retained_per_stage(
             return counts
     # Each is at most half a token off, and so is their average.
     return rounded(sizes(high))
+
+
+def rim_count(num_rim: int, num_far: int, count: int) -> int:
+    """How many of a context's embeddings its rim gets, the tokens next to the region.
+
+    A token of the region has an embedding of its own, one far from it a fraction of one. One of the rim has
+    the geometric mean of both: with s * s of an embedding for a far token and s for one of the rim,
+    `num_rim * s + num_far * s * s = count`.
+
+    Args:
+        num_rim, num_far: tokens.
+        count: embeddings for both, in `0..num_rim + num_far`.
+    """
+    if not num_rim or not num_far:
+        return count if num_rim else 0
+    share = (math.sqrt(num_rim * num_rim + 4 * num_far * count) - num_rim) / (2 * num_far)
+    return max(min(round(num_rim * share), num_rim, count), count - num_far)
 
 
 def _least_average(num_tokens: int, num_layers: int, first_layer: int) -> float:

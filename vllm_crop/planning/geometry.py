@@ -35,6 +35,12 @@ class Box:
         """The four coordinates as `[x0, y0, x1, y1]`."""
         return [self.x0, self.y0, self.x1, self.y1]
 
+    def widened(self, by: float) -> "Box":
+        """The box with a margin on every side, as far as the image goes."""
+        return Box(
+            max(0.0, self.x0 - by), max(0.0, self.y0 - by), min(1.0, self.x1 + by), min(1.0, self.y1 + by)
+        )
+
 
 @dataclass(frozen=True)
 class Region:
@@ -69,6 +75,10 @@ class Region:
         rows = [row for (row0, row1, _, _) in spans for row in (row0, row1)]
         cols = [col for (_, _, col0, col1) in spans for col in (col0, col1)]
         return min(cols), min(rows), max(cols) - 1, max(rows) - 1
+
+    def widened(self, by: float) -> "Region":
+        """Every box with a margin."""
+        return Region(tuple(box.widened(by) for box in self.boxes))
 
     def as_lists(self) -> list[list[float]]:
         """The boxes as lists, for JSON."""

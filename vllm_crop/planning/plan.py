@@ -9,15 +9,15 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from threading import Lock
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from cachetools import LRUCache, cached
 from numpy.typing import NDArray
 
-from vllm_crop.planning.budget import Method, retained_per_stage
+from vllm_crop.planning.budget import Method, retained_per_stage, rim_count
 from vllm_crop.planning.geometry import ImageTokens, Indices, Mask, Places, Region
-from vllm_crop.planning.groups import even_groups, middles
+from vllm_crop.planning.groups import Groups, even_groups, middles
 
 Compression = Literal["pool", "prune"]
 
@@ -146,10 +146,13 @@ def make_plan(
     method: Method = "plc",
     num_layers: int = 1,
     eviction_layers: tuple[int, ...] = (),
+    around: Region | None = None,
 ) -> TokenPlan:
-    """Spend the budget on the region first, the rest of it evenly on the context (CROP section 3.2).
+    """Spend the budget on the region first, the rest of it on the context (CROP section 3.2).
 
     A region larger than the budget is sampled evenly and nothing else is kept. A smaller one is kept whole.
+    The context in its rim gets a larger share than what is far away (`budget.rim_count`): whoever finds
+    regions errs by a little.
     When compressing, the remaining embeddings go to the context, each the mean of a compact group (`pool`)
     or the token nearest to the middle of that group (`prune`). When evicting, every stage keeps a subset of
     the embeddings of the stage before it, chosen by the same rule.
@@ -162,13 +165,27 @@ def make_plan(
         method: "ilp" passes all tokens to the language model.
         num_layers: decoder layers; the average over them is what the rate is about.
         eviction_layers: strictly ascending, in 1..num_layers-1; without meaning for "plc".
+        around: the region with its rim; None for a region without one.
 
     Raises:
         BudgetError: the pruning rate cannot be met with these eviction layers.
     """
     inside = grid.mask(region)
+    rim = np.zeros_like(inside) if around is None else grid.mask(around) & ~inside
     counts = retained_per_stage(grid.num_tokens, pruning_rate, method, num_layers, eviction_layers)
-    return _plan_counts(grid, inside, pruning_rate, compression, counts, eviction_layers)
+    return _plan_counts(grid, Zones(inside, rim), pruning_rate, compression, counts, eviction_layers)
+
+
+class Zones(NamedTuple):
+    """The parts of an image that get different shares of the budget; what is in neither is far away.
+
+    Attributes:
+        inside: the tokens of the region, `[num_tokens]`.
+        rim: those next to it, none of the region's, `[num_tokens]`.
+    """
+
+    inside: Mask
+    rim: Mask
 
 
 def _held_bytes(plan: TokenPlan) -> int:
@@ -176,15 +193,15 @@ def _held_bytes(plan: TokenPlan) -> int:
     return sum(array.nbytes for array in plan._arrays) + plan.grid.num_tokens // 8 + 1024
 
 
-def _key(grid: ImageTokens, inside: Mask, *rest: Hashable) -> Hashable:
+def _key(grid: ImageTokens, zones: Zones, *rest: Hashable) -> Hashable:
     """A few bytes whatever the number of boxes: regions of the same tokens have the same plan."""
-    return (grid, np.packbits(inside).tobytes(), *rest)
+    return (grid, *(np.packbits(zone).tobytes() for zone in zones), *rest)
 
 
 @cached(LRUCache[Hashable, TokenPlan](CACHE_BYTES, getsizeof=_held_bytes), key=_key, lock=Lock())
 def _plan_counts(
     grid: ImageTokens,
-    inside: Mask,
+    zones: Zones,
     pruning_rate: float,
     compression: Compression,
     counts: tuple[int, ...],
@@ -193,12 +210,12 @@ def _plan_counts(
     """Make a plan for counts that are known: of all embeddings, then after each eviction."""
     first, *later = counts
     places = _places(grid)
-    assignment, position = _compressed(places, inside, first, compression)
+    assignment, position = _compressed(places, zones, first, compression)
     leaves_at = np.full(grid.num_tokens, NEVER, dtype=np.int32)
     left = position
     for layer, count in zip(eviction_layers, later, strict=False):
         leaves_at[left] = layer
-        left = _region_first(places, inside, left, count)
+        left = _region_first(places, zones, left, count)
         leaves_at[left] = NEVER
     return TokenPlan(grid, pruning_rate, assignment, position.astype(np.int32), leaves_at[position])
 
@@ -212,16 +229,17 @@ def _places(grid: ImageTokens) -> Places:
 
 
 def _compressed(
-    places: Places, inside: Mask, count: int, compression: Compression
+    places: Places, zones: Zones, count: int, compression: Compression
 ) -> tuple[NDArray[np.int32], Indices]:
     """The assignment, and the positions of the `count` embeddings the language model receives."""
-    assignment = np.full(len(inside), -1, dtype=np.int32)
-    region = inside.nonzero()[0]
+    tokens = np.arange(len(zones.inside))
+    assignment = np.full(len(tokens), -1, dtype=np.int32)
+    region = zones.inside.nonzero()[0]
     if compression == "prune" or len(region) >= count:
-        position = _region_first(places, inside, np.arange(len(inside)), count)
+        position = _region_first(places, zones, tokens, count)
         assignment[position] = np.arange(count)
         return assignment, position
-    groups = even_groups(places, (~inside).nonzero()[0], count - len(region))
+    groups = _context(places, zones.rim, (~zones.inside).nonzero()[0], count - len(region))
     middle = middles(places, groups)
     position = np.sort(np.concatenate([region, middle]))
     assignment[position] = np.arange(count)
@@ -229,15 +247,20 @@ def _compressed(
     return assignment, position
 
 
-def _region_first(places: Places, inside: Mask, tokens: Indices, count: int) -> Indices:
+def _region_first(places: Places, zones: Zones, tokens: Indices, count: int) -> Indices:
     """`count` of the tokens, ascending: those inside the region before others, spread evenly."""
-    within = inside[tokens]
+    within = zones.inside[tokens]
     region = tokens[within]
     if len(region) >= count:
-        return _spread(places, region, count)
-    context = _spread(places, tokens[~within], count - len(region))
+        return np.sort(middles(places, even_groups(places, region, count)))
+    context = middles(places, _context(places, zones.rim, tokens[~within], count - len(region)))
     return np.sort(np.concatenate([region, context]))
 
 
-def _spread(places: Places, tokens: Indices, count: int) -> Indices:
-    return np.sort(middles(places, even_groups(places, tokens, count)))
+def _context(places: Places, rim: Mask, tokens: Indices, count: int) -> Groups:
+    """`count` groups of tokens outside the region, smaller ones in its rim."""
+    near = rim[tokens]
+    next_to, far = tokens[near], tokens[~near]
+    of_rim = rim_count(len(next_to), len(far), count)
+    parts = even_groups(places, next_to, of_rim), even_groups(places, far, count - of_rim)
+    return Groups(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
