@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The offline `LLM` that finds regions itself, in the midst of other requests."""
 
+import asyncio
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from prometheus_client import REGISTRY
 
@@ -18,6 +21,7 @@ from tests.families import FAMILIES, LLAVA, LLAVA_ONEVISION, QWEN2_5_VL, Family
 from tests.pictures import noise_image
 from tests.tinyvqa import CHECKPOINT, ENGINE
 from vllm_crop.client import data_url
+from vllm_crop.localizers.base import LocalizerAnswer
 from vllm_crop.localizers.dialects import DIALECTS, read_cells
 from vllm_crop.localizers.thumbnails import as_picture, shrink, size_for_tokens
 from vllm_crop.planning.geometry import Region
@@ -307,3 +311,55 @@ def test_a_client_who_asks_what_a_view_is_asked_gets_all_layers(checkpoint_of: C
     fresh, alone = asked(view)
     assert same.prompt_token_ids == fresh.prompt_token_ids
     assert after == pytest.approx(alone, abs=1e-5)
+
+
+def test_images_are_processed_while_their_regions_are_sought(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the API server's renderer, with all that it asks but the localizer, which takes its time here."""
+    from vllm.renderers.params import ChatParams
+
+    renderer = engine.llm.llm_engine.renderer
+    processor, localizer = renderer.mm_processor, renderer._localizing.localizer
+    events: list[str] = []
+    process = processor._call_hf_processor
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        events.append("processed")
+        return process(*args, **kwargs)
+
+    async def locate(
+        picture: Any, question: str, salt: str | None, waiting: Callable[[], None]
+    ) -> LocalizerAnswer:
+        events.append("asked")
+        if question != "not ahead":
+            waiting()
+            waiting()
+        await asyncio.sleep(0.3)
+        events.append("answered")
+        return LocalizerAnswer(Region.from_grid_cells(1, 1, 2, 2), 1.0)
+
+    monkeypatch.setattr(processor, "_call_hf_processor", noted)
+    monkeypatch.setattr(localizer, "locate", locate)
+    parameters = ChatParams(chat_template_kwargs={"add_generation_prompt": True, "tokenize": False})
+
+    def processed(*pictures: Image.Image, question: str) -> Any:
+        events.clear()
+        renderer.clear_mm_cache()
+        parts = [{"type": "image_url", "image_url": {"url": data_url(picture)}} for picture in pictures]
+        content = [*parts, {"type": "text", "text": question}]
+        _, (prompt,) = asyncio.run(
+            renderer.render_chat_async([[{"role": "user", "content": content}]], parameters)
+        )
+        return prompt["mm_kwargs"].get_data()
+
+    first, second = noise_image(910, 500, 400), noise_image(911, 400, 500)
+    ahead = processed(first, second, question="where?")
+    assert sorted(events) == ["answered", "answered", "asked", "asked", "processed"]
+    assert events.index("processed") < events.index("answered")
+    later = processed(first, second, question="not ahead")
+    assert events == ["asked", "asked", "answered", "answered", "processed"]
+    assert ahead.keys() == later.keys()
+    for name, value in ahead.items():
+        pairs = zip(value, later[name], strict=True) if isinstance(value, list) else [(value, later[name])]
+        assert all(torch.equal(one, other) for one, other in pairs), name

@@ -2,6 +2,7 @@
 """How many ask a localizer at once, for how long, and what becomes of them; with one that counts."""
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ from PIL import Image
 from vllm_crop.config import CropConfig
 from vllm_crop.frontend import localization
 from vllm_crop.frontend.localization import LocalizationService, RegionQuery
-from vllm_crop.localizers.base import LocalizerAnswer, LocalizerError
+from vllm_crop.localizers.base import LocalizerAnswer, LocalizerError, nothing
 from vllm_crop.localizers.thumbnails import Picture, as_picture
 from vllm_crop.planning.geometry import Region
 
@@ -28,7 +29,13 @@ class Counting:
         self.error: Exception | None = None
         self.seconds = 0.02
 
-    async def locate(self, picture: Picture, question: str, salt: str | None = None) -> LocalizerAnswer:
+    async def locate(
+        self,
+        picture: Picture,
+        question: str,
+        salt: str | None = None,
+        waiting: Callable[[], None] = nothing,
+    ) -> LocalizerAnswer:
         self.running += 1
         self.asked += 1
         self.most = max(self.most, self.running)

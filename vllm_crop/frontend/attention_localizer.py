@@ -2,6 +2,7 @@
 """Where the served model looks while it reads the question beside a view of the image: one prefill."""
 
 import secrets
+from collections.abc import Callable
 from typing import Any
 
 from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -9,7 +10,13 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm_crop.families.registry import VisionGeometry
 from vllm_crop.frontend.own_request import Glance, OwnRequests
 from vllm_crop.heat import request as heat_request
-from vllm_crop.localizers.base import LocalizerAnswer, LocalizerError, LocalizerName, UnreadableAnswerError
+from vllm_crop.localizers.base import (
+    LocalizerAnswer,
+    LocalizerError,
+    LocalizerName,
+    UnreadableAnswerError,
+    nothing,
+)
 from vllm_crop.localizers.heat import HeatGrid, HeatMap, heat_grid
 from vllm_crop.localizers.settings import LocalizerConfig
 from vllm_crop.localizers.thumbnails import Picture, off_the_loop
@@ -34,11 +41,19 @@ class AttentionLocalizer:
         windows = config.window, config.max_windows, config.further_window
         self.version = " ".join(map(str, ("attention", *windows, *settings)))
 
-    async def locate(self, picture: Picture, question: str, salt: str | None = None) -> LocalizerAnswer:
+    async def locate(
+        self,
+        picture: Picture,
+        question: str,
+        salt: str | None = None,
+        waiting: Callable[[], None] = nothing,
+    ) -> LocalizerAnswer:
         """Run one more request with a view of the image; cancelling this aborts it."""
         glance = await self.requests.glance(picture)
         grid = await off_the_loop(self._grid, glance)
-        output = await self.requests.ask(glance, self._text(question), _sampling(grid), self._salt(salt))
+        output = await self.requests.ask(
+            glance, self._text(question), _sampling(grid), self._salt(salt), waiting
+        )
         return self._read(output, glance, grid)
 
     def locate_now(self, picture: Picture, question: str, salt: str | None = None) -> LocalizerAnswer:

@@ -2,13 +2,14 @@
 """The served model says where the region is: one short request with a thumbnail before the real one."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
 from vllm_crop.families.registry import VisionGeometry
 from vllm_crop.frontend.own_request import Glance, OwnRequests
-from vllm_crop.localizers.base import LocalizerAnswer, LocalizerName, UnreadableAnswerError
+from vllm_crop.localizers.base import LocalizerAnswer, LocalizerName, UnreadableAnswerError, nothing
 from vllm_crop.localizers.dialects import dialect_with
 from vllm_crop.localizers.settings import LocalizerConfig
 from vllm_crop.localizers.thumbnails import Picture
@@ -28,11 +29,17 @@ class EngineLocalizer:
             f"engine {config.adapter} {config.dialect} {config.thumbnail_tokens} {self.dialect.prompt}"
         )
 
-    async def locate(self, picture: Picture, question: str, salt: str | None = None) -> LocalizerAnswer:
+    async def locate(
+        self,
+        picture: Picture,
+        question: str,
+        salt: str | None = None,
+        waiting: Callable[[], None] = nothing,
+    ) -> LocalizerAnswer:
         """Ask the engine as one more request; cancelling this aborts it."""
         glance = await self.requests.glance(picture)
         text = self.dialect.ask(question)
-        return self._read(await self.requests.ask(glance, text, self._sampling(), salt), glance)
+        return self._read(await self.requests.ask(glance, text, self._sampling(), salt, waiting), glance)
 
     def locate_now(self, picture: Picture, question: str, salt: str | None = None) -> LocalizerAnswer:
         """The same for the offline `LLM`, whose other requests wait meanwhile."""

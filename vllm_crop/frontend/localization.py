@@ -19,7 +19,13 @@ from vllm_crop.frontend.attention_localizer import AttentionLocalizer
 from vllm_crop.frontend.engine_localizer import EngineLocalizer
 from vllm_crop.frontend.metrics import crop_metrics
 from vllm_crop.frontend.shared import SharedAnswers
-from vllm_crop.localizers.base import Localizer, LocalizerAnswer, LocalizerError, UnreadableAnswerError
+from vllm_crop.localizers.base import (
+    Localizer,
+    LocalizerAnswer,
+    LocalizerError,
+    UnreadableAnswerError,
+    nothing,
+)
 from vllm_crop.localizers.decision import Localization, Outcome, settle
 from vllm_crop.localizers.failures import CircuitBreaker, ThrottledLog
 from vllm_crop.localizers.questions import normalised, questions_of
@@ -48,11 +54,13 @@ class RegionQuery:
         picture: None where nothing can be looked at: embeddings, or a uuid that nobody knows.
         question: None where there is none.
         salt: the request's `cache_salt`: its answers are its own.
+        waiting: called when the localizer has got all it needs and only its answer is missing.
     """
 
     picture: Picture | None
     question: str | None
     salt: str | None = None
+    waiting: Callable[[], None] = nothing
 
     @property
     def known(self) -> tuple[Picture, str]:
@@ -174,7 +182,7 @@ class LocalizationService:
             self._asking.add(key)
             try:
                 picture, question = sought.known
-                return await self.localizer.locate(picture, question, sought.salt)
+                return await self.localizer.locate(picture, question, sought.salt, sought.waiting)
             finally:
                 self._asking.discard(key)
 

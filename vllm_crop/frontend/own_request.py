@@ -2,7 +2,7 @@
 """One more request of the served model, with a view of an image: what it is shown, and how it gets there."""
 
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -49,13 +49,20 @@ class OwnRequests:
         """A view of the picture, made beside the event loop."""
         return await off_the_loop(self.glance_now, picture)
 
-    async def ask(self, glance: Glance, text: str, sampling: Any, salt: str | None) -> Any:
-        """The engine's output (vllm/outputs.py); cancelling this aborts the request."""
+    async def ask(
+        self, glance: Glance, text: str, sampling: Any, salt: str | None, waiting: Callable[[], None]
+    ) -> Any:
+        """The engine's output (vllm/outputs.py); cancelling this aborts the request.
+
+        Args:
+            waiting: called when the request is on its way to the engine.
+        """
         engine, options = self._engine(ServingEngine), self._options()
         _, prompts = await self.renderer.render_chat_async(
             [_messages(glance, text)], self._chat_params(), prompt_extras=_extras(glance, salt)
         )
         with self._own(prompts[0]):
+            waiting()
             return await engine.generate(prompts[0], sampling, options)
 
     def ask_now(self, glance: Glance, text: str, sampling: Any, salt: str | None) -> Any:

@@ -21,7 +21,9 @@ from vllm_crop.frontend.request_context import FACTS, ImageFacts, RequestContext
 from vllm_crop.frontend.settling import IN_THE_WAY, evictions_refused
 from vllm_crop.localizers.decision import Localization
 from vllm_crop.localizers.thumbnails import Picture, as_picture
+from vllm_crop.models.ahead import ImagesAhead
 from vllm_crop.models.processor import (
+    AHEAD_KEY,
     CROP_KEY,
     DECISIONS,
     REQUEST_KEY,
@@ -117,6 +119,18 @@ class CropRenderer(HfRenderer):
         if not isinstance(self.mm_processor, CropProcessorMixin):
             return await super().process_for_engine_async(prompt, arrival_time, **kwargs)
         asked, sought = self._look_at(prompt, messages)
+        with self._ahead(prompt) as ahead:
+            return await self._process_async(prompt, arrival_time, asked, sought, ahead, **kwargs)
+
+    async def _process_async(
+        self,
+        prompt: Any,
+        arrival_time: float,
+        asked: CropRequest,
+        sought: Sequence[RegionQuery],
+        ahead: ImagesAhead,
+        **kwargs: Any,
+    ) -> Any:
         localizations: list[Localization] = []
         if sought and self._localizing is not None:
             # What is only tokenized asks nobody, and learns nothing of what others have asked: vLLM answers
@@ -133,8 +147,9 @@ class CropRenderer(HfRenderer):
                 if self._will_be_refused(sampling):
                     localizations = self._localizing.not_asked(sought)
                 else:
+                    sought = [replace(one, waiting=ahead.start) for one in sought]
                     localizations = await self._localizing.localize(sought)
-        self._hand_over(prompt, asked, localizations)
+        self._hand_over(prompt, asked, localizations, ahead)
         try:
             engine_input = await super().process_for_engine_async(prompt, arrival_time, **kwargs)
         except Exception:
@@ -252,7 +267,18 @@ class CropRenderer(HfRenderer):
                 f"Input length (at least {least}) exceeds model's maximum context length ({most})."
             )
 
-    def _hand_over(self, prompt: Any, asked: CropRequest, localizations: Sequence[Localization]) -> None:
+    def _ahead(self, prompt: Any) -> ImagesAhead:
+        """The images of a prompt, to be processed while their regions are sought."""
+        data = prompt.get("multi_modal_data") or {}
+        return ImagesAhead(_images(data), self.mm_processor.process_ahead, self._mm_executor.submit)
+
+    def _hand_over(
+        self,
+        prompt: Any,
+        asked: CropRequest,
+        localizations: Sequence[Localization],
+        ahead: ImagesAhead | None = None,
+    ) -> None:
         """Tell the multimodal processor what is asked for."""
         context = current_request.get()
         if context is not None:
@@ -263,7 +289,8 @@ class CropRenderer(HfRenderer):
             asked = replace(asked, found=tuple(one.region for one in localizations))
         given = prompt.get("mm_processor_kwargs") or {}
         others = {name: value for name, value in given.items() if name != CROP_KEY}
-        prompt["mm_processor_kwargs"] = {**others, REQUEST_KEY: asked}
+        own = {REQUEST_KEY: asked} if ahead is None else {REQUEST_KEY: asked, AHEAD_KEY: ahead}
+        prompt["mm_processor_kwargs"] = {**others, **own}
 
     def _report(
         self,

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a localizer is: image and question in, region and confidence out."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -36,6 +37,10 @@ class LocalizerAnswer:
     heat: HeatMap | None = None
 
 
+def nothing() -> None:
+    """For whoever has nothing to do while others wait."""
+
+
 class Localizer(Protocol):
     """Finds the region of an image that a question is about.
 
@@ -48,12 +53,19 @@ class Localizer(Protocol):
     name: LocalizerName
     version: str
 
-    async def locate(self, picture: Picture, question: str, salt: str | None = None) -> LocalizerAnswer:
+    async def locate(
+        self,
+        picture: Picture,
+        question: str,
+        salt: str | None = None,
+        waiting: Callable[[], None] = nothing,
+    ) -> LocalizerAnswer:
         """Find the region.
 
         Args:
             picture: as the client sent it.
             salt: keeps tenants apart in caches that are shared, as the request's `cache_salt`.
+            waiting: called when there is nothing left to do here but wait for the answer.
 
         Raises:
             LocalizerError: with the reason, for the log.

@@ -4,14 +4,20 @@
 import importlib
 import math
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from importlib.util import find_spec
 from typing import Any
 
 from vllm_crop.client import data_url
-from vllm_crop.localizers.base import LocalizerAnswer, LocalizerError, LocalizerName, UnreadableAnswerError
+from vllm_crop.localizers.base import (
+    LocalizerAnswer,
+    LocalizerError,
+    LocalizerName,
+    UnreadableAnswerError,
+    nothing,
+)
 from vllm_crop.localizers.dialects import dialect_with
 from vllm_crop.localizers.settings import LocalizerConfig
 from vllm_crop.localizers.thumbnails import Picture, off_the_loop, shrink
@@ -65,9 +71,16 @@ class OpenAILocalizer:
             http_client=DefaultHttpxClient(follow_redirects=False, event_hooks=hooks), **self._options
         )
 
-    async def locate(self, picture: Picture, question: str, salt: str | None = None) -> LocalizerAnswer:
+    async def locate(
+        self,
+        picture: Picture,
+        question: str,
+        salt: str | None = None,
+        waiting: Callable[[], None] = nothing,
+    ) -> LocalizerAnswer:
         """Ask, and read the answer strictly. The salt stays here: the other server's caches are its own."""
         url, size = await off_the_loop(_thumbnail, picture, self.config)
+        waiting()
         with _as_localizer_error():
             completion = await self._client.chat.completions.create(**self._request(url, question))
         return self._read(completion, size)

@@ -125,7 +125,7 @@ class Picture:
 
     def key(self) -> str:
         """A hash of what it shows."""
-        digest = hashlib.blake2b(digest_size=20)
+        digest = hashlib.sha256()
         if self._encoded is not None:
             digest.update(f"encoded {sorted((self._decoding or {}).items())!r}".encode())
             digest.update(self._encoded)

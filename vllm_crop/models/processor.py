@@ -25,6 +25,7 @@ from vllm.multimodal.processing.inputs import ProcessorInputs
 from vllm_crop.config import CropConfig
 from vllm_crop.eviction.markers import UNMARKED, EvictionSettings, embed_indices, write_markers
 from vllm_crop.families.registry import VisionGeometry, geometry_from_configs
+from vllm_crop.models.ahead import ImagesAhead
 from vllm_crop.models.known_images import KnownImages, RequestImages, identify
 from vllm_crop.models.sent import newly_sent
 from vllm_crop.planner import ImageDecision, Planner
@@ -34,6 +35,7 @@ from vllm_crop.request import CropParams, CropRequest, ImageRequest, InvalidCrop
 # Keys of a request's processor settings: what the client sent, what the renderer makes of it, and what a call
 # of the processor tells its own parts. Under the last two, only objects of ours mean anything.
 CROP_KEY, REQUEST_KEY, ITEMS_KEY = "crop", "crop_request", "crop_items"
+AHEAD_KEY = "crop_ahead"  # what has been made of the images already; an object of ours too
 _T = TypeVar("_T")
 DECISIONS = "crop_decisions"  # in the processed prompt, for the renderer, which takes it out
 
@@ -46,11 +48,13 @@ class CropItems:
         decisions: per image, in item order.
         image_hashes: per image, whatever the region; empty strings for images not to be remembered.
         mm_hashes: cache keys of all items of the request by modality, regions included.
+        ahead: what the HF processor has made of the images already.
     """
 
     decisions: tuple[ImageDecision, ...]
     image_hashes: tuple[str, ...]
     mm_hashes: Mapping[str, Sequence[str]]
+    ahead: ImagesAhead | None = None
 
 
 class CropProcessorMixin(BaseMultiModalProcessor):
@@ -106,6 +110,7 @@ class CropProcessorMixin(BaseMultiModalProcessor):
     def apply(self, inputs: ProcessorInputs, timing_ctx: Any) -> Any:
         """As upstream, with the images' decisions beside the result."""
         asked, plain = _take(inputs.hf_processor_mm_kwargs, REQUEST_KEY, CropRequest)
+        ahead, plain = _take(plain, AHEAD_KEY, ImagesAhead)
         sent = plain.pop(CROP_KEY, None)
         is_request = asked is not None or sent is not None
         inputs = replace(inputs, hf_processor_mm_kwargs=plain)
@@ -124,7 +129,7 @@ class CropProcessorMixin(BaseMultiModalProcessor):
         # Profiling sends one dummy item many times, without `crop`: a key would let the feature cache
         # answer all but the first, and too little memory would be profiled.
         keys = images.keys if is_request else ("",) * len(images.keys)
-        known_here = CropItems(decisions, keys, hashes)
+        known_here = CropItems(decisions, keys, hashes, None if plain else ahead)
         processed = super().apply(
             replace(inputs, hf_processor_mm_kwargs={**plain, ITEMS_KEY: known_here}), timing_ctx
         )
@@ -219,13 +224,23 @@ class CropProcessorMixin(BaseMultiModalProcessor):
 
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> Any:
         items, plain = _take(hf_kwargs, ITEMS_KEY, CropItems)
-        data = super()._apply_hf_processor_main(mm_items, plain)
+        data = None
+        if items is not None and items.ahead is not None and len(mm_items) == 1 and "image" in mm_items:
+            images = mm_items["image"]
+            data = items.ahead.take([images.get(index) for index in range(len(images))])
+        if data is None:
+            data = super()._apply_hf_processor_main(mm_items, plain)
         if items is not None and items.decisions:
             plans = [decision.compression for decision in items.decisions]
             data[ASSIGNMENT] = [assignment(plan) for plan in plans]
             data[POSITIONS] = [positions(plan) for plan in plans]
             data[IMAGE_KEY] = [image_key(image_hash) for image_hash in items.image_hashes]
         return data
+
+    def process_ahead(self, images: Sequence[Any]) -> Any:
+        """What the HF processor makes of the images of a request that has no settings of its own."""
+        items = self.info.parse_mm_data({"image": list(images)}, validate=False)
+        return super()._apply_hf_processor_main(items, {})
 
     def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]) -> Any:
         _, plain = _take(hf_processor_mm_kwargs, ITEMS_KEY, CropItems)
