@@ -35,20 +35,23 @@ def test_what_was_made_is_taken_once() -> None:
     with queue.ahead() as ahead:
         ahead.start()
         ahead.start()
-        assert ahead.take(IMAGES) is None  # not made yet
+        assert ahead.take(2) is None  # not made yet
         queue.run()
-        assert ahead.take(IMAGES) == "pixels"
-        assert ahead.take(IMAGES) is None
+        assert ahead.take(2) == "pixels"
+        assert ahead.take(2) is None
     assert queue.processed == [IMAGES]
 
 
 @pytest.mark.parametrize("others", [IMAGES[:1], IMAGES[::-1], [*IMAGES, object()], []])
-def test_nobody_gets_what_was_made_of_other_images(others: list[Any]) -> None:
+def test_it_knows_its_images(others: list[Any]) -> None:
     queue = Queue()
     with queue.ahead() as ahead:
+        assert ahead.is_of(IMAGES)
+        assert not ahead.is_of(others)
         ahead.start()
         queue.run()
-        assert ahead.take(others) is None
+        assert ahead.take(1) is None  # of a part of them
+        assert ahead.take(2) == "pixels"
 
 
 def test_few_are_under_way_at_once() -> None:
@@ -89,4 +92,4 @@ def test_what_fails_is_left_to_the_request_itself() -> None:
     with ImagesAhead(IMAGES, fails, queue.waiting.append) as ahead:
         ahead.start()
         queue.run()
-        assert ahead.take(IMAGES) is None
+        assert ahead.take(2) is None

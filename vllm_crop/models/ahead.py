@@ -50,12 +50,17 @@ class ImagesAhead:
             self._started = True
             self._submit(self._work)
 
-    def take(self, images: Sequence[Any]) -> Any | None:
-        """The output for exactly these decoded images; None where it was not made."""
+    def is_of(self, images: Sequence[Any]) -> bool:
+        """Whether these decoded images are the ones described, in this order."""
         ours = [getattr(image, "media", image) for image in self._images]
-        same = len(images) == len(ours) and all(a is b for a, b in zip(images, ours, strict=True))
+        return len(images) == len(ours) and all(a is b for a, b in zip(images, ours, strict=True))
+
+    def take(self, count: int) -> Any | None:
+        """The output, once, for whoever needs it of `count` images: all or none."""
+        if count != len(self._images):
+            return None
         made, self._made = self._made, None
-        return made if same else None
+        return made
 
     def _work(self) -> None:
         if self._over:

@@ -129,7 +129,7 @@ class CropProcessorMixin(BaseMultiModalProcessor):
         # Profiling sends one dummy item many times, without `crop`: a key would let the feature cache
         # answer all but the first, and too little memory would be profiled.
         keys = images.keys if is_request else ("",) * len(images.keys)
-        known_here = CropItems(decisions, keys, hashes, None if plain else ahead)
+        known_here = CropItems(decisions, keys, hashes, ahead if self._is_ahead(ahead, inputs) else None)
         processed = super().apply(
             replace(inputs, hf_processor_mm_kwargs={**plain, ITEMS_KEY: known_here}), timing_ctx
         )
@@ -147,6 +147,13 @@ class CropProcessorMixin(BaseMultiModalProcessor):
                 processed[UNMARKED] = list(processed["prompt_token_ids"])
             self._mark_evicted(processed, decisions)
         return processed
+
+    def _is_ahead(self, ahead: ImagesAhead | None, inputs: ProcessorInputs) -> bool:
+        """Whether the HF processor was given exactly this request's data, with no settings of its own."""
+        if ahead is None or inputs.hf_processor_mm_kwargs or set(inputs.mm_data_items) != {"image"}:
+            return False
+        images = inputs.mm_data_items["image"]
+        return ahead.is_of([images.get(index) for index in range(len(images))])
 
     def _with_images_of_names(
         self,
@@ -225,9 +232,8 @@ class CropProcessorMixin(BaseMultiModalProcessor):
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> Any:
         items, plain = _take(hf_kwargs, ITEMS_KEY, CropItems)
         data = None
-        if items is not None and items.ahead is not None and len(mm_items) == 1 and "image" in mm_items:
-            images = mm_items["image"]
-            data = items.ahead.take([images.get(index) for index in range(len(images))])
+        if items is not None and items.ahead is not None:
+            data = items.ahead.take(len(mm_items.get("image") or ()))
         if data is None:
             data = super()._apply_hf_processor_main(mm_items, plain)
         if items is not None and items.decisions:
