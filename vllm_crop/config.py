@@ -79,7 +79,7 @@ class CropConfig(BaseModel):
         "'prune' keeps one token of each group.",
     )
     rim: float = Field(
-        default=0.0,
+        default=0.125,
         ge=0,
         le=0.5,
         description="How far around a region the context keeps more than elsewhere, as a fraction of the "

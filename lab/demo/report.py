@@ -124,7 +124,7 @@ def save_preview(one: Asked) -> None:
     found = one.answers["plc"].facts["images"][0]["region"]
     region = Region(tuple(Box(*box) for box in found)) if found else Region.whole()
     geometry, picture = load_geometry(str(MODEL)), one.scene.picture()
-    request = ImageRequest(region, PRUNING_RATE, "pool", "plc")
+    request = ImageRequest(region, PRUNING_RATE, "pool", "plc", rim=CropConfig().rim)
     planned = Planner(CropConfig(), geometry).plan_image(request, *picture.size)
     view = geometry.view(*picture.size)
     draw_preview(picture, view, planned.tokens, region, geometry.num_layers).save(BUILD / "preview.png")

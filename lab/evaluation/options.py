@@ -49,9 +49,9 @@ class Options:
         return "endpoint" if self.base_url else self.engine
 
     def crop_settings(self) -> dict[str, Any]:
-        """The plugin's settings: prepared for every method; positions as in the unpruned prompt."""
+        """The plugin's settings: prepared for every method; positions as in the unpruned prompt; no rim."""
         layers = list(self.eviction_layers)
-        return {"method": "plc", "eviction_layers": layers, "position_ids": "original"}
+        return {"method": "plc", "eviction_layers": layers, "position_ids": "original", "rim": 0}
 
     def settings(self) -> dict[str, Any]:
         """What the conditions of one table must share."""

@@ -18,6 +18,7 @@ from vllm_crop.planning.geometry import Box, GridPart, Region, TokenGrid, TokenG
 from vllm_crop.planning.plan import make_plan, whole_image_plan
 
 GRID = TokenGrid(24, 24)
+RIM = 0.125  # the default
 SQUARE = "672x672"  # seen whole: fractions of the image are fractions of the view
 
 app = typer.Typer()
@@ -51,7 +52,7 @@ def test_json_is_the_plan_of_the_library(model: str) -> None:
         *("--pruning-rate", "0.8", "--compression", "prune"),
     )
     region = Region((Box(0.25, 0.25, 0.5, 0.5),))
-    assert printed == make_plan(GRID, region, 0.8, "prune").to_json(num_layers=40)
+    assert printed == make_plan(GRID, region, 0.8, "prune", around=region.widened(RIM)).to_json(num_layers=40)
     assert set(printed) == {"grid", "pruning_rate", "pruning_rate_got", "embeddings", "tokens_per_layer"}
 
 
@@ -109,11 +110,17 @@ def test_eviction_is_the_plan_of_the_library(model: str) -> None:
     options = ("--model", model, "--image-size", SQUARE, "--region", "0.25,0.25,0.5,0.5")
     region = Region((Box(0.25, 0.25, 0.5, 0.5),))
     printed = plan_json(*options, "--method", "plc+ilp", "--eviction-layers", "2, 16")
-    assert printed == make_plan(GRID, region, 0.778, "pool", "plc+ilp", 40, (2, 16)).to_json(num_layers=40)
+    assert printed == make_plan(
+        GRID, region, 0.778, "pool", "plc+ilp", 40, (2, 16), region.widened(RIM)
+    ).to_json(num_layers=40)
     printed = plan_json(*options, "--method", "ilp")
-    assert printed == make_plan(GRID, region, 0.778, "pool", "ilp", 40, (2,)).to_json(num_layers=40)
+    assert printed == make_plan(GRID, region, 0.778, "pool", "ilp", 40, (2,), region.widened(RIM)).to_json(
+        num_layers=40
+    )
     printed = plan_json(*options, "--eviction-layers", "2")
-    assert printed == make_plan(GRID, region, 0.778, "pool").to_json(num_layers=40)
+    assert printed == make_plan(GRID, region, 0.778, "pool", around=region.widened(RIM)).to_json(
+        num_layers=40
+    )
 
 
 def test_summary_counts_and_draws_what_is_evicted(model: str) -> None:
@@ -121,7 +128,8 @@ def test_summary_counts_and_draws_what_is_evicted(model: str) -> None:
         *("--model", model, "--image-size", SQUARE, "--cells", "3,3,4,4", "--pruning-rate", "0.8333"),
         *("--method", "ilp", "--eviction-layers", "2,20"),
     ).stdout
-    plan = make_plan(GRID, Region.from_grid_cells(3, 3, 4, 4), 0.8333, "pool", "ilp", 40, (2, 20))
+    region = Region.from_grid_cells(3, 3, 4, 4)
+    plan = make_plan(GRID, region, 0.8333, "pool", "ilp", 40, (2, 20), region.widened(RIM))
     counts = [plan.tokens_per_layer(40)[layer] for layer in (2, 20)]
     lines = output.splitlines()
     assert any("576 -> 95.8 tokens per layer  (-83.4 %)" in line for line in lines)
@@ -198,7 +206,9 @@ def test_qwen_has_the_grid_that_the_images_size_asks_for(
     model = write_qwen2_5_vl(tmp_path)
     printed = plan_json("--model", model, "--image-size", size, "--region", "0,0,0.25,0.25")
     region = Region((Box(0, 0, 0.25, 0.25),))
-    assert printed == make_plan(TokenGrid(*grid), region, 0.778, "pool").to_json(num_layers=28)
+    assert printed == make_plan(TokenGrid(*grid), region, 0.778, "pool", around=region.widened(RIM)).to_json(
+        num_layers=28
+    )
 
 
 def test_an_image_that_the_model_does_not_take_is_an_error(tmp_path: Path) -> None:
@@ -208,13 +218,14 @@ def test_an_image_that_the_model_does_not_take_is_an_error(tmp_path: Path) -> No
 
 def test_llava_next_has_two_grids_and_newlines(tmp_path: Path) -> None:
     options = ("--model", write_llava_next(tmp_path), "--image-size", "640x400")
-    region = ("--region", "0.25,0.25,0.5,0.5")
-    printed = plan_json(*options, *region)
+    asked = ("--region", "0.25,0.25,0.5,0.5")
+    region = Region((Box(0.25, 0.25, 0.5, 0.5),))
+    printed = plan_json(*options, *asked)
     tiles = GridPart(TokenGrid(30, 48), first=576, newlines=True)
     grid = TokenGrids((GridPart(TokenGrid(24, 24)), tiles))
-    expected = make_plan(grid, Region((Box(0.25, 0.25, 0.5, 0.5),)), 0.778, "pool").to_json(num_layers=32)
+    expected = make_plan(grid, region, 0.778, "pool", around=region.widened(RIM)).to_json(num_layers=32)
     assert printed == expected
-    drawn = run(*options, *region).output
+    drawn = run(*options, *asked).output
     assert "24 x 24 and 30 x 48 with newlines, 32 decoder layers" in drawn
     rows = [line for line in drawn.splitlines() if re.fullmatch(r"(?:(.)\1)+", line)]
     assert sorted({len(row) for row in rows}) == [2 * 24, 2 * 49]
@@ -232,9 +243,9 @@ def test_qwen3_evicts_after_its_deepstack_layers_only(tmp_path: Path) -> None:
     options = (*options, "--method", "ilp")
     printed = plan_json(*options, "--eviction-layers", "3")
     region = Region((Box(0, 0, 0.25, 0.25),))
-    assert printed == make_plan(TokenGrid(15, 20), region, 0.778, "pool", "ilp", 36, (3,)).to_json(
-        num_layers=36
-    )
+    assert printed == make_plan(
+        TokenGrid(15, 20), region, 0.778, "pool", "ilp", 36, (3,), region.widened(RIM)
+    ).to_json(num_layers=36)
     line = error_line(*options, "--eviction-layers", "2,16")
     assert "from 3 to 35" in line
     assert "adds visual features after each of the first 3" in line

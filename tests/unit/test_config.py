@@ -101,7 +101,7 @@ def test_defaults_are_plc_at_128_llava_tokens() -> None:
         "pruning_rate": 0.778,
         "eviction_layers": None,
         "compression": "pool",
-        "rim": 0.0,
+        "rim": 0.125,
         "position_ids": None,
         "vit_cache_mib": 256,
         "limits": {"max_pruning_rate": 0.99, "max_boxes_per_image": 16, "named_images_mib": 128},

@@ -169,15 +169,15 @@ def requests(crop: dict[str, Any], num_images: int = 1, **config: Any) -> list[I
 
 def test_what_a_request_leaves_out_comes_from_the_server() -> None:
     asked = requests({"regions": [BOX]}, pruning_rate=0.6, compression="prune")
-    assert asked == [ImageRequest(REGION, 0.6, "prune")]
+    assert asked == [ImageRequest(REGION, 0.6, "prune", rim=0.125)]
 
 
 def test_a_request_overrides_the_servers_pruning_rate() -> None:
-    assert requests({"regions": [BOX], "pruning_rate": 0.5}) == [ImageRequest(REGION, 0.5, "pool")]
+    assert requests({"regions": [BOX], "pruning_rate": 0.5}) == [ImageRequest(REGION, 0.5, "pool", rim=0.125)]
 
 
 def test_images_without_a_region_are_served_whole() -> None:
-    assert requests({}, num_images=2) == [ImageRequest(None, 0.778, "pool")] * 2
+    assert requests({}, num_images=2) == [ImageRequest(None, 0.778, "pool", rim=0.125)] * 2
     assert [r.region for r in requests({"regions": [None, BOX]}, num_images=2)] == [None, REGION]
     assert requests({}, num_images=0) == requests({"regions": []}, num_images=0) == []
 
@@ -242,13 +242,13 @@ def test_the_requests_method_comes_before_the_servers(
     crop: dict[str, Any], config: dict[str, Any], method: Method, eviction_layers: tuple[int, ...]
 ) -> None:
     asked = requests({"regions": [BOX], **crop}, **config)
-    assert asked == [ImageRequest(REGION, 0.778, "pool", method, eviction_layers)]
+    assert asked == [ImageRequest(REGION, 0.778, "pool", method, eviction_layers, 0.125)]
 
 
 def test_off_is_told_from_a_missing_region() -> None:
-    assert requests({}, method="ilp") == [ImageRequest(None, 0.778, "pool", "ilp", (2,))]
+    assert requests({}, method="ilp") == [ImageRequest(None, 0.778, "pool", "ilp", (2,), 0.125)]
     off = requests({"regions": [BOX], "method": "off"}, method="ilp")
-    assert off == [ImageRequest(None, 0.778, "pool", "off", (), off=True)]
+    assert off == [ImageRequest(None, 0.778, "pool", "off", (), 0.125, off=True)]
 
 
 @pytest.mark.parametrize("method", ["ilp", "plc+ilp"])
@@ -273,8 +273,8 @@ def test_cache_keys_differ_where_the_embeddings_could() -> None:
         ("plc+ilp", (2, 3)),
     ]
     asked = [
-        ImageRequest(region, pruning_rate, compression, method, layers)
-        for region, pruning_rate, compression, (method, layers) in itertools.product(
+        ImageRequest(region, pruning_rate, compression, method, layers, rim)
+        for region, pruning_rate, compression, (method, layers), rim in itertools.product(
             [
                 REGION,
                 Region.whole(),
@@ -284,6 +284,7 @@ def test_cache_keys_differ_where_the_embeddings_could() -> None:
             [0.5, math.nextafter(0.5, 1)],
             compressions,
             methods,
+            [0.0, 0.125, math.nextafter(0.125, 1)],
         )
     ]
     keys = {request.cache_key() for request in asked}

@@ -116,9 +116,10 @@ def test_the_plan_is_the_servers(client: TestClient) -> None:
     for method in ("plc", "ilp", "plc+ilp"):
         plan = plan_of(client, region=BOX, method=method, pruning_rate=0.6)
         layers = () if method == "plc" else (2,)
-        region = LLAVA.view(336, 336).project(Region.from_grid_cells(4, 2, 5, 3))
+        sent = Region.from_grid_cells(4, 2, 5, 3)
+        region, around = (LLAVA.view(336, 336).project(one) for one in (sent, sent.widened(0.125)))
         assert region is not None
-        expected = make_plan(LLAVA.token_grid, region, 0.6, "pool", method, 8, layers).to_json(8)  # type: ignore[arg-type]
+        expected = make_plan(LLAVA.token_grid, region, 0.6, "pool", method, 8, layers, around).to_json(8)  # type: ignore[arg-type]
         assert {key: plan[key] for key in expected} == expected
         assert plan["method"] == method
         assert plan["region_in_view"] is True

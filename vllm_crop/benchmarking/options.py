@@ -86,7 +86,7 @@ class Options:
         stages = self.stages if method_evicts(method) else ()
         if stages:
             check_eviction_layers(stages, geometry.num_layers, geometry.first_eviction_layer)
-        request = ImageRequest(region, self.pruning_rate, "pool", method, stages)
+        request = ImageRequest(region, self.pruning_rate, "pool", method, stages, CropConfig().rim)
         try:
             planner, side = Planner(CropConfig(), geometry), self.image_side
             return planner.plan_image(request, side, side).tokens

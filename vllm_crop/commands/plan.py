@@ -18,6 +18,7 @@ from vllm_crop.commands.region_options import (
     MethodOption,
     PruningRateOption,
     RegionOption,
+    RimOption,
     geometry_of,
     parse_regions,
     plan_for_image,
@@ -43,6 +44,7 @@ def plan(
     cells: CellsOption = None,
     pruning_rate: PruningRateOption = DEFAULTS.pruning_rate,
     compression: CompressionOption = DEFAULTS.compression,
+    rim: RimOption = DEFAULTS.rim,
     method: MethodOption = DEFAULTS.method,
     eviction_layers: EvictionLayersOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
@@ -50,7 +52,7 @@ def plan(
     """Show which visual tokens of an image are kept, pooled, evicted or left out by a server."""
     width, height = _parse_size(image_size)
     asked = parse_regions(region, cells)
-    request = request_for_image(asked, pruning_rate, compression, method, eviction_layers)
+    request = request_for_image(asked, pruning_rate, compression, method, eviction_layers, rim)
     geometry = geometry_of(model)
     planned = plan_for_image(geometry, width, height, request)
     if as_json:

@@ -18,6 +18,7 @@ from vllm_crop.commands.region_options import (
     MethodOption,
     PruningRateOption,
     RegionOption,
+    RimOption,
     geometry_of,
     parse_regions,
     plan_for_image,
@@ -141,6 +142,7 @@ def preview(
     cells: CellsOption = None,
     pruning_rate: PruningRateOption = DEFAULTS.pruning_rate,
     compression: CompressionOption = DEFAULTS.compression,
+    rim: RimOption = DEFAULTS.rim,
     method: MethodOption = DEFAULTS.method,
     eviction_layers: EvictionLayersOption = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="Where to write the PNG.")] = Path(
@@ -162,13 +164,15 @@ def preview(
     asked, picture, answer = parse_regions(region, cells), _open(image), None
     if base_url is not None and question is not None:
         given = {name: value for name, value in ctx.params.items() if _is_given(ctx, name)}
-        crop: dict[str, Any] = {name: given[name] for name in ("method", "pruning_rate") if name in given}
+        crop: dict[str, Any] = {
+            name: given[name] for name in ("method", "pruning_rate", "rim") if name in given
+        }
         crop |= {"regions": [asked.as_lists()]} if asked else {}
         answer = ask_server(base_url, picture, question, crop)
         asked, model = answer.region, model or answer.checkpoint
         # What is not asked for the server decides, and it says what.
         served = answer.settings
-        method, pruning_rate = served["method"], served["pruning_rate"]
+        method, pruning_rate, rim = served["method"], served["pruning_rate"], served["rim"]
         if compression != served["compression"] and "compression" in given:
             raise typer.BadParameter(
                 f"the server's is {served['compression']}, and requests cannot choose",
@@ -177,7 +181,7 @@ def preview(
         compression = served["compression"]
         if eviction_layers is None and "eviction_layers" in served:
             eviction_layers = ",".join(map(str, served["eviction_layers"]))
-    request = request_for_image(asked, pruning_rate, compression, method, eviction_layers)
+    request = request_for_image(asked, pruning_rate, compression, method, eviction_layers, rim)
     geometry = geometry_of(model) if model is not None else assumed_llava()
     planned = plan_for_image(geometry, *picture.size, request)
     view, num_layers = geometry.view(*picture.size), geometry.num_layers

@@ -55,6 +55,13 @@ CompressionOption = Annotated[
     Compression,
     typer.Option(help="Tokens outside the region: averaged in groups, or one of each group kept."),
 ]
+RimOption = Annotated[
+    float,
+    typer.Option(
+        help="How far around the region the context keeps more than elsewhere, as a fraction of the image's "
+        "sides, at most 0.5."
+    ),
+]
 MethodOption = Annotated[
     Method,
     typer.Option(help="Compress before the language model (plc), evict inside it (ilp), both, or neither."),
@@ -86,6 +93,7 @@ def request_for_image(
     compression: Compression,
     method: Method,
     eviction_layers: str | None,
+    rim: float = DEFAULTS.rim,
 ) -> ImageRequest:
     """What a server makes of these settings for one image.
 
@@ -96,6 +104,7 @@ def request_for_image(
         "method": method,
         "pruning_rate": pruning_rate,
         "compression": compression,
+        "rim": rim,
         "eviction_layers": parse_layers(eviction_layers) if eviction_layers is not None else None,
         # No operator has set limits here.
         "limits": {"max_boxes_per_image": MAX_BOXES, "max_pruning_rate": math.nextafter(1, 0)},

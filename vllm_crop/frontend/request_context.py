@@ -88,6 +88,7 @@ def _settings_json(images: Sequence[ImageFacts]) -> dict[str, Any]:
         "method": "off" if request.off else request.method,
         "pruning_rate": request.pruning_rate,
         "compression": request.compression,
+        "rim": request.rim,
         **layers,
     }
 
