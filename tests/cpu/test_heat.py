@@ -62,7 +62,7 @@ def cells_of(engine: Engine, picture: Image.Image, crop: Any) -> list[int]:
     return [int(place) for place in places]
 
 
-def sampling(cells: Sequence[int] | None) -> Any:
+def sampling(cells: Sequence[int] | None, layers: Sequence[int] | None = None) -> Any:
     from vllm import SamplingParams
 
     if cells is None:
@@ -72,7 +72,7 @@ def sampling(cells: Sequence[int] | None) -> Any:
         max_tokens=1,
         logprob_token_ids=token_ids(NUM_CELLS),
         skip_reading_prefix_cache=True,
-        extra_args=extra_args(cells, NUM_CELLS),
+        extra_args=extra_args(cells, NUM_CELLS, layers),
     )
 
 
@@ -147,6 +147,36 @@ def test_a_map_is_the_attention_of_transformers(
     assert differs(np.roll(wanted[0], 1), wanted[0]) > NOTICEABLE
 
 
+def test_each_request_of_a_batch_names_its_layers(
+    engine_of: Start, hf_of: Callable[..., HfReference]
+) -> None:
+    engine, hf = engine_of(LLAVA, True), hf_of(LLAVA, LLAVA.deep)
+    # The second prompt is cut by the step's 256 tokens.
+    questions = [Question((PICTURE,), COMPRESSED), Question((OTHER,), OFF, OTHER_TEXT)]
+    subsets: list[list[int] | None] = [[3], [6, 1], None, [1, 3, 6], [6]]
+    asked = [(question, layers) for layers in subsets for question in questions]
+    cells = [cells_of(engine, question.images[0], question.crop) for question, _ in asked]
+    outputs = engine.llm.generate(
+        [question.prompt(engine.image) for question, _ in asked],
+        [sampling(where, layers) for where, (_, layers) in zip(cells, asked, strict=True)],
+        use_tqdm=False,
+    )
+    got = [read(output.outputs[0].logprobs[0], NUM_CELLS) for output in outputs]
+    for heat, where, (question, layers) in zip(got, cells, asked, strict=True):
+        assert differs(heat, expected(hf, engine, question, where, layers or LAYERS)) < TOLERANCE
+    assert differs(got[0], got[4]) > NOTICEABLE
+    assert differs(got[6], got[4]) == 0
+
+
+def test_a_layer_that_nobody_watches_gives_no_map(engine_of: Start) -> None:
+    engine = engine_of(LLAVA, True)
+    question = Question((PICTURE,), OFF)
+    named = sampling(cells_of(engine, PICTURE, OFF), [3, 4])
+    (output,) = engine.llm.generate(question.prompt(engine.image), named, use_tqdm=False)
+    with pytest.raises(NoHeatError):
+        read(output.outputs[0].logprobs[0], NUM_CELLS)
+
+
 @pytest.mark.parametrize("evicts", [True, False], ids=["evicting", "plain"])
 def test_others_are_answered_to_the_bit_as_beside_any_request(evicts: bool, engine_of: Start) -> None:
     engine = engine_of(LLAVA, evicts)
@@ -191,6 +221,9 @@ def test_beside_a_client_that_names_ids_both_get_theirs(engine_of: Start) -> Non
         {"cells": [0] * 576, "num_cells": 10**9},
         {"cells": [99] * 576, "num_cells": 90},
         {"cells": [None] * 576, "num_cells": 90},
+        {"cells": [0] * 576, "num_cells": 90, "layers": []},
+        {"cells": [0] * 576, "num_cells": 90, "layers": 3},
+        {"cells": [0] * 576, "num_cells": 90, "layers": [[3]]},
         [],
         7,
     ],

@@ -94,6 +94,19 @@ class TestStep:
         assert step is not None
         assert step.starts == ((5,), (5,), (2,))
 
+    def test_a_request_may_name_its_layers(self) -> None:
+        def of(layers: Any) -> HeatRequest | None:
+            sampling = SimpleNamespace(extra_args=extra_args([0, 1], 2, layers))
+            return HeatRequest.of(sampling, 9, [np.array([3, 4])])
+
+        named, every = of([7, 2, 7]), of(None)
+        assert named is not None
+        assert every is not None
+        assert [layer for layer in range(9) if named.reads(layer)] == [2, 7]
+        assert all(every.reads(layer) for layer in range(9))
+        for wrong in ([], ["2"], [None]):
+            assert of(wrong) is None
+
     def test_nothing_to_look_at(self) -> None:
         assert heat_step([None, None], np.array([0, 0]), np.array([5, 3])) is None
         decoding = asked([0, 1], 2, prompt=3)

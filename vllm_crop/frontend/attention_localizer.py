@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the served model looks while it reads the question beside a view of the image: one prefill."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from PIL import Image
@@ -34,16 +35,26 @@ class AttentionLocalizer:
 
     async def locate(self, image: Image.Image, question: str, salt: str | None = None) -> LocalizerAnswer:
         """Run one more request with a view of the image; cancelling this aborts it."""
+        return await self.look(image, question, None, salt)
+
+    async def look(
+        self, image: Image.Image, question: str, layers: Sequence[int] | None, salt: str | None = None
+    ) -> LocalizerAnswer:
+        """Locate with some of the layers that the server watches; None for all.
+
+        Raises:
+            LocalizerError: with the reason; an UnreadableAnswerError where one of them is not watched.
+        """
         glance = await self.requests.glance(image)
         grid = await off_the_loop(self._grid, glance)
-        output = await self.requests.ask(glance, self._text(question), _sampling(grid), salt)
+        output = await self.requests.ask(glance, self._text(question), _sampling(grid, layers), salt)
         return self._read(output, glance, grid)
 
     def locate_now(self, image: Image.Image, question: str, salt: str | None = None) -> LocalizerAnswer:
         """The same for the offline `LLM`, whose other requests wait meanwhile."""
         glance = self.requests.glance_now(image)
         grid = self._grid(glance)
-        output = self.requests.ask_now(glance, self._text(question), _sampling(grid), salt)
+        output = self.requests.ask_now(glance, self._text(question), _sampling(grid, None), salt)
         return self._read(output, glance, grid)
 
     def _text(self, question: str) -> str:
@@ -68,10 +79,10 @@ class AttentionLocalizer:
         region = glance.shows.unproject(seen)
         if region is None:
             raise UnreadableAnswerError("the hottest place is in the padding around the image")
-        return LocalizerAnswer(region, heat.within(seen), heat)
+        return LocalizerAnswer(region, heat.within(seen), heat, glance.shows)
 
 
-def _sampling(grid: HeatGrid) -> SamplingParams:
+def _sampling(grid: HeatGrid, layers: Sequence[int] | None) -> SamplingParams:
     return SamplingParams(
         temperature=0.0,
         max_tokens=1,
@@ -81,5 +92,5 @@ def _sampling(grid: HeatGrid) -> SamplingParams:
         # Keys of tokens that are not computed again would not come by.
         skip_reading_prefix_cache=True,
         output_kind=RequestOutputKind.FINAL_ONLY,
-        extra_args=heat_request.extra_args(grid.cells, grid.num_cells),
+        extra_args=heat_request.extra_args(grid.cells, grid.num_cells, layers),
     )

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 # Key of SamplingParams.extra_args, whose values reach the workers.
 EXTRA_ARG = "crop_heat"
-CELLS, NUM_CELLS = "cells", "num_cells"
+CELLS, NUM_CELLS, LAYERS = "cells", "num_cells", "layers"
 # SamplingParams.logprob_token_ids may name 128 ids (vllm/sampling_params.py); two say that it is a map.
 MAX_CELLS = 126
 # Instead of a token's cell: one that shows nothing of the image (a newline); one on the outer ring, where
@@ -32,14 +32,17 @@ class NoHeatError(Exception):
     """What came back is no map."""
 
 
-def extra_args(cells: Sequence[int], num_cells: int) -> dict[str, Any]:
+def extra_args(cells: Sequence[int], num_cells: int, layers: Sequence[int] | None = None) -> dict[str, Any]:
     """What the workers must know.
 
     Args:
         cells: per embedding of the prompt's only image its cell, NOWHERE or RING.
         num_cells: at most MAX_CELLS.
+        layers: those of the watched ones that the map is made of; all if left out. With one that nobody
+            watches there is no map.
     """
-    return {EXTRA_ARG: {CELLS: list(cells), NUM_CELLS: num_cells}}
+    asked: dict[str, Any] = {CELLS: list(cells), NUM_CELLS: num_cells}
+    return {EXTRA_ARG: asked if layers is None else {**asked, LAYERS: list(layers)}}
 
 
 def token_ids(num_cells: int) -> list[int]:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vllm_crop.heat.request import CELLS, EXTRA_ARG, MAX_CELLS, NUM_CELLS, RING
+from vllm_crop.heat.request import CELLS, EXTRA_ARG, LAYERS, MAX_CELLS, NUM_CELLS, RING
 
 Indices = NDArray[np.int64]
 
@@ -22,6 +22,7 @@ class HeatRequest:
         num_prompt_tokens: the last of them is where the answer begins: its attention is the map.
         image_tokens: `[num_embeddings]`, where in the prompt the image's embeddings are.
         cells: `[num_embeddings]`.
+        layers: those of the watched ones that the map is made of; None for all.
         keys: per layer those of earlier steps, `[tokens, heads, size]` each, of a prompt in chunks.
     """
 
@@ -29,6 +30,7 @@ class HeatRequest:
     image_tokens: Indices
     cells: Indices
     num_cells: int
+    layers: frozenset[int] | None = None
     keys: dict[int, list[torch.Tensor]] = field(default_factory=dict)
 
     @classmethod
@@ -49,7 +51,17 @@ class HeatRequest:
             isinstance(cell, int) and RING <= cell < num_cells for cell in cells
         ):
             return None
-        return cls(num_prompt_tokens, placeholders[0], np.array(cells, dtype=np.int64), num_cells)
+        layers = asked.get(LAYERS)
+        if layers is not None and not (
+            isinstance(layers, list) and layers and all(isinstance(layer, int) for layer in layers)
+        ):
+            return None
+        merged = None if layers is None else frozenset(layers)
+        return cls(num_prompt_tokens, placeholders[0], np.array(cells, dtype=np.int64), num_cells, merged)
+
+    def reads(self, layer: int) -> bool:
+        """Whether the map is made of this layer too."""
+        return self.layers is None or layer in self.layers
 
 
 @dataclass(frozen=True)

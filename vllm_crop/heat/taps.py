@@ -6,7 +6,8 @@ piecewise graphs: its implementation runs as Python and sees queries and keys af
 family alike (vllm/model_executor/layers/attention/attention.py, unified_attention_with_output).
 
 The rule (docs/localization.md): attention of the prompt's last token, summed over heads, then normalised over
-the image's tokens; of several layers the maximum; of the tokens of a cell the mean.
+the image's tokens; of several layers the maximum; of the tokens of a cell the mean. The layers are all that are
+watched, or those of them that a request names.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +36,7 @@ class HeatTaps:
         Raises:
             UnsupportedModelError: a layer does not look at all that comes before.
         """
-        self.num_layers = len(attentions)
+        self.num_layers = len(attentions)  # of a request that names none
         self._step: HeatStep | None = None
         self._seen: dict[int, list[torch.Tensor]] = {}
         self._finished: list[tuple[HeatRows, torch.Tensor]] = []
@@ -55,8 +56,13 @@ class HeatTaps:
             self._finished = [
                 (rows, torch.stack(self._seen[rows.batch_row]))
                 for rows in step.rows
-                if len(self._seen.get(rows.batch_row, ())) == self.num_layers
+                if len(self._seen.get(rows.batch_row, ())) == self._expected(rows)
             ]
+
+    def _expected(self, rows: HeatRows) -> int:
+        """How many layers its map is made of; one that is named and not watched never comes."""
+        named = rows.request.layers
+        return self.num_layers if named is None else len(named)
 
     def write_into(self, logits: torch.Tensor | None) -> torch.Tensor | None:
         """Replace the logits of finished requests, `[num_reqs, vocab]`, by their maps, once.
@@ -95,6 +101,8 @@ class HeatTaps:
         self, step: HeatStep, number: int, stage: int, query: torch.Tensor, key: torch.Tensor, scale: float
     ) -> None:
         for rows, start in zip(step.rows, step.starts[stage], strict=True):
+            if not rows.request.reads(number):
+                continue
             stop = start + rows.num_rows
             kept = rows.request.keys
             if not rows.first:
