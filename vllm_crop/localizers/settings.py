@@ -55,9 +55,15 @@ class LocalizerConfig(BaseModel):
     layers: list[Annotated[int, Field(ge=0)]] | None = Field(
         default=None,
         min_length=1,
-        max_length=64,
+        max_length=256,
         description="Decoder layers whose attention kind 'attention' reads. Left out: those from "
         f"{LOOKING[0]} to {LOOKING[1]} of the depth.",
+    )
+    calibration: str | None = Field(
+        default=None,
+        max_length=4000,
+        description="A file of `vllm-crop calibrate`, whose settings hold where none are given here: layers, "
+        "the view, the prompt and whole_below. Read once, at start; kind 'attention'.",
     )
     window: float = Field(
         default=0.25,
@@ -172,6 +178,8 @@ class LocalizerConfig(BaseModel):
     def _check(self) -> Self:
         if self.kind == "openai" and not (self.base_url and self.model):
             raise ValueError("localizer.kind 'openai' needs localizer.base_url and localizer.model")
+        if self.calibration is not None and self.kind != "attention":
+            raise ValueError("localizer.calibration belongs to localizer.kind 'attention'")
         if self.prompt is not None and "{question}" not in self.prompt:
             raise ValueError("localizer.prompt must contain {question}")
         return self
