@@ -103,7 +103,9 @@ class TestScores:
         needed = region((0, 0, 0.4, 0.4), (0.2, 0.2, 0.6, 0.6))
         assert scoring.area(needed) == pytest.approx(0.28)
         assert scoring.coverage(region((0, 0, 0.4, 0.4)), needed) == pytest.approx(0.16 / 0.28)
-        assert scoring.coverage(region((0.1, 0, 0.3, 1), (0.2, 0, 0.4, 1)), needed) == pytest.approx(0.16 / 0.28)
+        assert scoring.coverage(region((0.1, 0, 0.3, 1), (0.2, 0, 0.4, 1)), needed) == pytest.approx(
+            0.16 / 0.28
+        )
         assert scoring.coverage(region((0.7, 0.7, 1, 1)), needed) == 0
 
     def test_a_hit_shows_half_of_one_of_the_boxes(self) -> None:
@@ -200,7 +202,7 @@ class TestData:
         with pytest.raises(CalibrationDataError, match="has 1 pictures: at least 2"):
             read_pictures(path, (), None)
         path = self.write(tmp_path, *lines, {"image": "b.png", "question": "one?"})
-        with pytest.raises(CalibrationDataError, match="second half .* has two different questions"):
+        with pytest.raises(CalibrationDataError, match=r"second half .* has two different questions"):
             read_pictures(path, (), None)
         with pytest.raises(CalibrationDataError, match="belongs to a folder"):
             read_pictures(path, ("one?",), None)

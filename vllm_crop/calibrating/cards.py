@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cards: signs, price labels, clocks, forms and lists, as they are drawn. Every row has a name and a value."""
+"""Cards: signs, price labels, clocks, forms and lists, as they are drawn. Rows have a name and a value."""
 
 import random
 from dataclasses import dataclass

@@ -103,8 +103,8 @@ def read_pictures(path: Path, questions: Sequence[str], limit: int | None) -> li
     for which, part in parts.items():
         if all(len(picture.questions) < 2 for picture in part):
             raise CalibrationDataError(
-                f"{path}: no picture of the {which} half (every other one) has two different questions. Layers "
-                "are told apart by what changes with the question: ask two or more about each picture"
+                f"{path}: no picture of the {which} half (every other one) has two different questions. "
+                "Layers are told apart by what changes with the question: ask two or more about each picture"
             )
     return chosen
 

@@ -29,15 +29,23 @@ _ROWS: dict[Kind, tuple[int, int]] = {
     **{"form": (3, 5), "list": (3, 6)},
 }
 _NAMES: dict[Kind, tuple[str, ...]] = {
-    "sign": ("Maple Road", "Harbour Street", "Mill Lane", "Station Road", "Church Hill", "Park Avenue")
-    + ("Bridge Street", "Garden Row", "Castle Walk", "River Close", "Queen Square", "Forest Drive"),
-    "label": ("apples", "bread", "coffee", "cheese", "tomatoes", "honey", "olive oil", "rice", "butter")
-    + ("grapes", "yoghurt", "walnuts", "lentils", "green tea"),
+    "sign": (
+        *("Maple Road", "Harbour Street", "Mill Lane", "Station Road", "Church Hill", "Park Avenue"),
+        *("Bridge Street", "Garden Row", "Castle Walk", "River Close", "Queen Square", "Forest Drive"),
+    ),
+    "label": (
+        *("apples", "bread", "coffee", "cheese", "tomatoes", "honey", "olive oil", "rice", "butter"),
+        *("grapes", "yoghurt", "walnuts", "lentils", "green tea"),
+    ),
     "clock": ("Oslo", "Tokyo", "Lima", "Cairo", "Delhi", "Sydney", "Toronto", "Nairobi", "Seoul", "Athens"),
-    "form": ("Surname", "Order number", "Account", "Postcode", "Phone", "Room", "Membership", "Licence")
-    + ("Invoice", "Locker", "Policy", "Ticket"),
-    "list": ("Lisbon", "Vienna", "Geneva", "Porto", "Bergen", "Malmo", "Turin", "Krakow", "Bremen", "Dublin")
-    + ("Seville", "Antwerp", "Gdansk"),
+    "form": (
+        *("Surname", "Order number", "Account", "Postcode", "Phone", "Room", "Membership", "Licence"),
+        *("Invoice", "Locker", "Policy", "Ticket"),
+    ),
+    "list": (
+        *("Lisbon", "Vienna", "Geneva", "Porto", "Bergen", "Malmo", "Turin", "Krakow", "Bremen", "Dublin"),
+        *("Seville", "Antwerp", "Gdansk"),
+    ),
 }
 _SURNAMES = ("Moreno", "Okafor", "Lindqvist", "Tanaka", "Haddad", "Petrov", "Silva", "Novak", "Keller", "Ito")
 _QUESTIONS: dict[Kind, str] = {
@@ -91,7 +99,9 @@ class Scene:
         for rows in by_card:
             chance.shuffle(rows)
         chance.shuffle(by_card)
-        in_turn = [rows[turn] for turn in range(max(map(len, by_card))) for rows in by_card if turn < len(rows)]
+        in_turn = [
+            rows[turn] for turn in range(max(map(len, by_card))) for rows in by_card if turn < len(rows)
+        ]
         kinds = [card.kind for card, _ in self.cards]
         kind = chance.choice(sorted(set(kinds)))
         count = Question(f"How many {_PLURALS[kind]} are there?", str(kinds.count(kind)), None)

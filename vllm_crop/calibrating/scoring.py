@@ -21,10 +21,9 @@ def is_hit(window: Box, needed: Region) -> bool:
 
 def coverage(region: Region, needed: Region) -> float:
     """The share of the needed area that a region shows, in [0, 1]."""
-    xs, ys = (
-        sorted({edge for box in (*region.boxes, *needed.boxes) for edge in edges(box)})
-        for edges in (lambda box: (box.x0, box.x1), lambda box: (box.y0, box.y1))
-    )
+    boxes = (*region.boxes, *needed.boxes)
+    xs = sorted({edge for box in boxes for edge in (box.x0, box.x1)})
+    ys = sorted({edge for box in boxes for edge in (box.y0, box.y1)})
     areas = np.outer(np.diff(ys), np.diff(xs))
     middles = np.add(ys[1:], ys[:-1]) / 2, np.add(xs[1:], xs[:-1]) / 2
     inside = [_inside(one, *middles) for one in (region, needed)]
@@ -80,9 +79,7 @@ def kept(threshold: float, confidences: Sequence[float], covered: Sequence[float
     return Kept(len(left), len(confidences), sum(left) / len(left) if left else None)
 
 
-def lowest_threshold(
-    confidences: Sequence[float], covered: Sequence[float], wanted: float
-) -> float | None:
+def lowest_threshold(confidences: Sequence[float], covered: Sequence[float], wanted: float) -> float | None:
     """The lowest confidence from which on regions cover `wanted` of what is needed in the mean.
 
     0 if all of them do together; None if none does that leaves LEAST of them.

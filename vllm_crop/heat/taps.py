@@ -6,8 +6,8 @@ piecewise graphs: its implementation runs as Python and sees queries and keys af
 family alike (vllm/model_executor/layers/attention/attention.py, unified_attention_with_output).
 
 The rule (docs/localization.md): attention of the prompt's last token, summed over heads, then normalised over
-the image's tokens; of several layers the maximum; of the tokens of a cell the mean. The layers are all that are
-watched, or those of them that a request names.
+the image's tokens; of several layers the maximum; of the tokens of a cell the mean. The layers are
+all that are watched, or those of them that a request names.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -96,7 +96,9 @@ class Calibration(BaseModel):
             found = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             reason = error.strerror or str(error)
-            raise CalibrationError(f"localizer.calibration {path} cannot be read ({reason}): {AGAIN}") from None
+            raise CalibrationError(
+                f"localizer.calibration {path} cannot be read ({reason}): {AGAIN}"
+            ) from None
         except ValueError as error:
             raise CalibrationError(f"localizer.calibration {path} is no JSON ({error}): {AGAIN}") from None
         try:

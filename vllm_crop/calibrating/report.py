@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a calibration prints, and the file it writes."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from vllm_crop.calibrating.run import CENTRE, CHOSEN, RANDOM, Confidences, Outcome, Places
+from vllm_crop.calibrating.scoring import WINDOW, auroc, kept
+from vllm_crop.comparing.statistics import share, spread
+from vllm_crop.localizers.calibration import Calibration, ModelShape
+
+_BAR = 20  # characters of the largest change
+_THRESHOLDS = 0.0, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6
+
+
+def make_calibration(
+    outcome: Outcome,
+    settings: Mapping[str, Any],
+    model_name: str,
+    model: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+) -> Calibration:
+    """What is written.
+
+    Args:
+        settings: of the localizer, that it was learned with.
+        model: the loaded configuration of the checkpoint.
+    """
+    learned: dict[str, Any] = {**settings, "layers": outcome.chosen}
+    if outcome.threshold is not None:
+        learned["whole_below"] = round(outcome.threshold, 4)
+    return Calibration(
+        settings=learned,
+        model_name=model_name,
+        model=ModelShape.of(model),
+        provenance={
+            **provenance,
+            "pictures": dict(zip(("decided", "judged"), outcome.pictures, strict=True)),
+            "questions": dict(zip(("decided", "judged"), outcome.questions, strict=True)),
+        },
+        scores=scores(outcome),
+    )
+
+
+def scores(outcome: Outcome) -> dict[str, Any]:
+    """Every number that is printed, as plain values."""
+    layers = outcome.plan.layers
+    return {
+        "question_change": {
+            str(layer): round(float(much), 4) for layer, much in zip(layers, outcome.change, strict=True)
+        },
+        "by_layer": {str(layer): _numbers(places) for layer, places in outcome.by_layer.items()},
+        "rows": {name: _numbers(places) for name, places in outcome.rows.items()},
+        "seconds": None if (told := spread(outcome.seconds)) is None else asdict(told),
+        "wanted_coverage": outcome.plan.wanted,
+        "confidence_auroc": _auroc(outcome.test),
+        "thresholds": [
+            {"threshold": one, **asdict(kept(one, outcome.test.told, outcome.test.covered))}
+            for one in _thresholds(outcome)
+        ],
+    }
+
+
+def write_calibration(path: Path, calibration: Calibration) -> None:
+    """Write the file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.part")
+    partial.write_text(f"{json.dumps(calibration.model_dump(), indent=1)}\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def print_outcome(console: Console, outcome: Outcome) -> None:
+    """The three tables."""
+    console.print(_layer_table(outcome))
+    if outcome.rows[CHOSEN].hits:
+        console.print(_row_table(outcome))
+    if outcome.test.told:
+        console.print(_threshold_table(outcome))
+    for line in notes(outcome):
+        console.print(line, markup=False)
+
+
+def notes(outcome: Outcome) -> Iterator[str]:
+    """What a reader must know to read the numbers."""
+    (decided, judged), (dev, test) = outcome.pictures, outcome.questions
+    yield (
+        f"Layers and threshold were chosen by {dev} questions about {decided} pictures, everything else was "
+        f"counted on {test} about {judged} others."
+    )
+    if outcome.rows[CHOSEN].hits:
+        yield (
+            f"Hit: a window of {WINDOW:g} x {WINDOW:g} around the hottest place shows at least half of a box "
+            "that is needed; with 95 % intervals (Wilson). Covers: the mean share of what is needed that the "
+            "region shows. Both are of questions about a part of the picture."
+        )
+    else:
+        yield (
+            "Without boxes nobody knows whether these places are right: no hits, no threshold. Write boxes "
+            "into the file, or leave --data out for generated scenes."
+        )
+    if (told := spread([1000 * one for one in outcome.seconds])) is not None:
+        yield (
+            f"One localization at a time, of a picture never seen: {told.text(0, ' ms')}; all layers are "
+            "watched in this engine, a server watches the chosen ones only."
+        )
+    if outcome.dev.told and outcome.threshold is None:
+        yield (
+            f"No confidence promises a coverage of {outcome.plan.wanted:g}: whole_below stays at its "
+            "default. Ask more questions, or want less (--coverage)."
+        )
+
+
+def _layer_table(outcome: Outcome) -> Table:
+    table = Table(box=SIMPLE_HEAD, title="Layers")
+    for title in ("layer", "changes with the question", "", "hit", "covers", "chosen"):
+        table.add_column(title, justify="right" if title == "layer" else "left", no_wrap=True)
+    most = float(outcome.change.max())
+    for layer, much in zip(outcome.plan.layers, outcome.change, strict=True):
+        places = outcome.by_layer[layer]
+        table.add_row(
+            str(layer),
+            f"{much:.3f}",
+            "█" * round(_BAR * float(much) / most),
+            str(share(places.hits)),
+            _mean(places.covered),
+            "yes" if layer in outcome.chosen else "",
+        )
+    return table
+
+
+def _row_table(outcome: Outcome) -> Table:
+    table = Table(box=SIMPLE_HEAD, title="Who finds the place")
+    for title in ("", "hit", "covers", "with area", "ms, one at a time"):
+        table.add_column(title, no_wrap=True)
+    for name, places in outcome.rows.items():
+        label = f"{name} {outcome.chosen}" if name == CHOSEN else name
+        if name == CHOSEN and (views := spread(outcome.view_tokens)) is not None:
+            label += f", view of at most {views.median:.0f}"
+        timed = None if name in (CENTRE, RANDOM) else spread([1000 * one for one in places.seconds])
+        hits = (
+            f"{100 * sum(places.hits) / len(places.hits):.1f} %"
+            if name == RANDOM
+            else str(share(places.hits))
+        )
+        table.add_row(
+            label, hits, _mean(places.covered), _mean(places.areas), "-" if timed is None else timed.text(0)
+        )
+    return table
+
+
+def _threshold_table(outcome: Outcome) -> Table:
+    told = outcome.test
+    certain = _auroc(told)
+    title = "Confidence against what is covered, questions about all of the picture included"
+    if certain is not None:
+        title += f"; it tells hits from misses at AUROC {certain:.2f}"
+    table = Table(box=SIMPLE_HEAD, title=title)
+    for head in ("served whole below", "pruned", "covers, of these", ""):
+        table.add_column(head, no_wrap=True)
+    for one in _thresholds(outcome):
+        left = kept(one, told.told, told.covered)
+        table.add_row(
+            f"{one:.3f}",
+            f"{left.count} of {left.n}",
+            "-" if left.coverage is None else f"{left.coverage:.3f}",
+            f"whole_below, for {outcome.plan.wanted:g}" if one == outcome.threshold else "",
+        )
+    return table
+
+
+def _thresholds(outcome: Outcome) -> list[float]:
+    most = max(outcome.test.told, default=0.0)
+    usual = [one for one in _THRESHOLDS if one <= most]
+    return sorted({*usual, *([] if outcome.threshold is None else [outcome.threshold])})
+
+
+def _auroc(told: Confidences) -> float | None:
+    known = [(sure, hit) for sure, hit in zip(told.told, told.hits, strict=True) if hit is not None]
+    return auroc([sure for sure, _ in known], [hit for _, hit in known])
+
+
+def _numbers(places: Places) -> dict[str, Any] | None:
+    if not places.hits:
+        return None
+    hits, covered, timed = share(places.hits), spread(places.covered), spread(places.seconds)
+    return {
+        "hit": asdict(hits),
+        "covered": None if covered is None else covered.mean,
+        "area": sum(places.areas) / len(places.areas),
+        "seconds": None if timed is None else asdict(timed),
+    }
+
+
+def _mean(values: list[float]) -> str:
+    return "-" if not values else f"{sum(values) / len(values):.3f}"

@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One calibration: layers are chosen and the threshold is set on every other picture, judged on the rest."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from vllm_crop.calibrating.data import Asked, Pictured, halves
+from vllm_crop.calibrating.looking import Look, LookingModel
+from vllm_crop.calibrating.rule import FloatArray, looking_layers, question_change
+from vllm_crop.calibrating.scoring import (
+    area,
+    coverage,
+    is_hit,
+    lowest_threshold,
+    random_windows,
+    window_around,
+)
+from vllm_crop.errors import CropError
+from vllm_crop.localizers.dialects import DialectName
+from vllm_crop.planning.geometry import Region
+
+_RANDOM = 20  # windows a question
+
+
+class CalibrationFailedError(CropError):
+    """Nothing was learned; the message says why."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured.
+
+    Attributes:
+        layers: those that are watched.
+        uncalibrated: those that a server takes by itself.
+        views: sizes of view that the chosen layers are tried at too, in visual tokens.
+        dialects: in which the model is asked to say the place.
+        prompt: of the dialects; their own if None.
+        wanted: coverage that the threshold is set for.
+    """
+
+    layers: tuple[int, ...]
+    uncalibrated: tuple[int, ...]
+    views: tuple[int, ...]
+    dialects: tuple[DialectName, ...]
+    prompt: str | None
+    wanted: float
+
+
+@dataclass
+class Places:
+    """Places found for questions about a known part of their picture, one entry for each question."""
+
+    hits: list[bool] = field(default_factory=list)
+    covered: list[float] = field(default_factory=list)
+    areas: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+    def add(self, asked: Asked, look: Look) -> None:
+        """Judge a place; none is a miss that covers nothing. Others' questions are passed over."""
+        if asked.needs is None or not asked.is_local:
+            return
+        self.hits.append(look.window is not None and is_hit(look.window, asked.needs))
+        self.covered.append(0.0 if look.region is None else coverage(look.region, asked.needs))
+        self.areas.append(0.0 if look.region is None else area(look.region))
+        self.seconds.append(look.seconds)
+
+
+@dataclass
+class Confidences:
+    """Of questions whose needed part is known, all of the picture included: how sure, and what was covered.
+
+    Attributes:
+        hits: None for a question about all of the picture.
+    """
+
+    told: list[float] = field(default_factory=list)
+    covered: list[float] = field(default_factory=list)
+    hits: list[bool | None] = field(default_factory=list)
+
+    def add(self, asked: Asked, look: Look) -> None:
+        """Note one."""
+        if asked.needs is None:
+            return
+        self.told.append(look.confidence)
+        self.covered.append(0.0 if look.region is None else coverage(look.region, asked.needs))
+        hit = look.window is not None and is_hit(look.window, asked.needs)
+        self.hits.append(hit if asked.is_local else None)
+
+
+@dataclass
+class Outcome:
+    """What a calibration found. "Dev" is the half of the pictures that decides, "test" the one that judges.
+
+    Attributes:
+        change: D_l of each of the plan's layers, dev.
+        by_layer: of each, alone, test.
+        rows: the chosen layers and all they are compared with, by name, test.
+        view_tokens: most visual tokens of the configured view, a value for each test picture.
+        threshold: the confidence from which on enough is covered in the mean, dev; None if there is none.
+        seconds: of a localization of a picture never seen before, one at a time; all test questions.
+    """
+
+    plan: Plan
+    change: FloatArray
+    chosen: list[int]
+    by_layer: dict[int, Places]
+    rows: dict[str, Places]
+    dev: Confidences
+    test: Confidences
+    view_tokens: list[int]
+    threshold: float | None
+    pictures: tuple[int, int]
+    questions: tuple[int, int]
+    seconds: list[float]
+
+
+CHOSEN, UNCALIBRATED, CENTRE, RANDOM = "chosen layers", "layers taken by default", "centre", "random place"
+
+
+async def calibrate(
+    model: LookingModel, pictures: Sequence[Pictured], plan: Plan, console: Console
+) -> Outcome:
+    """Ask about every picture.
+
+    Raises:
+        CalibrationFailedError: no layer looks elsewhere for another question.
+    """
+    parts = list(halves(pictures))
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True) as progress:
+
+        def bar(what: str, part: Sequence[object]) -> Callable[[], None]:
+            task = progress.add_task(what, total=len(part))
+            return lambda: progress.advance(task)
+
+        maps, by_layer = await _look_by_layer(model, parts, plan, bar("each layer alone", parts))
+        try:
+            change = question_change(maps)
+            chosen = looking_layers(change, plan.layers)
+        except ValueError as error:
+            raise CalibrationFailedError(
+                f"nothing was learned: {error}. Does the model answer such questions about such pictures "
+                "at all?"
+            ) from None
+        outcome = Outcome(
+            plan, change, chosen, by_layer, {}, Confidences(), Confidences(), [], None, (0, 0), (0, 0), []
+        )
+        await _look_together(model, parts, outcome, bar("the chosen layers", parts))
+        await _compare(model, [one for one, decides in parts if not decides], outcome, bar)
+    if outcome.dev.told:
+        outcome.threshold = lowest_threshold(outcome.dev.told, outcome.dev.covered, plan.wanted)
+    return outcome
+
+
+async def _look_by_layer(
+    model: LookingModel, parts: Sequence[tuple[Pictured, bool]], plan: Plan, done: Callable[[], None]
+) -> tuple[list[FloatArray], dict[int, Places]]:
+    """The maps of dev pictures, `[questions, layers, cells]` each; and each layer judged on the others."""
+    maps: list[FloatArray] = []
+    by_layer = {layer: Places() for layer in plan.layers}
+    for pictured, decides in parts:
+        picture = pictured.open()
+        looks = await asyncio.gather(
+            *(
+                model.look(picture, asked.text, [layer])
+                for asked in pictured.questions
+                for layer in plan.layers
+            )
+        )
+        by_question = [
+            looks[first : first + len(plan.layers)] for first in range(0, len(looks), len(plan.layers))
+        ]
+        if decides:
+            maps.append(_stacked(by_question))
+        else:
+            for asked, of_layers in zip(pictured.questions, by_question, strict=True):
+                for layer, look in zip(plan.layers, of_layers, strict=True):
+                    by_layer[layer].add(asked, look)
+        done()
+    return maps, by_layer
+
+
+def _stacked(by_question: Sequence[Sequence[Look]]) -> FloatArray:
+    """`[questions, layers, cells]`; zero where a layer gave no map."""
+    cells = max(len(look.map) for of_layers in by_question for look in of_layers)
+    empty: NDArray[np.float64] = np.zeros(cells)
+    return np.array([[look.map if len(look.map) else empty for look in looks] for looks in by_question])
+
+
+async def _look_together(
+    model: LookingModel, parts: Sequence[tuple[Pictured, bool]], outcome: Outcome, done: Callable[[], None]
+) -> None:
+    """The chosen layers, one request at a time, each picture as if it came for the first time."""
+    places = outcome.rows[CHOSEN] = Places()
+    counts = {True: [0, 0], False: [0, 0]}
+    for pictured, decides in parts:
+        picture = pictured.open()
+        counts[decides][0] += 1
+        counts[decides][1] += len(pictured.questions)
+        if not decides:
+            outcome.view_tokens.append(model.view_tokens(picture.size))
+        for number, asked in enumerate(pictured.questions):
+            look = await model.look(_never_seen(picture, number), asked.text, outcome.chosen)
+            (outcome.dev if decides else outcome.test).add(asked, look)
+            if not decides:
+                places.add(asked, look)
+                outcome.seconds.append(look.seconds)
+        done()
+    outcome.pictures = counts[True][0], counts[False][0]
+    outcome.questions = counts[True][1], counts[False][1]
+
+
+async def _compare(
+    model: LookingModel,
+    pictures: Sequence[Pictured],
+    outcome: Outcome,
+    bar: Callable[[str, Sequence[object]], Callable[[], None]],
+) -> None:
+    """What else could be done, on the test pictures whose questions have a known place."""
+    plan = outcome.plan
+    told = [one for one in pictures if any(asked.is_local for asked in one.questions)]
+    if not told:
+        return
+    for tokens in plan.views:
+        row = outcome.rows[f"{CHOSEN}, view of at most {tokens}"] = Places()
+        done = bar(f"a view of {tokens} tokens", told)
+        for pictured in told:
+            picture = pictured.open()
+            for number, asked in enumerate(pictured.questions):
+                fresh = _never_seen(picture, 100 + number)
+                row.add(asked, await model.look(fresh, asked.text, outcome.chosen, tokens))
+            done()
+    row = outcome.rows[UNCALIBRATED] = Places()
+    done = bar("layers taken by default", told)
+    for pictured in told:
+        picture = pictured.open()
+        for number, asked in enumerate(pictured.questions):
+            row.add(
+                asked, await model.look(_never_seen(picture, 200 + number), asked.text, plan.uncalibrated)
+            )
+        done()
+    for dialect in plan.dialects:
+        row = outcome.rows[f"the model says it, {dialect}"] = Places()
+        done = bar(f"said in {dialect}", told)
+        for pictured in told:
+            picture = pictured.open()
+            for number, asked in enumerate(pictured.questions):
+                fresh = _never_seen(picture, 300 + number)
+                row.add(asked, await model.say(fresh, asked.text, dialect, plan.prompt))
+            done()
+    questions = [asked for pictured in told for asked in pictured.questions]
+    centre, anywhere = outcome.rows[CENTRE], outcome.rows[RANDOM] = Places(), Places()
+    middle = window_around(0.5, 0.5)
+    for number, asked in enumerate(questions):
+        centre.add(asked, Look(np.zeros(0), middle, Region((middle,)), 0.0, 0.0))
+        for window in random_windows(_RANDOM, number):
+            anywhere.add(asked, Look(np.zeros(0), window, Region((window,)), 0.0, 0.0))
+
+
+def _never_seen(picture: Image.Image, number: int) -> Image.Image:
+    """A copy that no cache knows: one pixel in a corner is another one."""
+    fresh = picture.convert("RGB")
+    fresh = fresh.copy() if fresh is picture else fresh
+    red, green, blue = fresh.getpixel((0, 0))  # type: ignore[misc]
+    fresh.putpixel((0, 0), ((red + 1 + number) % 256, (green + number // 256) % 256, blue))
+    return fresh
