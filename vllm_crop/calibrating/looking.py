@@ -126,10 +126,14 @@ async def looking_model(
         f'{{"localizer": {crop}}}',
     ]
     try:
-        engine = AsyncLLM.from_engine_args(AsyncEngineArgs.from_cli_args(parser.parse_args(options)))
+        parsed = parser.parse_args(options)
+    except SystemExit:
+        raise CalibrationEngineError("--serve-args are no options of vllm serve, as said above") from None
+    try:
+        engine = AsyncLLM.from_engine_args(AsyncEngineArgs.from_cli_args(parsed))
     except CropError:
         raise
-    except (Exception, SystemExit) as error:  # whatever vLLM raises: its own log has said more
+    except Exception as error:  # whatever vLLM raises: its own log has said more
         reason = str(error).strip().split("\n")[0]
         raise CalibrationEngineError(
             f"{model} did not start: {reason}. What vLLM says stands above; options for it, such as "

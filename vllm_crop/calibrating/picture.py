@@ -32,13 +32,13 @@ def draw_outcome(outcome: Outcome, path: Path) -> None:
 def _layers(axis: Any, outcome: Outcome) -> None:
     layers = list(outcome.plan.layers)
     colours = [_CHOSEN if layer in outcome.chosen else _OTHER for layer in layers]
-    axis.bar(layers, outcome.change, color=colours, label="changes with the question (chosen ones in colour)")
+    axis.bar(layers, outcome.change, color=colours, label="changes with the question, orange: chosen")
     judged = [outcome.by_layer[layer] for layer in layers]
     if any(places.hits for places in judged):
         axis.plot(layers, [_mean(one.hits) for one in judged], "o-", color=_HIT, label="hit")
         axis.plot(layers, [_mean(one.covered) for one in judged], "s--", color=_COVERED, label="covers")
     axis.set(xlabel="decoder layer", ylim=(0, 1.02), title="Each layer alone")
-    axis.legend(fontsize=8)
+    _legend(axis)
 
 
 def _rows(axis: Any, outcome: Outcome) -> None:
@@ -49,7 +49,7 @@ def _rows(axis: Any, outcome: Outcome) -> None:
     axis.barh(below, [_mean(one.covered) for one in places], 0.4, color=_COVERED, label="covers")
     axis.set_yticks([index - 0.2 for index in range(len(names))], names, fontsize=8)
     axis.set(xlim=(0, 1.02), title=f"Who finds the place (n {_count(outcome)})")
-    axis.legend(fontsize=8)
+    _legend(axis)
 
 
 def _confidence(axis: Any, outcome: Outcome) -> None:
@@ -65,7 +65,12 @@ def _confidence(axis: Any, outcome: Outcome) -> None:
     axis.set_title(
         f"Confidence (n {len(told.told)}, questions about all of the picture included)", fontsize=10
     )
-    axis.legend(fontsize=8)
+    _legend(axis)
+
+
+def _legend(axis: Any) -> None:
+    """Below the plot, where it hides nothing."""
+    axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3, frameon=False)
 
 
 def _count(outcome: Outcome) -> int:

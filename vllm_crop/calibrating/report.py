@@ -12,8 +12,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from vllm_crop.calibrating.run import CENTRE, CHOSEN, RANDOM, Confidences, Outcome, Places
-from vllm_crop.calibrating.scoring import WINDOW, auroc, kept
+from vllm_crop.calibrating.run import CENTRE, CHOSEN, RANDOM, Outcome, Places
+from vllm_crop.calibrating.scoring import WINDOW, kept, most_covered
 from vllm_crop.comparing.statistics import share, spread
 from vllm_crop.localizers.calibration import Calibration, ModelShape
 
@@ -61,7 +61,11 @@ def scores(outcome: Outcome) -> dict[str, Any]:
         "rows": {name: _numbers(places) for name, places in outcome.rows.items()},
         "seconds": None if (told := spread(outcome.seconds)) is None else asdict(told),
         "wanted_coverage": outcome.plan.wanted,
-        "confidence_auroc": _auroc(outcome.test),
+        "confidence_tells_hits": outcome.test.tells_hits(),
+        "confidence_tells_places": outcome.test.tells_places(),
+        "confidence_tells_places_by_layer": {
+            str(layer): told.tells_places() for layer, told in outcome.sure_by_layer.items()
+        },
         "thresholds": [
             {"threshold": one, **asdict(kept(one, outcome.test.told, outcome.test.covered))}
             for one in _thresholds(outcome)
@@ -106,21 +110,31 @@ def notes(outcome: Outcome) -> Iterator[str]:
             "Without boxes nobody knows whether these places are right: no hits, no threshold. Write boxes "
             "into the file, or leave --data out for generated scenes."
         )
+    if outcome.test.told:
+        yield (
+            "Sure of places: the probability (AUROC) that the confidence is higher for a question about a "
+            "part of the picture than for one about all of it; of the chosen layers together "
+            f"{_two(outcome.test.tells_places())}. That a hit's is higher than a miss's: "
+            f"{_two(outcome.test.tells_hits())}. In the last table both kinds of questions count; of those "
+            "about all of the picture a region covers its area."
+        )
     if (told := spread([1000 * one for one in outcome.seconds])) is not None:
         yield (
             f"One localization at a time, of a picture never seen: {told.text(0, ' ms')}; all layers are "
             "watched in this engine, a server watches the chosen ones only."
         )
     if outcome.dev.told and outcome.threshold is None:
+        most = most_covered(outcome.dev.told, outcome.dev.covered)
         yield (
-            f"No confidence promises a coverage of {outcome.plan.wanted:g}: whole_below stays at its "
-            "default. Ask more questions, or want less (--coverage)."
+            f"No threshold reaches the wanted coverage of {outcome.plan.wanted:g} with a tenth of the "
+            f"questions left: the most is {most:.2f}. whole_below stays at its default; want less "
+            "(--coverage), or make windows larger (--localizer-config)."
         )
 
 
 def _layer_table(outcome: Outcome) -> Table:
     table = Table(box=SIMPLE_HEAD, title="Layers")
-    for title in ("layer", "changes with the question", "", "hit", "covers", "chosen"):
+    for title in ("layer", "changes with the question", "", "hit", "covers", "sure of places", "chosen"):
         table.add_column(title, justify="right" if title == "layer" else "left", no_wrap=True)
     most = float(outcome.change.max())
     for layer, much in zip(outcome.plan.layers, outcome.change, strict=True):
@@ -131,6 +145,7 @@ def _layer_table(outcome: Outcome) -> Table:
             "█" * round(_BAR * float(much) / most),
             str(share(places.hits)),
             _mean(places.covered),
+            _two(outcome.sure_by_layer[layer].tells_places()),
             "yes" if layer in outcome.chosen else "",
         )
     return table
@@ -158,11 +173,7 @@ def _row_table(outcome: Outcome) -> Table:
 
 def _threshold_table(outcome: Outcome) -> Table:
     told = outcome.test
-    certain = _auroc(told)
-    title = "Confidence against what is covered, questions about all of the picture included"
-    if certain is not None:
-        title += f"; it tells hits from misses at AUROC {certain:.2f}"
-    table = Table(box=SIMPLE_HEAD, title=title)
+    table = Table(box=SIMPLE_HEAD, title="What the confidence is worth")
     for head in ("served whole below", "pruned", "covers, of these", ""):
         table.add_column(head, no_wrap=True)
     for one in _thresholds(outcome):
@@ -182,11 +193,6 @@ def _thresholds(outcome: Outcome) -> list[float]:
     return sorted({*usual, *([] if outcome.threshold is None else [outcome.threshold])})
 
 
-def _auroc(told: Confidences) -> float | None:
-    known = [(sure, hit) for sure, hit in zip(told.told, told.hits, strict=True) if hit is not None]
-    return auroc([sure for sure, _ in known], [hit for _, hit in known])
-
-
 def _numbers(places: Places) -> dict[str, Any] | None:
     if not places.hits:
         return None
@@ -197,6 +203,10 @@ def _numbers(places: Places) -> dict[str, Any] | None:
         "area": sum(places.areas) / len(places.areas),
         "seconds": None if timed is None else asdict(timed),
     }
+
+
+def _two(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 def _mean(values: list[float]) -> str:

@@ -16,6 +16,7 @@ from vllm_crop.calibrating.looking import Look, LookingModel
 from vllm_crop.calibrating.rule import FloatArray, looking_layers, question_change
 from vllm_crop.calibrating.scoring import (
     area,
+    auroc,
     coverage,
     is_hit,
     lowest_threshold,
@@ -85,6 +86,15 @@ class Confidences:
     covered: list[float] = field(default_factory=list)
     hits: list[bool | None] = field(default_factory=list)
 
+    def tells_hits(self) -> float | None:
+        """How well the confidence tells hits from misses: AUROC; None without both."""
+        known = [(sure, hit) for sure, hit in zip(self.told, self.hits, strict=True) if hit is not None]
+        return auroc([sure for sure, _ in known], [hit for _, hit in known])
+
+    def tells_places(self) -> float | None:
+        """How well it tells questions about a part of the picture from those about all of it."""
+        return auroc(self.told, [hit is not None for hit in self.hits])
+
     def add(self, asked: Asked, look: Look) -> None:
         """Note one."""
         if asked.needs is None:
@@ -102,9 +112,11 @@ class Outcome:
     Attributes:
         change: D_l of each of the plan's layers, dev.
         by_layer: of each, alone, test.
+        sure_by_layer: its confidences.
         rows: the chosen layers and all they are compared with, by name, test.
         view_tokens: most visual tokens of the configured view, a value for each test picture.
         threshold: the confidence from which on enough is covered in the mean, dev; None if there is none.
+        pictures, questions: how many, dev and test.
         seconds: of a localization of a picture never seen before, one at a time; all test questions.
     """
 
@@ -112,14 +124,15 @@ class Outcome:
     change: FloatArray
     chosen: list[int]
     by_layer: dict[int, Places]
-    rows: dict[str, Places]
-    dev: Confidences
-    test: Confidences
-    view_tokens: list[int]
-    threshold: float | None
-    pictures: tuple[int, int]
-    questions: tuple[int, int]
-    seconds: list[float]
+    sure_by_layer: dict[int, Confidences]
+    rows: dict[str, Places] = field(default_factory=dict)
+    dev: Confidences = field(default_factory=Confidences)
+    test: Confidences = field(default_factory=Confidences)
+    view_tokens: list[int] = field(default_factory=list)
+    threshold: float | None = None
+    pictures: tuple[int, int] = (0, 0)
+    questions: tuple[int, int] = (0, 0)
+    seconds: list[float] = field(default_factory=list)
 
 
 CHOSEN, UNCALIBRATED, CENTRE, RANDOM = "chosen layers", "layers taken by default", "centre", "random place"
@@ -141,7 +154,9 @@ async def calibrate(
             task = progress.add_task(what, total=len(part))
             return lambda: progress.advance(task)
 
-        maps, by_layer = await _look_by_layer(model, parts, plan, bar("each layer alone", parts))
+        maps, by_layer, sure_by_layer = await _look_by_layer(
+            model, parts, plan, bar("each layer alone", parts)
+        )
         try:
             change = question_change(maps)
             chosen = looking_layers(change, plan.layers)
@@ -150,9 +165,7 @@ async def calibrate(
                 f"nothing was learned: {error}. Does the model answer such questions about such pictures "
                 "at all?"
             ) from None
-        outcome = Outcome(
-            plan, change, chosen, by_layer, {}, Confidences(), Confidences(), [], None, (0, 0), (0, 0), []
-        )
+        outcome = Outcome(plan, change, chosen, by_layer, sure_by_layer)
         await _look_together(model, parts, outcome, bar("the chosen layers", parts))
         await _compare(model, [one for one, decides in parts if not decides], outcome, bar)
     if outcome.dev.told:
@@ -162,10 +175,11 @@ async def calibrate(
 
 async def _look_by_layer(
     model: LookingModel, parts: Sequence[tuple[Pictured, bool]], plan: Plan, done: Callable[[], None]
-) -> tuple[list[FloatArray], dict[int, Places]]:
+) -> tuple[list[FloatArray], dict[int, Places], dict[int, Confidences]]:
     """The maps of dev pictures, `[questions, layers, cells]` each; and each layer judged on the others."""
     maps: list[FloatArray] = []
     by_layer = {layer: Places() for layer in plan.layers}
+    sure_by_layer = {layer: Confidences() for layer in plan.layers}
     for pictured, decides in parts:
         picture = pictured.open()
         looks = await asyncio.gather(
@@ -184,8 +198,9 @@ async def _look_by_layer(
             for asked, of_layers in zip(pictured.questions, by_question, strict=True):
                 for layer, look in zip(plan.layers, of_layers, strict=True):
                     by_layer[layer].add(asked, look)
+                    sure_by_layer[layer].add(asked, look)
         done()
-    return maps, by_layer
+    return maps, by_layer, sure_by_layer
 
 
 def _stacked(by_question: Sequence[Sequence[Look]]) -> FloatArray:

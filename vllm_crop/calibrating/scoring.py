@@ -11,7 +11,8 @@ from vllm_crop.planning.geometry import Box, Region
 
 WINDOW = 0.25  # side of the window whose hits are counted, as a fraction of the picture's
 HALF = 0.5
-LEAST = 5  # localizations a threshold must leave: of fewer the best is luck
+# Localizations that a threshold must leave, and their share: of fewer the best is luck.
+LEAST, LEAST_SHARE = 5, 0.1
 
 
 def is_hit(window: Box, needed: Region) -> bool:
@@ -79,15 +80,23 @@ def kept(threshold: float, confidences: Sequence[float], covered: Sequence[float
     return Kept(len(left), len(confidences), sum(left) / len(left) if left else None)
 
 
+def most_covered(confidences: Sequence[float], covered: Sequence[float]) -> float:
+    """The largest mean coverage that a threshold leaving enough of them has."""
+    least = max(LEAST, LEAST_SHARE * len(confidences))
+    left = [kept(threshold, confidences, covered) for threshold in {0.0, *confidences}]
+    return max((one.coverage for one in left if one.count >= least and one.coverage is not None), default=0.0)
+
+
 def lowest_threshold(confidences: Sequence[float], covered: Sequence[float], wanted: float) -> float | None:
     """The lowest confidence from which on regions cover `wanted` of what is needed in the mean.
 
-    0 if all of them do together; None if none does that leaves LEAST of them.
+    0 if all of them do together; None if none does that leaves enough of them.
     """
+    least = max(LEAST, LEAST_SHARE * len(confidences))
     order = sorted(set(confidences))
     for below, threshold in zip([0.0, *order], order, strict=False):
         left = kept(threshold, confidences, covered)
-        if left.count < LEAST or left.coverage is None:
+        if left.count < least or left.coverage is None:
             return None
         if left.coverage >= wanted:
             # Halfway to the next lower one, which stays below; of all, 0.

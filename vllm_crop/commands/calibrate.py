@@ -80,7 +80,7 @@ def calibrate(
             max=1,
             help="How much of what is needed pruned images shall show in the mean: sets whole_below.",
         ),
-    ] = 0.9,
+    ] = 0.8,
     localizer_config: Annotated[
         str,
         typer.Option(
