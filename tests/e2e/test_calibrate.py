@@ -33,7 +33,7 @@ LOCAL = [(scene, q) for scene in make_test_set(2, seed=77) for q in scene.questi
 def calibrated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The file, and what was printed."""
     folder = tmp_path_factory.mktemp("calibrate")
-    data, out = write_questions(folder / "data", 8, seed=41), folder / "tinyvqa.json"
+    data, out = write_questions(folder / "data", 6, seed=41), folder / "tinyvqa.json"
     settings = {"prompt": "{question}", "thumbnail_tokens": 64}
     STARTS["engines"] += 1
     finished = subprocess.run(
@@ -54,7 +54,9 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 @pytest.fixture(scope="module")
 def server(calibrated: tuple[Path, str], logs: Path) -> Iterator[Server]:
-    crop = crop_options({"kind": "attention", "calibration": str(calibrated[0]), "timeout_s": 60})
+    # What is set beside the file wins: a threshold of so few questions is rough.
+    own = {"whole_below": 0.0, "timeout_s": 60}
+    crop = crop_options({"kind": "attention", "calibration": str(calibrated[0]), **own})
     with serve(str(CHECKPOINT), *crop, *OPTIONS, log_path=logs / "calibrated.log") as running:
         yield running
 
@@ -78,7 +80,7 @@ def test_it_says_what_it_rests_on(calibrated: tuple[Path, str]) -> None:
     learned = json.loads(out.read_text())
     assert learned["model"]["num_hidden_layers"] == 12
     assert learned["provenance"]["versions"]["vllm-crop"]
-    assert sum(learned["provenance"]["questions"].values()) == 40
+    assert sum(learned["provenance"]["questions"].values()) == 30
     assert "n " in printed
     assert str(out) in printed
     assert out.with_suffix(".png").stat().st_size > 10_000
@@ -91,8 +93,7 @@ def test_a_server_finds_regions_with_it(server: Server, calibrated: tuple[Path, 
     tokens, covered = TokenGrid(24, 24), []
     for scene, question in LOCAL:
         image: Any = found(ask(client, scene.picture(), question.text))
-        if image["localizer"]["outcome"] == "region":
-            have, need = Region(tuple(Box(*box) for box in image["region"])), question.region(8)
-            covered.append((tokens.mask(have) & tokens.mask(need)).sum() / tokens.mask(need).sum())
-    assert len(covered) >= 3
+        assert (image["source"], image["localizer"]["outcome"]) == ("attention", "region")
+        have, need = Region(tuple(Box(*box) for box in image["region"])), question.region(8)
+        covered.append((tokens.mask(have) & tokens.mask(need)).sum() / tokens.mask(need).sum())
     assert sum(covered) / len(covered) > 0.7

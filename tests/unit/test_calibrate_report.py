@@ -98,6 +98,18 @@ def test_the_picture_is_drawn(tmp_path: Path, asked: tuple[Asked, ...]) -> None:
         assert picture.height > 300
 
 
+def test_what_is_no_better_than_chance_is_told_from_what_is() -> None:
+    places = tuple(Asked(f"{number}?", HERE) for number in range(6))
+    found = outcome(*places)
+    assert found.beats_chance() is True
+    # Wrong everywhere; then right, and chance as good.
+    found.rows[CHOSEN].hits = [False] * 6
+    assert found.beats_chance() is False
+    found.rows[CHOSEN].hits = found.rows[RANDOM].hits = [True] * 6
+    assert found.beats_chance() is False
+    assert outcome(Asked("where?", None)).beats_chance() is None
+
+
 def test_the_file_has_settings_scores_and_where_they_are_from(tmp_path: Path) -> None:
     made = make_calibration(
         outcome(*WITH_BOXES), {"thumbnail_tokens": 64}, "M", QWEN2_5_VL, {"date": "today"}

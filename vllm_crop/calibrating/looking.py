@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from vllm.exceptions import VLLMError
 
 from vllm_crop.calibrating.scoring import window_around
 from vllm_crop.errors import CropError
 from vllm_crop.frontend.attention_localizer import AttentionLocalizer
 from vllm_crop.frontend.engine_localizer import EngineLocalizer
-from vllm_crop.localizers.base import LocalizerAnswer, UnreadableAnswerError
+from vllm_crop.localizers.base import LocalizerAnswer, LocalizerError, UnreadableAnswerError
 from vllm_crop.localizers.dialects import DialectName
 from vllm_crop.localizers.settings import LocalizerConfig
 from vllm_crop.planning.geometry import Box, Region
@@ -108,7 +109,7 @@ async def looking_model(
         serve_args: more options, as of `vllm serve`.
 
     Raises:
-        CalibrationEngineError: it did not start.
+        CalibrationEngineError: it did not start, or did not answer.
     """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -141,6 +142,11 @@ async def looking_model(
         ) from None
     try:
         yield LookingModel(engine, config)
+    except (VLLMError, LocalizerError) as error:
+        raise CalibrationEngineError(
+            f"{model} could not be asked: {' '.join(str(error).split())}. Options for the engine go into "
+            "--serve-args"
+        ) from None
     finally:
         engine.shutdown()
 

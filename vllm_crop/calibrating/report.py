@@ -17,6 +17,7 @@ from vllm_crop.calibrating.scoring import WINDOW, kept, most_covered
 from vllm_crop.comparing.statistics import share, spread
 from vllm_crop.localizers.calibration import Calibration, ModelShape
 
+_FEW = 50
 _BAR = 20  # characters of the largest change
 _THRESHOLDS = 0.0, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6
 
@@ -123,6 +124,8 @@ def notes(outcome: Outcome) -> Iterator[str]:
             f"One localization at a time, of a picture never seen: {told.text(0, ' ms')}; all layers are "
             "watched in this engine, a server watches the chosen ones only."
         )
+    if outcome.threshold is not None and len(outcome.dev.told) < _FEW:
+        yield f"A threshold from {len(outcome.dev.told)} questions is rough: {_FEW} or more are better."
     if outcome.dev.told and outcome.threshold is None:
         most = most_covered(outcome.dev.told, outcome.dev.covered)
         yield (

@@ -25,6 +25,7 @@ from vllm_crop.calibrating.scoring import (
 )
 from vllm_crop.errors import CropError
 from vllm_crop.localizers.dialects import DialectName
+from vllm_crop.measuring.shares import wilson
 from vllm_crop.planning.geometry import Region
 
 _RANDOM = 20  # windows a question
@@ -133,6 +134,13 @@ class Outcome:
     pictures: tuple[int, int] = (0, 0)
     questions: tuple[int, int] = (0, 0)
     seconds: list[float] = field(default_factory=list)
+
+    def beats_chance(self) -> bool | None:
+        """Whether the chosen layers hit more often than random windows, at 95 %; None without boxes."""
+        chosen, anywhere = self.rows[CHOSEN].hits, self.rows.get(RANDOM, Places()).hits
+        if not chosen or not anywhere:
+            return None
+        return wilson(sum(chosen), len(chosen)).low > sum(anywhere) / len(anywhere)
 
 
 CHOSEN, UNCALIBRATED, CENTRE, RANDOM = "chosen layers", "layers taken by default", "centre", "random place"

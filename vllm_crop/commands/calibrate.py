@@ -175,9 +175,19 @@ def calibrate(
         console.print("Stopped; nothing was written.")
         raise typer.Exit(130) from None
     picture = out.with_suffix(".png")
-    write_calibration(out, calibration)
     draw_outcome(outcome, picture)
     print_outcome(console, outcome)
+    if outcome.beats_chance() is False:
+        console.print(
+            f"No file was written: the chosen layers {outcome.chosen} do not hit more often than random places "
+            "do. The model may not understand such pictures (try your own with --data), the view may be too "
+            "small (thumbnail_tokens in --localizer-config), or there were too few questions to tell.",
+            style="red",
+            markup=False,
+        )
+        console.print(f"The picture: {picture}", markup=False, soft_wrap=True)
+        raise typer.Exit(1)
+    write_calibration(out, calibration)
     for what, path in (("The picture", picture), ("What was learned", out)):
         console.print(f"{what}: {path}", markup=False, soft_wrap=True)
     crop = json.dumps({"localizer": {"kind": "attention", "calibration": str(out)}})
