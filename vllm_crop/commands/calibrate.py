@@ -179,7 +179,7 @@ def calibrate(
     print_outcome(console, outcome)
     if outcome.beats_chance() is False:
         console.print(
-            f"No file was written: the chosen layers {outcome.chosen} do not hit more often than random places "
+            f"No file was written: the layers {outcome.chosen} do not hit more often than random places "
             "do. The model may not understand such pictures (try your own with --data), the view may be too "
             "small (thumbnail_tokens in --localizer-config), or there were too few questions to tell.",
             style="red",
