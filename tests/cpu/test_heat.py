@@ -62,7 +62,11 @@ def cells_of(engine: Engine, picture: Image.Image, crop: Any) -> list[int]:
     return [int(place) for place in places]
 
 
-def sampling(cells: Sequence[int] | None, layers: Sequence[int] | None = None) -> Any:
+def sampling(
+    cells: Sequence[int] | None,
+    layers: Sequence[int] | None = None,
+    weights: Sequence[float] | None = None,
+) -> Any:
     from vllm import SamplingParams
 
     if cells is None:
@@ -72,7 +76,7 @@ def sampling(cells: Sequence[int] | None, layers: Sequence[int] | None = None) -
         max_tokens=1,
         logprob_token_ids=token_ids(NUM_CELLS),
         skip_reading_prefix_cache=True,
-        extra_args=extra_args(cells, NUM_CELLS, layers),
+        extra_args=extra_args(cells, NUM_CELLS, layers, weights),
     )
 
 
@@ -90,7 +94,12 @@ def ask(engine: Engine, *asked: tuple[Question, list[int] | None]) -> list[Any]:
 
 
 def expected(
-    hf: HfReference, engine: Engine, question: Question, cells: Sequence[int], layers: Sequence[int] = LAYERS
+    hf: HfReference,
+    engine: Engine,
+    question: Question,
+    cells: Sequence[int],
+    layers: Sequence[int] = LAYERS,
+    weights: Sequence[float] | None = None,
 ) -> np.ndarray[Any, Any]:
     """By the definition, from transformers' attention."""
     (picture,) = question.images
@@ -101,7 +110,12 @@ def expected(
     start = ids.index(hf.image_token_id)
     attention = hf.attention(prompt)[list(layers), start : start + len(cells)]
     where = torch.tensor(cells)
-    heat = (attention / attention[:, where != NOWHERE].sum(-1, keepdim=True)).amax(0)
+    shares = attention / attention[:, where != NOWHERE].sum(-1, keepdim=True)
+    heat = shares.amax(0)
+    if weights is not None:
+        heat = shares.double().pow(torch.tensor(weights, dtype=torch.float64)[:, None]).prod(0)
+        heat = torch.where(where >= 0, heat, 0.0)
+        heat = heat / heat.sum()
     return np.array(
         [float(heat[where == cell].mean()) if (where == cell).any() else 0.0 for cell in range(NUM_CELLS)]
     )
@@ -168,6 +182,19 @@ def test_each_request_of_a_batch_names_its_layers(
     assert differs(got[6], got[4]) == 0
 
 
+def test_layers_may_be_weighted(engine_of: Start, hf_of: Callable[..., HfReference]) -> None:
+    engine, hf = engine_of(LLAVA, True), hf_of(LLAVA, LLAVA.deep)
+    question, layers, weights = Question((PICTURE,), OFF), [1, 3, 6], [0.7, -0.25, 1.5]
+    cells = cells_of(engine, PICTURE, OFF)
+    (output,) = engine.llm.generate(
+        question.prompt(engine.image), sampling(cells, layers, weights), use_tqdm=False
+    )
+    got = read(output.outputs[0].logprobs[0], NUM_CELLS)
+    want = expected(hf, engine, question, cells, layers, weights)
+    assert differs(got, want) < 10 * TOLERANCE  # a logarithm and back
+    assert differs(expected(hf, engine, question, cells, layers, weights[::-1]), want) > NOTICEABLE
+
+
 def test_a_layer_that_nobody_watches_gives_no_map(engine_of: Start) -> None:
     engine = engine_of(LLAVA, True)
     question = Question((PICTURE,), OFF)
@@ -223,6 +250,8 @@ def test_beside_a_client_that_names_ids_both_get_theirs(engine_of: Start) -> Non
         {"cells": [None] * 576, "num_cells": 90},
         {"cells": [0] * 576, "num_cells": 90, "layers": []},
         {"cells": [0] * 576, "num_cells": 90, "layers": 3},
+        {"cells": [0] * 576, "num_cells": 90, "weights": [1.0]},
+        {"cells": [0] * 576, "num_cells": 90, "layers": [3], "weights": [1e9]},
         {"cells": [0] * 576, "num_cells": 90, "layers": [[3]]},
         [],
         7,

@@ -40,7 +40,7 @@ def outcome(*asked: Asked, threshold: float | None = 0.3) -> Outcome:
         [5],
         {4: Places(), 5: Places()},
         {4: Confidences(), 5: Confidences()},
-        {CHOSEN: Places(), RANDOM: Places()},
+        rows={CHOSEN: Places(), RANDOM: Places()},
         threshold=threshold,
         pictures=(2, 3),
         questions=(8, 12),
@@ -76,7 +76,7 @@ def test_tables_have_every_layer_and_row_with_n() -> None:
     assert "12 about 3 others" in said
     assert "whole_below, for 0.8" in said
     # Told apart: 0.6 for both questions about a place, 0.2 for the other one.
-    assert "of the chosen layers together 1.00" in said
+    assert "of what is served 1.00" in said
 
 
 def test_without_boxes_the_rule_is_shown_and_nothing_is_claimed() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.pictures import noise_image
-from vllm_crop.calibrating import scoring
+from vllm_crop.calibrating import fitting, scoring
 from vllm_crop.calibrating.data import CalibrationDataError, generated, read_pictures
 from vllm_crop.calibrating.rule import changes, looking_layers, question_change
 from vllm_crop.calibrating.scenes import Scene, make_scene
@@ -96,6 +96,74 @@ class TestRule:
         assert looking_layers(np.array([0.1, 0.2, 0.4, 0.19]), [8, 5, 6, 7]) == [5, 6]
         with pytest.raises(ValueError, match="no layer looks elsewhere"):
             looking_layers(np.zeros(3), [0, 1, 2])
+
+
+class TestFitting:
+    """Layers 0 and 3 look at the needed cell, each a little; 1 and 2 are noise, 4 at what is not needed."""
+
+    def examples(self, count: int, seed: int = 0) -> list[fitting.Example]:
+        random = np.random.default_rng(seed)
+        made = []
+        for number in range(count):
+            needed = np.zeros(25, dtype=bool)
+            needed[random.choice(25, 2, replace=False)] = True
+            maps = random.lognormal(0, 1, (5, 25))
+            maps[0][needed] *= 4
+            maps[3][needed] *= 4
+            maps[4][needed] /= 4
+            one = fitting.example(maps, needed, number)
+            assert one is not None
+            made.append(one)
+        return made
+
+    def test_layers_that_look_are_weighted_and_others_are_not(self) -> None:
+        weights = fitting.fit(self.examples(400))
+        assert min(weights[0], weights[3]) > 1
+        assert abs(weights[1:3]).max() < 0.3
+        assert weights[4] < -1
+
+    def test_on_new_questions_it_is_better_than_the_best_layer(self) -> None:
+        weights = fitting.fit(self.examples(60))
+        fresh = self.examples(60, seed=1)
+        hits = [one.needed[(one.logs @ weights).argmax()] for one in fresh]
+        best = max(sum(one.needed[one.logs[:, layer].argmax()] for one in fresh) for layer in range(5))
+        assert sum(hits) > best
+
+    @pytest.mark.parametrize("penalty", [1.0, 0.1])
+    def test_it_finds_the_minimum(self, penalty: float) -> None:
+        examples = self.examples(30)
+
+        def loss(weights: Any) -> float:
+            mean = sum(fitting.surprise(one, weights) for one in examples) / len(examples)
+            return mean + penalty / 2 * float(weights @ weights)
+
+        found = fitting.fit_with(examples, penalty)
+        least = loss(found)
+        for index in range(5):
+            for step in (-0.02, 0.02):
+                moved = found.copy()
+                moved[index] += step
+                assert loss(moved) > least
+
+    def test_noise_is_left_alone(self) -> None:
+        examples = self.examples(40)
+        random = np.random.default_rng(5)
+        noise = [
+            fitting.Example(one.logs[random.permutation(25)], one.needed, one.picture) for one in examples
+        ]
+        assert abs(fitting.fit(noise)).max() < 0.3
+
+    def test_what_cannot_be_fitted(self) -> None:
+        with pytest.raises(ValueError, match="weights need 10 questions"):
+            fitting.fit(self.examples(9))
+        maps = np.ones((2, 4))
+        assert fitting.example(maps, np.zeros(4, dtype=bool), 0) is None
+        assert fitting.example(maps, np.ones(4, dtype=bool), 0) is None
+        # The ring is in no map.
+        maps[:, 0] = 0
+        one = fitting.example(maps, np.array([True, True, False, False]), 0)
+        assert one is not None
+        assert one.needed.tolist() == [True, False, False]
 
 
 class TestScores:

@@ -88,6 +88,15 @@ def test_a_wrong_file_is_refused_by_name_with_what_to_do(tmp_path: Path, content
     assert "vllm-crop calibrate --model M" in said
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [{"weights": [1.0]}, {"layers": [3], "weights": [1.0, 2.0]}, {"layers": [3, 2], "weights": [1.0, 2.0]}],
+)
+def test_weights_need_their_layers(wrong: dict[str, Any]) -> None:
+    with pytest.raises(InvalidConfigError, match="one weight for each"):
+        CropConfig.from_mapping({"localizer": {"kind": "attention", **wrong}})
+
+
 def test_it_belongs_to_kind_attention() -> None:
     with pytest.raises(InvalidConfigError, match="belongs to localizer\\.kind 'attention'"):
         CropConfig.from_mapping({"localizer": {"kind": "engine", "calibration": "file.json"}})

@@ -16,12 +16,12 @@ from vllm.exceptions import VLLMError
 
 from vllm_crop.calibrating.scoring import window_around
 from vllm_crop.errors import CropError
-from vllm_crop.frontend.attention_localizer import AttentionLocalizer
+from vllm_crop.frontend.attention_localizer import AttentionLocalizer, Rule
 from vllm_crop.frontend.engine_localizer import EngineLocalizer
 from vllm_crop.localizers.base import LocalizerAnswer, LocalizerError, UnreadableAnswerError
 from vllm_crop.localizers.dialects import DialectName
 from vllm_crop.localizers.settings import LocalizerConfig
-from vllm_crop.planning.geometry import Box, Region
+from vllm_crop.planning.geometry import Box, ImageView, Region
 
 _AT_ONCE = 32  # requests: enough to fill steps, few enough for small KV caches
 
@@ -35,7 +35,8 @@ class Look:
     """What came of one request.
 
     Attributes:
-        map: `[cells]`, the heat; empty where there is none.
+        map: `[rows, cols]`, the heat; empty where there is none.
+        shows: the part of the picture that the map is over; None without one.
         window: of a fixed size around the hottest cell or the named place, in fractions of the picture; None
             if no place was found.
         region: what a server would prune by.
@@ -47,6 +48,7 @@ class Look:
     region: Region | None
     confidence: float
     seconds: float
+    shows: ImageView | None = None
 
 
 class LookingModel:
@@ -70,9 +72,9 @@ class LookingModel:
         return min(full, thumbnail_tokens or self._config.view_tokens(full))
 
     async def look(
-        self, picture: Image.Image, question: str, layers: Sequence[int], thumbnail_tokens: int | None = None
+        self, picture: Image.Image, question: str, rule: Rule, thumbnail_tokens: int | None = None
     ) -> Look:
-        """Where these layers look together; another size of view than the configured one may be named."""
+        """Where layers look together; another size of view than the configured one may be named."""
         config = self._config
         if thumbnail_tokens is not None:
             config = config.model_copy(update={"thumbnail_tokens": thumbnail_tokens})
@@ -80,7 +82,7 @@ class LookingModel:
         async with self._slots:
             start = time.perf_counter()
             try:
-                answer = await localizer.look(picture, question, layers)
+                answer = await localizer.look(picture, question, rule)
             except UnreadableAnswerError:
                 return _nothing(start)
             return _look(answer, time.perf_counter() - start)
@@ -152,7 +154,7 @@ async def looking_model(
 
 
 def _nothing(start: float) -> Look:
-    return Look(np.zeros(0), None, None, 0.0, time.perf_counter() - start)
+    return Look(np.zeros((0, 0)), None, None, 0.0, time.perf_counter() - start)
 
 
 def _look(answer: LocalizerAnswer, seconds: float) -> Look:
@@ -168,7 +170,7 @@ def _look(answer: LocalizerAnswer, seconds: float) -> Look:
         shown = answer.shows.window
         middle = shown.x0 + x * (shown.x1 - shown.x0), shown.y0 + y * (shown.y1 - shown.y0)
     window = None if middle is None else window_around(*middle)
-    return Look(heat.reshape(-1), window, answer.region, confidence, seconds)
+    return Look(heat, window, answer.region, confidence, seconds, answer.shows)
 
 
 def _middle(box: Box) -> tuple[float, float]:

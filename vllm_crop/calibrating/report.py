@@ -35,7 +35,9 @@ def make_calibration(
         settings: of the localizer, that it was learned with.
         model: the loaded configuration of the checkpoint.
     """
-    learned: dict[str, Any] = {**settings, "layers": outcome.chosen}
+    learned: dict[str, Any] = {**settings, "layers": list(outcome.rule.layers or ())}
+    if outcome.rule.weights is not None:
+        learned["weights"] = list(outcome.rule.weights)
     if outcome.threshold is not None:
         learned["whole_below"] = round(outcome.threshold, 4)
     return Calibration(
@@ -114,7 +116,7 @@ def notes(outcome: Outcome) -> Iterator[str]:
     if outcome.test.told:
         yield (
             "Sure of places: the probability (AUROC) that the confidence is higher for a question about a "
-            "part of the picture than for one about all of it; of the chosen layers together "
+            "part of the picture than for one about all of it; of what is served "
             f"{_two(outcome.test.tells_places())}. That a hit's is higher than a miss's: "
             f"{_two(outcome.test.tells_hits())}. In the last table both kinds of questions count; of those "
             "about all of the picture a region covers its area."
@@ -137,10 +139,11 @@ def notes(outcome: Outcome) -> Iterator[str]:
 
 def _layer_table(outcome: Outcome) -> Table:
     table = Table(box=SIMPLE_HEAD, title="Layers")
-    for title in ("layer", "changes with the question", "", "hit", "covers", "sure of places", "chosen"):
+    titles = ("layer", "changes with the question", "", "hit", "covers", "sure of places", "chosen")
+    for title in titles if outcome.weights is None else (*titles, "weight"):
         table.add_column(title, justify="right" if title == "layer" else "left", no_wrap=True)
     most = float(outcome.change.max())
-    for layer, much in zip(outcome.plan.layers, outcome.change, strict=True):
+    for index, (layer, much) in enumerate(zip(outcome.plan.layers, outcome.change, strict=True)):
         places = outcome.by_layer[layer]
         table.add_row(
             str(layer),
@@ -150,6 +153,7 @@ def _layer_table(outcome: Outcome) -> Table:
             _mean(places.covered),
             _two(outcome.sure_by_layer[layer].tells_places()),
             "yes" if layer in outcome.chosen else "",
+            *([] if outcome.weights is None else [f"{outcome.weights[index]:.2f}"]),
         )
     return table
 
@@ -160,7 +164,7 @@ def _row_table(outcome: Outcome) -> Table:
         table.add_column(title, no_wrap=True)
     for name, places in outcome.rows.items():
         label = f"{name} {outcome.chosen}" if name == CHOSEN else name
-        if name == CHOSEN and (views := spread(outcome.view_tokens)) is not None:
+        if name == outcome.served and (views := spread(outcome.view_tokens)) is not None:
             label += f", view of at most {views.median:.0f}"
         timed = None if name in (CENTRE, RANDOM) else spread([1000 * one for one in places.seconds])
         hits = (

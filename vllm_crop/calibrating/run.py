@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vllm_crop.calibrating.data import Asked, Pictured, halves
+from vllm_crop.calibrating.fitting import Example, example, fit
 from vllm_crop.calibrating.looking import Look, LookingModel
 from vllm_crop.calibrating.rule import FloatArray, looking_layers, question_change
 from vllm_crop.calibrating.scoring import (
@@ -24,9 +25,10 @@ from vllm_crop.calibrating.scoring import (
     window_around,
 )
 from vllm_crop.errors import CropError
+from vllm_crop.frontend.attention_localizer import Rule
 from vllm_crop.localizers.dialects import DialectName
 from vllm_crop.measuring.shares import wilson
-from vllm_crop.planning.geometry import Region
+from vllm_crop.planning.geometry import Region, TokenGrid
 
 _RANDOM = 20  # windows a question
 
@@ -46,6 +48,7 @@ class Plan:
         dialects: in which the model is asked to say the place.
         prompt: of the dialects; their own if None.
         wanted: coverage that the threshold is set for.
+        fit: also fit weights to the boxes.
     """
 
     layers: tuple[int, ...]
@@ -54,6 +57,7 @@ class Plan:
     dialects: tuple[DialectName, ...]
     prompt: str | None
     wanted: float
+    fit: bool = False
 
 
 @dataclass
@@ -114,7 +118,9 @@ class Outcome:
         change: D_l of each of the plan's layers, dev.
         by_layer: of each, alone, test.
         sure_by_layer: its confidences.
+        weights: of each layer, fitted on dev; None if none were wanted.
         rows: the chosen layers and all they are compared with, by name, test.
+        dev, test: confidences of the rule that is served: that with weights where there are some.
         view_tokens: most visual tokens of the configured view, a value for each test picture.
         threshold: the confidence from which on enough is covered in the mean, dev; None if there is none.
         pictures, questions: how many, dev and test.
@@ -126,6 +132,7 @@ class Outcome:
     chosen: list[int]
     by_layer: dict[int, Places]
     sure_by_layer: dict[int, Confidences]
+    weights: FloatArray | None = None
     rows: dict[str, Places] = field(default_factory=dict)
     dev: Confidences = field(default_factory=Confidences)
     test: Confidences = field(default_factory=Confidences)
@@ -135,15 +142,29 @@ class Outcome:
     questions: tuple[int, int] = (0, 0)
     seconds: list[float] = field(default_factory=list)
 
+    @property
+    def served(self) -> str:
+        """The name of the rule that is served."""
+        return CHOSEN if self.weights is None else FITTED
+
+    @property
+    def rule(self) -> Rule:
+        """The rule that is served."""
+        if self.weights is None:
+            return Rule(tuple(self.chosen))
+        return Rule(self.plan.layers, tuple(self.weights.tolist()))
+
     def beats_chance(self) -> bool | None:
-        """Whether the chosen layers hit more often than random windows, at 95 %; None without boxes."""
-        chosen, anywhere = self.rows[CHOSEN].hits, self.rows.get(RANDOM, Places()).hits
+        """Whether what is served hits more often than random windows, at 95 %; None without boxes."""
+        chosen, anywhere = self.rows[self.served].hits, self.rows.get(RANDOM, Places()).hits
         if not chosen or not anywhere:
             return None
         return wilson(sum(chosen), len(chosen)).low > sum(anywhere) / len(anywhere)
 
 
-CHOSEN, UNCALIBRATED, CENTRE, RANDOM = "chosen layers", "layers taken by default", "centre", "random place"
+CHOSEN, FITTED, UNCALIBRATED = "chosen layers", "fitted weights", "layers taken by default"
+CENTRE, RANDOM = "centre", "random place"
+_FRESH = {CHOSEN: 0, FITTED: 1000, UNCALIBRATED: 2000}  # numbers of pictures as if never seen
 
 
 async def calibrate(
@@ -152,7 +173,8 @@ async def calibrate(
     """Ask about every picture.
 
     Raises:
-        CalibrationFailedError: no layer looks elsewhere for another question.
+        CalibrationFailedError: no layer looks elsewhere for another question, or weights have too little to
+            be fitted to.
     """
     parts = list(halves(pictures))
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
@@ -162,67 +184,95 @@ async def calibrate(
             task = progress.add_task(what, total=len(part))
             return lambda: progress.advance(task)
 
-        maps, by_layer, sure_by_layer = await _look_by_layer(
-            model, parts, plan, bar("each layer alone", parts)
-        )
+        alone = await _look_by_layer(model, parts, plan, bar("each layer alone", parts))
         try:
-            change = question_change(maps)
+            change = question_change([_stacked(looks) for _, looks in alone.dev])
             chosen = looking_layers(change, plan.layers)
+            outcome = Outcome(plan, change, chosen, alone.places, alone.sure)
+            await _look_together(model, parts, outcome, bar("the chosen layers", parts))
+            if plan.fit:
+                outcome.weights = fit(_examples(alone.dev)).round(4)
+                await _look_together(model, parts, outcome, bar("fitted weights", parts))
         except ValueError as error:
             raise CalibrationFailedError(
                 f"nothing was learned: {error}. Does the model answer such questions about such pictures "
                 "at all?"
             ) from None
-        outcome = Outcome(plan, change, chosen, by_layer, sure_by_layer)
-        await _look_together(model, parts, outcome, bar("the chosen layers", parts))
         await _compare(model, [one for one, decides in parts if not decides], outcome, bar)
     if outcome.dev.told:
         outcome.threshold = lowest_threshold(outcome.dev.told, outcome.dev.covered, plan.wanted)
     return outcome
 
 
+@dataclass
+class _Alone:
+    """Each layer by itself.
+
+    Attributes:
+        dev: pictures that decide, with looks by question and layer.
+        places, sure: by layer, of the others.
+    """
+
+    dev: list[tuple[Pictured, list[list[Look]]]]
+    places: dict[int, Places]
+    sure: dict[int, Confidences]
+
+
 async def _look_by_layer(
     model: LookingModel, parts: Sequence[tuple[Pictured, bool]], plan: Plan, done: Callable[[], None]
-) -> tuple[list[FloatArray], dict[int, Places], dict[int, Confidences]]:
-    """The maps of dev pictures, `[questions, layers, cells]` each; and each layer judged on the others."""
-    maps: list[FloatArray] = []
-    by_layer = {layer: Places() for layer in plan.layers}
-    sure_by_layer = {layer: Confidences() for layer in plan.layers}
+) -> _Alone:
+    alone = _Alone(
+        [], {layer: Places() for layer in plan.layers}, {layer: Confidences() for layer in plan.layers}
+    )
+    count = len(plan.layers)
     for pictured, decides in parts:
         picture = pictured.open()
+        asked_by_layer = [(asked, layer) for asked in pictured.questions for layer in plan.layers]
         looks = await asyncio.gather(
-            *(
-                model.look(picture, asked.text, [layer])
-                for asked in pictured.questions
-                for layer in plan.layers
-            )
+            *(model.look(picture, asked.text, Rule((layer,))) for asked, layer in asked_by_layer)
         )
-        by_question = [
-            looks[first : first + len(plan.layers)] for first in range(0, len(looks), len(plan.layers))
-        ]
         if decides:
-            maps.append(_stacked(by_question))
+            by_question = [looks[first : first + count] for first in range(0, len(looks), count)]
+            alone.dev.append((pictured, by_question))
         else:
-            for asked, of_layers in zip(pictured.questions, by_question, strict=True):
-                for layer, look in zip(plan.layers, of_layers, strict=True):
-                    by_layer[layer].add(asked, look)
-                    sure_by_layer[layer].add(asked, look)
+            for (asked, layer), look in zip(asked_by_layer, looks, strict=True):
+                alone.places[layer].add(asked, look)
+                alone.sure[layer].add(asked, look)
         done()
-    return maps, by_layer, sure_by_layer
+    return alone
 
 
 def _stacked(by_question: Sequence[Sequence[Look]]) -> FloatArray:
-    """`[questions, layers, cells]`; zero where a layer gave no map."""
-    cells = max(len(look.map) for of_layers in by_question for look in of_layers)
+    """Maps of one picture, `[questions, layers, cells]`; zero where a layer gave none."""
+    cells = max(look.map.size for looks in by_question for look in looks)
     empty: NDArray[np.float64] = np.zeros(cells)
-    return np.array([[look.map if len(look.map) else empty for look in looks] for looks in by_question])
+    return np.array(
+        [[look.map.reshape(-1) if look.map.size else empty for look in looks] for looks in by_question]
+    )
+
+
+def _examples(dev: Sequence[tuple[Pictured, list[list[Look]]]]) -> list[Example]:
+    """What weights are fitted to: questions about a place that every layer gave a map for."""
+    found = []
+    for number, (pictured, by_question) in enumerate(dev):
+        for asked, looks in zip(pictured.questions, by_question, strict=True):
+            shows = looks[0].shows
+            if asked.needs is None or not asked.is_local or not all(look.map.size for look in looks):
+                continue
+            seen = None if shows is None else shows.project(asked.needs)
+            if seen is not None:
+                needed = TokenGrid(*looks[0].map.shape).mask(seen)
+                found.append(example(np.array([look.map.reshape(-1) for look in looks]), needed, number))
+    return [one for one in found if one is not None]
 
 
 async def _look_together(
     model: LookingModel, parts: Sequence[tuple[Pictured, bool]], outcome: Outcome, done: Callable[[], None]
 ) -> None:
-    """The chosen layers, one request at a time, each picture as if it came for the first time."""
-    places = outcome.rows[CHOSEN] = Places()
+    """The rule that is served, one request at a time, each picture as if it came for the first time."""
+    places = outcome.rows[outcome.served] = Places()
+    outcome.dev, outcome.test, outcome.view_tokens, outcome.seconds = Confidences(), Confidences(), [], []
+    fresh = _FRESH[outcome.served]
     counts = {True: [0, 0], False: [0, 0]}
     for pictured, decides in parts:
         picture = pictured.open()
@@ -231,7 +281,7 @@ async def _look_together(
         if not decides:
             outcome.view_tokens.append(model.view_tokens(picture.size))
         for number, asked in enumerate(pictured.questions):
-            look = await model.look(_never_seen(picture, number), asked.text, outcome.chosen)
+            look = await model.look(_never_seen(picture, fresh + number), asked.text, outcome.rule)
             (outcome.dev if decides else outcome.test).add(asked, look)
             if not decides:
                 places.add(asked, look)
@@ -253,30 +303,29 @@ async def _compare(
     if not told:
         return
     for tokens in plan.views:
-        row = outcome.rows[f"{CHOSEN}, view of at most {tokens}"] = Places()
+        row = outcome.rows[f"{outcome.served}, view of at most {tokens}"] = Places()
         done = bar(f"a view of {tokens} tokens", told)
         for pictured in told:
             picture = pictured.open()
             for number, asked in enumerate(pictured.questions):
-                fresh = _never_seen(picture, 100 + number)
-                row.add(asked, await model.look(fresh, asked.text, outcome.chosen, tokens))
+                fresh = _never_seen(picture, tokens * 1000 + number)
+                row.add(asked, await model.look(fresh, asked.text, outcome.rule, tokens))
             done()
     row = outcome.rows[UNCALIBRATED] = Places()
     done = bar("layers taken by default", told)
     for pictured in told:
         picture = pictured.open()
         for number, asked in enumerate(pictured.questions):
-            row.add(
-                asked, await model.look(_never_seen(picture, 200 + number), asked.text, plan.uncalibrated)
-            )
+            fresh = _never_seen(picture, _FRESH[UNCALIBRATED] + number)
+            row.add(asked, await model.look(fresh, asked.text, Rule(plan.uncalibrated)))
         done()
-    for dialect in plan.dialects:
+    for place, dialect in enumerate(plan.dialects):
         row = outcome.rows[f"the model says it, {dialect}"] = Places()
         done = bar(f"said in {dialect}", told)
         for pictured in told:
             picture = pictured.open()
             for number, asked in enumerate(pictured.questions):
-                fresh = _never_seen(picture, 300 + number)
+                fresh = _never_seen(picture, 3000 + 300 * place + number)
                 row.add(asked, await model.say(fresh, asked.text, dialect, plan.prompt))
             done()
     questions = [asked for pictured in told for asked in pictured.questions]
@@ -293,5 +342,7 @@ def _never_seen(picture: Image.Image, number: int) -> Image.Image:
     fresh = picture.convert("RGB")
     fresh = fresh.copy() if fresh is picture else fresh
     red, green, blue = fresh.getpixel((0, 0))  # type: ignore[misc]
-    fresh.putpixel((0, 0), ((red + 1 + number) % 256, (green + number // 256) % 256, blue))
+    number += 1
+    changed = red + number, green + number // 256, blue + number // 65536
+    fresh.putpixel((0, 0), tuple(channel % 256 for channel in changed))
     return fresh

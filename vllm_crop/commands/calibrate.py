@@ -81,6 +81,14 @@ def calibrate(
             help="How much of what is needed pruned images shall show in the mean: sets whole_below.",
         ),
     ] = 0.8,
+    fit: Annotated[
+        bool,
+        typer.Option(
+            "--fit",
+            help="Also fit a weight for each layer to the boxes, and serve that: needs ten questions "
+            "with boxes in the deciding half, better a hundred.",
+        ),
+    ] = False,
     localizer_config: Annotated[
         str,
         typer.Option(
@@ -114,6 +122,8 @@ def calibrate(
         --crop-config '{"localizer": {"kind": "attention", "calibration": "qwen3.json"}}'
     Your own pictures, and against what the model says itself:
       vllm-crop calibrate --model M --data questions.jsonl --engine thousandths --engine cells
+    Weights fitted to the boxes of the scenes:
+      vllm-crop calibrate --model M --fit
     A folder, asked the same twice; a model that needs room:
       vllm-crop calibrate --model M --data photos --question "What is written?" --question "Who is there?" \\
         --serve-args "--max-model-len 8192 --gpu-memory-utilization 0.8"
@@ -163,6 +173,7 @@ def calibrate(
             dialects=tuple(one for one in DIALECTS if one in engine),
             prompt=engine_prompt,
             wanted=coverage,
+            fit=fit,
         )
         about = {"data": str(data)} if data is not None else {"data": "generated", "seed": seed, "side": side}
         outcome, calibration = asyncio.run(
@@ -179,8 +190,8 @@ def calibrate(
     print_outcome(console, outcome)
     if outcome.beats_chance() is False:
         console.print(
-            f"No file was written: the layers {outcome.chosen} do not hit more often than random places "
-            "do. The model may not understand such pictures (try your own with --data), the view may be too "
+            f"No file was written: {outcome.served} do not hit more often than random places do. "
+            "The model may not understand such pictures (try your own with --data), the view may be too "
             "small (thumbnail_tokens in --localizer-config), or there were too few questions to tell.",
             style="red",
             markup=False,
@@ -238,7 +249,7 @@ def _parse_layers(text: str | None, num_layers: int) -> list[int]:
 def _parse_settings(text: str) -> dict[str, Any]:
     from vllm_crop.localizers.calibration import SETTINGS
 
-    kept = [name for name in SETTINGS if name not in ("layers", "whole_below")]
+    kept = [name for name in SETTINGS if name not in ("layers", "weights", "whole_below")]
     try:
         settings = json.loads(text)
     except ValueError as error:

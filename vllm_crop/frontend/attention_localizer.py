@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the served model looks while it reads the question beside a view of the image: one prefill."""
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
@@ -19,6 +19,19 @@ from vllm_crop.localizers.thumbnails import off_the_loop
 PROMPT = "{question}\nAnswer the question using a single word or phrase."
 
 
+@dataclass(frozen=True)
+class Rule:
+    """How a map is made.
+
+    Attributes:
+        layers: of those that the server watches; None for all.
+        weights: of each of them, ascending; None for the maximum.
+    """
+
+    layers: tuple[int, ...] | None = None
+    weights: tuple[float, ...] | None = None
+
+
 class AttentionLocalizer:
     """A Localizer that reads the served model's attention."""
 
@@ -29,32 +42,35 @@ class AttentionLocalizer:
         self.requests = OwnRequests(renderer, geometry, config)
         self.renderer, self.geometry, self.config = renderer, geometry, config
         self.prompt = config.prompt or PROMPT
-        settings = config.adapter, config.thumbnail_tokens, config.layers, self.prompt
+        # What workers watch is the maximum's; weights come with each request.
+        weighted = Rule(tuple(config.layers or ()), tuple(config.weights or ()))
+        self._rule = Rule() if config.weights is None else weighted
+        settings = config.adapter, config.thumbnail_tokens, config.layers, config.weights, self.prompt
         windows = config.window, config.max_windows, config.further_window
         self.version = " ".join(map(str, ("attention", *windows, *settings)))
 
     async def locate(self, image: Image.Image, question: str, salt: str | None = None) -> LocalizerAnswer:
         """Run one more request with a view of the image; cancelling this aborts it."""
-        return await self.look(image, question, None, salt)
+        return await self.look(image, question, self._rule, salt)
 
     async def look(
-        self, image: Image.Image, question: str, layers: Sequence[int] | None, salt: str | None = None
+        self, image: Image.Image, question: str, rule: Rule, salt: str | None = None
     ) -> LocalizerAnswer:
-        """Locate with some of the layers that the server watches; None for all.
+        """Locate by another rule than the configured one.
 
         Raises:
             LocalizerError: with the reason; an UnreadableAnswerError where one of them is not watched.
         """
         glance = await self.requests.glance(image)
         grid = await off_the_loop(self._grid, glance)
-        output = await self.requests.ask(glance, self._text(question), _sampling(grid, layers), salt)
+        output = await self.requests.ask(glance, self._text(question), _sampling(grid, rule), salt)
         return self._read(output, glance, grid)
 
     def locate_now(self, image: Image.Image, question: str, salt: str | None = None) -> LocalizerAnswer:
         """The same for the offline `LLM`, whose other requests wait meanwhile."""
         glance = self.requests.glance_now(image)
         grid = self._grid(glance)
-        output = self.requests.ask_now(glance, self._text(question), _sampling(grid, None), salt)
+        output = self.requests.ask_now(glance, self._text(question), _sampling(grid, self._rule), salt)
         return self._read(output, glance, grid)
 
     def _text(self, question: str) -> str:
@@ -82,7 +98,7 @@ class AttentionLocalizer:
         return LocalizerAnswer(region, heat.within(seen), heat, glance.shows)
 
 
-def _sampling(grid: HeatGrid, layers: Sequence[int] | None) -> SamplingParams:
+def _sampling(grid: HeatGrid, rule: Rule) -> SamplingParams:
     return SamplingParams(
         temperature=0.0,
         max_tokens=1,
@@ -92,5 +108,5 @@ def _sampling(grid: HeatGrid, layers: Sequence[int] | None) -> SamplingParams:
         # Keys of tokens that are not computed again would not come by.
         skip_reading_prefix_cache=True,
         output_kind=RequestOutputKind.FINAL_ONLY,
-        extra_args=heat_request.extra_args(grid.cells, grid.num_cells, layers),
+        extra_args=heat_request.extra_args(grid.cells, grid.num_cells, rule.layers, rule.weights),
     )

@@ -15,12 +15,13 @@ from numpy.typing import NDArray
 
 # Key of SamplingParams.extra_args, whose values reach the workers.
 EXTRA_ARG = "crop_heat"
-CELLS, NUM_CELLS, LAYERS = "cells", "num_cells", "layers"
+CELLS, NUM_CELLS, LAYERS, WEIGHTS = "cells", "num_cells", "layers", "weights"
 # SamplingParams.logprob_token_ids may name 128 ids (vllm/sampling_params.py); two say that it is a map.
 MAX_CELLS = 126
 # Instead of a token's cell: one that shows nothing of the image (a newline); one on the outer ring, where
 # attention gathers that is about nothing there.
 NOWHERE, RING = -1, -2
+LARGEST_WEIGHT = 100.0
 STAMP = 0.5  # the probability of the id after the cells': no model's answer has it
 SCALE = 256.0  # heat of a cell is at most 1 and there are at most MAX_CELLS: together less than the stamp
 _TOLERANCE = 1e-4
@@ -32,7 +33,12 @@ class NoHeatError(Exception):
     """What came back is no map."""
 
 
-def extra_args(cells: Sequence[int], num_cells: int, layers: Sequence[int] | None = None) -> dict[str, Any]:
+def extra_args(
+    cells: Sequence[int],
+    num_cells: int,
+    layers: Sequence[int] | None = None,
+    weights: Sequence[float] | None = None,
+) -> dict[str, Any]:
     """What the workers must know.
 
     Args:
@@ -40,9 +46,15 @@ def extra_args(cells: Sequence[int], num_cells: int, layers: Sequence[int] | Non
         num_cells: at most MAX_CELLS.
         layers: those of the watched ones that the map is made of; all if left out. With one that nobody
             watches there is no map.
+        weights: of these layers, which are ascending then, in the same order: maps are multiplied, each to
+            the power of its weight, where otherwise the maximum counts.
     """
     asked: dict[str, Any] = {CELLS: list(cells), NUM_CELLS: num_cells}
-    return {EXTRA_ARG: asked if layers is None else {**asked, LAYERS: list(layers)}}
+    if layers is not None:
+        asked[LAYERS] = list(layers)
+    if weights is not None:
+        asked[WEIGHTS] = list(weights)
+    return {EXTRA_ARG: asked}
 
 
 def token_ids(num_cells: int) -> list[int]:

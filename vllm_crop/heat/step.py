@@ -3,13 +3,23 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vllm_crop.heat.request import CELLS, EXTRA_ARG, LAYERS, MAX_CELLS, NUM_CELLS, RING
+from vllm_crop.heat.request import (
+    CELLS,
+    EXTRA_ARG,
+    LARGEST_WEIGHT,
+    LAYERS,
+    MAX_CELLS,
+    NUM_CELLS,
+    RING,
+    WEIGHTS,
+)
 
 Indices = NDArray[np.int64]
 
@@ -23,6 +33,7 @@ class HeatRequest:
         image_tokens: `[num_embeddings]`, where in the prompt the image's embeddings are.
         cells: `[num_embeddings]`.
         layers: those of the watched ones that the map is made of; None for all.
+        weights: of each of these, ascending; None for the maximum.
         keys: per layer those of earlier steps, `[tokens, heads, size]` each, of a prompt in chunks.
     """
 
@@ -31,6 +42,7 @@ class HeatRequest:
     cells: Indices
     num_cells: int
     layers: frozenset[int] | None = None
+    weights: tuple[float, ...] | None = None
     keys: dict[int, list[torch.Tensor]] = field(default_factory=dict)
 
     @classmethod
@@ -51,17 +63,36 @@ class HeatRequest:
             isinstance(cell, int) and RING <= cell < num_cells for cell in cells
         ):
             return None
-        layers = asked.get(LAYERS)
+        layers, weights = asked.get(LAYERS), asked.get(WEIGHTS)
         if layers is not None and not (
             isinstance(layers, list) and layers and all(isinstance(layer, int) for layer in layers)
         ):
             return None
-        merged = None if layers is None else frozenset(layers)
-        return cls(num_prompt_tokens, placeholders[0], np.array(cells, dtype=np.int64), num_cells, merged)
+        if weights is not None and not (layers is not None and _are_weights(weights, layers)):
+            return None
+        return cls(
+            num_prompt_tokens,
+            placeholders[0],
+            np.array(cells, dtype=np.int64),
+            num_cells,
+            None if layers is None else frozenset(layers),
+            None if weights is None else tuple(map(float, weights)),
+        )
 
     def reads(self, layer: int) -> bool:
         """Whether the map is made of this layer too."""
         return self.layers is None or layer in self.layers
+
+
+def _are_weights(weights: Any, layers: list[int]) -> bool:
+    """Whether each of the layers, which are ascending, has one."""
+    return (
+        isinstance(weights, list)
+        and len(weights) == len(layers)
+        and all(one < other for one, other in pairwise(layers))
+        # NaN fails the comparison.
+        and all(isinstance(one, int | float) and abs(one) <= LARGEST_WEIGHT for one in weights)
+    )
 
 
 @dataclass(frozen=True)

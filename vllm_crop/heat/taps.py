@@ -6,8 +6,8 @@ piecewise graphs: its implementation runs as Python and sees queries and keys af
 family alike (vllm/model_executor/layers/attention/attention.py, unified_attention_with_output).
 
 The rule (docs/localization.md): attention of the prompt's last token, summed over heads, then normalised over
-the image's tokens; of several layers the maximum; of the tokens of a cell the mean. The layers are
-all that are watched, or those of them that a request names.
+the image's tokens; of several layers the maximum, or a weighted product; of the tokens of a cell the
+mean. The layers are all that are watched, or those of them that a request names.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -137,13 +137,20 @@ def _map(sums: torch.Tensor, rows: HeatRows) -> torch.Tensor:
     shows = torch.from_numpy(request.cells != NOWHERE).to(sums.device)
     # A layer that gives the image nothing at all has no say.
     shares = sums / sums[:, shows].sum(-1, keepdim=True).clamp(min=torch.finfo(sums.dtype).tiny)
-    heat = shares.amax(0)
     cells = torch.from_numpy(request.cells).to(sums.device)
     inside = cells >= 0
+    heat = shares.amax(0) if request.weights is None else _weighted(shares, request.weights, inside)
     totals = heat.new_zeros(request.num_cells).index_add_(0, cells[inside], heat[inside])
     counts = torch.bincount(cells[inside], minlength=request.num_cells)
     values = totals / counts.clamp(min=1) / SCALE
     return torch.cat([values, values.new_tensor([STAMP]), (1 - STAMP - values.sum())[None]])
+
+
+def _weighted(shares: torch.Tensor, weights: tuple[float, ...], inside: torch.Tensor) -> torch.Tensor:
+    """The product of the layers' shares, each to the power of its weight, with a sum of 1 over `inside`."""
+    # Watched layers run in ascending order, as weights are given.
+    scores = shares.new_tensor(weights) @ shares.clamp(min=torch.finfo(shares.dtype).tiny).log()
+    return scores.masked_fill(~inside, -torch.inf).softmax(0).nan_to_num(0.0)
 
 
 def _require_plain(number: int, attention: Any) -> None:

@@ -17,7 +17,7 @@ from vllm_crop.localizers.settings import LocalizerConfig
 
 # What may be learned, and what it was learned with: all that a map, its region and its confidence depend on.
 SETTINGS = (
-    *("layers", "thumbnail_tokens", "prompt", "chat_template_kwargs"),
+    *("layers", "weights", "thumbnail_tokens", "prompt", "chat_template_kwargs"),
     *("window", "max_windows", "further_window", "whole_below"),
 )
 AGAIN = "run `vllm-crop calibrate --model M` for it, or leave localizer.calibration out"
