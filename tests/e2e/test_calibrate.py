@@ -40,7 +40,7 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         (
             *(*PROGRAM, "--model", str(CHECKPOINT), "--data", str(data), "--out", str(out)),
             *("--localizer-config", json.dumps(settings), "--view-tokens", "144", "--serve-args", SERVE_ARGS),
-            *("--engine", "cells", "--engine-prompt", "where:{question}"),
+            *("--engine", "cells", "--engine-prompt", "where:{question}", "--fit"),
         ),
         capture_output=True,
         text=True,
@@ -65,14 +65,21 @@ def test_the_layers_that_were_taught_to_look_are_found(calibrated: tuple[Path, s
     learned = json.loads(calibrated[0].read_text())
     change = {int(layer): much for layer, much in learned["scores"]["question_change"].items()}
     assert set(sorted(change, key=change.__getitem__)[-2:]) == TAUGHT
-    assert set(learned["settings"]["layers"]) >= TAUGHT
+    assert set(learned["scores"]["chosen"]) >= TAUGHT
     rates = {name: row["hit"]["share"] for name, row in learned["scores"]["rows"].items()}
-    assert rates["chosen layers"] > 0.9
+    assert min(rates["chosen layers"], rates["fitted weights"]) > 0.9
     assert rates["the model says it, cells"] > 0.9
     assert max(rates["centre"], rates["random place"]) < 0.3
     by_layer = {int(layer): row["hit"]["share"] for layer, row in learned["scores"]["by_layer"].items()}
     assert min(by_layer[layer] for layer in TAUGHT) > 0.9
     assert by_layer[2] < 0.6
+
+
+def test_weights_are_those_of_the_taught_layers(calibrated: tuple[Path, str]) -> None:
+    settings = json.loads(calibrated[0].read_text())["settings"]
+    weights = dict(zip(settings["layers"], settings["weights"], strict=True))
+    assert len(weights) == 12
+    assert set(sorted(weights, key=weights.__getitem__)[-2:]) == TAUGHT
 
 
 def test_it_says_what_it_rests_on(calibrated: tuple[Path, str]) -> None:

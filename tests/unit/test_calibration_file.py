@@ -56,6 +56,14 @@ def test_what_the_operator_sets_wins(tmp_path: Path) -> None:
     assert (localizer.layers, localizer.whole_below, localizer.thumbnail_tokens) == ([3], 0.5, 144)
 
 
+def test_weights_belong_to_the_layers_of_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, calibration(settings={"layers": [3, 7], "weights": [0.9, 1.1]}))
+    localizer = CropConfig.from_mapping(with_calibration(crop(path))[0]).localizer
+    assert (localizer.layers, localizer.weights) == ([3, 7], [0.9, 1.1])
+    localizer = CropConfig.from_mapping(with_calibration(crop(path, layers=[3]))[0]).localizer
+    assert (localizer.layers, localizer.weights) == ([3], None)
+
+
 def test_without_a_file_nothing_changes() -> None:
     settings = {"localizer": {"kind": "attention", "layers": [3]}}
     assert with_calibration(settings) == (settings, None)

@@ -57,6 +57,7 @@ def scores(outcome: Outcome) -> dict[str, Any]:
     """Every number that is printed, as plain values."""
     layers = outcome.plan.layers
     return {
+        "chosen": outcome.chosen,
         "question_change": {
             str(layer): round(float(much), 4) for layer, much in zip(layers, outcome.change, strict=True)
         },
@@ -124,7 +125,7 @@ def notes(outcome: Outcome) -> Iterator[str]:
     if (told := spread([1000 * one for one in outcome.seconds])) is not None:
         yield (
             f"One localization at a time, of a picture never seen: {told.text(0, ' ms')}; all layers are "
-            "watched in this engine, a server watches the chosen ones only."
+            "watched in this engine, a server watches those of its rule only."
         )
     if outcome.threshold is not None and len(outcome.dev.told) < _FEW:
         yield f"A threshold from {len(outcome.dev.told)} questions is rough: {_FEW} or more are better."

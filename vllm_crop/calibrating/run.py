@@ -303,6 +303,8 @@ async def _compare(
     if not told:
         return
     for tokens in plan.views:
+        if set(outcome.view_tokens) == {tokens}:
+            continue  # the configured view
         row = outcome.rows[f"{outcome.served}, view of at most {tokens}"] = Places()
         done = bar(f"a view of {tokens} tokens", told)
         for pictured in told:

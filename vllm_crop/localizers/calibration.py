@@ -154,4 +154,7 @@ def with_calibration(settings: Mapping[str, Any]) -> tuple[dict[str, Any], Calib
     if localizer.get("calibration") is None:
         return dict(settings), None
     calibration = Calibration.read(Path(localizer["calibration"]))
-    return {**settings, "localizer": {**calibration.settings, **localizer}}, calibration
+    learned = dict(calibration.settings)
+    if localizer.get("layers") is not None:
+        learned.pop("weights", None)  # they are of the file's layers
+    return {**settings, "localizer": {**learned, **localizer}}, calibration
