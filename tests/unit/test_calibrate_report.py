@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 
 from vllm_crop.calibrating.data import Asked
 from vllm_crop.calibrating.looking import Look
+from vllm_crop.calibrating.outcome import CHOSEN, RANDOM, Confidences, Outcome, Places, Plan
 from vllm_crop.calibrating.picture import draw_outcome
 from vllm_crop.calibrating.report import make_calibration, print_outcome, write_calibration
-from vllm_crop.calibrating.run import CHOSEN, RANDOM, Confidences, Outcome, Places, Plan
 from vllm_crop.commands.app import app
 from vllm_crop.localizers.calibration import Calibration
 from vllm_crop.planning.geometry import Box, Region

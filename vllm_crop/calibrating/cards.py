@@ -32,7 +32,7 @@ STYLES: dict[Kind, Style] = {
     "label": Style(True, ((255, 236, 130), (250, 250, 246)), (40, 40, 40), (176, 14, 24)),
     "clock": Style(True, ((28, 28, 32), (52, 56, 66)), (214, 214, 214), (255, 170, 60)),
     "form": Style(False, ((252, 250, 244), (242, 246, 252)), (84, 84, 84), (16, 24, 90)),
-    "list": Style(False, ((34, 44, 40), (248, 244, 232)), (128, 150, 140), (196, 124, 20)),
+    "list": Style(False, ((34, 44, 40), (22, 32, 62)), (176, 194, 186), (255, 186, 72)),
 }
 _LARGER = 1.5  # a stacked value's letters, of the name's
 _LINE, _PADDING, _GAP = 1.5, 0.7, 1.6  # line height, edge and space between columns, in letters' heights

@@ -4,7 +4,7 @@
 from pathlib import Path
 from typing import Any
 
-from vllm_crop.calibrating.run import Outcome
+from vllm_crop.calibrating.outcome import Outcome
 from vllm_crop.calibrating.scoring import kept
 
 _CHOSEN, _OTHER, _HIT, _COVERED = "#d9682a", "#b9c0c9", "#1d4e89", "#3a9b6f"

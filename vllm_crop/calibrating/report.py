@@ -12,7 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from vllm_crop.calibrating.run import CENTRE, CHOSEN, RANDOM, Outcome, Places
+from vllm_crop.calibrating.outcome import CENTRE, CHOSEN, RANDOM, Outcome, Places
 from vllm_crop.calibrating.scoring import WINDOW, kept, most_covered
 from vllm_crop.comparing.statistics import share, spread
 from vllm_crop.localizers.calibration import Calibration, ModelShape

@@ -18,7 +18,7 @@ from vllm_crop.errors import CropError
 
 if TYPE_CHECKING:
     from vllm_crop.calibrating.data import Pictured
-    from vllm_crop.calibrating.run import Outcome, Plan
+    from vllm_crop.calibrating.outcome import Outcome, Plan
     from vllm_crop.localizers.calibration import Calibration
     from vllm_crop.localizers.dialects import DialectName
     from vllm_crop.localizers.settings import LocalizerConfig
@@ -141,9 +141,9 @@ def calibrate(
     console = Console(highlight=False)
     # Late, as all of the calibration: the other commands start without it.
     from vllm_crop.calibrating.data import generated, read_pictures
+    from vllm_crop.calibrating.outcome import Plan
     from vllm_crop.calibrating.picture import draw_outcome
     from vllm_crop.calibrating.report import print_outcome, write_calibration
-    from vllm_crop.calibrating.run import Plan
     from vllm_crop.families.checkpoint import load_geometry, load_model_config
     from vllm_crop.families.text_layers import full_attention_layers
 
