@@ -162,6 +162,7 @@ class TestRefusals:
             (("--localizer-config", '{"layers": [3]}'), "a JSON object with some of thumbnail_tokens"),
             (("--localizer-config", '{"window": 7}'), "localizer.window"),
             (("--question", "one?"), "belongs to --data"),
+            (("--fit", "--pictures", "2"), "--fit needs 10 questions with boxes in the deciding half"),
         ],
         ids=str,
     )

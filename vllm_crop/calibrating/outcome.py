@@ -22,7 +22,7 @@ class Plan:
 
     Attributes:
         layers: those that are watched.
-        uncalibrated: those that a server takes by itself.
+        uncalibrated: those that a server takes by itself; empty if some of them are not watched.
         views: sizes of view that the chosen layers are tried at too, in visual tokens.
         dialects: in which the model is asked to say the place.
         prompt: of the dialects; their own if None.

@@ -206,14 +206,15 @@ async def _compare(
                 fresh = _never_seen(picture, tokens * 1000 + number)
                 row.add(asked, await model.look(fresh, asked.text, outcome.rule, tokens))
             done()
-    row = outcome.rows[UNCALIBRATED] = Places()
-    done = bar("layers taken by default", told)
-    for pictured in told:
-        picture = pictured.open()
-        for number, asked in enumerate(pictured.questions):
-            fresh = _never_seen(picture, _FRESH[UNCALIBRATED] + number)
-            row.add(asked, await model.look(fresh, asked.text, Rule(plan.uncalibrated)))
-        done()
+    if plan.uncalibrated:
+        row = outcome.rows[UNCALIBRATED] = Places()
+        done = bar("layers taken by default", told)
+        for pictured in told:
+            picture = pictured.open()
+            for number, asked in enumerate(pictured.questions):
+                fresh = _never_seen(picture, _FRESH[UNCALIBRATED] + number)
+                row.add(asked, await model.look(fresh, asked.text, Rule(plan.uncalibrated)))
+            done()
     for place, dialect in enumerate(plan.dialects):
         row = outcome.rows[f"the model says it, {dialect}"] = Places()
         done = bar(f"said in {dialect}", told)

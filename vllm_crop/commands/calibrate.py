@@ -141,6 +141,7 @@ def calibrate(
     console = Console(highlight=False)
     # Late, as all of the calibration: the other commands start without it.
     from vllm_crop.calibrating.data import generated, read_pictures
+    from vllm_crop.calibrating.fitting import FEWEST
     from vllm_crop.calibrating.outcome import Plan
     from vllm_crop.calibrating.picture import draw_outcome
     from vllm_crop.calibrating.report import print_outcome, write_calibration
@@ -163,12 +164,16 @@ def calibrate(
             chosen = generated(pictures or 40, questions, side, seed)
         else:
             chosen = read_pictures(data, question, pictures)
+        if fit and (boxes := sum(one.is_local for part in chosen[::2] for one in part.questions)) < FEWEST:
+            raise CropError(
+                f"--fit needs {FEWEST} questions with boxes in the deciding half (every other picture), there "
+                f"are {boxes}: write more boxes, use more --pictures, or leave --fit out"
+            )
         config = _localizer(settings, watched)
+        by_default = config.model_copy(update={"layers": None}).layers_of(num_layers)
         plan = Plan(
             layers=tuple(watched),
-            uncalibrated=tuple(
-                set(config.model_copy(update={"layers": None}).layers_of(num_layers)) & set(watched)
-            ),
+            uncalibrated=tuple(by_default) if set(by_default) <= set(watched) else (),
             views=tuple(view_tokens),
             dialects=tuple(one for one in DIALECTS if one in engine),
             prompt=engine_prompt,
