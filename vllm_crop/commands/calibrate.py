@@ -140,7 +140,7 @@ def calibrate(
     settings = _parse_settings(localizer_config)
     console = Console(highlight=False)
     # Late, as all of the calibration: the other commands start without it.
-    from vllm_crop.calibrating.data import generated, read_pictures
+    from vllm_crop.calibrating.data import generated, halves, read_pictures
     from vllm_crop.calibrating.fitting import FEWEST
     from vllm_crop.calibrating.outcome import Plan
     from vllm_crop.calibrating.picture import draw_outcome
@@ -164,7 +164,8 @@ def calibrate(
             chosen = generated(pictures or 40, questions, side, seed)
         else:
             chosen = read_pictures(data, question, pictures)
-        if fit and (boxes := sum(one.is_local for part in chosen[::2] for one in part.questions)) < FEWEST:
+        deciding = [one for picture, decides in halves(chosen) if decides for one in picture.questions]
+        if fit and (boxes := sum(one.is_local for one in deciding)) < FEWEST:
             raise CropError(
                 f"--fit needs {FEWEST} questions with boxes in the deciding half (every other picture), there "
                 f"are {boxes}: write more boxes, use more --pictures, or leave --fit out"
