@@ -167,8 +167,8 @@ def calibrate(
         deciding = [one for picture, decides in halves(chosen) if decides for one in picture.questions]
         if fit and (boxes := sum(one.is_local for one in deciding)) < FEWEST:
             raise CropError(
-                f"--fit needs {FEWEST} questions with boxes in the deciding half (every other picture), there "
-                f"are {boxes}: write more boxes, use more --pictures, or leave --fit out"
+                f"--fit needs {FEWEST} questions with boxes in the deciding half (every other picture), "
+                f"there are {boxes}: write more boxes, use more --pictures, or leave --fit out"
             )
         config = _localizer(settings, watched)
         by_default = config.model_copy(update={"layers": None}).layers_of(num_layers)
