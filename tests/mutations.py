@@ -30,6 +30,7 @@ QUICK = {
     "frontend": "localization_service facts_header metrics",
     "compat": "refusals command_check",
     "heat": "heat",
+    "calibrating": "calibrating calibrate_report",
     "runners": "stage_inputs",
 }
 PARITY = "tests/cpu/test_eviction_parity.py::test_all_scenarios_in_one_batch[staged-llava]"
@@ -291,8 +292,40 @@ MUTATIONS = (
     Mutation(
         "a map of the layers' mean",
         "heat/taps.py",
-        "    heat = shares.amax(0)\n",
-        "    heat = shares.mean(0)\n",
+        "heat = shares.amax(0) if",
+        "heat = shares.mean(0) if",
+    ),
+    Mutation(
+        "weights are those of the layers backwards",
+        "heat/taps.py",
+        "shares.new_tensor(weights) @",
+        "shares.new_tensor(weights[::-1]) @",
+    ),
+    Mutation(
+        "a request's map is made of other layers too",
+        "heat/step.py",
+        "return self.layers is None or layer in self.layers",
+        "return True",
+    ),
+    Mutation(
+        "a calibration wins over what the operator sets",
+        "localizers/calibration.py",
+        "{**learned, **localizer}",
+        "{**localizer, **learned}",
+        ("tests/unit/test_calibration_file.py",),
+    ),
+    Mutation(
+        "a calibration of another model is taken",
+        "compat/patches/model_config.py",
+        "if calibration is not None:",
+        "if calibration is None:",
+        ("tests/cpu/test_start.py -k calibration",),
+    ),
+    Mutation(
+        "layers that never change are taken for those that look",
+        "calibrating/rule.py",
+        "1 - cosines, 0.0)",
+        "cosines, 0.0)",
     ),
     Mutation(
         "a map normalised over newlines too",

@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from tests.slow_plan import embeddings_of
+from vllm_crop.config import CropConfig
 from vllm_crop.families.registry import geometry_from_configs
 from vllm_crop.planning.budget import Method
 from vllm_crop.planning.geometry import ImageTokens, Region, TokenGrid
@@ -68,6 +69,9 @@ class Prompt:
 def naive_compress(features: torch.Tensor, plan: TokenPlan) -> torch.Tensor:
     """One mean per planned embedding, written out: `[num_tokens, hidden]` -> `[num_embeddings, hidden]`."""
     return torch.stack([features[list(e.tokens)].mean(dim=0) for e in embeddings_of(plan)])
+
+
+DEFAULT_RIM = CropConfig().rim
 
 
 class HfReference:
@@ -114,9 +118,11 @@ class HfReference:
         compression: Compression,
         method: Method = "plc",
         eviction_layers: tuple[int, ...] = (),
+        rim: float = DEFAULT_RIM,
     ) -> TokenPlan | None:
         """What is to become of an image; None if the model sees nothing of the region."""
-        seen = region and self.geometry.view(*image.size).project(region)
+        view = self.geometry.view(*image.size)
+        seen = region and view.project(region)
         return seen and make_plan(
             self.geometry.grid(*image.size),
             seen,
@@ -125,6 +131,7 @@ class HfReference:
             method=method,
             num_layers=self.geometry.num_layers,
             eviction_layers=eviction_layers,
+            around=view.project(region.widened(rim)) if region and rim else None,
         )
 
     @torch.inference_mode()

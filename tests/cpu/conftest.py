@@ -323,6 +323,7 @@ def reference_by(hf: HfReference) -> ReferenceFor:
                     request.compression,
                     request.method,
                     request.eviction_layers,
+                    request.rim,
                 )
                 for image, request in zip(question.images, requests, strict=True)
             ]

@@ -61,7 +61,7 @@ def test_compiled_stages(
     for leaves in (False, True):  # after the last layer that is read, or through all
         left = engine.model.heat.steps_left
         output = engine.llm.generate(
-            looked.prompt(engine.image), heat.sampling(cells, leaves), use_tqdm=False
+            looked.prompt(engine.image), heat.sampling(cells, leaves=leaves), use_tqdm=False
         )[0]
         assert heat.differs(read(output.outputs[0].logprobs[0], heat.NUM_CELLS), wanted) < heat.TOLERANCE
         assert (engine.model.heat.steps_left > left) is leaves

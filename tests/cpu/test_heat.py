@@ -62,7 +62,12 @@ def cells_of(engine: Engine, picture: Image.Image, crop: Any) -> list[int]:
     return [int(place) for place in places]
 
 
-def sampling(cells: Sequence[int] | None, leaves: bool = False) -> Any:
+def sampling(
+    cells: Sequence[int] | None,
+    layers: Sequence[int] | None = None,
+    weights: Sequence[float] | None = None,
+    leaves: bool = False,
+) -> Any:
     from vllm import SamplingParams
 
     if cells is None:
@@ -72,7 +77,7 @@ def sampling(cells: Sequence[int] | None, leaves: bool = False) -> Any:
         max_tokens=1,
         logprob_token_ids=token_ids(NUM_CELLS),
         skip_reading_prefix_cache=True,
-        extra_args=extra_args(cells, NUM_CELLS, leaves),
+        extra_args=extra_args(cells, NUM_CELLS, layers, weights, leaves),
     )
 
 
@@ -90,7 +95,12 @@ def ask(engine: Engine, *asked: tuple[Question, list[int] | None]) -> list[Any]:
 
 
 def expected(
-    hf: HfReference, engine: Engine, question: Question, cells: Sequence[int], layers: Sequence[int] = LAYERS
+    hf: HfReference,
+    engine: Engine,
+    question: Question,
+    cells: Sequence[int],
+    layers: Sequence[int] = LAYERS,
+    weights: Sequence[float] | None = None,
 ) -> np.ndarray[Any, Any]:
     """By the definition, from transformers' attention."""
     (picture,) = question.images
@@ -101,7 +111,12 @@ def expected(
     start = ids.index(hf.image_token_id)
     attention = hf.attention(prompt)[list(layers), start : start + len(cells)]
     where = torch.tensor(cells)
-    heat = (attention / attention[:, where != NOWHERE].sum(-1, keepdim=True)).amax(0)
+    shares = attention / attention[:, where != NOWHERE].sum(-1, keepdim=True)
+    heat = shares.amax(0)
+    if weights is not None:
+        heat = shares.double().pow(torch.tensor(weights, dtype=torch.float64)[:, None]).prod(0)
+        heat = torch.where(where >= 0, heat, 0.0)
+        heat = heat / heat.sum()
     return np.array(
         [float(heat[where == cell].mean()) if (where == cell).any() else 0.0 for cell in range(NUM_CELLS)]
     )
@@ -145,6 +160,49 @@ def test_a_map_is_the_attention_of_transformers(
     assert differs(wanted[2], wanted[0]) > NOTICEABLE
     assert differs(expected(hf, engine, questions[0], cells[0], [1, 3]), wanted[0]) > NOTICEABLE
     assert differs(np.roll(wanted[0], 1), wanted[0]) > NOTICEABLE
+
+
+def test_each_request_of_a_batch_names_its_layers(
+    engine_of: Start, hf_of: Callable[..., HfReference]
+) -> None:
+    engine, hf = engine_of(LLAVA, True), hf_of(LLAVA, LLAVA.deep)
+    # The second prompt is cut by the step's 256 tokens.
+    questions = [Question((PICTURE,), COMPRESSED), Question((OTHER,), OFF, OTHER_TEXT)]
+    subsets: list[list[int] | None] = [[3], [6, 1], None, [1, 3, 6], [6]]
+    asked = [(question, layers) for layers in subsets for question in questions]
+    cells = [cells_of(engine, question.images[0], question.crop) for question, _ in asked]
+    outputs = engine.llm.generate(
+        [question.prompt(engine.image) for question, _ in asked],
+        [sampling(where, layers) for where, (_, layers) in zip(cells, asked, strict=True)],
+        use_tqdm=False,
+    )
+    got = [read(output.outputs[0].logprobs[0], NUM_CELLS) for output in outputs]
+    for heat, where, (question, layers) in zip(got, cells, asked, strict=True):
+        assert differs(heat, expected(hf, engine, question, where, layers or LAYERS)) < TOLERANCE
+    assert differs(got[0], got[4]) > NOTICEABLE
+    assert differs(got[6], got[4]) == 0
+
+
+def test_layers_may_be_weighted(engine_of: Start, hf_of: Callable[..., HfReference]) -> None:
+    engine, hf = engine_of(LLAVA, True), hf_of(LLAVA, LLAVA.deep)
+    question, layers, weights = Question((PICTURE,), OFF), [1, 3, 6], [0.7, -0.25, 1.5]
+    cells = cells_of(engine, PICTURE, OFF)
+    (output,) = engine.llm.generate(
+        question.prompt(engine.image), sampling(cells, layers, weights), use_tqdm=False
+    )
+    got = read(output.outputs[0].logprobs[0], NUM_CELLS)
+    want = expected(hf, engine, question, cells, layers, weights)
+    assert differs(got, want) < 10 * TOLERANCE  # a logarithm and back
+    assert differs(expected(hf, engine, question, cells, layers, weights[::-1]), want) > NOTICEABLE
+
+
+def test_a_layer_that_nobody_watches_gives_no_map(engine_of: Start) -> None:
+    engine = engine_of(LLAVA, True)
+    question = Question((PICTURE,), OFF)
+    named = sampling(cells_of(engine, PICTURE, OFF), [3, 4])
+    (output,) = engine.llm.generate(question.prompt(engine.image), named, use_tqdm=False)
+    with pytest.raises(NoHeatError):
+        read(output.outputs[0].logprobs[0], NUM_CELLS)
 
 
 @pytest.mark.parametrize("evicts", [True, False], ids=["evicting", "plain"])
@@ -225,6 +283,11 @@ def test_beside_a_client_that_names_ids_both_get_theirs(engine_of: Start) -> Non
         {"cells": [0] * 576, "num_cells": 10**9},
         {"cells": [99] * 576, "num_cells": 90},
         {"cells": [None] * 576, "num_cells": 90},
+        {"cells": [0] * 576, "num_cells": 90, "layers": []},
+        {"cells": [0] * 576, "num_cells": 90, "layers": 3},
+        {"cells": [0] * 576, "num_cells": 90, "weights": [1.0]},
+        {"cells": [0] * 576, "num_cells": 90, "layers": [3], "weights": [1e9]},
+        {"cells": [0] * 576, "num_cells": 90, "layers": [[3]]},
         [],
         7,
     ],

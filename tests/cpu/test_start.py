@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 
+from vllm_crop.calibrating.report import write_calibration
 from vllm_crop.compat.patches.cli_flags import apply_options
+from vllm_crop.config import CropConfig
 from vllm_crop.errors import InvalidConfigError, UnsupportedFlagError
+from vllm_crop.localizers.calibration import Calibration, CalibrationError, ModelShape
 
 pytestmark = pytest.mark.vllm_runtime
 
@@ -174,6 +177,35 @@ def test_unsupported_models_are_refused(checkpoint: Path, tmp_path: Path) -> Non
     siglip = edited(checkpoint, tmp_path / "siglip", vision_config=vision)
     with pytest.raises(ValueError, match="siglip_vision_model"):
         engine_config(siglip, {})
+
+
+def calibrated(path: Path, checkpoint: Path, **other: Any) -> Any:
+    """The model's configuration with a calibration of the checkpoint, or of one whose shape is `other`."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    shape = ModelShape.of(json.loads((checkpoint / "config.json").read_text())).model_copy(update=other)
+    settings = {"layers": [1, 3], "whole_below": 0.3}
+    write_calibration(path, Calibration(settings=settings, model_name="M", model=shape))
+    localizer = {"kind": "attention", "calibration": str(path), "whole_below": 0.4}
+    arguments = EngineArgs(str(checkpoint), additional_config={"crop": {"localizer": localizer}})
+    return arguments.create_model_config()
+
+
+def test_a_calibration_travels_with_the_configuration(checkpoint: Path, tmp_path: Path) -> None:
+    hf_config = calibrated(tmp_path / "file.json", checkpoint).hf_config
+    (tmp_path / "file.json").unlink()
+    localizer = CropConfig.from_mapping(hf_config.crop).localizer
+    assert (localizer.layers, localizer.whole_below) == ([1, 3], 0.4)
+
+
+def test_a_calibration_of_another_model_or_none_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    with pytest.raises(CalibrationError, match=r"file\.json was made for another model, M: .*, not 99"):
+        calibrated(tmp_path / "file.json", checkpoint, num_hidden_layers=99)
+    crop = {"localizer": {"kind": "attention", "calibration": str(tmp_path / "missing.json")}}
+    with pytest.raises(CalibrationError, match="cannot be read"):
+        EngineArgs(str(checkpoint), additional_config={"crop": crop}).create_model_config()
 
 
 @pytest.mark.parametrize("as_callable", [False, True], ids=["dict", "callable"])

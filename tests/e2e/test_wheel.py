@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("check", "plan", "preview", "compare", "bench", "eval")
+COMMANDS = ("check", "plan", "preview", "compare", "calibrate", "bench", "eval")
 SIZE = ("--image-size", "640x480", "--region", "0.5,0.1,0.8,0.4")
 
 pytestmark = pytest.mark.package_index
@@ -121,6 +121,7 @@ def test_check_says_that_vllm_is_missing(installed: Path, model: Path) -> None:
     [
         (("bench",), "'vllm-crop[vllm]'"),
         (("bench", "--decode"), "'vllm-crop[vllm]'"),
+        (("calibrate", "--model", "M"), "'vllm-crop[vllm]'"),
         (("compare", "--base-url", "http://localhost:1/v1", "--data", "."), "'vllm-crop[openai]'"),
     ],
 )

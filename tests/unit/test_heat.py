@@ -52,6 +52,33 @@ def test_a_map_comes_back_as_it_was_made(layers: int, num_cells: int, seed: int)
         assert heat[cell] == pytest.approx(of_cell.mean() if len(of_cell) else 0.0, rel=1e-4)
 
 
+@given(st.integers(1, 5), st.integers(2, MAX_CELLS), st.integers(0, 2**32 - 1))
+def test_with_weights_maps_are_multiplied(layers: int, num_cells: int, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    cells = random.integers(RING, num_cells, 200)
+    cells[:2] = 0, 1
+    sums = torch.from_numpy(random.random((layers, 200)).astype(np.float32)) + 1e-3
+    weights = random.uniform(-1, 2, layers).round(3).tolist()
+    sampling = SimpleNamespace(extra_args=extra_args(cells.tolist(), num_cells, list(range(layers)), weights))
+    request = HeatRequest.of(sampling, 300, [np.arange(200)])
+    rows = heat_step([request], np.array([0]), np.array([300]))
+    assert rows is not None
+    heat = read(logprobs(_map(sums, rows.rows[0])), num_cells)
+    product = (sums.double().numpy() ** np.array(weights)[:, None]).prod(0)
+    product[cells < 0] = 0
+    product /= product.sum()
+    for cell in range(num_cells):
+        of_cell = product[cells == cell]
+        assert heat[cell] == pytest.approx(of_cell.mean() if len(of_cell) else 0.0, rel=1e-3)
+
+
+def test_weights_of_a_map_without_cells_make_no_numbers_that_are_none() -> None:
+    sampling = SimpleNamespace(extra_args=extra_args([RING, NOWHERE], 4, [0], [2.0]))
+    rows = heat_step([HeatRequest.of(sampling, 9, [np.array([3, 4])])], np.array([0]), np.array([9]))
+    assert rows is not None
+    assert torch.isfinite(_map(torch.ones(1, 2), rows.rows[0])).all()
+
+
 @pytest.mark.parametrize(
     "answer",
     [
@@ -118,6 +145,39 @@ class TestStep:
         read = HeatRequest.of(sampling, 5, [np.array([1, 2])])
         assert read is not None
         assert read.leaves is leaves
+
+    def test_a_request_may_name_its_layers(self) -> None:
+        def of(layers: Any) -> HeatRequest | None:
+            sampling = SimpleNamespace(extra_args=extra_args([0, 1], 2, layers))
+            return HeatRequest.of(sampling, 9, [np.array([3, 4])])
+
+        named, every = of([7, 2, 7]), of(None)
+        assert named is not None
+        assert every is not None
+        assert [layer for layer in range(9) if named.reads(layer)] == [2, 7]
+        assert all(every.reads(layer) for layer in range(9))
+        for wrong in ([], ["2"], [None]):
+            assert of(wrong) is None
+
+    @pytest.mark.parametrize(
+        ("layers", "weights", "is_map"),
+        [
+            ([2, 7], [0.5, -1], True),
+            ([2, 7], [0.5], False),
+            ([7, 2], [0.5, 1.0], False),
+            (None, [0.5], False),
+            ([2, 7], [0.5, math.nan], False),
+            ([2, 7], [0.5, 1e9], False),
+            ([2, 7], [0.5, "1"], False),
+        ],
+        ids=str,
+    )
+    def test_each_named_layer_may_have_a_weight(self, layers: Any, weights: Any, is_map: bool) -> None:
+        sampling = SimpleNamespace(extra_args=extra_args([0, 1], 2, layers, weights))
+        found = HeatRequest.of(sampling, 9, [np.array([3, 4])])
+        assert (found is not None) == is_map
+        if found is not None:
+            assert found.weights == (0.5, -1.0)
 
     def test_nothing_to_look_at(self) -> None:
         assert heat_step([None, None], np.array([0, 0]), np.array([5, 3])) is None

@@ -16,9 +16,10 @@ import pytest
 import vllm_crop
 
 LIBRARY = Path(vllm_crop.__file__).parent
-# The last two measure, with vLLM's own load generator.
+# The last three measure, with vLLM's own load generator or an engine of their own.
 MAY_IMPORT_VLLM = (
     *("models", "eviction", "heat", "runners", "frontend", "compat", "measuring", "benchmarking"),
+    "calibrating",
 )
 HEAVY = ("torch", "vllm")
 
@@ -48,6 +49,9 @@ LIGHT_IMPORTS = {
     "import vllm_crop.client": (*HEAVY, "openai"),
     "import vllm_crop.comparing.run": (*HEAVY, "openai"),
     "import vllm_crop.comparing.page": (*HEAVY, "openai"),
+    "import vllm_crop.localizers.calibration": HEAVY,
+    "import vllm_crop.calibrating.data": (*HEAVY, "matplotlib"),
+    "import vllm_crop.calibrating.rule": (*HEAVY, "matplotlib"),
     "import vllm_crop.commands.app": (
         *HEAVY,
         "numba",
@@ -55,6 +59,7 @@ LIGHT_IMPORTS = {
         "matplotlib",
         "jinja2",
         "vllm_crop.benchmarking",
+        "vllm_crop.calibrating",
         "vllm_crop.comparing",
         "vllm_crop.compat",
     ),
@@ -175,7 +180,7 @@ def test_geometry_and_errors_import_nothing_of_ours() -> None:
 def test_what_is_imported_is_declared() -> None:
     project = tomllib.loads((LIBRARY.parent / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    declared = [*project["dependencies"], *extras["vllm"], *extras["openai"]]
+    declared = [*project["dependencies"], *extras["vllm"], *extras["openai"], *extras["calibrate"]]
     names = {re.split(r"[^\w.-]", requirement)[0] for requirement in declared}
     for source in (*sources("vllm_crop"), *sources("vllm_crop_server")):
         for name in imports_of(source):

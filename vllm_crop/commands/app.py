@@ -4,6 +4,7 @@
 import typer
 
 from vllm_crop.commands.bench import bench
+from vllm_crop.commands.calibrate import calibrate
 from vllm_crop.commands.check import check
 from vllm_crop.commands.compare import compare
 from vllm_crop.commands.plan import plan
@@ -15,7 +16,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
 )
-for command in (check, plan, preview, compare, bench):
+for command in (check, plan, preview, compare, bench, calibrate):
     app.command()(command)
 
 

@@ -15,12 +15,26 @@ def check(
     model: Annotated[
         str | None, typer.Option(help="A checkpoint to judge too: a directory, or its name on the Hub.")
     ] = None,
+    crop_config: Annotated[
+        str | None,
+        typer.Option(
+            metavar="JSON",
+            help="Settings to judge too, as of vllm serve --crop-config; a calibration in them is read, and "
+            "with --model compared with the checkpoint.",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Check this installation, and list settings and limits. Exits with 1 if pruning would not start."""
+    """Check this installation, and list settings and limits. Exits with 1 if pruning would not start.
+
+    \b
+    Does a calibration fit a checkpoint?
+      vllm-crop check --model M \\
+        --crop-config '{"localizer": {"kind": "attention", "calibration": "file.json"}}'
+    """
     from vllm_crop.compat.diagnosis import describe_installation
 
-    report = describe_installation(model)
+    report = describe_installation(model, crop_config)
     if as_json:
         typer.echo(json.dumps(report, indent=2))
     else:
@@ -55,6 +69,8 @@ def _print_report(console: Console, report: Mapping[str, Any]) -> None:
     _print_rows(console, "Settings of --crop-config, with defaults", settings)
     if report["model"]:
         _print_model(console, report["model"])
+    if report["calibration"]:
+        _print_rows(console, "Calibration", report["calibration"].items())
     _print_verdict(console, report["problems"])
 
 

@@ -4,6 +4,7 @@
 import contextlib
 import importlib
 import io
+import json
 import logging
 import os
 import platform
@@ -20,13 +21,15 @@ from vllm_crop.compat.points import CPU_RUNNER_POINTS, EVICTION_POINTS, HEAT_POI
 from vllm_crop.compat.refusals import REFUSED, uses_rust_front_end
 from vllm_crop.compat.supported import SUPPORTED_VERSIONS, find_problem
 from vllm_crop.config import CropConfig
-from vllm_crop.errors import CropError
+from vllm_crop.errors import CropError, InvalidConfigError
 from vllm_crop.eviction.grouping import predict_grouping
 from vllm_crop.eviction.refusals import refused_with_eviction
 from vllm_crop.eviction.report import BLOCK_SIZE, recommended_layer, savings
-from vllm_crop.families.checkpoint import load_geometry
+from vllm_crop.families.checkpoint import load_geometry, load_model_config
 from vllm_crop.families.registry import FAMILIES, VisionGeometry
 from vllm_crop.heat.refusals import refused_with_attention
+from vllm_crop.localizers.calibration import SETTINGS as CALIBRATED
+from vllm_crop.localizers.calibration import with_calibration
 
 ENTRY_POINT_GROUP, ENTRY_POINT = "vllm.general_plugins", "crop"
 ENDPOINT_GROUP = "vllm.endpoint_plugins"  # of the playground; added only where VLLM_PLUGINS names it
@@ -34,11 +37,12 @@ NOT_INSTALLED, BROKEN = "not installed", "broken"
 _EXAMPLE_SIZE = (640, 480)
 
 
-def describe_installation(model: str | None = None) -> dict[str, Any]:
+def describe_installation(model: str | None = None, crop_config: str | None = None) -> dict[str, Any]:
     """Everything `vllm-crop check` prints, as plain values; `problems` is empty when pruning would start.
 
     Args:
         model: a checkpoint to judge too, a directory or a name on the Hub.
+        crop_config: settings to judge too, as JSON.
     """
     vllm_version, problems = _installed_vllm()
     upstream_points = [] if vllm_version in (NOT_INSTALLED, BROKEN) else _upstream_points()
@@ -47,6 +51,11 @@ def describe_installation(model: str | None = None) -> dict[str, Any]:
     checkpoint = describe_checkpoint(model) if model is not None else None
     if checkpoint and not checkpoint["supported"]:
         problems.append(checkpoint["reason"])
+    calibration = None
+    try:
+        calibration = None if crop_config is None else describe_calibration(crop_config, model)
+    except CropError as error:
+        problems.append(str(error))
     return {
         "ok": not problems,
         "problems": problems,
@@ -68,6 +77,33 @@ def describe_installation(model: str | None = None) -> dict[str, Any]:
         "refused_with_attention": refused_with_attention(),
         "config": describe_config(CropConfig),
         "model": checkpoint,
+        "calibration": calibration,
+    }
+
+
+def describe_calibration(crop_config: str, model: str | None) -> dict[str, str] | None:
+    """What the calibration that settings name says, and whether it fits a checkpoint; None if they name none.
+
+    Raises:
+        CropError: the settings are wrong, the calibration cannot be used, or not with this checkpoint.
+    """
+    try:
+        settings = json.loads(crop_config)
+    except ValueError as error:
+        raise InvalidConfigError(f"--crop-config is no JSON: {error}") from None
+    named = CropConfig.from_mapping(settings).localizer.calibration
+    settings, calibration = with_calibration(settings)
+    if calibration is None:
+        return None
+    if model is not None:
+        calibration.require_fit(str(named), load_model_config(model))
+    localizer = CropConfig.from_mapping(settings).localizer
+    return {
+        "file": str(named),
+        "made for": calibration.model_name,
+        "made on": str(calibration.provenance.get("date", "unknown")),
+        "fits": "not compared: give --model" if model is None else f"yes, {model} has the same shape",
+        "settings": json.dumps({name: getattr(localizer, name) for name in CALIBRATED}),
     }
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many layers the language model has."""
+"""How many layers the language model has, and which of them look at all that came before."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -22,3 +22,9 @@ def decoder_layers(text_config: Mapping[str, Any]) -> int:
     if layers is None:
         raise UnsupportedModelError(f"config.json names no num_hidden_layers for {model_type!r}")
     return int(layers)
+
+
+def full_attention_layers(model: Mapping[str, Any], num_layers: int) -> list[int]:
+    """The layers that look at every earlier token; all, where a config.json says nothing."""
+    kinds = (model.get("text_config") or model).get("layer_types") or ["full_attention"] * num_layers
+    return [layer for layer, kind in enumerate(kinds[:num_layers]) if kind == "full_attention"]

@@ -3,6 +3,7 @@
 
 import secrets
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -25,6 +26,19 @@ from vllm_crop.localizers.thumbnails import Picture, off_the_loop
 PROMPT = "{question}\nAnswer the question using a single word or phrase."
 
 
+@dataclass(frozen=True)
+class Rule:
+    """How a map is made.
+
+    Attributes:
+        layers: of those that the server watches; None for all.
+        weights: of each of them, ascending; None for the maximum.
+    """
+
+    layers: tuple[int, ...] | None = None
+    weights: tuple[float, ...] | None = None
+
+
 class AttentionLocalizer:
     """A Localizer that reads the served model's attention."""
 
@@ -37,7 +51,10 @@ class AttentionLocalizer:
         self.prompt = config.prompt or PROMPT
         # Views leave the model half way: their blocks in the prefix cache are good for nobody.
         self._apart = secrets.token_hex(16)
-        settings = config.adapter, config.thumbnail_tokens, config.layers, self.prompt
+        # What workers watch is the maximum's; weights come with each request.
+        weighted = Rule(tuple(config.layers or ()), tuple(config.weights or ()))
+        self._rule = Rule() if config.weights is None else weighted
+        settings = config.adapter, config.thumbnail_tokens, config.layers, config.weights, self.prompt
         windows = config.window, config.max_windows, config.further_window
         self.version = " ".join(map(str, ("attention", *windows, *settings)))
 
@@ -49,10 +66,25 @@ class AttentionLocalizer:
         waiting: Callable[[], None] = nothing,
     ) -> LocalizerAnswer:
         """Run one more request with a view of the image; cancelling this aborts it."""
+        return await self.look(picture, question, self._rule, salt, waiting)
+
+    async def look(
+        self,
+        picture: Picture,
+        question: str,
+        rule: Rule,
+        salt: str | None = None,
+        waiting: Callable[[], None] = nothing,
+    ) -> LocalizerAnswer:
+        """Locate by another rule than the configured one.
+
+        Raises:
+            LocalizerError: with the reason; an UnreadableAnswerError where one of them is not watched.
+        """
         glance = await self.requests.glance(picture)
         grid = await off_the_loop(self._grid, glance)
         output = await self.requests.ask(
-            glance, self._text(question), _sampling(grid), self._salt(salt), waiting
+            glance, self._text(question), _sampling(grid, rule), self._salt(salt), waiting
         )
         return self._read(output, glance, grid)
 
@@ -60,7 +92,8 @@ class AttentionLocalizer:
         """The same for the offline `LLM`, whose other requests wait meanwhile."""
         glance = self.requests.glance_now(picture)
         grid = self._grid(glance)
-        output = self.requests.ask_now(glance, self._text(question), _sampling(grid), self._salt(salt))
+        sampling = _sampling(grid, self._rule)
+        output = self.requests.ask_now(glance, self._text(question), sampling, self._salt(salt))
         return self._read(output, glance, grid)
 
     def _salt(self, salt: str | None) -> str:
@@ -87,10 +120,10 @@ class AttentionLocalizer:
         region = glance.shows.unproject(seen)
         if region is None:
             raise UnreadableAnswerError("the hottest place is in the padding around the image")
-        return LocalizerAnswer(region, heat.within(seen), heat)
+        return LocalizerAnswer(region, heat.within(seen), heat, glance.shows)
 
 
-def _sampling(grid: HeatGrid) -> SamplingParams:
+def _sampling(grid: HeatGrid, rule: Rule) -> SamplingParams:
     return SamplingParams(
         temperature=0.0,
         max_tokens=1,
@@ -100,5 +133,7 @@ def _sampling(grid: HeatGrid) -> SamplingParams:
         # Keys of tokens that are not computed again would not come by.
         skip_reading_prefix_cache=True,
         output_kind=RequestOutputKind.FINAL_ONLY,
-        extra_args=heat_request.extra_args(grid.cells, grid.num_cells, leaves=True),
+        extra_args=heat_request.extra_args(
+            grid.cells, grid.num_cells, leaves=True, layers=rule.layers, weights=rule.weights
+        ),
     )

@@ -3,13 +3,24 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vllm_crop.heat.request import CELLS, EXTRA_ARG, LEAVES, MAX_CELLS, NUM_CELLS, RING
+from vllm_crop.heat.request import (
+    CELLS,
+    EXTRA_ARG,
+    LARGEST_WEIGHT,
+    LAYERS,
+    LEAVES,
+    MAX_CELLS,
+    NUM_CELLS,
+    RING,
+    WEIGHTS,
+)
 
 Indices = NDArray[np.int64]
 
@@ -22,7 +33,9 @@ class HeatRequest:
         num_prompt_tokens: the last of them is where the answer begins: its attention is the map.
         image_tokens: `[num_embeddings]`, where in the prompt the image's embeddings are.
         cells: `[num_embeddings]`.
-        leaves: whether it skips the layers after the last one that is read, where it can.
+        leaves: whether it skips the layers after the last one that is watched, where it can.
+        layers: those of the watched ones that the map is made of; None for all.
+        weights: of each of these, ascending; None for the maximum.
         keys: per layer those of earlier steps, `[tokens, heads, size]` each, of a prompt in chunks.
     """
 
@@ -31,6 +44,8 @@ class HeatRequest:
     cells: Indices
     num_cells: int
     leaves: bool = False
+    layers: frozenset[int] | None = None
+    weights: tuple[float, ...] | None = None
     keys: dict[int, list[torch.Tensor]] = field(default_factory=dict)
 
     @classmethod
@@ -51,9 +66,38 @@ class HeatRequest:
             isinstance(cell, int) and RING <= cell < num_cells for cell in cells
         ):
             return None
-        # A second token would need all layers of the first ones.
-        leaves = asked.get(LEAVES) is True and getattr(sampling, "max_tokens", None) == 1
-        return cls(num_prompt_tokens, placeholders[0], np.array(cells, dtype=np.int64), num_cells, leaves)
+        layers, weights = asked.get(LAYERS), asked.get(WEIGHTS)
+        if layers is not None and not (
+            isinstance(layers, list) and layers and all(isinstance(layer, int) for layer in layers)
+        ):
+            return None
+        if weights is not None and not (layers is not None and _are_weights(weights, layers)):
+            return None
+        return cls(
+            num_prompt_tokens,
+            placeholders[0],
+            np.array(cells, dtype=np.int64),
+            num_cells,
+            # A second token would need all layers of the first ones.
+            asked.get(LEAVES) is True and getattr(sampling, "max_tokens", None) == 1,
+            None if layers is None else frozenset(layers),
+            None if weights is None else tuple(map(float, weights)),
+        )
+
+    def reads(self, layer: int) -> bool:
+        """Whether the map is made of this layer too."""
+        return self.layers is None or layer in self.layers
+
+
+def _are_weights(weights: Any, layers: list[int]) -> bool:
+    """Whether each of the layers, which are ascending, has one."""
+    return (
+        isinstance(weights, list)
+        and len(weights) == len(layers)
+        and all(one < other for one, other in pairwise(layers))
+        # NaN fails the comparison.
+        and all(isinstance(one, int | float) and abs(one) <= LARGEST_WEIGHT for one in weights)
+    )
 
 
 @dataclass(frozen=True)

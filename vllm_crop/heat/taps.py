@@ -9,7 +9,8 @@ A step of nothing but such requests ends at the last of these layers: an excepti
 pass, whatever that is made of.
 
 The rule (docs/localization.md): attention of the prompt's last token, summed over heads, then normalised over
-the image's tokens; of several layers the maximum; of the tokens of a cell the mean.
+the image's tokens; of several layers the maximum, or a weighted product; of the tokens of a cell the
+mean. The layers are all that are watched, or those of them that a request names.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -43,7 +44,7 @@ class HeatTaps:
         Raises:
             UnsupportedModelError: a layer does not look at all that comes before.
         """
-        self.num_layers = len(attentions)
+        self.num_layers = len(attentions)  # of a request that names none
         self.steps_left = 0
         self._last = attentions[-1][0]
         self._may_leave = may_leave
@@ -68,8 +69,13 @@ class HeatTaps:
             self._finished = [
                 (rows, torch.stack(self._seen[rows.batch_row]))
                 for rows in step.rows
-                if len(self._seen.get(rows.batch_row, ())) == self.num_layers
+                if len(self._seen.get(rows.batch_row, ())) == self._expected(rows)
             ]
+
+    def _expected(self, rows: HeatRows) -> int:
+        """How many layers its map is made of; one that is named and not watched never comes."""
+        named = rows.request.layers
+        return self.num_layers if named is None else len(named)
 
     def write_into(self, logits: torch.Tensor | None) -> torch.Tensor | None:
         """Replace the logits of finished requests, `[num_reqs, vocab]`, by their maps, once.
@@ -110,6 +116,8 @@ class HeatTaps:
         self, step: HeatStep, number: int, stage: int, query: torch.Tensor, key: torch.Tensor, scale: float
     ) -> None:
         for rows, start in zip(step.rows, step.starts[stage], strict=True):
+            if not rows.request.reads(number):
+                continue
             stop = start + rows.num_rows
             kept = rows.request.keys
             if not rows.first:
@@ -144,13 +152,20 @@ def _map(sums: torch.Tensor, rows: HeatRows) -> torch.Tensor:
     shows = torch.from_numpy(request.cells != NOWHERE).to(sums.device)
     # A layer that gives the image nothing at all has no say.
     shares = sums / sums[:, shows].sum(-1, keepdim=True).clamp(min=torch.finfo(sums.dtype).tiny)
-    heat = shares.amax(0)
     cells = torch.from_numpy(request.cells).to(sums.device)
     inside = cells >= 0
+    heat = shares.amax(0) if request.weights is None else _weighted(shares, request.weights, inside)
     totals = heat.new_zeros(request.num_cells).index_add_(0, cells[inside], heat[inside])
     counts = torch.bincount(cells[inside], minlength=request.num_cells)
     values = totals / counts.clamp(min=1) / SCALE
     return torch.cat([values, values.new_tensor([STAMP]), (1 - STAMP - values.sum())[None]])
+
+
+def _weighted(shares: torch.Tensor, weights: tuple[float, ...], inside: torch.Tensor) -> torch.Tensor:
+    """The product of the layers' shares, each to the power of its weight, with a sum of 1 over `inside`."""
+    # Watched layers run in ascending order, as weights are given.
+    scores = shares.new_tensor(weights) @ shares.clamp(min=torch.finfo(shares.dtype).tiny).log()
+    return scores.masked_fill(~inside, -torch.inf).softmax(0).nan_to_num(0.0)
 
 
 def _require_plain(number: int, attention: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Literal, Protocol
 
 from vllm_crop.localizers.heat import HeatMap
 from vllm_crop.localizers.thumbnails import Picture
-from vllm_crop.planning.geometry import Region
+from vllm_crop.planning.geometry import ImageView, Region
 
 LocalizerName = Literal["attention", "engine", "openai"]
 
@@ -30,11 +30,13 @@ class LocalizerAnswer:
             could say no others; of a heat map how much of the heat the region holds beyond its share of the
             area; None where it is unknown.
         heat: where the model looked, if that is what the region was read from; over what it was shown.
+        shows: the part of the image that the heat is over.
     """
 
     region: Region | None
     confidence: float | None
     heat: HeatMap | None = None
+    shows: ImageView | None = None
 
 
 def nothing() -> None:

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """LocalizerConfig: who finds regions, and what is made of the answer."""
 
+from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from vllm_crop.heat.request import LARGEST_WEIGHT
 from vllm_crop.localizers.dialects import DialectName
 
 Kind = Literal["request", "attention", "engine", "openai"]
@@ -55,9 +57,23 @@ class LocalizerConfig(BaseModel):
     layers: list[Annotated[int, Field(ge=0)]] | None = Field(
         default=None,
         min_length=1,
-        max_length=64,
+        max_length=256,
         description="Decoder layers whose attention kind 'attention' reads. Left out: those from "
         f"{LOOKING[0]} to {LOOKING[1]} of the depth.",
+    )
+    weights: list[Annotated[float, Field(ge=-LARGEST_WEIGHT, le=LARGEST_WEIGHT)]] | None = Field(
+        default=None,
+        min_length=1,
+        max_length=256,
+        description="How much each of `layers`, ascending, counts: their maps are multiplied, each to the "
+        "power of its weight. `vllm-crop calibrate --fit` finds them. Left out: of several layers the "
+        "maximum.",
+    )
+    calibration: str | None = Field(
+        default=None,
+        max_length=4000,
+        description="A file of `vllm-crop calibrate`, whose settings hold where none are given here: layers, "
+        "the view, the prompt and whole_below. Read once, at start; kind 'attention'.",
     )
     window: float = Field(
         default=0.25,
@@ -172,6 +188,14 @@ class LocalizerConfig(BaseModel):
     def _check(self) -> Self:
         if self.kind == "openai" and not (self.base_url and self.model):
             raise ValueError("localizer.kind 'openai' needs localizer.base_url and localizer.model")
+        if self.calibration is not None and self.kind != "attention":
+            raise ValueError("localizer.calibration belongs to localizer.kind 'attention'")
+        if self.weights is not None and (
+            self.layers is None
+            or len(self.layers) != len(self.weights)
+            or any(one >= other for one, other in pairwise(self.layers))
+        ):
+            raise ValueError("localizer.weights needs localizer.layers, ascending, one weight for each")
         if self.prompt is not None and "{question}" not in self.prompt:
             raise ValueError("localizer.prompt must contain {question}")
         return self

@@ -19,6 +19,7 @@ from vllm_crop.compat.refusals import refuse_flags, refuse_localizer, refuse_mod
 from vllm_crop.config import CONFIG_KEY, CropConfig
 from vllm_crop.errors import CropError, UnsupportedFlagError
 from vllm_crop.eviction.markers import attach_eviction
+from vllm_crop.localizers.calibration import with_calibration
 
 REASON = "selects the Crop architectures through hf_overrides when additional_config.crop is set"
 STOCK_RENDERER = ("vllm.renderers.hf", "HfRenderer")
@@ -44,6 +45,9 @@ def patch(engine_args: Any, require_supported: Callable[[CropConfig, Any], None]
         )
         if settings is None:
             return create_model_config(self, *args, **kwargs)
+        # Checked first as they were given: a wrong key is the operator's, not the file's.
+        named = CropConfig.from_mapping(settings).localizer.calibration
+        settings, calibration = with_calibration(settings)
         config = CropConfig.from_mapping(settings)
         require_supported(config, None)
         refuse_flags(self)
@@ -58,6 +62,8 @@ def patch(engine_args: Any, require_supported: Callable[[CropConfig, Any], None]
         finally:
             self.hf_overrides = user_overrides
         require_supported(config, model_config.hf_config)
+        if calibration is not None:
+            calibration.require_fit(str(named), model_config.hf_config.to_dict())
         refuse_model(model_config, config)
         if config.stages:
             attach_eviction(model_config, config.stages)
