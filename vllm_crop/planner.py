@@ -11,10 +11,13 @@ from vllm_crop.families.registry import VisionGeometry
 from vllm_crop.planning.budget import BudgetError
 from vllm_crop.planning.geometry import Region
 from vllm_crop.planning.plan import TokenPlan, make_plan, whole_image_plan
-from vllm_crop.request import CropRequest, ImageRequest, InvalidCropError
+from vllm_crop.request import CropRequest, Found, ImageRequest, InvalidCropError
 
 Size = tuple[int, int]
 Whole = Literal["no_region", "out_of_view", "not_possible"]
+# After so much of the depth a tenth of the visual tokens does, any of them (docs/localization.md, "How to
+# choose"): the words of the answer have been read by then.
+LATE, KEPT_LATE = 0.57, 0.1
 _CANNOT_PRUNE = (InvalidCropError, UnsupportedImageError)
 
 
@@ -91,8 +94,13 @@ class Planner:
             UnsupportedImageError: for a client's region; the image processor refuses the image too.
         """
         if asked.found is not None and len(asked.found) != len(sizes):
-            asked = replace(asked, found=(None,) * len(sizes))  # embeddings that vLLM has taken apart
+            asked = replace(asked, found=(Found(),) * len(sizes))  # embeddings that vLLM has taken apart
         requests = asked.images(self.config, len(sizes))
+        if asked.found is not None and asked.params.method != "plc":
+            requests = [
+                self._pruned_late(request) if one.late and not request.off else request
+                for request, one in zip(requests, asked.found, strict=True)
+            ]
         try:
             if other_kwargs and any(request.region for request in requests):
                 raise _beside(other_kwargs)
@@ -135,6 +143,17 @@ class Planner:
         except BudgetError as error:
             raise InvalidCropError("crop.pruning_rate", str(error)) from None
         return ImagePlan(region, tokens)
+
+    def _pruned_late(self, request: ImageRequest) -> ImageRequest:
+        """All of the image alike, from the last eviction layer on, if that is late enough; else as it is."""
+        num_layers = self.geometry.num_layers
+        layer = self.config.stages[-1] if self.config.stages else 0
+        if layer < LATE * num_layers:
+            return request
+        rate = (1 - layer / num_layers) * (1 - KEPT_LATE)
+        return replace(
+            request, region=Region.whole(), method="ilp", eviction_layers=(layer,), pruning_rate=rate
+        )
 
     def _decide(self, request: ImageRequest, size: Size | None, embeddings: bool) -> ImageDecision:
         if request.region is None:

@@ -151,31 +151,47 @@ def _check_size(value: Mapping[Any, Any]) -> None:
 
 
 @dataclass(frozen=True)
+class Found:
+    """What a server has found out about one image itself.
+
+    Attributes:
+        region: None to serve the image whole.
+        warm: places that the question may be about too: they are kept as the rim is.
+        late: nobody knows where to look: prune evenly, in late layers alone (`Planner`).
+    """
+
+    region: Region | None = None
+    warm: Region | None = None
+    late: bool = False
+
+
+@dataclass(frozen=True)
 class CropRequest:
     """What a processor is told of one request's pruning.
 
     Attributes:
         params: the client's field `crop`; empty if it sent none.
-        found: per image the region the server has found itself; None where all regions are the client's.
-            Found regions can make an answer cheaper, never an error: where they cannot be used, the image is
-            served whole.
+        found: per image what the server has found itself; None where all regions are the client's. What is
+            found can make an answer cheaper, never an error: where it cannot be used, the image is served
+            whole.
         limited: whether the limits for clients hold; not for the localizer's own requests.
         salt: the request's `cache_salt`.
         in_batch: it is one of several conversations that go to the engine only when all are rendered.
     """
 
     params: CropParams
-    found: tuple[Region | None, ...] | None = None
+    found: tuple[Found, ...] | None = None
     limited: bool = True
     salt: str | None = None
     in_batch: bool = False
 
     def images(self, config: CropConfig, num_images: int) -> list["ImageRequest"]:
         """What is asked for each image; see image_requests."""
-        params = self.params
-        if self.found is not None:
-            params = params.model_copy(update={"regions": list(self.found)})
-        return image_requests(params, config, num_images, self.limited)
+        if self.found is None:
+            return image_requests(self.params, config, num_images, self.limited)
+        params = self.params.model_copy(update={"regions": [one.region for one in self.found]})
+        requests = image_requests(params, config, num_images, self.limited)
+        return [replace(request, warm=one.warm) for request, one in zip(requests, self.found, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -190,6 +206,7 @@ class ImageRequest:
         eviction_layers: strictly ascending; empty if the method does not evict.
         rim: how far around the region tokens are kept at an intermediate ratio, as a fraction of the image's
             sides.
+        warm: further places that are kept like that.
         off: whether the image is served whole because pruning is switched off, and not for want of a region.
     """
 
@@ -199,12 +216,17 @@ class ImageRequest:
     method: Method = "plc"
     eviction_layers: tuple[int, ...] = ()
     rim: float = 0.0
+    warm: Region | None = None
     off: bool = False
 
     @property
     def around(self) -> Region | None:
-        """The region with its rim; None without one."""
-        return self.region.widened(self.rim) if self.region is not None and self.rim else None
+        """The region with its rim and what else is kept like it; None without any."""
+        if self.region is None:
+            return None
+        boxes = self.region.widened(self.rim).boxes if self.rim else ()
+        boxes += self.warm.boxes if self.warm is not None else ()
+        return Region(boxes) if boxes else None
 
     def without_region(self) -> "ImageRequest":
         """The same for an image that is served whole."""
@@ -218,7 +240,8 @@ class ImageRequest:
         if self.region is None or self.method == "ilp":
             return None
         boxes = repr(self.region.as_lists())
-        numbers = repr(self.pruning_rate), repr(self.rim)
+        warm = self.warm and repr(self.warm.as_lists())
+        numbers = repr(self.pruning_rate), repr(self.rim), warm
         return ("plc-2", self.method, boxes, *numbers, self.compression, self.eviction_layers)
 
 
@@ -272,6 +295,6 @@ def image_requests(
     rim = config.rim if params.rim is None else params.rim
     stages = config.stages if evicts else ()
     return [
-        ImageRequest(None if off else region, rate, config.compression, method, stages, rim, off)
+        ImageRequest(None if off else region, rate, config.compression, method, stages, rim, off=off)
         for region in regions
     ]

@@ -1,17 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """`vllm serve` that finds regions where the model looks, on two API server processes."""
 
+import base64
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import openai
 import pytest
 from PIL import Image
+from playwright.sync_api import expect
 
 from lab.demo.setting import LOCALIZER
 from lab.evaluation.questions import make_test_set
+from lab.evaluation.regions import cells_of
+from tests.browser import Reader, chromium
 from tests.e2e.conftest import MODEL, OPTIONS, metric, serve
 from tests.pictures import noise_image
 from tests.tinyvqa import CHECKPOINT, ask, crop_options, found
@@ -32,7 +37,8 @@ def server(logs: Path) -> Iterator[Server]:
     # A limit that the localizer's own view is above: it is none of the clients'.
     crop = crop_options(LOCALIZER, eviction_layers=[1], limits={"max_pruning_rate": 0.889})
     options = ("--api-server-count", "2")
-    with serve(str(CHECKPOINT), *crop, *options, *OPTIONS, log_path=logs / "attention.log") as running:
+    page, log = {"VLLM_PLUGINS": "crop"}, logs / "attention.log"
+    with serve(str(CHECKPOINT), *crop, *options, *OPTIONS, log_path=log, env=page) as running:
         yield running
 
 
@@ -156,3 +162,71 @@ def test_nothing_went_wrong(server: Server) -> None:
     assert "Traceback" not in log
     assert "\nERROR" not in log
     assert metric(server, "crop:localizations_total", outcome="unreadable") == 0
+
+
+def test_the_facts_say_where_the_model_looked(client: openai.OpenAI) -> None:
+    scene, question = next((scene, q) for scene, q in LOCAL if q.family == "read")
+    image = found(ask(client, marked(scene.picture(), 901), question.text))
+    said = image["localizer"]
+    heat = said["heat"]
+    values = np.frombuffer(base64.b64decode(heat["values"]), dtype=np.uint8)
+    assert values.max() == 255
+    assert heat["window"] == [0, 0, 1, 1]
+    hottest = divmod(int(values.argmax()), heat["cols"])
+    assert hottest in {divmod(cell, 8) for cell in cells_of(question.region(8), 8)}
+    assert said["peak"] == pytest.approx(255 / values.sum(), rel=0.1)
+    assert 0 < said["spread"] < 0.8
+    assert "reason" not in said
+    asked = [found(ask(client, s.picture(), q.text)) for s, q in GLOBAL]
+    unsure = [image for image in asked if image["localizer"]["outcome"] == "low_confidence"]
+    assert unsure
+    for image in unsure:
+        assert image["localizer"]["reason"].endswith("is less than 0.3")
+        assert image["localizer"]["spread"] > said["spread"]
+        assert image["tokens_avg"] == image["tokens"]
+
+
+def test_the_page_shows_where_the_model_looked(server: Server, tmp_path: Path) -> None:
+    scene, question = next((scene, q) for scene, q in LOCAL if q.family == "read")
+    picture = tmp_path / "scene.png"
+    marked(scene.picture(), 902).save(picture)
+    with chromium() as browser:
+        reader = Reader(browser, server.base_url)
+        reader.open("")
+        reader.prepare(picture, question.text)
+        expect(reader["heat-choice"]).to_be_hidden()
+        facts, _ = reader.ask()
+        assert facts["images"][0]["source"] == "attention"
+        assert "hottest cell" in reader.fact("with", "looked")
+        expect(reader["heat-choice"]).to_be_visible()
+        reader["show-tokens"].uncheck()
+        ((x0, y0, x1, y1),) = [[side / 8 for side in _cell_box(question)]]
+        middle = [(x0 + x1) / 2, (y0 + y1) / 2]
+        plain, elsewhere = colour_at(reader, *middle), colour_at(reader, 0.999, 0.999)
+        reader["show-heat"].check()
+        warm = colour_at(reader, *middle)
+        assert abs(warm[0] - 255) + abs(warm[1] - 140) + warm[2] < 200  # orange
+        assert warm != plain
+        assert max(abs(a - b) for a, b in zip(colour_at(reader, 0.999, 0.999), elsewhere, strict=True)) < 60
+        reader["show-heat"].uncheck()
+        assert colour_at(reader, *middle) == plain
+        another = tmp_path / "another.png"
+        noise_image(903).save(another)
+        reader["file"].set_input_files(another)  # the map was of the picture before
+        expect(reader["heat-choice"]).to_be_hidden()
+        reader.check_quiet()
+
+
+def _cell_box(question: Any) -> list[int]:
+    row, col = question.decisive[0]
+    return [col, row, col + 1, row + 1]
+
+
+def colour_at(reader: Reader, x: float, y: float) -> list[int]:
+    """Red, green and blue of the canvas at a place in fractions of it."""
+    script = """([x, y]) => {
+        const canvas = document.getElementById("canvas");
+        const at = [Math.floor(x * canvas.width), Math.floor(y * canvas.height)];
+        return [...canvas.getContext("2d").getImageData(...at, 1, 1).data.slice(0, 3)];
+    }"""
+    return list(reader.page.evaluate(script, [x, y]))

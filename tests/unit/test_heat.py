@@ -268,3 +268,26 @@ class TestRegion:
             0 <= box.x0 < box.x1 <= 1 + 1e-9 and 0 <= box.y0 < box.y1 <= 1 + 1e-9 for box in region.boxes
         )
         assert 0 <= heat.within(region) <= 1
+
+
+class TestShape:
+    def test_a_flat_map_is_spread_over_all_of_the_image(self) -> None:
+        flat = HeatMap(np.full((4, 5), 1 / 20))
+        assert flat.peak == pytest.approx(1 / 20)
+        assert flat.spread == pytest.approx(1)
+        assert flat.warm(Region.from_grid_cells(0, 0, 1, 1), 1.5) is None
+
+    def test_a_map_of_one_cell_is_not_spread(self) -> None:
+        values = np.zeros((3, 3))
+        values[1, 2] = 1.0
+        assert HeatMap(values).peak == 1.0
+        assert HeatMap(values).spread == 0.0
+        assert HeatMap(np.ones((1, 1))).spread == 0.0
+
+    def test_warm_cells_outside_the_region_are_boxes(self) -> None:
+        values = np.full((4, 4), 0.01)
+        values[0, 0], values[3, 1:3], values[2, 3] = 0.5, 0.1, 0.1
+        heat = HeatMap(values / values.sum())
+        warm = heat.warm(Region((Box(0, 0, 0.25, 0.25),)), 1.0)
+        assert warm is not None
+        assert warm.as_lists() == [[0.75, 0.5, 1.0, 0.75], [0.25, 0.75, 0.75, 1.0]]

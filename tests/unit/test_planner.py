@@ -7,7 +7,7 @@ from vllm_crop.config import CropConfig
 from vllm_crop.families.qwen_vl import Qwen2_5VLGeometry
 from vllm_crop.planner import ImageDecision, Planner
 from vllm_crop.planning.geometry import Region
-from vllm_crop.request import CropParams, CropRequest, InvalidCropError
+from vllm_crop.request import CropParams, CropRequest, Found, InvalidCropError
 
 BOX = [0.25, 0.25, 0.5, 0.5]
 REGION = Region.from_grid_cells(2, 2, 3, 3)
@@ -25,7 +25,7 @@ def asked(*regions: object, **crop: object) -> CropRequest:
 
 def found(*regions: Region | None) -> CropRequest:
     """What the server found itself."""
-    return CropRequest(CropParams.parse({}), found=regions)
+    return CropRequest(CropParams.parse({}), found=tuple(map(Found, regions)))
 
 
 def whole(decisions: tuple[ImageDecision, ...]) -> list[str | None]:
@@ -95,3 +95,46 @@ def test_a_region_out_of_view_leaves_the_image_whole() -> None:
     geometry = LlavaGeometry(TokenGrid(24, 24), ClipPreprocessing.from_settings({}), num_layers=32)
     decisions = Planner(PLANNER.config, geometry).plan(asked([0.0, 0.4, 0.05, 0.6]), [(1000, 500)])
     assert whole(decisions) == ["out_of_view"]
+
+
+class TestLate:
+    """Where nobody knows where to look, all of an image is pruned alike, in late layers alone."""
+
+    PLANNER = Planner(CropConfig(pruning_rate=0.8, eviction_layers=[2, 16]), GEOMETRY)
+
+    def decide(self, planner: Planner, **crop: object) -> ImageDecision:
+        (decision,) = planner.plan(CropRequest(CropParams.parse(crop), found=(Found(late=True),)), [SIZE])
+        return decision
+
+    @pytest.mark.parametrize("crop", [{}, {"method": "ilp"}, {"pruning_rate": 0.9}])
+    def test_all_layers_before_see_everything(self, crop: dict[str, object]) -> None:
+        plan = self.decide(self.PLANNER, **crop).plan
+        assert plan is not None
+        assert not plan.compresses
+        tokens = plan.grid.num_tokens
+        assert plan.tokens_per_layer(28) == [tokens] * 16 + [round(0.1 * tokens)] * 12
+
+    @pytest.mark.parametrize("crop", [{"method": "plc"}, {"method": "off"}, {"pruning_rate": 0}])
+    def test_who_wants_no_eviction_gets_none(self, crop: dict[str, object]) -> None:
+        assert self.decide(self.PLANNER, **crop).plan is None
+
+    @pytest.mark.parametrize("layers", [None, [2], [2, 15]])
+    def test_a_server_without_a_late_layer_leaves_images_whole(self, layers: list[int] | None) -> None:
+        planner = Planner(CropConfig(pruning_rate=0.8, eviction_layers=layers), GEOMETRY)
+        assert self.decide(planner).plan is None
+
+
+def test_warm_places_are_kept_as_the_rim_is() -> None:
+    warm = Region.from_grid_cells(6, 6, 7, 7)
+    plans, keys = [], set()
+    for one in (None, warm):
+        (decision,) = PLANNER.plan(CropRequest(CropParams(), found=(Found(REGION, one),)), [SIZE])
+        assert decision.plan is not None
+        plans.append(decision.plan)
+        keys.add(decision.request.cache_key())
+    plain, warmer = plans
+    assert plain.num_embeddings == warmer.num_embeddings
+    there = warmer.grid.mask(warm)
+    sizes = [plan.sizes[plan.assignment[there]].mean() for plan in plans]
+    assert sizes[1] < sizes[0] / 2
+    assert len(keys) == 2

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What cannot work together with pruning: refused at start, naming the flag."""
 
+import math
 import os
 from typing import Any, NoReturn
 
@@ -8,6 +9,7 @@ from vllm_crop.config import CONFIG_KEY, CropConfig
 from vllm_crop.errors import InvalidConfigError, UnsupportedFlagError
 from vllm_crop.families.registry import VisionGeometry, geometry_from_configs
 from vllm_crop.localizers.settings import LocalizerConfig
+from vllm_crop.planner import LATE
 from vllm_crop.planning.budget import BudgetError, check_eviction_layers, retained_per_stage
 
 REFUSED = {
@@ -66,6 +68,13 @@ def refuse_model(model_config: Any, config: CropConfig) -> None:
     if config.stages:
         refuse_budget(model_config, config)
     geometry = served_geometry(model_config)
+    if config.localizer.when_unsure == "late":
+        earliest = math.ceil(LATE * geometry.num_layers)
+        if not config.stages or config.stages[-1] < earliest:
+            raise InvalidConfigError(
+                "--crop-config localizer.when_unsure 'late' needs eviction_layers whose last one is at least "
+                f"{earliest} for this model, got {list(config.stages)}"
+            )
     if config.localizer.kind == "attention":
         layers = config.localizer.layers_of(geometry.num_layers)
         if layers[-1] >= geometry.num_layers:

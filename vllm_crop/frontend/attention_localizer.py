@@ -55,7 +55,7 @@ class AttentionLocalizer:
         weighted = Rule(tuple(config.layers or ()), tuple(config.weights or ()))
         self._rule = Rule() if config.weights is None else weighted
         settings = config.adapter, config.thumbnail_tokens, config.layers, config.weights, self.prompt
-        windows = config.window, config.max_windows, config.further_window
+        windows = config.window, config.max_windows, config.further_window, config.warm_above
         self.version = " ".join(map(str, ("attention", *windows, *settings)))
 
     async def locate(
@@ -120,7 +120,10 @@ class AttentionLocalizer:
         region = glance.shows.unproject(seen)
         if region is None:
             raise UnreadableAnswerError("the hottest place is in the padding around the image")
-        return LocalizerAnswer(region, heat.within(seen), heat, glance.shows)
+        warm = heat.warm(seen, config.warm_above) if config.warm_above else None
+        return LocalizerAnswer(
+            region, heat.within(seen), heat, glance.shows, warm and glance.shows.unproject(warm)
+        )
 
 
 def _sampling(grid: HeatGrid, rule: Rule) -> SamplingParams:

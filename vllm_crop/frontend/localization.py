@@ -99,7 +99,7 @@ class LocalizationService:
     def record(self, localizations: Sequence[Localization]) -> None:
         """Count what has become of images, once that is settled."""
         for one in localizations:
-            if one.reason:
+            if one.outcome == "not_possible":
                 self.log.warning(
                     "not_possible",
                     "A region that was found cannot be used, the image is served whole: %s",
@@ -195,8 +195,22 @@ class LocalizationService:
         region, outcome = settle(located, self.config)
         if region is not None and len(region.boxes) > self.limits.max_boxes_per_image:
             region = _bounding_box(region)
-        done = self._without(outcome, start)
-        return replace(done, region=region, confidence=located.confidence, cached=cached)
+        unsure = outcome == "low_confidence"
+        reason = ""
+        if unsure or outcome == "widened":
+            least = self.config.least_confidence if unsure else self.config.widen_below
+            reason = f"a confidence of {located.confidence:.3f} is less than {least:g}"
+        return replace(
+            self._without(outcome, start),
+            region=region,
+            confidence=located.confidence,
+            cached=cached,
+            reason=reason,
+            heat=located.heat,
+            window=located.shows.window if located.shows else None,
+            warm=None if region is None else located.warm,
+            late=unsure and self.config.when_unsure == "late",
+        )
 
     def _without(self, outcome: Outcome, start: float | None = None) -> Localization:
         seconds = 0.0 if start is None else time.perf_counter() - start

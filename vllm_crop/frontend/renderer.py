@@ -34,7 +34,7 @@ from vllm_crop.models.sent import newly_sent
 from vllm_crop.planner import ImageDecision
 from vllm_crop.planning.budget import method_evicts, retained_count
 from vllm_crop.planning.groups import use_compiled
-from vllm_crop.request import CropParams, CropRequest, image_requests
+from vllm_crop.request import CropParams, CropRequest, Found, image_requests
 
 MESSAGES = "crop_messages"  # in a prompt on its way through the renderer
 
@@ -286,7 +286,9 @@ class CropRenderer(HfRenderer):
         if not prompt.get("multi_modal_data"):
             return
         if localizations:
-            asked = replace(asked, found=tuple(one.region for one in localizations))
+            asked = replace(
+                asked, found=tuple(Found(one.region, one.warm, one.late) for one in localizations)
+            )
         given = prompt.get("mm_processor_kwargs") or {}
         others = {name: value for name, value in given.items() if name != CROP_KEY}
         own = {REQUEST_KEY: asked} if ahead is None else {REQUEST_KEY: asked, AHEAD_KEY: ahead}

@@ -4,19 +4,24 @@
 The facts become the header `x-crop-facts` and the metrics.
 """
 
+import base64
 import json
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
+
 from vllm_crop.localizers.decision import Localization
-from vllm_crop.planning.geometry import Region
+from vllm_crop.localizers.heat import HeatMap
+from vllm_crop.planning.geometry import Box, Region
 from vllm_crop.request import CropParams, ImageRequest
 
 Source = Literal["request", "attention", "engine", "openai", "none", "off", "out_of_view"]
 MAX_HEADER_BYTES = 4096
 _LONGEST_REASON = 120  # characters of a region that cannot be used
+_ALL = Box(0.0, 0.0, 1.0, 1.0)
 _DECIMALS = 8  # enough to find the same tokens again from them
 
 
@@ -47,17 +52,18 @@ class ImageFacts:
         """Whether the image costs less than it would in stock vLLM."""
         return self.tokens_avg < self.tokens
 
-    def to_json(self, with_region: bool = True) -> dict[str, Any]:
-        """Plain values, without the boxes where they would take too much room."""
+    def to_json(self, with_region: bool = True, with_heat: bool = True) -> dict[str, Any]:
+        """Plain values, without boxes or maps where they would take too much room."""
         boxes = self.region and [[round(side, _DECIMALS) for side in box] for box in self.region.as_lists()]
         region = {"region": boxes} if with_region else {}
+        found = self.localization
         return {
             "tokens": self.tokens,
             "tokens_after_plc": self.tokens_after_plc,
             "tokens_avg": round(self.tokens_avg, 2),
             **region,
             "source": self.source,
-            **({"localizer": _localization_json(self.localization)} if self.localization else {}),
+            **({"localizer": _localization_json(found, with_heat)} if found else {}),
         }
 
 
@@ -70,8 +76,8 @@ def facts_header(images: Sequence[ImageFacts]) -> str:
         "localizer_ms": _localizer_ms(images),
         **_settings_json(images),
     }
-    for with_region in (True, False):
-        described = [image.to_json(with_region) for image in images]
+    for with_region, with_heat in ((True, True), (True, False), (False, False)):
+        described = [image.to_json(with_region, with_heat) for image in images]
         header = json.dumps({**totals, "images": described}, separators=(",", ":"))
         if len(header) <= MAX_HEADER_BYTES:
             return header
@@ -93,7 +99,8 @@ def _settings_json(images: Sequence[ImageFacts]) -> dict[str, Any]:
     }
 
 
-def _localization_json(localization: Localization) -> dict[str, Any]:
+def _localization_json(localization: Localization, with_heat: bool) -> dict[str, Any]:
+    heat = localization.heat
     confidence, reason = localization.confidence, " ".join(localization.reason.split())
     return {
         "outcome": localization.outcome,
@@ -101,6 +108,22 @@ def _localization_json(localization: Localization) -> dict[str, Any]:
         "ms": round(1000 * localization.seconds, 1),
         "cached": localization.cached,
         **({"reason": reason[:_LONGEST_REASON]} if reason else {}),
+        **({"peak": round(heat.peak, 4), "spread": round(heat.spread, 4)} if heat is not None else {}),
+        **(_heat_json(heat, localization.window) if heat is not None and with_heat else {}),
+    }
+
+
+def _heat_json(heat: HeatMap, window: Box | None) -> dict[str, Any]:
+    """The map in steps of a 255th of its hottest cell: a byte a cell, row by row, as base64."""
+    rows, cols = heat.values.shape
+    steps = (heat.values * (255 / heat.peak)).round().astype(np.uint8)
+    return {
+        "heat": {
+            "rows": rows,
+            "cols": cols,
+            "window": [round(side, 5) for side in (window or _ALL).as_list()],
+            "values": base64.b64encode(steps.tobytes()).decode(),
+        }
     }
 
 

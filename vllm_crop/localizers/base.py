@@ -31,12 +31,14 @@ class LocalizerAnswer:
             area; None where it is unknown.
         heat: where the model looked, if that is what the region was read from; over what it was shown.
         shows: the part of the image that the heat is over.
+        warm: places outside the region that are hot too; in fractions of the image.
     """
 
     region: Region | None
     confidence: float | None
     heat: HeatMap | None = None
     shows: ImageView | None = None
+    warm: Region | None = None
 
 
 def nothing() -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from vllm_crop.localizers.base import LocalizerAnswer, LocalizerName, UnreadableAnswerError
+from vllm_crop.localizers.heat import HeatMap
 from vllm_crop.localizers.settings import LocalizerConfig
 from vllm_crop.planning.geometry import Box, Region
 
@@ -38,7 +39,10 @@ class Localization:
         confidence: None where it is unknown.
         seconds: from the question to the decision, waiting included.
         cached: whether the answer was known.
-        reason: of an image that is "not_possible", in words.
+        reason: of an image that is "not_possible", or whose localization is not sure, in words.
+        heat: where the model looked, over `window`, in fractions of the image.
+        warm: places outside the region that are kept as its rim is.
+        late: the image is pruned evenly in late layers.
     """
 
     region: Region | None
@@ -48,6 +52,10 @@ class Localization:
     seconds: float = 0.0
     cached: bool = False
     reason: str = ""
+    heat: HeatMap | None = None
+    window: Box | None = None
+    warm: Region | None = None
+    late: bool = False
 
 
 def settle(located: LocalizerAnswer, config: LocalizerConfig) -> tuple[Region | None, Outcome]:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a view of an image to the cells of a heat map, and from the map to a region."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -62,6 +63,36 @@ class HeatMap:
             worth: how hot a further window's hottest cell must be, as a fraction of the first one's.
         """
         return Region(tuple(self._windows(side, most, worth)))
+
+    @property
+    def peak(self) -> float:
+        """How much of the heat the hottest cell has."""
+        return float(self.values.max())
+
+    @property
+    def spread(self) -> float:
+        """Over how much of the image it is spread: 0 if one cell has it all, 1 if all have the same.
+
+        The entropy over that of a flat map.
+        """
+        shares = self.values[self.values > 0]
+        most = math.log(self.values.size)
+        return float(-(shares * np.log(shares)).sum() / most) if most else 0.0
+
+    def warm(self, region: Region, above: float) -> Region | None:
+        """The cells outside a region that are so many times hotter than the mean, neighbours as one box."""
+        rows, cols = self.values.shape
+        hot = self.values * self.values.size > above
+        for box in region.boxes:
+            hot &= np.outer(*_shares(box, rows, cols)) < 0.5
+        boxes = []
+        for row in range(rows):
+            edges = np.flatnonzero(np.diff(np.concatenate([[0], hot[row].astype(np.int8), [0]])))
+            boxes += [
+                Box(first / cols, row / rows, last / cols, (row + 1) / rows)
+                for first, last in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)
+            ]
+        return Region(tuple(boxes)) if boxes else None
 
     def within(self, region: Region) -> float:
         """How much of the heat a region holds beyond its share of the area: 0 if it is flat, at most 1."""

@@ -16,6 +16,7 @@ SMALLEST_VIEW, LARGEST_VIEW, VIEW_SHARE = 64, 300, 6
 FLAT = 0.1  # a fixed window on a flat map has 0 beyond its share of the area
 # Of the depth: where layers look at what a question is about. Later ones hold little more of it.
 LOOKING = 0.35, 0.71
+WhenUnsure = Literal["whole", "late"]
 Pinning = Literal["pinned", "latest", "off"]
 
 
@@ -91,6 +92,12 @@ class LocalizerConfig(BaseModel):
         le=1,
         description="How hot a further place must be, as a fraction of the hottest; kind 'attention'.",
     )
+    warm_above: float = Field(
+        default=0.0,
+        ge=0,
+        description="How many times hotter than the mean a place outside the region must be to be kept as "
+        "the rim is; 0 for none; kind 'attention'.",
+    )
     thumbnail_side: int = Field(
         default=768, ge=56, le=4096, description="Longer side in pixels of the image sent to kind 'openai'."
     )
@@ -109,6 +116,12 @@ class LocalizerConfig(BaseModel):
         le=1,
         description="Serve the image whole if the localizer's confidence is less. Left out: "
         f"{FLAT} for kind 'attention', whose map is flat then, else 0.",
+    )
+    when_unsure: WhenUnsure = Field(
+        default="whole",
+        description="What becomes of an image whose localization is less confident than whole_below: 'whole' "
+        "serves it unpruned, 'late' evicts evenly in late layers alone, which needs eviction_layers whose "
+        "last one is at 0.57 of the depth or later.",
     )
     widen_below: float = Field(
         default=0.0,

@@ -68,6 +68,7 @@ export class Answer {
     this.#row("first-token", "Time to first token, in this browser", milliseconds(firstTokenMs));
     this.#row("localizer", "Localizer’s part of it, by the server", localizer ? timeOf(localizer) : "not asked");
     this.#row("confidence", "Confidence", localizer ? confidenceOf(localizer) : "–");
+    if (localizer?.peak) this.#row("looked", "Where it looked", lookedOf(localizer));
     this.#row("source", "Region", image && (SOURCES[image.source] ?? OUTCOMES[localizer?.outcome] ?? image.source));
   }
 
@@ -104,6 +105,10 @@ function timeOf({ ms, cached }) {
 
 function confidenceOf({ confidence }) {
   return confidence === null ? "unknown" : `${number(100 * confidence)} %`;
+}
+
+function lookedOf({ peak, spread }) {
+  return `hottest cell ${number(100 * peak)} % of the map, spread ${number(spread)}`;
 }
 
 function milliseconds(value) {

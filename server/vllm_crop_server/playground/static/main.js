@@ -27,7 +27,7 @@ function say(status, problem = "") {
 }
 
 function boxDone() {
-  planView.found = null;
+  planView.forget();
   planView.refresh();
 }
 
@@ -101,7 +101,7 @@ takePictures(find("file"), find("stage"), (picture) => {
   box.clear();
   for (const answer of answers) answer.clear();
   say("");
-  planView.found = null;
+  planView.forget();
   planView.refresh();
 }, (problem) => say("", problem));
 
@@ -122,6 +122,10 @@ find("key").addEventListener("change", (event) => {
 });
 find("show-tokens").addEventListener("change", (event) => {
   stage.showTokens = event.target.checked;
+  stage.draw();
+});
+find("show-heat").addEventListener("change", (event) => {
+  stage.showHeat = event.target.checked;
   stage.draw();
 });
 find("finger").addEventListener("click", (event) => {

@@ -1,4 +1,5 @@
 // Keeps the overlay true: to the last answer's region or the reader's box, and to the settings as they are now.
+import { heatOf } from "./heat.js";
 import { showLegend } from "./legend.js";
 import { describe, describeGrids } from "./tokens.js";
 
@@ -16,6 +17,7 @@ export class PlanView {
     this.legend = find("legend");
     this.described = find("overlay-text");
     this.planText = find("plan-text");
+    this.heatChoice = find("heat-choice");
   }
 
   /** Take the region from an answer's facts. */
@@ -24,7 +26,19 @@ export class PlanView {
       this.found = facts?.images?.[0]?.region ?? null;
       this.box.suggest(this.found);
     }
+    this.#showHeat(heatOf(facts));
     this.refresh();
+  }
+
+  /** What was found is of another picture or question. */
+  forget() {
+    this.found = null;
+    this.#showHeat(null);
+  }
+
+  #showHeat(heat) {
+    this.stage.heat = heat;
+    this.heatChoice.hidden = heat === null;
   }
 
   /** Draw the region as it is now, with the tokens of before. */

@@ -1,4 +1,5 @@
 // The canvas: image, tokens, and the region on top.
+import { drawHeat } from "./heat.js";
 import { drawTokens, drawUnseen, REGION_COLOUR } from "./overlay.js";
 
 const LARGEST_PART_OF_WINDOW = 0.7; // the image's height, so that the question stays in sight
@@ -8,7 +9,9 @@ export class Stage {
   picture = null;
   plan = null; // of what a question would be answered with now
   boxes = []; // of the region, in fractions of the image
+  heat = null; // where the model looked for the last answer
   showTokens = true;
+  showHeat = false;
 
   constructor(element, canvas, empty) {
     Object.assign(this, { element, canvas, empty });
@@ -21,6 +24,7 @@ export class Stage {
     const context = this.canvas.getContext("2d");
     context.drawImage(this.picture.image, 0, 0, ...size);
     if (this.plan && this.showTokens) this.#drawPlan(context, size);
+    if (this.heat && this.showHeat) drawHeat(context, size, this.heat);
     this.#drawBoxes(context, size);
   }
 
