@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m lab.evaluation.rims`: what a rim around regions is worth, where they are right and where not."""
+"""`python -m lab.evaluation.rims`: what a rim around regions is worth, where they are right and where not.
+
+And what it is worth to prune in late layers alone where the localizer is not sure.
+"""
 
 import json
 import os
-import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any
 
 import typer
@@ -14,60 +17,41 @@ from rich.progress import track
 from rich.table import Table
 
 from lab.evaluation.questions import TestScene, make_test_set
-from lab.evaluation.regions import regions_for
+from lab.evaluation.regions import area, coverage
+from lab.evaluation.rim_regions import SOURCES, Asked, Regions
 from lab.tinyvqa.questions import Question
+from vllm_crop.localizers.settings import LocalizerConfig
 from vllm_crop.measuring.shares import Estimate, wilson
-from vllm_crop.planning.geometry import Box, Region
+from vllm_crop.request import CropParams, CropRequest, Found
 
-FAMILIES = ("read", "relation", "compare")  # of which a region holds the answer
-SOURCES = {
-    "exact": "the smallest region that holds the answer",
-    "shifted": "every box moved by one of 8x8 cells",
-    "padded": "the exact one, a cell wider on every side",
-    "attention": "where the served model looks",
-    "random": "boxes of the true size, anywhere",
-}
+LOCAL = ("read", "relation", "compare")  # of which a region holds the answer
 RIMS = (0.0, 0.0625, 0.125, 0.1875, 0.25)
+LATE_LAYER = 7  # of twelve
 ANSWER_TOKENS = 4
 SCENES_AT_ONCE = 8  # their features stay in the cache for all conditions
+Key = tuple[str, float, float]  # source, pruning rate, rim
 app = typer.Typer(add_completion=False)
 
 
 @app.command()
 def rims(
-    n: Annotated[int, typer.Option("--n", min=1, help="Questions of each of the three families.")] = 170,
+    n: Annotated[int, typer.Option("--n", min=1, help="Questions of each of the five families.")] = 170,
     seed: Annotated[int, typer.Option(help="Of the scenes; choose on one, report another.")] = 0,
     rates: Annotated[str, typer.Option(help="Pruning rates.")] = "0.778,0.889",
     out: Annotated[Path, typer.Option(help="Where the numbers and the picture go.")] = Path("build/rims"),
 ) -> None:
     """Ask tinyvqa with regions from several sources, with rims of several widths."""
     console = Console(highlight=False)
-    scenes = [scene for scene in make_test_set(n, seed) if _asked(scene)]
-    right: dict[tuple[str, float, float], list[bool]] = {}
-    unpruned: list[bool] = []
-    ask = _Engine()
+    scenes = make_test_set(n, seed)
+    engine = _Engine()
+    study = _Study(engine, [float(rate) for rate in rates.split(",")])
     chunks = [scenes[start : start + SCENES_AT_ONCE] for start in range(0, len(scenes), SCENES_AT_ONCE)]
     for chunk in track(chunks, "scenes", console=console):
-        asked = [(scene, question) for scene in chunk for question in _asked(scene)]
-        unpruned += ask(asked, [{"method": "off"}] * len(asked))
-        regions = {source: _regions(source, chunk) for source in SOURCES}
-        for rate in map(float, rates.split(",")):
-            for source in SOURCES:
-                for rim in RIMS:
-                    fields = [
-                        {"pruning_rate": rate, "rim": rim, **_where(region, question)}
-                        for region, (_, question) in zip(regions[source], asked, strict=True)
-                    ]
-                    right.setdefault((source, rate, rim), []).extend(ask(asked, fields))
-    shares = {key: wilson(sum(answers), len(answers)) for key, answers in right.items()}
-    _print(console, shares, wilson(sum(unpruned), len(unpruned)), len(unpruned), seed)
+        study.ask([(scene, question) for scene in chunk for question in scene.questions])
+    study.print(console, seed)
     out.mkdir(parents=True, exist_ok=True)
-    rows = [
-        {"source": source, "rate": rate, "rim": rim, "n": len(unpruned), "right": share.value}
-        for (source, rate, rim), share in shares.items()
-    ]
-    (out / "rims.json").write_text(json.dumps({"seed": seed, "rows": rows}, indent=1) + "\n")
-    _draw(shares, out / "rims.png")
+    (out / "rims.json").write_text(json.dumps({"seed": seed, **study.to_json()}, indent=1) + "\n")
+    _draw(study.shares(), out / "rims.png")
     console.print(f"Numbers and picture: {out}", markup=False)
 
 
@@ -82,19 +66,22 @@ class _Engine:
         from lab.demo.setting import LOCALIZER, MODEL
         from lab.evaluation.served.offline import ENGINE
 
-        crop = {"position_ids": "original", "localizer": LOCALIZER}
+        crop = {"position_ids": "original", "localizer": LOCALIZER, "eviction_layers": [LATE_LAYER]}
         self.llm: Any = LLM(model=str(MODEL), **ENGINE, additional_config={"crop": crop})
-        self.processor = AutoProcessor.from_pretrained(MODEL)
+        self.localizer = LocalizerConfig.model_validate(LOCALIZER)
+        self._processor = AutoProcessor.from_pretrained(MODEL)
 
-    def __call__(self, asked: Sequence[tuple[TestScene, Question]], crops: Sequence[Any]) -> list[bool]:
+    def __call__(self, asked: Sequence[Asked], crops: Sequence[CropRequest]) -> list[bool]:
         from vllm import SamplingParams
+
+        from vllm_crop.models.processor import REQUEST_KEY
 
         pictures = {scene.scene.seed: scene.picture() for scene, _ in asked}
         prompts = [
             {
                 "prompt": self._prompt(question.text),
                 "multi_modal_data": {"image": [pictures[scene.scene.seed]]},
-                "mm_processor_kwargs": {"crop": crop},
+                "mm_processor_kwargs": {REQUEST_KEY: crop},
             }
             for (scene, question), crop in zip(asked, crops, strict=True)
         ]
@@ -108,73 +95,120 @@ class _Engine:
     def _prompt(self, text: str) -> str:
         content = [{"type": "image"}, {"type": "text", "text": text}]
         messages = [{"role": "user", "content": content}]
-        return str(self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        return str(self._processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
-def _asked(scene: TestScene) -> list[Question]:
-    return [question for question in scene.questions if question.family in FAMILIES]
+class _Study:
+    """Answers by source, rate and rim, and what was found."""
 
+    def __init__(self, engine: _Engine, rates: Sequence[float]) -> None:
+        self.engine, self.rates = engine, rates
+        self.regions = Regions(engine.llm, engine.localizer)
+        self.right: dict[Key, list[bool]] = {}
+        self.unpruned: dict[str, list[bool]] = {"local": [], "unsure": []}
+        self.late: list[bool] = []
+        self.found: dict[str, list[tuple[Question, TestScene, Found]]] = {source: [] for source in SOURCES}
 
-def _regions(source: str, scenes: Sequence[TestScene]) -> list[Region | None]:
-    """Of every question that is asked; None where the server finds it."""
-    if source == "attention":
-        return [None for scene in scenes for _ in _asked(scene)]
-    told = regions_for("random" if source == "random" else "oracle", scenes)
-    found: list[Region | None] = []
-    for scene, row in zip(scenes, told, strict=True):
-        for question, region in zip(scene.questions, row, strict=True):
-            if question.family not in FAMILIES:
-                continue
-            assert region is not None
-            if source == "shifted":
-                region = _shifted(
-                    region, scene.scene.side, random.Random(f"{scene.scene.seed} {question.text}")
+    def ask(self, asked: Sequence[Asked]) -> None:
+        """Ask about some scenes in every way."""
+        found = self.regions.of(asked)
+        unsure = [one for one, what in zip(asked, found["attention"], strict=True) if what.late]
+        if unsure:
+            late = CropRequest(CropParams(), found=(Found(late=True),), limited=False)
+            self.late += self.engine(unsure, [late] * len(unsure))
+            self.unpruned["unsure"] += self.engine(unsure, [_OFF] * len(unsure))
+        places = [index for index, (_, question) in enumerate(asked) if question.family in LOCAL]
+        local = [asked[index] for index in places]
+        self.unpruned["local"] += self.engine(local, [_OFF] * len(local))
+        for source in SOURCES:
+            regions = [found[source][index] for index in places]
+            self.found[source] += [
+                (question, scene, one) for (scene, question), one in zip(local, regions, strict=True)
+            ]
+            for rate in self.rates:
+                for rim in RIMS:
+                    params = CropParams(pruning_rate=rate, rim=rim, method="plc")
+                    crops = [
+                        CropRequest(params, found=(without_late(one),), limited=False) for one in regions
+                    ]
+                    self.right.setdefault((source, rate, rim), []).extend(self.engine(local, crops))
+
+    def shares(self) -> dict[Key, Estimate]:
+        """Of right answers, with intervals."""
+        return {key: wilson(sum(answers), len(answers)) for key, answers in self.right.items()}
+
+    def places(self, source: str) -> tuple[float, float, float]:
+        """Mean coverage and area of what a source found, and the share it served whole."""
+        rows = self.found[source]
+        covered = fmean(coverage(one.region, question, scene.scene.side) for question, scene, one in rows)
+        taken = fmean(area(one.region, scene.scene.side) for _, scene, one in rows)
+        return covered, taken, fmean(one.region is None for _, _, one in rows)
+
+    def to_json(self) -> Mapping[str, Any]:
+        """Every number of the tables."""
+        shares = self.shares()
+        return {
+            "n": len(self.unpruned["local"]),
+            "unpruned": fmean(self.unpruned["local"]),
+            "rows": [
+                {"source": source, "rate": rate, "rim": rim, "right": shares[source, rate, rim].value}
+                for source, rate, rim in shares
+            ],
+            "found": {
+                source: dict(zip(("coverage", "area", "whole"), self.places(source), strict=True))
+                for source in SOURCES
+            },
+            "unsure": {
+                "n": len(self.late),
+                "late": sum(self.late),
+                "whole": sum(self.unpruned["unsure"]),
+            },
+        }
+
+    def print(self, console: Console, seed: int) -> None:
+        """The tables."""
+        shares, n = self.shares(), len(self.unpruned["local"])
+        whole = wilson(sum(self.unpruned["local"]), n)
+        table = Table(
+            title=f"right answers in % (95 %), {', '.join(LOCAL)}: n = {n}, seed {seed}; "
+            f"unpruned {_shown(whole)}"
+        )
+        for name in ("region", "covers", "area", "whole", "rate"):
+            table.add_column(name)
+        for rim in RIMS:
+            table.add_column(f"rim {rim:g}", justify="right")
+        for source in SOURCES:
+            facts = [f"{100 * one:.1f}" for one in self.places(source)]
+            for rate in self.rates:
+                table.add_row(
+                    source, *facts, f"{rate:g}", *(_shown(shares[source, rate, rim]) for rim in RIMS)
                 )
-            found.append(region.widened(1 / scene.scene.side) if source == "padded" else region)
-    return found
+        console.print(table)
+        for source, meaning in SOURCES.items():
+            console.print(f"- {source}: {meaning}.", markup=False)
+        if self.late:
+            late, unpruned = wilson(sum(self.late), len(self.late)), self.unpruned["unsure"]
+            console.print(
+                f"The localizer was not sure of {len(self.late)} questions of all families. Whole: "
+                f"{_shown(wilson(sum(unpruned), len(unpruned)))} right; a tenth of the tokens from layer "
+                f"{LATE_LAYER} on: {_shown(late)}.",
+                markup=False,
+            )
 
 
-def _shifted(region: Region, side: int, chance: random.Random) -> Region:
-    """Every box moved by a cell, in a direction that leaves all of it in the picture."""
-    moved = []
-    for box in region.boxes:
-        ways = [(1, 0), (-1, 0), (0, 1), (0, -1)]
-        chance.shuffle(ways)
-        for across, down in ways:
-            x, y = across / side, down / side
-            if min(box.x0 + x, box.y0 + y) > -1e-9 and max(box.x1 + x, box.y1 + y) < 1 + 1e-9:
-                moved.append(
-                    Box(
-                        max(0.0, box.x0 + x), max(0.0, box.y0 + y), min(1.0, box.x1 + x), min(1.0, box.y1 + y)
-                    )
-                )
-                break
-    return Region(tuple(moved)) if moved else region
+_OFF = CropRequest(CropParams(method="off"), limited=False)
 
 
-def _where(region: Region | None, question: Question) -> dict[str, Any]:
-    return {"question": question.text} if region is None else {"regions": [region.as_lists()]}
+def without_late(found: Found) -> Found:
+    """Without what is done in late layers: the rim study leaves such images whole."""
+    return Found(found.region, found.warm)
 
 
-def _print(
-    console: Console, shares: dict[tuple[str, float, float], Estimate], whole: Estimate, n: int, seed: int
-) -> None:
-    table = Table(title=f"right answers in %, n = {n}, seed {seed}; unpruned {100 * whole.value:.1f}")
-    table.add_column("region")
-    table.add_column("rate")
-    for rim in RIMS:
-        table.add_column(f"rim {rim:g}", justify="right")
-    for source in SOURCES:
-        for rate in sorted({rate for _, rate, _ in shares}):
-            cells = [shares[source, rate, rim] for rim in RIMS]
-            shown = [f"{100 * one.value:.1f} ({100 * one.low:.0f}-{100 * one.high:.0f})" for one in cells]
-            table.add_row(source, f"{rate:g}", *shown)
-    console.print(table)
-    for source, meaning in SOURCES.items():
-        console.print(f"- {source}: {meaning}.", markup=False)
+def _shown(share: Estimate) -> str:
+    return f"{100 * share.value:.1f} ({100 * share.low:.0f}-{100 * share.high:.0f})"
 
 
-def _draw(shares: dict[tuple[str, float, float], Estimate], path: Path) -> None:
+def _draw(shares: Mapping[Key, Estimate], path: Path) -> None:
     import matplotlib as mpl
 
     mpl.use("Agg")
