@@ -84,7 +84,7 @@ class OwnRequests:
             view = image if size == image.size else shrink(image, size)
             request = CropRequest(CropParams(method="off"), limited=False)
         else:
-            # Every image costs the same here: average its tokens over the whole image instead.
+            # Every image costs the same here: keep an even sample of its tokens instead.
             view = not_huge(image)
             full = self.geometry.grid(*view.size).num_tokens
             whole = CropParams(regions=[Region.whole()], pruning_rate=1 - most / full, method="plc")
