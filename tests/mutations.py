@@ -24,7 +24,7 @@ QUICK = {
     "families": "llava_next_geometry smart_resize token_grids vision_geometry",
     "request.py": "request",
     "planner.py": "planner request",
-    "models": "compression",
+    "models": "compression ahead",
     "eviction": "markers stage_inputs prompt_eviction grouping",
     "localizers": "localizers localization_service",
     "frontend": "localization_service facts_header metrics",
@@ -359,6 +359,31 @@ MUTATIONS = (
         "row = logits[rows.batch_row]",
         "row = logits[rows.batch_row - 1]",
         (HEAT,),
+    ),
+    Mutation(
+        "the rim gets what is far away",
+        "planning/plan.py",
+        "parts = even_groups(places, next_to, of_rim), even_groups(places, far, count - of_rim)",
+        "of_rim = min(len(next_to), count - of_rim)\n"
+        "    parts = even_groups(places, next_to, of_rim), even_groups(places, far, count - of_rim)",
+    ),
+    Mutation(
+        "a cache key without the rim",
+        "request.py",
+        "repr(self.pruning_rate), repr(self.rim), warm",
+        "repr(self.pruning_rate), warm",
+    ),
+    Mutation(
+        "late pruning begins early",
+        "planner.py",
+        "layer = self.config.stages[-1] if",
+        "layer = self.config.stages[0] if",
+    ),
+    Mutation(
+        "what was processed ahead is of any images",
+        "models/ahead.py",
+        "all(a is b for a, b in zip(images, ours, strict=True))",
+        "True",
     ),
     Mutation(
         "a step with others ends at the last layer that is read",

@@ -3,6 +3,7 @@
 
 import json
 import shlex
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -94,6 +95,14 @@ def bench(
         bool,
         typer.Option("--decode", help="Measure what eviction costs a decode step instead, in a minute."),
     ] = False,
+    where: Annotated[
+        bool,
+        typer.Option(
+            "--where",
+            help="Measure where the time to the first token goes instead, part by part: unpruned, with a "
+            "client's region, with localizer kind 'attention'.",
+        ),
+    ] = False,
     planning: Annotated[
         bool,
         typer.Option("--planning", help="Measure what plans cost instead, in CPU time; needs no vLLM."),
@@ -127,6 +136,8 @@ def bench(
       vllm-crop bench --concurrency 1 --repeats 1
     What does eviction cost while answers are generated?
       vllm-crop bench --decode
+    Where does the time to the first token go?
+      vllm-crop bench --where
     What does it cost the API process?
       vllm-crop bench --planning
       vllm-crop bench --api-cpu
@@ -188,6 +199,13 @@ def bench(
         localizer_config=_parse_settings(localizer_config),
     )
     try:
+        if where:
+            from vllm_crop.benchmarking.where import measure_where, where_table
+
+            with console.status("asking, one question at a time"):
+                outcome = measure_where(replace(options, localizers=("attention localizer",), stock=False))
+            console.print(where_table(outcome))
+            return
         (_run_decode if decode else _run_load)(options, result_file, console)
     except CropError as error:
         console.print(f"The benchmark failed: {error}", style="red", markup=False)

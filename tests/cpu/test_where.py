@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parts of the time to the first token are those of a real engine, each where it belongs."""
+
+import io
+from pathlib import Path
+
+import pytest
+
+from vllm_crop.benchmarking.where import MODES, PARTS, WhereOutcome, ask_in_turn, where_table
+from vllm_crop.measuring.provenance import Machine
+
+pytestmark = pytest.mark.vllm_runtime
+
+
+def test_every_part_is_timed_where_it_happens(deep_checkpoint: Path) -> None:
+    crop = {"localizer": {"kind": "attention", "whole_below": 0, "layers": [3]}}
+    crops = {
+        "off": {"method": "off"},
+        "region": {"regions": [[[0.2, 0.2, 0.4, 0.4]]]},
+        "attention": {"question": "What is it?"},
+    }
+    runs = ask_in_turn(deep_checkpoint, crop, crops, 3, 336, is_cpu=True)
+    assert set(runs) == set(MODES)
+    for mode, of_mode in runs.items():
+        assert len(of_mode) == 3
+        for run in of_mode:
+            seen = {part for part, took in run.parts.items() if took > 0}
+            of_view = {part for part in PARTS if part.startswith("view")}
+            assert seen == set(PARTS) - (set() if mode == "attention" else of_view)
+            assert sum(run.parts.values()) == pytest.approx(run.total)
+    for run in runs["attention"]:
+        # The view is the picture itself: its features are found again.
+        assert run.parts["tower"] < run.parts["view tower"]
+
+
+def test_the_table_has_all_of_it() -> None:
+    from rich.console import Console
+
+    parts = {mode: dict.fromkeys(PARTS, 1.25) for mode in MODES}
+    totals = {"off": 200.0, "region": 50.0, "attention": 80.0}
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(where_table(WhereOutcome(Machine("a device", True, 2, 0.0), 8, parts, totals)))
+    said = console.export_text()
+    assert "0.25x" in said
+    assert "0.40x" in said
+    assert all(title in said for title in PARTS.values())

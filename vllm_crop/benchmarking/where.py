@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the time to the first token goes, part by part, in one process: no HTTP, nothing beside it."""
+
+import io
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from vllm_crop.benchmarking.decode_engine import ENVIRONMENT, QUESTION
+from vllm_crop.benchmarking.load import Client
+from vllm_crop.benchmarking.options import Options
+from vllm_crop.benchmarking.targets import own_localizer, what_to_serve
+from vllm_crop.measuring.provenance import Machine, describe_machine
+
+# In the order they happen; "view" is the localizer's part of the work.
+PARTS = {
+    "decode": "image decoded",
+    "view picture": "view: picture made",
+    "view process": "view: HF processor",
+    "view tower": "view: vision tower",
+    "view model": "view: language model",
+    "process": "HF processor and plan",
+    "tower": "vision tower",
+    "model": "language model",
+    "rest": "the rest: prompt, scheduler, sampler",
+}
+MODES = ("off", "region", "attention")
+TITLES = {"off": "unpruned", "region": "client's region", "attention": "kind attention"}
+WARM_UPS = 2
+
+
+@dataclass(frozen=True)
+class WhereOutcome:
+    """Medians over questions in milliseconds, by mode and part; `totals` of whole requests."""
+
+    machine: Machine
+    questions: int
+    parts: Mapping[str, Mapping[str, float]]
+    totals: Mapping[str, float]
+
+
+def measure_where(options: Options) -> WhereOutcome:
+    """Ask the dummy model, or the options' own, about pictures that nobody has seen, modes in turn."""
+    with Client(options.folder / "where.log", ENVIRONMENT) as client:
+        machine = client.call(describe_machine)
+        served = what_to_serve(options, machine, client)
+        crop = {"pruning_rate": options.pruning_rate, "localizer": own_localizer("attention", options)}
+        crops: dict[str, dict[str, Any]] = {
+            "off": {"method": "off"},
+            "region": {"method": "plc", "regions": [options.region.as_lists()]},
+            "attention": {"method": "plc", "question": QUESTION.strip()},
+        }
+        runs = client.call(
+            ask_in_turn,
+            Path(served.model),
+            crop,
+            crops,
+            options.num_prompts,
+            options.image_side,
+            machine.is_cpu,
+        )
+    parts = {
+        mode: {part: median(run.parts.get(part, 0.0) for run in of_mode) for part in PARTS}
+        for mode, of_mode in runs.items()
+    }
+    totals = {mode: median(run.total for run in of_mode) for mode, of_mode in runs.items()}
+    return WhereOutcome(machine, options.num_prompts, parts, totals)
+
+
+def where_table(outcome: WhereOutcome) -> Table:
+    """A row per part, a column per mode."""
+    table = Table(
+        box=SIMPLE_HEAD,
+        title=f"milliseconds to the first token, medians of {outcome.questions}",
+        caption=f"{outcome.machine.device}. Parts are medians of their own and need not add up.",
+    )
+    table.add_column("")
+    for mode in MODES:
+        table.add_column(TITLES[mode], justify="right")
+    for part, title in PARTS.items():
+        shown = [outcome.parts[mode][part] for mode in MODES]
+        table.add_row(title, *(f"{value:.1f}" if value >= 0.05 else "-" for value in shown))
+    table.add_section()
+    table.add_row("together", *(f"{outcome.totals[mode]:.1f}" for mode in MODES))
+    unpruned = outcome.totals["off"]
+    table.add_row("of unpruned", *(f"{outcome.totals[mode] / unpruned:.2f}x" for mode in MODES))
+    return table
+
+
+@dataclass
+class _Run:
+    """One request."""
+
+    total: float = 0.0
+    parts: dict[str, float] = field(default_factory=dict)
+
+
+def ask_in_turn(
+    model: Path,
+    crop: Mapping[str, Any],
+    crops: Mapping[str, Mapping[str, Any]],
+    questions: int,
+    side: int,
+    is_cpu: bool,
+) -> dict[str, list[_Run]]:
+    """Ask `questions` times in each mode, after some to warm up. Called in a process that keeps its engine.
+
+    Args:
+        crop: the plugin's settings, with a localizer of kind 'attention'.
+        crops: per mode the field `crop` of its requests.
+        side: of the square pictures, in pixels.
+    """
+    from vllm import LLM, SamplingParams
+    from vllm.multimodal.media.image import ImageMediaIO
+
+    options: dict[str, Any] = {"dtype": "float32", "enforce_eager": True, "block_size": 32} if is_cpu else {}
+    llm: Any = LLM(
+        model=str(model),
+        max_model_len=8192 if side > 700 else 2048,
+        kv_cache_memory_bytes=1 << 30,
+        enable_prefix_caching=False,
+        additional_config={"crop": dict(crop)},
+        **options,
+    )
+    clock = _Clock(llm)
+    template, sampling = _template(llm), SamplingParams(temperature=0, max_tokens=1)
+    random = np.random.default_rng(0)
+    runs: dict[str, list[_Run]] = {mode: [] for mode in crops}
+    for number in range(WARM_UPS + questions):
+        for mode, asked in crops.items():
+            sent = _encoded(random.integers(0, 256, (side, side, 3), dtype=np.uint8))
+            with clock.request() as run:
+                with clock.part("decode"):
+                    image = ImageMediaIO().load_bytes(sent)
+                prompt = {
+                    "prompt": template,
+                    "multi_modal_data": {"image": [image]},
+                    "mm_processor_kwargs": {"crop": dict(asked)},
+                }
+                llm.generate(prompt, sampling, use_tqdm=False)
+            if number >= WARM_UPS:
+                runs[mode].append(run)
+    return runs
+
+
+class _Clock:
+    """Times the parts of an engine in this process, the localizer's apart."""
+
+    def __init__(self, llm: Any) -> None:
+        import torch
+
+        engine = llm.llm_engine
+        worker = engine.model_executor.driver_worker
+        model = getattr(worker, "worker", worker).model_runner.get_model()
+        renderer = engine.renderer
+        requests = renderer._localizing.localizer.requests
+        self._on_device = torch.cuda.is_available()
+        self._run = _Run()
+        self._of_view = False
+        self._wrap(renderer.mm_processor, "apply", "process")
+        self._wrap(model, "embed_multimodal", "tower")
+        self._wrap(model, "forward", "model")
+        self._wrap(requests, "glance_now", "view picture")
+        ask_now = requests.ask_now
+
+        def of_view(*args: Any, **kwargs: Any) -> Any:
+            self._of_view = True
+            try:
+                return ask_now(*args, **kwargs)
+            finally:
+                self._of_view = False
+
+        requests.ask_now = of_view
+
+    @contextmanager
+    def request(self) -> Iterator[_Run]:
+        """One request; what no part accounts for is the rest."""
+        self._run = _Run()
+        start = time.perf_counter()
+        yield self._run
+        self._run.total = 1e3 * (time.perf_counter() - start)
+        self._run.parts["rest"] = self._run.total - sum(self._run.parts.values())
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """A part of the request."""
+        self._wait()
+        start = time.perf_counter()
+        yield
+        self._wait()
+        parts = self._run.parts
+        parts[name] = parts.get(name, 0.0) + 1e3 * (time.perf_counter() - start)
+
+    def _wait(self) -> None:
+        """Until the device has done what it was told."""
+        import torch
+
+        if self._on_device:
+            torch.cuda.synchronize()
+
+    def _wrap(self, owner: Any, method: str, name: str) -> None:
+        stock: Callable[..., Any] = getattr(owner, method)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            with self.part(f"view {name}" if self._of_view else name):
+                return stock(*args, **kwargs)
+
+        setattr(owner, method, timed)
+
+
+def _template(llm: Any) -> str:
+    """A question by the model's own chat template."""
+    content = [{"type": "image"}, {"type": "text", "text": QUESTION.strip()}]
+    processor = llm.llm_engine.renderer.mm_processor.info.get_hf_processor()
+    messages = [{"role": "user", "content": content}]
+    return str(processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+
+def _encoded(pixels: Sequence[Any] | np.ndarray[Any, Any]) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.asarray(pixels)).save(buffer, "JPEG", quality=95)
+    return buffer.getvalue()
