@@ -363,3 +363,34 @@ def test_images_are_processed_while_their_regions_are_sought(
     for name, value in ahead.items():
         pairs = zip(value, later[name], strict=True) if isinstance(value, list) else [(value, later[name])]
         assert all(torch.equal(one, other) for one, other in pairs), name
+
+
+def test_an_image_nobody_is_sure_of_can_be_pruned_late(checkpoint_of: CheckpointOf) -> None:
+    """As by a client who asks for all of the image alike, from the late layer on."""
+    from vllm import SamplingParams
+
+    localizer = {"kind": "attention", "prompt": "{question}", "whole_below": 1.0, "when_unsure": "late"}
+    crop = {"localizer": localizer, "pruning_rate": 0.8, "eviction_layers": [5]}
+    engine = Engine(checkpoint_of(LLAVA, LLAVA.deep), crop, LLAVA, enable_prefix_caching=False)
+    part = {"type": "image_pil", "image_pil": noise_image(903)}
+    messages = [{"role": "user", "content": [part, {"type": "text", "text": "What is it?"}]}]
+    sampling = SamplingParams(temperature=0, max_tokens=3, logprobs=-1)
+
+    def asked(crop: Any) -> tuple[list[int], list[float]]:
+        (output,) = engine.llm.chat(
+            messages, sampling, use_tqdm=False, mm_processor_kwargs={"crop": crop} if crop else None
+        )
+        first = output.outputs[0].logprobs[0]
+        return list(output.prompt_token_ids), [first[token].logprob for token in range(len(first))]
+
+    everything, rate = [[[0, 0, 1, 1]]], 0.9 * (1 - 5 / 8)
+    prompt, found = asked(None)
+    same_prompt, told = asked({"method": "ilp", "regions": everything, "pruning_rate": rate})
+    assert prompt == same_prompt
+    assert found == pytest.approx(told, abs=1e-6)
+    (marker,) = engine.processor.eviction_settings.marker_ids
+    assert prompt.count(marker) == 576 - round(0.1 * 576)
+    whole_prompt, whole = asked({"method": "off"})
+    assert marker not in whole_prompt
+    assert whole != pytest.approx(found, abs=1e-3)
+    assert asked({"method": "plc"})[0] == whole_prompt  # who asks for no eviction gets none

@@ -116,6 +116,17 @@ def test_every_refusal_gives_its_reason() -> None:
     assert all(len(reason.split()) > 3 for reason in REFUSED.values())
 
 
+@pytest.mark.parametrize("layers", [None, [2], [2, 18]])
+def test_late_pruning_needs_a_late_layer(layers: list[int] | None) -> None:
+    def config(layers: list[int] | None) -> CropConfig:
+        localizer = LocalizerConfig(kind="attention", when_unsure="late")
+        return CropConfig(localizer=localizer, eviction_layers=layers, pruning_rate=0.5)
+
+    with pytest.raises(InvalidConfigError, match=r"when_unsure 'late' needs .* at least 19 for this model"):
+        refuse_model(model_config(), config(layers))
+    refuse_model(model_config(), config([2, 19]))
+
+
 def test_a_localizer_that_could_never_answer_is_refused() -> None:
     adapter = LocalizerConfig(kind="engine", adapter="locate")
     with pytest.raises(UnsupportedFlagError, match="--enable-lora"):
