@@ -47,6 +47,13 @@ class HeatRequest:
     layers: frozenset[int] | None = None
     weights: tuple[float, ...] | None = None
     keys: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    _tokens: torch.Tensor | None = None
+
+    def tokens_on(self, device: torch.device) -> torch.Tensor:
+        """`image_tokens` on the workers' device, copied once for all layers."""
+        if self._tokens is None:
+            self._tokens = torch.from_numpy(self.image_tokens).to(device, non_blocking=True)
+        return self._tokens
 
     @classmethod
     def of(cls, sampling: Any, num_prompt_tokens: int, placeholders: Sequence[Indices]) -> Self | None:

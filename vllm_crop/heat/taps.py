@@ -129,7 +129,7 @@ class HeatTaps:
             if len(keys) != rows.request.num_prompt_tokens:
                 continue  # a part of the prompt was never seen here: no map is better than a wrong one
             attention = attention_sums(query[stop - 1], keys, scale)
-            image = torch.from_numpy(rows.request.image_tokens).to(attention.device, non_blocking=True)
+            image = rows.request.tokens_on(attention.device)
             self._seen.setdefault(rows.batch_row, []).append(attention[image])
 
 
