@@ -1,20 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """`vllm serve` that finds regions where the model looks, on two API server processes."""
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 from PIL import Image
 
-from lab.demo.setting import LOCALIZER
 from lab.evaluation.questions import make_test_set
-from tests.e2e.conftest import MODEL, OPTIONS, metric, serve
+from tests.e2e.conftest import MODEL, metric
 from tests.pictures import noise_image
-from tests.tinyvqa import CHECKPOINT, ask, crop_options, found
+from tests.tinyvqa import ask, found
 from vllm_crop.localizers.decision import FALLBACKS
 from vllm_crop.measuring.server import Server
 from vllm_crop.planning.geometry import Box, Region, TokenGrid
@@ -27,16 +24,12 @@ GLOBAL = [(scene, q) for scene in SCENES for q in scene.questions if not q.boxes
 TOKENS = TokenGrid(24, 24)
 
 
-@pytest.fixture(scope="module")
-def server(logs: Path) -> Iterator[Server]:
-    # A limit that the localizer's own view is above: it is none of the clients'.
-    crop = crop_options(LOCALIZER, eviction_layers=[1], limits={"max_pruning_rate": 0.889})
-    options = ("--api-server-count", "2")
-    with serve(str(CHECKPOINT), *crop, *options, *OPTIONS, log_path=logs / "attention.log") as running:
-        yield running
+@pytest.fixture
+def server(checked_server: Server) -> Server:
+    return checked_server
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def client(server: Server) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{server.base_url}/v1", api_key="unused", max_retries=0)
 
