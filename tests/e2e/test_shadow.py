@@ -6,7 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import httpx
+import httpx2
 import openai
 import pytest
 from PIL import Image
@@ -86,9 +86,10 @@ class Watched:
 
 
 def without_names(response: Any) -> Any:
-    """A response as it is, apart from its id and its time."""
+    """A response apart from its id and its time."""
     body = response.http_response.json()
-    return {**{key: value for key, value in body.items() if key not in ("id", "created")}}
+    # The fingerprint is of the server's settings.
+    return {key: value for key, value in body.items() if key not in ("id", "created", "system_fingerprint")}
 
 
 def test_answers_and_headers_are_those_of_a_server_that_checks_nothing(
@@ -133,7 +134,7 @@ def test_agreement_is_what_a_client_would_measure(checked_server: Server, client
         watched = Watched(checked_server)
         lost, different = 0.0, 0
         for number, (scene, question) in enumerate(LOCAL, 1):
-            crop = {"regions": regions or right(question)}
+            crop = {"regions": regions or right(question), "rim": 0}
             pruned = likeliest(scene, question, crop)
             watched.wait_for(number)  # one after the other: none is dropped
             unpruned = likeliest(scene, question, {"method": "off"})
@@ -144,9 +145,8 @@ def test_agreement_is_what_a_client_would_measure(checked_server: Server, client
         assert (found["compared"], found["count"]) == (len(LOCAL), len(LOCAL))
         assert (found["different"], found["same"]) == (different, len(LOCAL) - different)
         assert found["sum"] == pytest.approx(lost, abs=0.01 * len(LOCAL))
-        print(name, found)
-    assert measured["right"]["different"] <= 0.1 * len(LOCAL)
-    assert measured["beside"]["different"] >= 0.3 * len(LOCAL)
+    assert measured["right"]["different"] <= 1
+    assert measured["beside"]["different"] >= 3
     assert measured["beside"]["sum"] > measured["right"]["sum"] + 0.2 * len(LOCAL)
 
 
@@ -177,11 +177,11 @@ def test_only_pruned_answers_are_checked_and_checks_are_no_requests_of_clients(
     ask(client, scene.picture(), question.text, {"method": "off"})
     ask(client, scene.picture(), question.text, {"localize": "off"})
     tokenize = {"model": MODEL, "messages": messages, "crop": {"regions": right(question)}}
-    httpx.post(f"{checked_server.base_url}/tokenize", json=tokenize, timeout=60).raise_for_status()
+    httpx2.post(f"{checked_server.base_url}/tokenize", json=tokenize, timeout=60).raise_for_status()
     refused = {**tokenize, "prompt_logprobs": 1, "max_tokens": 1}
     refused["crop"] = {"regions": right(question), "method": "ilp"}
     url = f"{checked_server.base_url}/v1/chat/completions"
-    assert httpx.post(url, json=refused, timeout=60).status_code == 400
+    assert httpx2.post(url, json=refused, timeout=60).status_code == 400
     ask(client, scene.picture(), question.text, {"regions": right(question)})
     found = watched.wait_for(1)
     watched.wait_until_idle()
@@ -205,7 +205,6 @@ def test_a_flood_is_answered_and_what_cannot_be_held_is_dropped(
         assert len(list(pool.map(one, range(64)))) == 64
     found = watched.wait_for(64)
     watched.wait_until_idle()
-    print(found)
     assert found["compared"] + found["dropped"] == 64
     assert found["dropped"] > 0
     assert found["compared"] > 0
@@ -224,17 +223,17 @@ def test_a_client_that_hangs_up_leaves_nothing_behind(checked_server: Server) ->
     }
     url = f"{checked_server.base_url}/v1/chat/completions"
     for _ in range(6):  # more than are held
-        with httpx.stream("POST", url, json={**body, "stream": True}, timeout=60) as response:
+        with httpx2.stream("POST", url, json={**body, "stream": True}, timeout=60) as response:
             assert response.status_code == 200
             next(response.iter_lines())
-        with pytest.raises(httpx.ReadTimeout):
-            httpx.post(url, json=body, timeout=1.0)
+        with pytest.raises(httpx2.ReadTimeout):
+            httpx2.post(url, json=body, timeout=1.0)
     watched.wait_until_idle()
     time.sleep(1)
     watched.wait_until_idle()
     assert not any(watched.now().values())
     # What they held is free again.
-    httpx.post(url, json={**body, "max_tokens": 2}, timeout=60).raise_for_status()
+    httpx2.post(url, json={**body, "max_tokens": 2}, timeout=60).raise_for_status()
     assert watched.wait_for(1)["compared"] == 1
 
 

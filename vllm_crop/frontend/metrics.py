@@ -83,6 +83,14 @@ class CropMetrics:
             buckets=_NATS,
         )
 
+    def begin_shadow_checks(self, model_name: str) -> None:
+        """Show zeros: a rate needs a counter's value before its first event."""
+        for outcome in get_args(ShadowOutcome):
+            _labelled(self.shadow_checks, model_name, outcome)
+        for agreement in ("same", "different"):
+            _labelled(self.shadow_first_tokens, model_name, agreement)
+        _labelled(self.shadow_logprob_lost, model_name)
+
     def record_shadow_check(self, model_name: str, outcome: ShadowOutcome) -> None:
         """Count what became of a request that was drawn."""
         _labelled(self.shadow_checks, model_name, outcome).inc()

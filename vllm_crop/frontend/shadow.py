@@ -113,6 +113,7 @@ class ShadowChecks:
         self._held = 0
         self._slots = asyncio.Semaphore(config.max_running)
         self._tasks: set[asyncio.Task[None]] = set()
+        crop_metrics().begin_shadow_checks(self.model_name)
         if renderer.config.scheduler_config.policy != "priority":
             logger.warning(
                 "Shadow checks take their turn in the engine like any request; with --scheduling-policy "
