@@ -27,7 +27,7 @@ QUICK = {
     "models": "compression ahead",
     "eviction": "markers stage_inputs prompt_eviction grouping",
     "localizers": "localizers localization_service",
-    "frontend": "localization_service facts_header metrics",
+    "frontend": "localization_service facts_header metrics shadow",
     "compat": "refusals command_check",
     "heat": "heat",
     "calibrating": "calibrating calibrate_report",
@@ -444,6 +444,30 @@ MUTATIONS = (
         "                    cache.invalidate(mm_hash)\n",
         "                    pass\n",
         (NAMES, "tests/cpu/test_eviction_scheduling.py", "tests/cpu/test_soak.py"),
+    ),
+    Mutation(
+        "a check's blocks are for all tenants",
+        "frontend/shadow.py",
+        "limited=False, salt=shadow.asked.salt)",
+        "limited=False)",
+    ),
+    Mutation(
+        "a check says an image's name again",
+        "frontend/shadow.py",
+        'if name != "multi_modal_uuids"',
+        'if name != "uuids"',
+    ),
+    Mutation(
+        "a client that went away is checked",
+        "frontend/shadow.py",
+        "if not answered:",
+        "if False:",
+    ),
+    Mutation(
+        "what is checked is never let go",
+        "frontend/shadow.py",
+        "        self._tasks.discard(task)\n        self._held -= 1\n",
+        "        self._tasks.discard(task)\n",
     ),
 )
 

@@ -48,6 +48,32 @@ class CropLimits(BaseModel):
     )
 
 
+class ShadowConfig(BaseModel):
+    """How many pruned requests are looked at once more without pruning, and what that may cost."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    rate: float = Field(
+        default=0.0, ge=0, le=1, description="Share of pruned requests that are checked; 0 checks none."
+    )
+    max_running: int = Field(
+        default=1, ge=1, le=64, description="Checks at once in one API server; the others wait their turn."
+    )
+    max_held: int = Field(
+        default=16,
+        ge=1,
+        le=4096,
+        description="Drawn requests, checks that run among them, whose images one API server keeps until "
+        "they are checked. Further ones are dropped and counted.",
+    )
+    timeout_s: float = Field(
+        default=30.0,
+        gt=0,
+        le=600,
+        description="Seconds that the engine may take for each of a check's two requests.",
+    )
+
+
 class CropConfig(BaseModel):
     """Settings of a server, the same for all its requests."""
 
@@ -102,6 +128,11 @@ class CropConfig(BaseModel):
     )
     localizer: LocalizerConfig = Field(
         default=LocalizerConfig(), description="Who finds the region of a question that comes without one."
+    )
+    shadow: ShadowConfig = Field(
+        default=ShadowConfig(),
+        description="Share of pruned requests whose first token is compared with the unpruned model's, after "
+        "they are answered; for metrics alone.",
     )
 
     @field_validator("eviction_layers")

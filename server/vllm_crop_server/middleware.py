@@ -65,6 +65,8 @@ class _Exchange:
         )
         self.rejection: tuple[int, InvalidCropError] | None = None
         self.rejected = False
+        self.status = 0
+        self.answered = self.gone = False  # all was sent; the client went away before
         self.chunks: list[bytes] = []
         self.num_bytes = 0
         self.first_bytes = b""  # tell the encoding
@@ -80,14 +82,16 @@ class _Exchange:
             if self.rejection is None:
                 raise
         finally:
-            # Refused or gone before it reached the engine.
-            self.context.forget_unsent()
+            # Maybe refused or gone before it reached the engine.
+            self.context.over(self.answered and not self.gone and self.status < 400)
         if self.rejection is not None:
             await self._reject()
 
     async def pass_body(self) -> Message:
         """The route's `receive`."""
         message = await self.receive()
+        if message["type"] == "http.disconnect":
+            self.gone = self.gone or not self.answered
         if message["type"] == "http.request" and not self.complete:
             chunk = message.get("body", b"")
             self.chunks.append(chunk)
@@ -115,6 +119,10 @@ class _Exchange:
                 return
             self._report(message)
         await self.send(message)
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+        elif message["type"] == "http.response.body":
+            self.answered = not message.get("more_body", False)
 
     def _report(self, response_start: Message) -> None:
         context = self.context

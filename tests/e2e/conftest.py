@@ -73,6 +73,24 @@ def localizing_server(logs: Path) -> Iterator[Server]:
         yield running
 
 
+@pytest.fixture(scope="session")
+def checked_server(logs: Path) -> Iterator[Server]:
+    """The trained model, finding where to look by its attention, on two API server processes.
+
+    Every pruned request is checked.
+    """
+    from lab.demo.setting import LOCALIZER
+    from tests.tinyvqa import CHECKPOINT, crop_options
+
+    # A limit that the localizer's own view is above: it is none of the clients'.
+    limits, shadow = {"max_pruning_rate": 0.889}, {"rate": 1.0, "max_held": 4}
+    crop = crop_options(LOCALIZER, eviction_layers=[1], limits=limits, shadow=shadow)
+    options = ("--api-server-count", "2", "--scheduling-policy", "priority")
+    page, log = {"VLLM_PLUGINS": "crop"}, logs / "checked.log"
+    with serve(str(CHECKPOINT), *crop, *options, *OPTIONS, log_path=log, env=page) as running:
+        yield running
+
+
 @pytest.fixture(scope="session", params=FAMILIES, ids=str)
 def family(request: pytest.FixtureRequest) -> Family:
     """The family of `family_server`; tests/selection.py leaves some out."""

@@ -2,7 +2,6 @@
 """`vllm serve` that finds regions where the model looks, on two API server processes."""
 
 import base64
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,12 @@ import pytest
 from PIL import Image
 from playwright.sync_api import expect
 
-from lab.demo.setting import LOCALIZER
 from lab.evaluation.questions import make_test_set
 from lab.evaluation.regions import cells_of
 from tests.browser import Reader, chromium
-from tests.e2e.conftest import MODEL, OPTIONS, metric, serve
+from tests.e2e.conftest import MODEL, metric
 from tests.pictures import noise_image
-from tests.tinyvqa import CHECKPOINT, ask, crop_options, found
+from tests.tinyvqa import ask, found
 from vllm_crop.localizers.decision import FALLBACKS
 from vllm_crop.measuring.server import Server
 from vllm_crop.planning.geometry import Box, Region, TokenGrid
@@ -32,17 +30,12 @@ GLOBAL = [(scene, q) for scene in SCENES for q in scene.questions if not q.boxes
 TOKENS = TokenGrid(24, 24)
 
 
-@pytest.fixture(scope="module")
-def server(logs: Path) -> Iterator[Server]:
-    # A limit that the localizer's own view is above: it is none of the clients'.
-    crop = crop_options(LOCALIZER, eviction_layers=[1], limits={"max_pruning_rate": 0.889})
-    options = ("--api-server-count", "2")
-    page, log = {"VLLM_PLUGINS": "crop"}, logs / "attention.log"
-    with serve(str(CHECKPOINT), *crop, *options, *OPTIONS, log_path=log, env=page) as running:
-        yield running
+@pytest.fixture
+def server(checked_server: Server) -> Server:
+    return checked_server
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def client(server: Server) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{server.base_url}/v1", api_key="unused", max_retries=0)
 
@@ -226,7 +219,8 @@ def colour_at(reader: Reader, x: float, y: float) -> list[int]:
     """Red, green and blue of the canvas at a place in fractions of it."""
     script = """([x, y]) => {
         const canvas = document.getElementById("canvas");
-        const at = [Math.floor(x * canvas.width), Math.floor(y * canvas.height)];
-        return [...canvas.getContext("2d").getImageData(...at, 1, 1).data.slice(0, 3)];
+        const pixel = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
+        pixel.drawImage(canvas, -Math.floor(x * canvas.width), -Math.floor(y * canvas.height));
+        return [...pixel.getImageData(0, 0, 1, 1).data.slice(0, 3)];
     }"""
     return list(reader.page.evaluate(script, [x, y]))

@@ -3,7 +3,6 @@
 
 import asyncio
 import json
-import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
@@ -27,7 +26,6 @@ from lab.evaluation.transformers_answers import TransformersAnswers
 from tests.e2e.conftest import API_KEY, MODEL, metric
 from tests.tinyvqa import CHECKPOINT, ask, facts, found, said_of_thumbnail
 from vllm_crop.client import data_url, question_about
-from vllm_crop.localizers.decision import FALLBACKS
 from vllm_crop.measuring.server import Server, get_text
 from vllm_crop.planning.geometry import Region
 
@@ -355,22 +353,3 @@ def test_regions_are_boxes_of_cells(client: openai.OpenAI) -> None:
     region = found(ask(client, scene.picture(), question))["region"]
     assert Region.from_grid_cells(*(0, 0, 7, 7)) == Region.whole()
     assert all(8 * side == pytest.approx(round(8 * side), abs=1e-3) for box in region for side in box)
-
-
-DASHBOARD = Path(__file__).parents[2] / "deploy" / "grafana" / "vllm-crop.json"
-
-
-def test_the_dashboard_shows_what_the_server_exports(server: Server, client: openai.OpenAI) -> None:
-    ask(client, LOCAL[0][0].picture(), LOCAL[0][1])
-    exported = get_text(f"{server.base_url}/metrics")
-    dashboard = json.loads(DASHBOARD.read_text())
-    expressions = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", ())]
-    assert len(expressions) > 10
-    for expression in expressions:
-        for name, matchers in re.findall(r"((?:crop|vllm):\w+)\{([^}]*)\}", expression):
-            samples = re.findall(rf"^{name}\{{(.*)\}} ", exported, re.MULTILINE)
-            assert samples, f"{name} is not exported"
-            labels = re.findall(r"(\w+)=~", matchers) + re.findall(r"sum by \((\w+)\)", expression)
-            assert all(f'{label}="' in samples[0] for label in labels), (name, labels)
-    outcomes = next(re.findall(r'outcome=~"([^"]*)"', e) for e in expressions if "outcome=~" in e)
-    assert outcomes == ["|".join(FALLBACKS)]

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from vllm_crop.config import CropConfig, CropLimits, shorten
+from vllm_crop.config import CropConfig, CropLimits, ShadowConfig, shorten
 from vllm_crop.errors import InvalidConfigError
 from vllm_crop.localizers.settings import LocalizerConfig
 
@@ -33,8 +33,9 @@ ALLOWED: dict[str, list[Any]] = {
         {"kind": "engine", "prompt": "where:{question}", "thumbnail_tokens": 4},
         {"kind": "openai", "base_url": "http://host/v1", "model": "m", "extra_body": {"a": 1}},
     ],
+    "shadow": [{}, {"rate": 0}, {"rate": 0.01}, {"rate": 1, "max_running": 2, "max_held": 1, "timeout_s": 5}],
 }
-NESTED: dict[str, Any] = {"limits": CropLimits, "localizer": LocalizerConfig}
+NESTED: dict[str, Any] = {"limits": CropLimits, "localizer": LocalizerConfig, "shadow": ShadowConfig}
 # Settings, then what the message must say: the key, what is allowed, the value.
 REFUSED: list[tuple[dict[Any, Any], list[str]]] = [
     ({"pruning_rate": 9}, [".pruning_rate:", "less than 1", "got 9"]),
@@ -81,6 +82,12 @@ REFUSED: list[tuple[dict[Any, Any], list[str]]] = [
     ({"localizer": {"prompt": "Where?"}}, [".localizer:", "{question}"]),
     ({"localizer": {"timeout_s": 0}}, [".localizer.timeout_s:", "greater than 0", "got 0"]),
     ({"localizer": {"margins": 1}}, [".localizer.margins:", "unknown key"]),
+    ({"shadow": {"rate": 1.1}}, [".shadow.rate:", "or equal to 1", "got 1.1"]),
+    ({"shadow": {"rate": math.nan}}, [".shadow.rate:", "got nan"]),
+    ({"shadow": 0.01}, [".shadow:", "got 0.01"]),
+    ({"shadow": {"max_held": 0}}, [".shadow.max_held:", "or equal to 1", "got 0"]),
+    ({"shadow": {"timeout_s": 0}}, [".shadow.timeout_s:", "greater than 0", "got 0"]),
+    ({"shadow": {"share": 0.1}}, [".shadow.share:", "unknown key", "allowed are rate"]),
     ({"pruning_rate": 0.999}, [".limits:", "at most", "own pruning_rate is 0.999"]),
     ({"pruning_rate": 0.9, "limits": {"max_pruning_rate": 0.8}}, [".limits:", "0.8", "0.9"]),
     ({"prunning_rate": 0.5}, [".prunning_rate:", "unknown key", "got 0.5"]),
@@ -106,6 +113,7 @@ def test_defaults_are_plc_at_128_llava_tokens() -> None:
         "vit_cache_mib": 256,
         "limits": {"max_pruning_rate": 0.99, "max_boxes_per_image": 16, "named_images_mib": 128},
         "localizer": LocalizerConfig().model_dump(),
+        "shadow": {"rate": 0.0, "max_running": 1, "max_held": 16, "timeout_s": 30.0},
     }
     assert not config.localizer.localizes
 
@@ -179,7 +187,7 @@ def test_settings_cannot_be_changed_afterwards() -> None:
         CropConfig().limits.max_pruning_rate = 0.1  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("model", [CropConfig, CropLimits])
+@pytest.mark.parametrize("model", [CropConfig, CropLimits, ShadowConfig])
 def test_every_field_is_described(model: type[BaseModel]) -> None:
     assert all(field.description for field in model.model_fields.values())
 

@@ -68,3 +68,21 @@ def test_localizations_are_counted_by_outcome_and_timed_unless_known() -> None:
     assert REGISTRY.get_sample_value("crop:localizer_seconds_count", labels) == 2
     assert REGISTRY.get_sample_value("crop:localizer_confidence_bucket", {**labels, "le": "0.9"}) == 1
     assert REGISTRY.get_sample_value("crop:localizer_confidence_count", labels) == 2
+
+
+def test_agreement_is_counted_and_what_pruning_gives_is_no_loss() -> None:
+    metrics, labels = crop_metrics(), {"model_name": "shadowed"}
+    for same, lost in ((True, 0.02), (True, -0.5), (False, 3.0)):
+        metrics.record_agreement("shadowed", same, lost)
+    metrics.record_shadow_check("shadowed", "dropped")
+    assert value("shadow_first_tokens", **labels, agreement="same") == 2
+    assert value("shadow_first_tokens", **labels, agreement="different") == 1
+    assert value("shadow_checks", **labels, outcome="dropped") == 1
+    assert value("shadow_checks", **labels, outcome="compared") == 0
+
+    def up_to(nats: str) -> float | None:
+        return REGISTRY.get_sample_value("crop:shadow_logprob_lost_nats_bucket", {**labels, "le": nats})
+
+    assert [up_to(nats) for nats in ("0.001", "0.01", "0.05", "2.0", "4.0")] == [1, 1, 2, 2, 3]
+    total = REGISTRY.get_sample_value("crop:shadow_logprob_lost_nats_sum", labels)
+    assert total == pytest.approx(3.02)

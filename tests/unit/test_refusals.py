@@ -8,8 +8,15 @@ import pytest
 from transformers import LlavaConfig
 
 from vllm_crop.compat import supported
-from vllm_crop.compat.refusals import REFUSED, refuse_flags, refuse_localizer, refuse_model, served_geometry
-from vllm_crop.config import CropConfig
+from vllm_crop.compat.refusals import (
+    REFUSED,
+    refuse_flags,
+    refuse_localizer,
+    refuse_model,
+    refuse_shadow,
+    served_geometry,
+)
+from vllm_crop.config import CropConfig, ShadowConfig
 from vllm_crop.errors import InvalidConfigError, UnsupportedFlagError
 from vllm_crop.localizers.settings import LocalizerConfig
 
@@ -171,3 +178,24 @@ def test_a_server_needs_nothing_of_another_family(monkeypatch: pytest.MonkeyPatc
         files = {module.rpartition(".")[2] for module in looked_at if ".model_executor.models." in module}
         expected = {"llava", "llama"} if model == "Llava" else {"qwen3_vl", "qwen3"}
         assert files - {"interfaces"} == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "flag"),
+    [
+        ({"max_logprobs": 0}, "--max-logprobs 0"),
+        ({"logprobs_mode": "raw_logits"}, "--logprobs-mode"),
+        ({"logprobs_mode": "processed_logits"}, "--logprobs-mode"),
+    ],
+)
+def test_shadow_checks_that_compare_nothing_are_refused(changes: dict[str, Any], flag: str) -> None:
+    options = engine_args(**{"max_logprobs": 20, "logprobs_mode": "raw_logprobs", **changes})
+    refuse_shadow(options, ShadowConfig())
+    with pytest.raises(UnsupportedFlagError, match=f"shadow.rate with {flag}"):
+        refuse_shadow(options, ShadowConfig(rate=0.01))
+
+
+@pytest.mark.parametrize("changes", [{}, {"max_logprobs": -1}, {"logprobs_mode": "processed_logprobs"}])
+def test_shadow_checks_that_compare_are_not(changes: dict[str, Any]) -> None:
+    options = engine_args(**{"max_logprobs": 1, "logprobs_mode": "raw_logprobs", **changes})
+    refuse_shadow(options, ShadowConfig(rate=1.0))

@@ -129,6 +129,9 @@ UPSTREAM_POINTS = (
         ("self", "conversations", "chat_params"),
         "makes the localizer's own prompt",
     ),
+    UpstreamPoint(
+        "vllm.renderers.base", "BaseRenderer.shutdown", ("self",), "ends shadow checks with the server"
+    ),
     *(
         UpstreamPoint(
             "vllm.renderers.online_renderer",
@@ -186,7 +189,7 @@ UPSTREAM_POINTS = (
         "vllm.v1.engine.async_llm",
         "AsyncLLM.generate",
         ("self", "prompt", "sampling_params", "request_id"),
-        "answers the localizer's own request",
+        "answers the server's own requests: the localizer's, those of shadow checks",
     ),
     UpstreamPoint("vllm.v1.engine.llm_engine", "LLMEngine.__init__", ("self", "vllm_config"), engine.REASON),
     UpstreamPoint(

@@ -5,7 +5,7 @@ import math
 import os
 from typing import Any, NoReturn
 
-from vllm_crop.config import CONFIG_KEY, CropConfig
+from vllm_crop.config import CONFIG_KEY, CropConfig, ShadowConfig
 from vllm_crop.errors import InvalidConfigError, UnsupportedFlagError
 from vllm_crop.families.registry import VisionGeometry, geometry_from_configs
 from vllm_crop.localizers.settings import LocalizerConfig
@@ -23,6 +23,8 @@ REFUSED = {
     "--enable-scale-out, --tokens-only": "prompts and image features come in past our processor",
     "vllm run-batch": "it has no HTTP layer to take the field `crop` off a request",
     "localizer.adapter without --enable-lora": "the localizer could not answer with its adapter",
+    "shadow.rate with --max-logprobs 0": "a check compares log-probabilities of first tokens",
+    "shadow.rate with --logprobs-mode raw_logits|processed_logits": "logits of two prompts do not compare",
     "position_ids=original without room in the model's positions": "set a smaller --max-model-len",
 }
 
@@ -55,6 +57,18 @@ def refuse_localizer(engine_args: Any, config: LocalizerConfig) -> None:
     """
     if config.kind in ("attention", "engine") and config.adapter is not None and not engine_args.enable_lora:
         refuse("localizer.adapter without --enable-lora")
+
+
+def refuse_shadow(engine_args: Any, config: ShadowConfig) -> None:
+    """Refuse shadow checks that could never compare anything.
+
+    Raises:
+        UnsupportedFlagError: naming the flag.
+    """
+    if config.rate and engine_args.max_logprobs == 0:
+        refuse("shadow.rate with --max-logprobs 0")
+    if config.rate and engine_args.logprobs_mode in ("raw_logits", "processed_logits"):
+        refuse("shadow.rate with --logprobs-mode raw_logits|processed_logits")
 
 
 def refuse_model(model_config: Any, config: CropConfig) -> None:

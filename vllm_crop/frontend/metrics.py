@@ -3,7 +3,7 @@
 
 from collections.abc import Sequence
 from functools import cache, lru_cache
-from typing import TypeVar
+from typing import Literal, TypeVar, get_args
 
 from prometheus_client import Counter, Histogram
 from prometheus_client.metrics import MetricWrapperBase
@@ -12,6 +12,8 @@ from vllm_crop.frontend.request_context import ImageFacts
 from vllm_crop.localizers.decision import FALLBACKS, Localization
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+_NATS = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+ShadowOutcome = Literal["compared", "dropped", "timeout", "too_long", "failed"]
 _Metric = TypeVar("_Metric", bound=MetricWrapperBase)
 _CONFIDENCE = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
 
@@ -61,6 +63,42 @@ class CropMetrics:
             labels,
             buckets=_CONFIDENCE,
         )
+
+        self.shadow_checks = Counter(
+            "crop:shadow_checks",
+            f"Pruned requests drawn for a shadow check, by outcome: {', '.join(get_args(ShadowOutcome))}.",
+            ["model_name", "outcome"],
+        )
+        self.shadow_first_tokens = Counter(
+            "crop:shadow_first_tokens",
+            "Shadow checks by whether the likeliest first token is the same with pruning as without: same, "
+            "different.",
+            ["model_name", "agreement"],
+        )
+        self.shadow_logprob_lost = Histogram(
+            "crop:shadow_logprob_lost_nats",
+            "Log-probability that pruning takes from the unpruned model's likeliest first token; 0 where it "
+            "gives some.",
+            ["model_name"],
+            buckets=_NATS,
+        )
+
+    def begin_shadow_checks(self, model_name: str) -> None:
+        """Show zeros: a rate needs a counter's value before its first event."""
+        for outcome in get_args(ShadowOutcome):
+            _labelled(self.shadow_checks, model_name, outcome)
+        for agreement in ("same", "different"):
+            _labelled(self.shadow_first_tokens, model_name, agreement)
+        _labelled(self.shadow_logprob_lost, model_name)
+
+    def record_shadow_check(self, model_name: str, outcome: ShadowOutcome) -> None:
+        """Count what became of a request that was drawn."""
+        _labelled(self.shadow_checks, model_name, outcome).inc()
+
+    def record_agreement(self, model_name: str, same: bool, lost: float) -> None:
+        """Count one comparison; `lost` in nats."""
+        _labelled(self.shadow_first_tokens, model_name, "same" if same else "different").inc()
+        _labelled(self.shadow_logprob_lost, model_name).observe(max(0.0, lost))
 
     def record_localization(self, model_name: str, localization: Localization) -> None:
         """Count one image that the server has localized, whatever becomes of the request."""

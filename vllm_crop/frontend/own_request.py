@@ -10,7 +10,7 @@ from typing import Any
 from vllm.renderers.params import ChatParams
 
 from vllm_crop.families.registry import VisionGeometry
-from vllm_crop.frontend.settling import LOCALIZERS_OWN
+from vllm_crop.frontend.settling import SERVERS_OWN
 from vllm_crop.localizers.base import LocalizerError
 from vllm_crop.localizers.settings import LocalizerConfig
 from vllm_crop.localizers.thumbnails import Picture, image_of, not_huge, off_the_loop, shrink, size_for_tokens
@@ -61,7 +61,7 @@ class OwnRequests:
         _, prompts = await self.renderer.render_chat_async(
             [_messages(glance, text)], self._chat_params(), prompt_extras=_extras(glance, salt)
         )
-        with self._own(prompts[0]):
+        with servers_own(prompts[0], self.renderer.mm_processor_cache):
             waiting()
             return await engine.generate(prompts[0], sampling, options)
 
@@ -71,7 +71,7 @@ class OwnRequests:
         _, prompts = self.renderer.render_chat(
             [_messages(glance, text)], self._chat_params(), prompt_extras=_extras(glance, salt)
         )
-        with self._own(prompts[0]):
+        with servers_own(prompts[0], self.renderer.mm_processor_cache):
             return engine.generate(prompts[0], sampling, options)
 
     def glance_now(self, picture: Picture) -> Glance:
@@ -121,16 +121,21 @@ class OwnRequests:
             raise LocalizerError(f"LoRA adapter {name!r} is not loaded")
         return adapters[name]
 
-    @contextmanager
-    def _own(self, prompt: Any) -> Iterator[None]:
-        """Say that a prompt is the localizer's own; what the engine never got of it is not in its cache."""
-        unsent = prompt[LOCALIZERS_OWN] = newly_sent(prompt)
-        try:
-            yield
-        finally:
-            if (cache := self.renderer.mm_processor_cache) is not None:
-                for mm_hash in unsent:
-                    cache.invalidate(mm_hash)
+
+@contextmanager
+def servers_own(prompt: Any, cache: Any) -> Iterator[None]:
+    """Say that an engine's input is the server's own; what the engine never got of it is not in the cache.
+
+    Args:
+        cache: vLLM's processor cache, None without one.
+    """
+    unsent = prompt[SERVERS_OWN] = newly_sent(prompt)
+    try:
+        yield
+    finally:
+        if cache is not None:
+            for mm_hash in unsent:
+                cache.invalidate(mm_hash)
 
 
 def _messages(glance: Glance, text: str) -> list[Any]:

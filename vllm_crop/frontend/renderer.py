@@ -19,6 +19,7 @@ from vllm_crop.frontend.metrics import crop_metrics
 from vllm_crop.frontend.own_request import OfflineEngine, ServingEngine
 from vllm_crop.frontend.request_context import FACTS, ImageFacts, RequestContext, Source, current_request
 from vllm_crop.frontend.settling import IN_THE_WAY, evictions_refused
+from vllm_crop.frontend.shadow import ShadowChecks
 from vllm_crop.localizers.decision import Localization
 from vllm_crop.localizers.thumbnails import Picture, as_picture
 from vllm_crop.models.ahead import ImagesAhead
@@ -46,11 +47,13 @@ class CropRenderer(HfRenderer):
         engine: what the localizer asks, once there is one.
         serving_models: the API server's, whose LoRA adapters the localizer may answer with.
         chat_template: the server's own, None for the checkpoint's.
+        shadow_checks: None where no request is checked.
     """
 
     engine: ServingEngine | OfflineEngine | None = None
     serving_models: Any = None
     chat_template: str | None = None
+    shadow_checks: ShadowChecks | None = None
 
     @cached_property
     def _localizing(self) -> LocalizationService | None:
@@ -70,6 +73,15 @@ class CropRenderer(HfRenderer):
             use_compiled()
         if self._localizing is not None and self._localizing.config.kind in ("attention", "engine"):
             self.engine = kind(engine)
+        if isinstance(self.mm_processor, CropProcessorMixin) and kind is ServingEngine:
+            shadow = self.mm_processor.crop_config.shadow
+            self.shadow_checks = ShadowChecks(self, kind(engine), shadow) if shadow.rate else None
+
+    def shutdown(self) -> None:
+        """As upstream, without checks that are under way."""
+        if self.shadow_checks is not None:
+            self.shadow_checks.stop()
+        super().shutdown()
 
     def warmup(self, chat_params: Any) -> None:
         """As upstream; the parameters are the server's own."""
@@ -156,6 +168,10 @@ class CropRenderer(HfRenderer):
             self._record(localizations)
             raise
         self._report(engine_input, asked, localizations, **kwargs)
+        if self.shadow_checks is not None and (context := current_request.get()) is not None:
+            if localizations:
+                asked = replace(asked, found=_found(localizations))
+            self.shadow_checks.consider(prompt, asked, engine_input, context)
         return engine_input
 
     def _look_at(self, prompt: Any, messages: Sequence[Any]) -> tuple[CropRequest, list[RegionQuery]]:
@@ -286,9 +302,7 @@ class CropRenderer(HfRenderer):
         if not prompt.get("multi_modal_data"):
             return
         if localizations:
-            asked = replace(
-                asked, found=tuple(Found(one.region, one.warm, one.late) for one in localizations)
-            )
+            asked = replace(asked, found=_found(localizations))
         given = prompt.get("mm_processor_kwargs") or {}
         others = {name: value for name, value in given.items() if name != CROP_KEY}
         own = {REQUEST_KEY: asked} if ahead is None else {REQUEST_KEY: asked, AHEAD_KEY: ahead}
@@ -346,6 +360,10 @@ class CropRenderer(HfRenderer):
         cache = self.mm_processor_cache
         if cache is not None:
             context.unsent.update(dict.fromkeys(newly_sent(engine_input), cache.invalidate))
+
+
+def _found(localizations: Sequence[Localization]) -> tuple[Found, ...]:
+    return tuple(Found(one.region, one.warm, one.late) for one in localizations)
 
 
 def _vllm_request() -> Any:

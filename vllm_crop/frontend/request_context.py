@@ -150,6 +150,7 @@ class RequestContext:
         request: vLLM's own object for the request, with its sampling parameters, where one is known.
         unsent: items that vLLM's processor cache takes for sent since this request was rendered, with what
             makes it forget them. They are sent once the request has reached the engine.
+        afterwards: called when the request is over, with whether its whole answer was sent; they never raise.
     """
 
     params: CropParams | None = None
@@ -160,12 +161,20 @@ class RequestContext:
     only_counts: bool = False
     request: Any = None
     unsent: dict[str, Callable[[str], None]] = field(default_factory=dict)
+    afterwards: list[Callable[[bool], None]] = field(default_factory=list)
 
     def forget_unsent(self) -> None:
         """Make the cache forget what it believes and the engine never got: the request is over."""
         for mm_hash, forget in self.unsent.items():
             forget(mm_hash)
         self.unsent.clear()
+
+    def over(self, answered: bool) -> None:
+        """Nothing more will come of the request; `answered`: its client has got all of the answer."""
+        self.forget_unsent()
+        for call in self.afterwards:
+            call(answered)
+        self.afterwards.clear()
 
 
 current_request: ContextVar[RequestContext | None] = ContextVar("vllm_crop_request", default=None)

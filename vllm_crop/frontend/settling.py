@@ -7,8 +7,9 @@ from typing import Any
 from vllm_crop.eviction.markers import UNMARKED, EvictionSettings, image_placeholders
 from vllm_crop.frontend.request_context import FACTS, current_request
 
-# Key of the engine's input of the localizer's own request: its items that the engine has not got yet.
-LOCALIZERS_OWN = "crop_localizers_own"
+# Key of the engine's input of a request of the server's own (the localizer's, a shadow check's): its items
+# that the engine has not got yet.
+SERVERS_OWN = "crop_servers_own"
 IN_THE_WAY = ("prompt_logprobs", "prompt_logprob_token_ids")  # sampling parameters
 
 

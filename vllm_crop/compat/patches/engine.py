@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tells our renderer which engine it renders for, so that the served model can be asked for regions.
+"""Tells our renderer which engine it renders for, so that the server can ask its own model: for regions, for
+checks of what it answers.
 
 Why: an engine makes its renderer without a way back to itself.
 Replaces: AsyncLLM.__init__ (vllm/v1/engine/async_llm.py), LLMEngine.__init__ (vllm/v1/engine/llm_engine.py).
@@ -10,7 +11,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-REASON = "lets the localizer ask the engine that is served"
+REASON = "lets the localizer and shadow checks ask the engine that is served"
 _MARK = "_vllm_crop_engine_patched"
 
 

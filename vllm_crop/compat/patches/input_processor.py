@@ -19,7 +19,7 @@ from typing import Any
 
 from vllm_crop.eviction.markers import EvictionSettings
 from vllm_crop.frontend.request_context import current_request
-from vllm_crop.frontend.settling import LOCALIZERS_OWN, settle_request
+from vllm_crop.frontend.settling import SERVERS_OWN, settle_request
 from vllm_crop.models.sent import newly_sent
 
 REASON = "settles what a request's parameters and its prompt allow together"
@@ -51,7 +51,7 @@ def patch(input_processor: Any) -> None:
         if (context := current_request.get()) is not None:
             for mm_hash in sent:
                 context.unsent.pop(mm_hash, None)
-        if isinstance(prompt, dict) and (unsent := prompt.get(LOCALIZERS_OWN)) is not None:
+        if isinstance(prompt, dict) and (unsent := prompt.get(SERVERS_OWN)) is not None:
             unsent.clear()
             request.reasoning_ended = True
         return request

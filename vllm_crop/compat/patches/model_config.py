@@ -15,7 +15,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from vllm_crop.compat.hf_overrides import compose_hf_overrides
-from vllm_crop.compat.refusals import refuse_flags, refuse_localizer, refuse_model, served_geometry
+from vllm_crop.compat.refusals import (
+    refuse_flags,
+    refuse_localizer,
+    refuse_model,
+    refuse_shadow,
+    served_geometry,
+)
 from vllm_crop.config import CONFIG_KEY, CropConfig
 from vllm_crop.errors import CropError, UnsupportedFlagError
 from vllm_crop.eviction.markers import attach_eviction
@@ -52,6 +58,7 @@ def patch(engine_args: Any, require_supported: Callable[[CropConfig, Any], None]
         require_supported(config, None)
         refuse_flags(self)
         refuse_localizer(self, config.localizer)
+        refuse_shadow(self, config.shadow)
         user_overrides = self.hf_overrides
         self.hf_overrides = compose_hf_overrides(config.model_dump(), user_overrides)
         try:
