@@ -59,7 +59,7 @@ def test_the_dashboard_shows_what_servers_export(exported: str) -> None:
 
 
 def test_panels_have_ids_of_their_own_and_do_not_lie_on_each_other() -> None:
-    taken = {}
+    taken: dict[tuple[int, int], str] = {}
     for panel in DASHBOARD["panels"]:
         place = panel["gridPos"]
         for x in range(place["x"], place["x"] + place["w"]):

@@ -847,3 +847,52 @@ def test_regions_for_a_batch_of_conversations_are_refused() -> None:
     assert refused.status_code == 400
     assert refused.json()["error"]["param"] == "crop.regions"
     assert post('{"crop": {"pruning_rate": 0.5}}', path=path).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("status", "before", "bodies", "answered"),
+    [
+        (200, (), (False,), True),
+        (200, (), (True, True, False), True),
+        (200, (), (True,), False),  # a stream that was broken off
+        (400, (), (False,), False),
+        (200, ("http.disconnect",), (False,), False),  # the route answers somebody who has gone
+    ],
+)
+def test_who_waits_for_the_end_of_a_request_learns_whether_it_was_answered(
+    status: int, before: tuple[str, ...], bodies: tuple[bool, ...], answered: bool
+) -> None:
+    told: list[bool] = []
+
+    async def route(scope: Scope, receive: Receive, send: Send) -> None:
+        context = current_request.get()
+        assert context is not None
+        context.afterwards.append(told.append)
+        await receive()
+        for kind in before:
+            assert (await receive())["type"] == kind
+        await send({"type": "http.response.start", "status": status, "headers": []})
+        for more in bodies:
+            await send({"type": "http.response.body", "body": b"x", "more_body": more})
+        assert not told
+        if before == () and not bodies[-1]:
+            await receive()  # a server says so once all is sent, too
+
+    messages: Iterator[Message] = iter(
+        [{"type": "http.request", "body": b"{}", "more_body": False}, {"type": "http.disconnect"}]
+    )
+
+    async def receive() -> Message:
+        return next(messages)
+
+    async def send(message: Message) -> None:
+        return None
+
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": PATH,
+        "headers": [(b"content-type", b"application/json")],
+    }
+    asyncio.run(CropMiddleware(route)(scope, receive, send))
+    assert told == [answered]
