@@ -176,14 +176,15 @@ class CropRequest:
             whole.
         limited: whether the limits for clients hold; not for the localizer's own requests.
         salt: the request's `cache_salt`.
-        in_batch: it is one of several conversations that go to the engine only when all are rendered.
+        unsure: it may reach the engine after others that are rendered later, as one of several conversations
+            that go there together, or never: vLLM's processor cache must not take its images for sent.
     """
 
     params: CropParams
     found: tuple[Found, ...] | None = None
     limited: bool = True
     salt: str | None = None
-    in_batch: bool = False
+    unsure: bool = False
 
     def images(self, config: CropConfig, num_images: int) -> list["ImageRequest"]:
         """What is asked for each image; see image_requests."""

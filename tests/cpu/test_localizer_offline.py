@@ -21,6 +21,7 @@ from tests.families import FAMILIES, LLAVA, LLAVA_ONEVISION, QWEN2_5_VL, Family
 from tests.pictures import noise_image
 from tests.tinyvqa import CHECKPOINT, ENGINE
 from vllm_crop.client import data_url
+from vllm_crop.frontend.own_request import ServingEngine
 from vllm_crop.localizers.base import LocalizerAnswer
 from vllm_crop.localizers.dialects import DIALECTS, read_cells
 from vllm_crop.localizers.thumbnails import as_picture, shrink, size_for_tokens
@@ -394,3 +395,42 @@ def test_an_image_nobody_is_sure_of_can_be_pruned_late(checkpoint_of: Checkpoint
     assert marker not in whole_prompt
     assert whole != pytest.approx(found, abs=1e-3)
     assert asked({"method": "plc"})[0] == whole_prompt  # who asks for no eviction gets none
+
+
+def test_a_view_that_is_given_up_while_it_is_rendered_is_nobody_elses(
+    checkpoint_of: CheckpointOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time limit ends a localization at any point; a client's request of the same image comes next.
+
+    Where the view is the image itself, both have the same key in vLLM's processor cache.
+    """
+    localizer = {"kind": "attention", "prompt": "{question}", "thumbnail_tokens": 4096}
+    engine = Engine(checkpoint_of(QWEN2_5_VL, QWEN2_5_VL.deep), {"localizer": localizer}, QWEN2_5_VL)
+    renderer = engine.llm.llm_engine.renderer
+    requests, cache = renderer._localizing.localizer.requests, renderer.mm_processor_cache
+    processed: list[Any] = []
+    apply = renderer.mm_processor.apply
+
+    def noted(*args: Any) -> Any:
+        processed.append(apply(*args))
+        asking.get_loop().call_soon_threadsafe(asking.cancel)  # before the event loop knows of it
+        return processed[-1]
+
+    async def give_up() -> None:
+        nonlocal asking
+        glance = requests.glance_now(as_picture(noise_image(904, 300, 200)))
+        asking = asyncio.ensure_future(requests.ask(glance, "Who?", None, None, lambda: None))
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+
+    asking: Any = None
+    monkeypatch.setattr(renderer, "engine", ServingEngine(None))
+    monkeypatch.setattr(renderer.mm_processor, "apply", noted)
+    asyncio.run(give_up())
+    ((key,),) = processed[0]["mm_hashes"].values()
+    assert not cache.is_cached_item(key)
+    monkeypatch.undo()
+    part = {"type": "image_pil", "image_pil": noise_image(904, 300, 200)}
+    content = [part, {"type": "text", "text": "What is it?"}]
+    ((text, _),) = chat(engine, [[{"role": "user", "content": content}]], {"method": "off"})
+    assert text

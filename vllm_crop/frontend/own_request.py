@@ -82,13 +82,14 @@ class OwnRequests:
         size = size_for_tokens(self.geometry, *image.size, most)
         if size is not None:
             view = image if size == image.size else shrink(image, size)
-            request = CropRequest(CropParams(method="off"), limited=False)
+            asked = CropParams(method="off")
         else:
             # Every image costs the same here: keep an even sample of its tokens instead.
             view = not_huge(image)
             full = self.geometry.grid(*view.size).num_tokens
-            whole = CropParams(regions=[Region.whole()], pruning_rate=1 - most / full, method="plc")
-            request = CropRequest(whole, limited=False)
+            asked = CropParams(regions=[Region.whole()], pruning_rate=1 - most / full, method="plc")
+        # Who waits for a view may go away, and its time may be over, while it is being rendered.
+        request = CropRequest(asked, limited=False, unsure=True)
         # The image itself goes as it came, so that the vision tower runs once for it and for the view.
         item = sent if view is image else view
         shows, pixels = self.geometry.view(*view.size), self.geometry.pixels(*view.size)

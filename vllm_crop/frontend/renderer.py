@@ -195,7 +195,7 @@ class CropRenderer(HfRenderer):
             image_requests(params, config, _num_images(data, params))
         self._refuse_evictions_without_rows(params)
         in_batch = context is not None and context.in_batch
-        asked = CropRequest(params, salt=salt, in_batch=in_batch)
+        asked = CropRequest(params, salt=salt, unsure=in_batch)
         if self._localizing is None:
             return asked, []
         if set(settings) - {CROP_KEY}:

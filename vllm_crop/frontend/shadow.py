@@ -147,7 +147,7 @@ class ShadowChecks:
             else:
                 adapters = getattr(self.renderer.serving_models, "lora_requests", {})
                 lora = adapters.get(getattr(context.request, "model", None))
-                shadow = Shadow(_plain(prompt), replace(asked, limited=False, in_batch=False), lora)
+                shadow = Shadow(_plain(prompt), replace(asked, limited=False, unsure=False), lora)
                 context.afterwards.append(partial(self._over, shadow))
                 self._held += 1
         except Exception:

@@ -133,9 +133,9 @@ class CropProcessorMixin(BaseMultiModalProcessor):
         processed = super().apply(
             replace(inputs, hf_processor_mm_kwargs={**plain, ITEMS_KEY: known_here}), timing_ctx
         )
-        if asked.in_batch and inputs.cache is not None:
-            # Until the last of the batch is rendered, others find in vLLM's cache what the engine has not
-            # got. Here, in the thread that looks it up for all, nobody can have been told so.
+        if asked.unsure and inputs.cache is not None:
+            # Until it is there, or for ever, others would find in vLLM's cache what the engine has not got.
+            # Here, in the thread that looks it up for all, nobody can have been told so.
             for mm_hash in newly_sent(processed):
                 inputs.cache.invalidate(mm_hash)
         if known is not None:  # not before: vLLM's cache knows nothing of a request that failed either
