@@ -203,6 +203,8 @@ def _context(grid: ImageTokens, rim: Collection[int], tokens: Sequence[int], cou
 
     A far token has s * s of an embedding and one of the rim s, where the region's have one each.
     """
+    if count < 2:
+        return even_groups(grid, tokens, count)
     near, far = [token for token in tokens if token in rim], [token for token in tokens if token not in rim]
     of_rim = count if near else 0
     if near and far:
@@ -210,7 +212,7 @@ def _context(grid: ImageTokens, rim: Collection[int], tokens: Sequence[int], cou
         for _ in range(60):
             share = (low + high) / 2
             low, high = (share, high) if len(near) * share + len(far) * share**2 <= count else (low, share)
-        of_rim = max(min(round(len(near) * low), len(near), count), count - len(far))
+        of_rim = min(max(round(len(near) * low), 1, count - len(far)), len(near), count - 1)
     return even_groups(grid, near, of_rim) + even_groups(grid, far, count - of_rim)
 
 

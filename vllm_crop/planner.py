@@ -150,7 +150,7 @@ class Planner:
         layer = self.config.stages[-1] if self.config.stages else 0
         if layer < LATE * num_layers:
             return request
-        rate = (1 - layer / num_layers) * (1 - KEPT_LATE)
+        rate = min(request.pruning_rate, (1 - layer / num_layers) * (1 - KEPT_LATE))
         return replace(
             request, region=Region.whole(), method="ilp", eviction_layers=(layer,), pruning_rate=rate
         )

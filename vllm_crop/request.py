@@ -177,7 +177,7 @@ class CropRequest:
         limited: whether the limits for clients hold; not for the localizer's own requests.
         salt: the request's `cache_salt`.
         unsure: it may reach the engine after others that are rendered later, as one of several conversations
-            that go there together, or never: vLLM's processor cache must not take its images for sent.
+            that go there together: vLLM's processor cache must not take its images for sent.
     """
 
     params: CropParams

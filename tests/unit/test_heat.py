@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from vllm_crop.heat.request import MAX_CELLS, NOWHERE, RING, NoHeatError, extra_args, read, token_ids
 from vllm_crop.heat.step import HeatRequest, heat_step
-from vllm_crop.heat.taps import _map, attention_sums
+from vllm_crop.heat.taps import _map, _may_leave, attention_sums
 from vllm_crop.localizers.heat import HeatGrid, HeatMap, heat_grid
 from vllm_crop.planning.geometry import Box, GridPart, Region, TokenGrid, TokenGrids
 from vllm_crop.planning.plan import make_plan
@@ -291,3 +291,36 @@ class TestShape:
         warm = heat.warm(Region((Box(0, 0, 0.25, 0.25),)), 1.0)
         assert warm is not None
         assert warm.as_lists() == [[0.75, 0.5, 1.0, 0.75], [0.25, 0.75, 0.75, 1.0]]
+
+
+@pytest.mark.parametrize(
+    ("changed", "may"),
+    [
+        ({}, True),
+        ({"kv_transfer_config": object()}, False),
+        ({"offload_config.offload_backend": "prefetch"}, False),
+        ({"offload_config.prefetch.offload_group_size": 2}, False),
+        ({"offload_config.uva.cpu_offload_gb": 1.0}, False),
+        ({"parallel_config.data_parallel_size": 2}, True),
+        ({"parallel_config.data_parallel_size": 2, "model_config.is_moe": True}, False),
+    ],
+    ids=str,
+)
+def test_a_step_ends_early_where_nobody_waits_for_later_layers(changed: dict[str, Any], may: bool) -> None:
+    config = SimpleNamespace(
+        kv_transfer_config=None,
+        parallel_config=SimpleNamespace(data_parallel_size=1),
+        model_config=SimpleNamespace(is_moe=False),
+        offload_config=SimpleNamespace(
+            offload_backend="auto",
+            prefetch=SimpleNamespace(offload_group_size=0),
+            uva=SimpleNamespace(cpu_offload_gb=0),
+        ),
+    )
+    for path, value in changed.items():
+        *owners, name = path.split(".")
+        owner = config
+        for one in owners:
+            owner = getattr(owner, one)
+        setattr(owner, name, value)
+    assert _may_leave(config) is may

@@ -114,6 +114,11 @@ class TestLate:
         tokens = plan.grid.num_tokens
         assert plan.tokens_per_layer(28) == [tokens] * 16 + [round(0.1 * tokens)] * 12
 
+    def test_a_smaller_rate_of_the_client_stays_its_own(self) -> None:
+        plan = self.decide(self.PLANNER, pruning_rate=0.1).plan
+        assert plan is not None
+        assert plan.tokens_avg(28) == pytest.approx(0.9 * plan.grid.num_tokens, abs=0.5)
+
     @pytest.mark.parametrize("crop", [{"method": "plc"}, {"method": "off"}, {"pruning_rate": 0}])
     def test_who_wants_no_eviction_gets_none(self, crop: dict[str, object]) -> None:
         assert self.decide(self.PLANNER, **crop).plan is None

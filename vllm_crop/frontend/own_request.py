@@ -14,8 +14,8 @@ from vllm_crop.frontend.settling import SERVERS_OWN
 from vllm_crop.localizers.base import LocalizerError
 from vllm_crop.localizers.settings import LocalizerConfig
 from vllm_crop.localizers.thumbnails import Picture, image_of, not_huge, off_the_loop, shrink, size_for_tokens
-from vllm_crop.models.processor import REQUEST_KEY
-from vllm_crop.models.sent import newly_sent
+from vllm_crop.models.processor import REQUEST_KEY, WAY_KEY
+from vllm_crop.models.sent import OnTheWay, newly_sent
 from vllm_crop.planning.geometry import ImageView, Region
 from vllm_crop.request import CropParams, CropRequest
 
@@ -58,9 +58,14 @@ class OwnRequests:
             waiting: called when the request is on its way to the engine.
         """
         engine, options = self._engine(ServingEngine), self._options()
-        _, prompts = await self.renderer.render_chat_async(
-            [_messages(glance, text)], self._chat_params(), prompt_extras=_extras(glance, salt)
-        )
+        way = OnTheWay()
+        try:
+            _, prompts = await self.renderer.render_chat_async(
+                [_messages(glance, text)], self._chat_params(), prompt_extras=_extras(glance, salt, way)
+            )
+        except BaseException:  # its time is over, or nobody waits any more: at any point
+            way.give_up()
+            raise
         with servers_own(prompts[0], self.renderer.mm_processor_cache):
             waiting()
             return await engine.generate(prompts[0], sampling, options)
@@ -88,8 +93,7 @@ class OwnRequests:
             view = not_huge(image)
             full = self.geometry.grid(*view.size).num_tokens
             asked = CropParams(regions=[Region.whole()], pruning_rate=1 - most / full, method="plc")
-        # Who waits for a view may go away, and its time may be over, while it is being rendered.
-        request = CropRequest(asked, limited=False, unsure=True)
+        request = CropRequest(asked, limited=False)
         # The image itself goes as it came, so that the vision tower runs once for it and for the view.
         item = sent if view is image else view
         shows, pixels = self.geometry.view(*view.size), self.geometry.pixels(*view.size)
@@ -144,9 +148,10 @@ def _messages(glance: Glance, text: str) -> list[Any]:
     return [{"role": "user", "content": [image, {"type": "text", "text": text}]}]
 
 
-def _extras(glance: Glance, salt: str | None) -> dict[str, Any]:
+def _extras(glance: Glance, salt: str | None, way: OnTheWay | None = None) -> dict[str, Any]:
     """What is asked for the image, whatever limits clients have. The salt also keeps blocks apart."""
-    asked = {"mm_processor_kwargs": {REQUEST_KEY: replace(glance.request, salt=salt)}}
+    settings = {REQUEST_KEY: replace(glance.request, salt=salt), **({} if way is None else {WAY_KEY: way})}
+    asked: dict[str, Any] = {"mm_processor_kwargs": settings}
     return asked if salt is None else {**asked, "cache_salt": salt}
 
 

@@ -85,8 +85,9 @@ def facts_header(images: Sequence[ImageFacts]) -> str:
 
 
 def _settings_json(images: Sequence[ImageFacts]) -> dict[str, Any]:
-    """How the images were pruned, which is the same for all images of a request."""
-    request = images[0].request if images else None
+    """How the images were pruned: the same for all of a request, but for those that nobody was sure of."""
+    sure = [image for image in images if image.localization is None or not image.localization.late]
+    request = (sure or images)[0].request if images else None
     if request is None:
         return {}
     layers = {"eviction_layers": list(request.eviction_layers)} if request.eviction_layers else {}
@@ -150,6 +151,7 @@ class RequestContext:
         request: vLLM's own object for the request, with its sampling parameters, where one is known.
         unsent: items that vLLM's processor cache takes for sent since this request was rendered, with what
             makes it forget them. They are sent once the request has reached the engine.
+        ended: whether it is over; a response made in the background goes on being rendered.
         afterwards: called when the request is over, with whether its whole answer was sent; they never raise.
     """
 
@@ -162,6 +164,7 @@ class RequestContext:
     request: Any = None
     unsent: dict[str, Callable[[str], None]] = field(default_factory=dict)
     afterwards: list[Callable[[bool], None]] = field(default_factory=list)
+    ended: bool = False
 
     def forget_unsent(self) -> None:
         """Make the cache forget what it believes and the engine never got: the request is over."""
@@ -171,10 +174,13 @@ class RequestContext:
 
     def over(self, answered: bool) -> None:
         """Nothing more will come of the request; `answered`: its client has got all of the answer."""
-        self.forget_unsent()
-        for call in self.afterwards:
-            call(answered)
-        self.afterwards.clear()
+        self.ended = True
+        try:
+            self.forget_unsent()
+        finally:
+            for call in self.afterwards:
+                call(answered)
+            self.afterwards.clear()
 
 
 current_request: ContextVar[RequestContext | None] = ContextVar("vllm_crop_request", default=None)

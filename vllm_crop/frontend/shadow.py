@@ -221,7 +221,10 @@ class ShadowChecks:
 
 def _can_be_asked_again(prompt: Mapping[str, Any], context: RequestContext) -> bool:
     """Whether the prompt says all: images are there, and nothing is cut after they have been expanded."""
-    if getattr(context.request, "truncate_prompt_tokens", None) is not None:
+    request = context.request
+    if context.ended or getattr(request, "background", False):  # answered when nobody waits any more
+        return False
+    if getattr(request, "truncate_prompt_tokens", None) is not None:
         return False
     images = (prompt.get("multi_modal_data") or {}).get("image")
     images = images if isinstance(images, list | tuple) else [images]

@@ -206,6 +206,16 @@ def start_heat(model: Any, vllm_config: Any, stages: tuple[int, ...]) -> HeatTap
 
 
 def _may_leave(vllm_config: Any) -> bool:
-    """Whether nobody waits in later layers: experts on other ranks, or a transfer of KV layer by layer."""
+    """Whether nobody waits for later layers.
+
+    Experts on other ranks do, a transfer of KV layer by layer, and weights that are fetched layer by layer:
+    each layer fetches another's, and its hook is put back when it returns (vllm/model_executor/offloader).
+    """
     spread = vllm_config.parallel_config.data_parallel_size > 1 and vllm_config.model_config.is_moe
-    return not spread and vllm_config.kv_transfer_config is None
+    offload = vllm_config.offload_config
+    fetched = (
+        offload.offload_backend == "prefetch"
+        or offload.prefetch.offload_group_size > 0
+        or offload.uva.cpu_offload_gb > 0
+    )
+    return not spread and not fetched and vllm_config.kv_transfer_config is None

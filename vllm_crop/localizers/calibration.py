@@ -20,6 +20,7 @@ SETTINGS = (
     *("layers", "weights", "thumbnail_tokens", "prompt", "chat_template_kwargs"),
     *("window", "max_windows", "further_window", "whole_below"),
 )
+_LEAST = "whole_below"
 AGAIN = "run `vllm-crop calibrate --model M` for it, or leave localizer.calibration out"
 
 
@@ -157,4 +158,8 @@ def with_calibration(settings: Mapping[str, Any]) -> tuple[dict[str, Any], Calib
     learned = dict(calibration.settings)
     if localizer.get("layers") is not None:
         learned.pop("weights", None)  # they are of the file's layers
+    if any(
+        localizer.get(name, value) != value for name, value in calibration.settings.items() if name != _LEAST
+    ):
+        learned.pop(_LEAST, None)  # learned with the file's own settings: another map has other confidences
     return {**settings, "localizer": {**learned, **localizer}}, calibration

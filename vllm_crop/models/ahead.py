@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-# Requests at once whose processed pixels are held until their regions are known; 43 MB for 1344 x 1344.
+# Images at once whose processed pixels are held until their regions are known; 43 MB for 1344 x 1344.
 MOST = 4
 _SLOTS = threading.BoundedSemaphore(MOST)
 
@@ -45,8 +45,11 @@ class ImagesAhead:
             _SLOTS.release()
 
     def start(self) -> None:
-        """Queue the work, once, unless too many others have theirs under way."""
-        if not self._started and not self._over and _SLOTS.acquire(blocking=False):
+        """Queue the work, once, of a single image, unless too many others have theirs under way."""
+        # Of several images some may be known already, and all would be processed once more.
+        if len(self._images) != 1 or self._started or self._over:
+            return
+        if _SLOTS.acquire(blocking=False):
             self._started = True
             self._submit(self._work)
 

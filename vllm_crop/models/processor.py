@@ -27,7 +27,7 @@ from vllm_crop.eviction.markers import UNMARKED, EvictionSettings, embed_indices
 from vllm_crop.families.registry import VisionGeometry, geometry_from_configs
 from vllm_crop.models.ahead import ImagesAhead
 from vllm_crop.models.known_images import KnownImages, RequestImages, identify
-from vllm_crop.models.sent import newly_sent
+from vllm_crop.models.sent import OnTheWay, newly_sent
 from vllm_crop.planner import ImageDecision, Planner
 from vllm_crop.planning.plan import TokenPlan
 from vllm_crop.request import CropParams, CropRequest, ImageRequest, InvalidCropError
@@ -35,7 +35,8 @@ from vllm_crop.request import CropParams, CropRequest, ImageRequest, InvalidCrop
 # Keys of a request's processor settings: what the client sent, what the renderer makes of it, and what a call
 # of the processor tells its own parts. Under the last two, only objects of ours mean anything.
 CROP_KEY, REQUEST_KEY, ITEMS_KEY = "crop", "crop_request", "crop_items"
-AHEAD_KEY = "crop_ahead"  # what has been made of the images already; an object of ours too
+# More objects of ours: what has been made of the images already; and that they may be given up on their way.
+AHEAD_KEY, WAY_KEY = "crop_ahead", "crop_way"
 _T = TypeVar("_T")
 DECISIONS = "crop_decisions"  # in the processed prompt, for the renderer, which takes it out
 
@@ -111,6 +112,7 @@ class CropProcessorMixin(BaseMultiModalProcessor):
         """As upstream, with the images' decisions beside the result."""
         asked, plain = _take(inputs.hf_processor_mm_kwargs, REQUEST_KEY, CropRequest)
         ahead, plain = _take(plain, AHEAD_KEY, ImagesAhead)
+        way, plain = _take(plain, WAY_KEY, OnTheWay)
         sent = plain.pop(CROP_KEY, None)
         is_request = asked is not None or sent is not None
         inputs = replace(inputs, hf_processor_mm_kwargs=plain)
@@ -134,10 +136,12 @@ class CropProcessorMixin(BaseMultiModalProcessor):
             replace(inputs, hf_processor_mm_kwargs={**plain, ITEMS_KEY: known_here}), timing_ctx
         )
         if asked.unsure and inputs.cache is not None:
-            # Until it is there, or for ever, others would find in vLLM's cache what the engine has not got.
-            # Here, in the thread that looks it up for all, nobody can have been told so.
+            # Until it is there, others would find in vLLM's cache what the engine has not got. Here, in the
+            # thread that looks it up for all, nobody can have been told so.
             for mm_hash in newly_sent(processed):
                 inputs.cache.invalidate(mm_hash)
+        if way is not None and inputs.cache is not None:
+            way.note(newly_sent(processed), inputs.cache.invalidate)
         if known is not None:  # not before: vLLM's cache knows nothing of a request that failed either
             for name, image, data in images.named:
                 known.remember(name, asked.salt, image, data)

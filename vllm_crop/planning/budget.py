@@ -118,12 +118,13 @@ def rim_count(num_rim: int, num_far: int, count: int) -> int:
 
     Args:
         num_rim, num_far: tokens.
-        count: embeddings for both, in `0..num_rim + num_far`.
+        count: embeddings for both, in `2..num_rim + num_far`.
     """
     if not num_rim or not num_far:
         return count if num_rim else 0
     share = (math.sqrt(num_rim * num_rim + 4 * num_far * count) - num_rim) / (2 * num_far)
-    return max(min(round(num_rim * share), num_rim, count), count - num_far)
+    # Neither is left out altogether where there are two for them.
+    return max(min(round(num_rim * share), num_rim, count - 1), count - num_far, 1)
 
 
 def _least_average(num_tokens: int, num_layers: int, first_layer: int) -> float:

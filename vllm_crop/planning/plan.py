@@ -260,6 +260,8 @@ def _region_first(places: Places, zones: Zones, tokens: Indices, count: int) -> 
 def _context(places: Places, rim: Mask, tokens: Indices, count: int) -> Groups:
     """`count` groups of tokens outside the region, smaller ones in its rim."""
     near = rim[tokens]
+    if count < 2:
+        return even_groups(places, tokens, count)
     next_to, far = tokens[near], tokens[~near]
     of_rim = rim_count(len(next_to), len(far), count)
     parts = even_groups(places, next_to, of_rim), even_groups(places, far, count - of_rim)
