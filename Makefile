@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 V2_TESTS := $(addprefix tests/cpu/test_,runner.py parity.py caches.py image_names.py eviction_caches.py eviction_scheduling.py \
 	eviction_graphs.py heat.py soak.py qwen2_5_vl.py llava_next.py tinyvqa_served.py) \
 	tests/cpu/test_eviction_parity.py::test_all_scenarios_in_one_batch
-TRAINED_TESTS := $(addprefix tests/e2e/test_,calibrate.py attention_localizer.py shadow.py monitoring.py engine_localizer.py playground.py compare.py remote_localizer.py hostile_requests.py)
+TRAINED_TESTS := $(addprefix tests/e2e/test_,attention_localizer.py shadow.py monitoring.py engine_localizer.py playground.py compare.py remote_localizer.py hostile_requests.py)
 TIMING_TEST := tests/e2e/test_not_asked_for.py
 # Two lanes side by side on two cores, those with one process each first: a thread for each process, which vLLM must not bind to a core.
 LANE := set -o pipefail; OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(BIN)/python -m pytest -p no:cacheprovider
