@@ -39,7 +39,7 @@ class Regions:
 
         renderer = llm.llm_engine.renderer
         geometry = renderer.mm_processor.geometry
-        self._attention = replace_config(attention, warm_above=WARM_ABOVE)
+        self._attention = attention.model_copy(update={"warm_above": WARM_ABOVE})
         looking = AttentionLocalizer(renderer, geometry, self._attention)
         saying = EngineLocalizer(renderer, geometry, SPOKEN)
         self._look: Callable[[Picture, str], LocalizerAnswer] = looking.locate_now
@@ -89,11 +89,6 @@ class Regions:
         except UnreadableAnswerError:
             return Found()
         return Found(region, answer.warm if region else None, late=outcome == "low_confidence")
-
-
-def replace_config(config: LocalizerConfig, **settings: Any) -> LocalizerConfig:
-    """A configuration with other settings."""
-    return config.model_copy(update=settings)
 
 
 def shifted(region: Region, side: int, seed: str) -> Region:

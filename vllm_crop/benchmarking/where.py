@@ -3,7 +3,7 @@
 
 import io
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +11,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -225,7 +226,7 @@ def _template(llm: Any) -> str:
     return str(processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
-def _encoded(pixels: Sequence[Any] | np.ndarray[Any, Any]) -> bytes:
+def _encoded(pixels: NDArray[np.uint8]) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(np.asarray(pixels)).save(buffer, "JPEG", quality=95)
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=95)
     return buffer.getvalue()

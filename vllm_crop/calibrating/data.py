@@ -1,23 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures with questions: generated, from a JSONL file of the user's, or a folder of pictures."""
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vllm_crop.calibrating.scenes import make_scene
 from vllm_crop.config import describe_errors
 from vllm_crop.errors import CropError
+from vllm_crop.measuring.question_files import (
+    json_object,
+    listed,
+    numbered_lines,
+    pictures_in,
+    why_unreadable,
+)
 from vllm_crop.planning.geometry import Region
 from vllm_crop.request import parse_region
 
-NAMED = 10  # bad lines that are named
 FEWEST = 2  # pictures: one to choose layers, one to judge them
 
 
@@ -114,26 +119,19 @@ def _read_folder(folder: Path, questions: Sequence[str]) -> list[Pictured]:
         raise CalibrationDataError(
             f"{folder} is a folder: say with --question, two times or more, what to ask about its pictures"
         )
-    known = Image.registered_extensions()
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in known and path.is_file())
-    _refuse(folder, [problem for path in paths if (problem := _unreadable(path))])
+    paths = pictures_in(folder)
+    _refuse(folder, [problem for path in paths if (problem := why_unreadable(path))])
     asked = tuple(Asked(text, None) for text in dict.fromkeys(questions))
     return [Pictured(str(path.relative_to(folder)), partial(_open, path), asked) for path in paths]
 
 
 def _read_lines(path: Path) -> list[Pictured]:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationDataError(f"{path} cannot be read: {error}") from None
     by_picture: dict[str, dict[str, Asked]] = {}
     problems = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, line in numbered_lines(path, CalibrationDataError):
         try:
             image, asked = _read_line(line)
-            if image not in by_picture and (problem := _unreadable(path.parent / image)):
+            if image not in by_picture and (problem := why_unreadable(path.parent / image)):
                 raise CalibrationDataError(problem)
         except CalibrationDataError as error:
             problems.append(f"line {number}: {error}")
@@ -147,12 +145,7 @@ def _read_lines(path: Path) -> list[Pictured]:
 
 
 def _read_line(line: str) -> tuple[str, Asked]:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise CalibrationDataError(f"no JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CalibrationDataError("must be a JSON object")
+    value = json_object(line, CalibrationDataError)
     try:
         said = _Line.model_validate(value)
     except ValidationError as error:
@@ -173,24 +166,9 @@ def _open(path: Path) -> Image.Image:
         return picture.convert("RGB")
 
 
-def _unreadable(path: Path) -> str | None:
-    """Why a file is no picture; None if it is one."""
-    try:
-        with Image.open(path):
-            return None
-    except FileNotFoundError:
-        return f"there is no file {path}"
-    except UnidentifiedImageError:
-        return f"{path} is no image that Pillow can read"
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return f"{path} cannot be read: {error}"
-
-
 def _refuse(path: Path, problems: Sequence[str]) -> None:
     if problems:
-        more = len(problems) - NAMED
-        listed = "\n".join([*problems[:NAMED], *([f"... and {more} more"] if more > 0 else [])])
-        raise CalibrationDataError(f"{path} cannot be used, {len(problems)} bad:\n{listed}")
+        raise CalibrationDataError(f"{path} cannot be used, {listed(problems)}")
 
 
 def halves(pictures: Sequence[Pictured]) -> Iterator[tuple[Pictured, bool]]:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads questions from a JSONL file, a log of chat requests or a folder of pictures; names bad lines."""
 
-import json
 import random
 from collections import Counter
 from collections.abc import Mapping
@@ -9,14 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from PIL import Image, UnidentifiedImageError
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from vllm_crop.comparing.questions import Question, about, image_urls, last_text
 from vllm_crop.errors import CropError
+from vllm_crop.measuring.question_files import (
+    json_object,
+    listed,
+    numbered_lines,
+    pictures_in,
+    why_unreadable,
+)
 from vllm_crop.request import CropParams, InvalidCropError, parse_region
 
-NAMED = 10  # bad lines that are named; of more, how many
 # Keys of a logged request that change what the model reads or may write. The others are the run's own.
 PASSED_ON = (
     *("chat_template_kwargs", "documents", "media_io_kwargs", "mm_processor_kwargs"),
@@ -105,9 +109,8 @@ def read_data(path: Path, question: str | None, limit: int | None, seed: int | N
 
 
 def _read_folder(folder: Path, question: str) -> Data:
-    known = Image.registered_extensions()
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in known and path.is_file())
-    problems = [problem for path in paths if (problem := _unreadable(path))]
+    paths = pictures_in(folder)
+    problems = [problem for path in paths if (problem := why_unreadable(path))]
     _refuse(problems, folder)
     questions = tuple(
         Question(str(path.relative_to(folder)), question, (), picture=path.absolute()) for path in paths
@@ -116,16 +119,10 @@ def _read_folder(folder: Path, question: str) -> Data:
 
 
 def _read_lines(path: Path) -> Data:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from None
     questions: list[Question] = []
     problems: list[str] = []
     without_image, not_sent = 0, Counter[str]()
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, line in numbered_lines(path, DataError):
         try:
             found, ignored = _read_line(line, f"line {number}", path.parent)
         except DataError as error:
@@ -142,19 +139,12 @@ def _read_lines(path: Path) -> Data:
 
 def _refuse(problems: list[str], path: Path) -> None:
     if problems:
-        more = len(problems) - NAMED
-        listed = "\n".join([*problems[:NAMED], *([f"... and {more} more"] if more > 0 else [])])
-        raise DataError(f"{path} cannot be asked, {len(problems)} bad:\n{listed}")
+        raise DataError(f"{path} cannot be asked, {listed(problems)}")
 
 
 def _read_line(line: str, place: str, folder: Path) -> tuple[Question | None, list[str]]:
     """The question of a line, None if it has no image; and keys of it that are not sent."""
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"no JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise DataError("must be a JSON object")
+    value = json_object(line, DataError)
     try:
         labels = _Labels.model_validate(value)
         name = labels.id or labels.custom_id or place
@@ -171,7 +161,7 @@ def _read_line(line: str, place: str, folder: Path) -> tuple[Question | None, li
     if asked.image.startswith("data:") or "://" in asked.image:
         raise DataError("image: must be a path, or a URL that begins with http, https or data:image/")
     path = (folder / asked.image).absolute()
-    if problem := _unreadable(path):
+    if problem := why_unreadable(path):
         raise DataError(f"image: {problem}")
     return Question(name, asked.question, (), labels.right(), crop, picture=path), []
 
@@ -216,19 +206,6 @@ def _boxes(value: Any) -> list[list[float]]:
         raise DataError(f"regions: {error}") from None
     assert region is not None  # only None gives None
     return region.as_lists()
-
-
-def _unreadable(path: Path) -> str | None:
-    """Why a file is no picture; None if it is one."""
-    try:
-        with Image.open(path):
-            return None
-    except FileNotFoundError:
-        return f"there is no file {path}"
-    except UnidentifiedImageError:
-        return f"{path} is no image that Pillow can read"
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return f"{path} cannot be read: {error}"
 
 
 def _describe(error: ValidationError) -> str:

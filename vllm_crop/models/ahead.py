@@ -10,6 +10,8 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from vllm_crop.localizers.thumbnails import image_of
+
 # Images at once whose processed pixels are held until their regions are known; 43 MB for 1344 x 1344.
 MOST = 4
 _SLOTS = threading.BoundedSemaphore(MOST)
@@ -55,7 +57,7 @@ class ImagesAhead:
 
     def is_of(self, images: Sequence[Any]) -> bool:
         """Whether these decoded images are the ones described, in this order."""
-        ours = [getattr(image, "media", image) for image in self._images]
+        ours = [image_of(image) for image in self._images]
         return len(images) == len(ours) and all(a is b for a, b in zip(images, ours, strict=True))
 
     def take(self, count: int) -> Any | None:
