@@ -77,7 +77,11 @@ class Engine:
     ) -> None:
         from vllm import LLM
         from vllm.distributed import parallel_state
+        from vllm.model_executor.models import registry
 
+        # vLLM looks at each class in a process of its own, to keep CUDA out of this one. Models run here
+        # anyway, and each of those processes imports all of vLLM for some seconds.
+        registry._run_in_subprocess = lambda inspect: inspect()
         self.image = family.reference.image
         self.config = CropConfig.from_mapping(crop or {})
         defaults: dict[str, Any] = {
@@ -87,7 +91,7 @@ class Engine:
             "max_logprobs": -1,
             "block_size": 32,
             "limit_mm_per_prompt": {"image": 16},
-            "num_gpu_blocks_override": 2000,  # else a gigabyte for each engine
+            "num_gpu_blocks_override": 700,  # else a gigabyte for each engine, and all stay
             "seed": 0,
             "additional_config": {} if crop is None else {"crop": dict(crop)},
         }

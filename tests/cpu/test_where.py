@@ -19,7 +19,9 @@ def test_every_part_is_timed_where_it_happens(deep_checkpoint: Path) -> None:
         "region": {"regions": [[[0.2, 0.2, 0.4, 0.4]]]},
         "attention": {"question": "What is it?"},
     }
-    runs = ask_in_turn(deep_checkpoint, crop, crops, 3, 336, is_cpu=True)
+    runs = ask_in_turn(
+        deep_checkpoint, crop, crops, 3, 336, is_cpu=True, serve_args=["--load-format", "dummy"]
+    )
     assert set(runs) == set(MODES)
     for mode, of_mode in runs.items():
         assert len(of_mode) == 3

@@ -74,10 +74,10 @@ def localizing_server(logs: Path) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="session")
-def checked_server(logs: Path) -> Iterator[Server]:
+def checked_server(logs: Path, request: pytest.FixtureRequest) -> Iterator[Server]:
     """The trained model, finding where to look by its attention, on two API server processes.
 
-    Every pruned request is checked.
+    Every pruned request is checked. In the whole product two engines answer (data parallel).
     """
     from lab.demo.setting import LOCALIZER
     from tests.tinyvqa import CHECKPOINT, crop_options
@@ -85,7 +85,11 @@ def checked_server(logs: Path) -> Iterator[Server]:
     # A limit that the localizer's own view is above: it is none of the clients'.
     limits, shadow = {"max_pruning_rate": 0.889}, {"rate": 1.0, "max_held": 4}
     crop = crop_options(LOCALIZER, eviction_layers=[1], limits=limits, shadow=shadow)
-    options = ("--api-server-count", "2", "--scheduling-policy", "priority")
+    replicas = "2" if request.config.getoption("--all-families") else "1"
+    options = (
+        *("--api-server-count", "2", "--scheduling-policy", "priority"),
+        *("--data-parallel-size", replicas),
+    )
     page, log = {"VLLM_PLUGINS": "crop"}, logs / "checked.log"
     with serve(str(CHECKPOINT), *crop, *options, *OPTIONS, log_path=log, env=page) as running:
         yield running

@@ -227,12 +227,17 @@ def test_ctrl_c_writes_what_is_there(localizing_server: Server, data: Path, tmp_
         stderr=subprocess.PIPE,
         text=True,
         env=environment(),
+        # What a shell starts in the background ignores Ctrl-C, and so would what it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
-    while metric(localizing_server, SUCCEEDED) < asked + 40:
-        assert process.poll() is None
-        time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    printed, errors = process.communicate(timeout=60)
+    try:
+        while metric(localizing_server, SUCCEEDED) < asked + 40:
+            assert process.poll() is None
+            time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        printed, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()  # or it would go on asking
     assert process.returncode == 130, printed + errors
     assert "Traceback" not in printed + errors
     found = json.loads((tmp_path / "result.json").read_text())

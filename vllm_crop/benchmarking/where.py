@@ -3,7 +3,7 @@
 
 import io
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,6 +68,7 @@ def measure_where(options: Options) -> WhereOutcome:
             options.num_prompts,
             options.image_side,
             machine.is_cpu,
+            options.serve_args,
         )
     parts = {
         mode: {part: median(run.parts.get(part, 0.0) for run in of_mode) for part in PARTS}
@@ -112,6 +113,7 @@ def ask_in_turn(
     questions: int,
     side: int,
     is_cpu: bool,
+    serve_args: Sequence[str] = (),
 ) -> dict[str, list[_Run]]:
     """Ask `questions` times in each mode, after some to warm up. Called in a process that keeps its engine.
 
@@ -119,19 +121,20 @@ def ask_in_turn(
         crop: the plugin's settings, with a localizer of kind 'attention'.
         crops: per mode the field `crop` of its requests.
         side: of the square pictures, in pixels.
+        serve_args: options of `vllm serve` for the engine, which win over the benchmark's own.
     """
     from vllm import LLM, SamplingParams
     from vllm.multimodal.media.image import ImageMediaIO
 
     options: dict[str, Any] = {"dtype": "float32", "enforce_eager": True, "block_size": 32} if is_cpu else {}
-    llm: Any = LLM(
-        model=str(model),
-        max_model_len=8192 if side > 700 else 2048,
-        kv_cache_memory_bytes=1 << 30,
-        enable_prefix_caching=False,
-        additional_config={"crop": dict(crop)},
-        **options,
-    )
+    options |= {
+        "max_model_len": 8192 if side > 700 else 2048,
+        "kv_cache_memory_bytes": 1 << 30,
+        "enable_prefix_caching": False,
+        "additional_config": {"crop": dict(crop)},
+        **_engine_options(serve_args),
+    }
+    llm: Any = LLM(model=str(model), **options)
     clock = _Clock(llm)
     template, sampling = _template(llm), SamplingParams(temperature=0, max_tokens=1)
     random = np.random.default_rng(0)
@@ -216,6 +219,16 @@ class _Clock:
                 return stock(*args, **kwargs)
 
         setattr(owner, method, timed)
+
+
+def _engine_options(serve_args: Sequence[str]) -> dict[str, Any]:
+    """What a command line says about the engine, by the names that `LLM` has for it."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    given, default = parser.parse_args(list(serve_args)), parser.parse_args([])
+    return {name: value for name, value in vars(given).items() if value != getattr(default, name)}
 
 
 def _template(llm: Any) -> str:
