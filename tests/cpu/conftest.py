@@ -91,7 +91,7 @@ class Engine:
             "max_logprobs": -1,
             "block_size": 32,
             "limit_mm_per_prompt": {"image": 16},
-            "num_gpu_blocks_override": 700,  # else a gigabyte for each engine, and all stay
+            "num_gpu_blocks_override": 1000,  # else a gigabyte for each engine, and all stay
             "seed": 0,
             "additional_config": {} if crop is None else {"crop": dict(crop)},
         }

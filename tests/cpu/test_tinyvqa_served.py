@@ -60,7 +60,8 @@ def test_every_method_equals_transformers(
     tinyvqa: Path, reference_for: ReferenceFor, layers: list[int]
 ) -> None:
     crop = {"method": "plc+ilp", "eviction_layers": layers, "pruning_rate": 8 / 9}
-    engine = Engine(tinyvqa, crop, QWEN2_5_VL, max_model_len=4096, max_num_batched_tokens=256)
+    options = {"max_model_len": 4096, "num_gpu_blocks_override": 2000, "max_num_batched_tokens": 256}
+    engine = Engine(tinyvqa, crop, QWEN2_5_VL, **options)
     references = {method: reference_for(question, engine.config) for method, question in ASKED.items()}
     for (method, reference), answer in zip(references.items(), engine.ask(*ASKED.values()), strict=True):
         error = difference(answer, reference)

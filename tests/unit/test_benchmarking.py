@@ -61,7 +61,7 @@ if "--fail" in sys.argv:
 if "--hang" in sys.argv:
     time.sleep(60)
 child = subprocess.Popen([{python!r}, "-c", "import signal, time; "
-    "signal.signal(signal.SIGINT, signal.SIG_IGN); print('deaf', flush=True); time.sleep(60)"],
+    "signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(60)"],
     stdout=subprocess.PIPE)
 child.stdout.readline()
 print("child:", child.pid, flush=True)

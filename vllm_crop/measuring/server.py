@@ -21,7 +21,6 @@ from vllm_crop.errors import CropError
 
 HOST = "127.0.0.1"
 STOP_TIMEOUT_S = 20.0
-ABORT_TIMEOUT_S = 4.0
 KILL_TIMEOUT_S = 5.0
 POLL_INTERVAL_S = 0.5
 LOG_TAIL_LINES = 12
@@ -90,15 +89,13 @@ def serve(
             env={**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})},
             start_new_session=True,
         )
-        grace_s = ABORT_TIMEOUT_S  # while it loads, vLLM hears no SIGINT
         try:
             base_url = f"http://{HOST}:{port}"
             console = console or Console(stderr=True)
             start_s = _wait_until_healthy(process, base_url, log_path, ready_timeout_s, console)
-            grace_s = STOP_TIMEOUT_S
             yield Server(model, base_url, process.pid, ("vllm", *command), log_path, start_s)
         finally:
-            _stop(process, grace_s)
+            _stop(process)
 
 
 def log_tail(log_path: Path, lines: int = LOG_TAIL_LINES) -> str:
@@ -145,11 +142,14 @@ def _wait_until_healthy(
     )
 
 
-def _stop(process: "subprocess.Popen[bytes]", grace_s: float) -> None:
-    """SIGINT to the leader, which stops its engine; then SIGKILL to whatever is left of the group."""
+def _stop(process: "subprocess.Popen[bytes]") -> None:
+    """SIGTERM to the leader, which stops its engine; then SIGKILL to whatever is left of the group.
+
+    SIGINT would not be heard where a shell has started all of this in the background.
+    """
     try:
-        process.send_signal(signal.SIGINT)
-        process.wait(grace_s)
+        process.terminate()
+        process.wait(STOP_TIMEOUT_S)
     except subprocess.TimeoutExpired:
         pass
     finally:  # a second Ctrl-C arrives here at once
