@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the plugin adds to the API process: CPU time from a chat request with a picture to the engine's input.
+"""What the plugin adds to the API process: its CPU time from a chat request with a picture to the last token.
 
-Two renderers in one process, stock vLLM's and the plugin's, take turns; no engine is started. What they do is
-what the API server does with a parsed request: decode the picture, preprocess, hash, plan, expand the prompt.
+Two `vllm serve` side by side, stock and with the plugin, are asked in turn. The API process reads the
+request, decodes and preprocesses the picture, hashes, plans, sends it to the engine and streams the answer;
+what the engine's processes do meanwhile is not counted. Linux counts CPU time of threads in nanoseconds.
 """
 
 import base64
@@ -11,6 +12,7 @@ import json
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -20,12 +22,16 @@ from PIL import Image
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from vllm_crop.planning.groups import use_compiled
+from vllm_crop.measuring.server import Server, serve
 
-SIZES = ((336, 336), (1280, 720), (3840, 2160))
+# Pictures and repeats: a model as small as this one still takes seconds for the largest.
+SIZES = {(336, 336): 24, (1280, 720): 24, (3840, 2160): 12}
 PUBLISHED_PIXELS = {"shortest_edge": 3136, "longest_edge": 12845056}  # Qwen2.5-VL's limits of a picture
+OUTPUT_TOKENS = 16
+WARM_UPS = 2
+SETTLED_S = 0.05  # after the last token, until the API process has nothing left to do for it
 CROP = {"method": "plc+ilp", "eviction_layers": [2]}  # what the server is prepared for
-RATE = 0.778
+RATE = 0.5
 REGION = [0.375, 0.375, 0.625, 0.625]
 STOCK = "stock"
 MODES: dict[str, Mapping[str, Any] | None] = {
@@ -36,6 +42,11 @@ MODES: dict[str, Mapping[str, Any] | None] = {
     "ilp": {"method": "ilp", "regions": [REGION]},
     "plc+ilp": {"method": "plc+ilp", "regions": [REGION]},
 }
+SERVED = (
+    *("--served-model-name", "m", "--dtype", "float32", "--load-format", "dummy", "--enforce-eager"),
+    *("--max-model-len", "20000", "--max-num-batched-tokens", "16384", "--block-size", "32"),
+    *("--kv-cache-memory-bytes", str(256 << 20), "--skip-mm-profiling", "--max-num-seqs", "4"),
+)
 
 
 @dataclass(frozen=True)
@@ -51,22 +62,32 @@ class ApiTimes:
         return sorted(run / stock - 1 for run, stock in pairs)
 
 
-def measure_api_cpu(repeats: int = 15) -> Iterator[ApiTimes]:
-    """Render requests of every size and mode, a new picture each time, modes in turn."""
-    use_compiled()  # as a renderer does when it gets an engine
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint = _make_checkpoint(Path(folder))
-        stock, ours = _renderer(checkpoint, {}), _renderer(checkpoint, {"crop": CROP})
-        for size in SIZES:
+def measure_api_cpu(sizes: Mapping[tuple[int, int], int] = SIZES) -> Iterator[ApiTimes]:
+    """Ask about a new picture each time, in every mode in turn.
+
+    Args:
+        sizes: of pictures, width and height, and how often each mode is asked about one.
+
+    Raises:
+        ServerError: a server did not start.
+    """
+    with tempfile.TemporaryDirectory() as name, ExitStack() as servers:
+        folder = Path(name)
+        model = str(_make_checkpoint(folder / "model"))
+        plugin = ("--plugin", "crop", "--crop-config", json.dumps(CROP))
+        without = {"VLLM_PLUGINS": ""}
+        stock = servers.enter_context(serve(model, *SERVED, log_path=folder / "stock.log", env=without))
+        ours = servers.enter_context(serve(model, *SERVED, *plugin, log_path=folder / "crop.log"))
+        modes = list(MODES.items())
+        for size, repeats in sizes.items():
             times: dict[str, list[float]] = {mode: [] for mode in MODES}
-            for run in range(-1, repeats):
-                modes = list(MODES.items())
+            for run in range(-WARM_UPS, repeats):
                 for index, (mode, crop) in enumerate(modes if run % 2 else reversed(modes)):
-                    url = _picture(size, seed=len(modes) * (run + 1) + index)
+                    url = _picture(size, seed=len(modes) * (run + WARM_UPS) + index)
                     if crop and "regions" in crop:  # a digit that changes no plan, or one would be remembered
                         crop = {**crop, "pruning_rate": RATE + run * 1e-9}
-                    took = _render_ms(stock if crop is None else ours, url, crop)
-                    if run >= 0:  # one to warm up
+                    took = _ask_ms(stock if crop is None else ours, url, crop)
+                    if run >= 0:
                         times[mode].append(took)
             yield ApiTimes(size, {mode: tuple(values) for mode, values in times.items()})
 
@@ -90,11 +111,15 @@ def api_cpu_table(measured: Iterator[ApiTimes]) -> Table:
 
 
 def _make_checkpoint(folder: Path) -> Path:
-    """A tiny Qwen2.5-VL whose pictures may be as large as the published one's."""
+    """A tiny Qwen2.5-VL whose pictures may be as large as the published one's; it sees windows only."""
     from vllm_crop.benchmarking.dummy_llava import DummySize
     from vllm_crop.benchmarking.dummy_qwen2_5_vl import make_checkpoint
 
-    make_checkpoint(folder, DummySize(layers=28, max_positions=40_000))
+    make_checkpoint(folder, DummySize(layers=8, max_positions=40_000))
+    config_path = folder / "config.json"
+    config = json.loads(config_path.read_text())
+    config["vision_config"]["fullatt_block_indexes"] = []
+    config_path.write_text(json.dumps(config))
     for name in ("preprocessor_config.json", "processor_config.json"):
         path = folder / name
         if path.exists():
@@ -102,20 +127,6 @@ def _make_checkpoint(folder: Path) -> Path:
             settings.get("image_processor", settings)["size"] = PUBLISHED_PIXELS
             path.write_text(json.dumps(settings))
     return folder
-
-
-def _renderer(checkpoint: Path, additional_config: dict[str, Any]) -> Any:
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.renderers import renderer_from_config
-
-    args = EngineArgs(
-        model=str(checkpoint),
-        dtype="float32",
-        max_model_len=20_000,
-        enforce_eager=True,
-        additional_config=additional_config,
-    )
-    return renderer_from_config(args.create_engine_config())
 
 
 def _picture(size: tuple[int, int], seed: int) -> str:
@@ -129,14 +140,33 @@ def _picture(size: tuple[int, int], seed: int) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
 
 
-def _render_ms(renderer: Any, url: str, crop: Mapping[str, Any] | None) -> float:
-    from vllm.renderers import ChatParams
+def _ask_ms(server: Server, url: str, crop: Mapping[str, Any] | None) -> float:
+    """CPU milliseconds of the API process for one streamed answer."""
+    import openai
 
-    content = [
+    content: Any = [
         {"type": "image_url", "image_url": {"url": url}},
         {"type": "text", "text": "What is written on the sign?"},
     ]
-    extras = {} if crop is None else {"mm_processor_kwargs": {"crop": dict(crop)}}
-    start = time.process_time()
-    renderer.render_chat([[{"role": "user", "content": content}]], ChatParams(), prompt_extras=extras)
-    return 1000 * (time.process_time() - start)
+    body = {"ignore_eos": True} if crop is None else {"ignore_eos": True, "crop": dict(crop)}
+    before = _cpu_ms(server.process_id)
+    with openai.OpenAI(base_url=f"{server.base_url}/v1", api_key="unused", max_retries=0) as client:
+        for _ in client.chat.completions.create(
+            model="m",
+            messages=[{"role": "user", "content": content}],
+            max_tokens=OUTPUT_TOKENS,
+            temperature=0,
+            stream=True,
+            extra_body=body,
+        ):
+            pass
+    time.sleep(SETTLED_S)
+    return _cpu_ms(server.process_id) - before
+
+
+def _cpu_ms(process_id: int) -> float:
+    spent = 0
+    for thread in Path(f"/proc/{process_id}/task").glob("*/schedstat"):
+        with suppress(OSError):  # ended meanwhile
+            spent += int(thread.read_text().split()[0])
+    return spent / 1e6

@@ -111,7 +111,7 @@ def bench(
         bool,
         typer.Option(
             "--api-cpu",
-            help="Measure what the plugin adds to the API process instead, in CPU time per request.",
+            help="Measure what the plugin adds to the API process instead, in CPU time per request; Linux.",
         ),
     ] = False,
     serve_args: Annotated[
@@ -162,7 +162,9 @@ def bench(
     if api_cpu:
         from vllm_crop.benchmarking.api_cpu import api_cpu_table, measure_api_cpu
 
-        console.print(api_cpu_table(measure_api_cpu()))
+        with console.status("two servers start, and are asked in turn: about six minutes"):
+            table = api_cpu_table(measure_api_cpu())
+        console.print(table)
         return
     if num_prompts < max(concurrency):
         raise typer.BadParameter(
