@@ -15,7 +15,7 @@ LANE := set -o pipefail; OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(BI
 export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 
-.PHONY: help setup demo serve eval test test-all lane-v1 lane-v2 lane-trained lane-served test-unit lint format clean
+.PHONY: help setup demo serve eval drift test test-all lane-v1 lane-v2 lane-trained lane-served test-unit lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -31,6 +31,9 @@ serve: setup  ## the same server, left running until Ctrl-C
 
 eval: setup  ## are answers still right: CROP, rivals, controls (ARGS="--quick" in minutes)
 	@$(BIN)/python -m lab.evaluation $(ARGS)
+
+drift: setup  ## what a new vLLM changes in what this project relies on: make drift OLD=0.32.0 NEW=0.33.0
+	@$(BIN)/python -m lab.drift $(OLD) $(NEW) $(ARGS)
 
 test: setup  ## all tests, two lanes at a time: real vLLM engines on both model runners, `vllm serve` over HTTP, a browser
 	@$(MAKE) --no-print-directory -j2 lane-v2 lane-v1 lane-trained lane-served
