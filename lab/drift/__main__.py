@@ -48,6 +48,7 @@ def drift(
     * **same**: comments, docstrings and formatting do not count;
     * **body changed**: read the diff. Does it still do what our code next to it expects?
     * **arguments changed**: read how we call or override it;
+    * **new**: only the new vLLM has it;
     * **gone**: with where a name of the same kind is now;
     * **not found**: neither vLLM has it.
 

@@ -11,7 +11,7 @@ from lab.drift.reliance import Reliance
 from lab.drift.scopes import FUNCTIONS
 from vllm_crop.compat.points import UpstreamPoint
 
-Verdict = Literal["same", "body changed", "arguments changed", "gone", "not found"]
+Verdict = Literal["same", "new", "body changed", "arguments changed", "gone", "not found"]
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,8 @@ class Finding:
     """One name's comparison.
 
     Attributes:
-        verdict: "not found" is said of what neither vLLM has: of a name this reading cannot follow, or ours
-            is wrong.
+        verdict: "new" is what the old vLLM does not have; "not found" what neither has: this reading cannot
+            follow the name, or ours is wrong.
         detail: of changed arguments the old and the new ones, of a gone name where it may have gone.
         diff: unified, of the body without comments.
         broken: what a registered point expects and no longer gets.
@@ -50,7 +50,7 @@ def compare(relied: Reliance, old: Names, new: Names) -> Finding:
         return Finding(relied, "gone", tuple(new.elsewhere(name, before.kind)) if name else ())
     broken = next((said for point in relied.points if (said := broken_point(point, after, new))), None)
     if before is None:
-        return Finding(relied, "same", broken=broken)
+        return Finding(relied, "new", broken=broken)
     texts = _text(before), _text(after)
     diff = "" if texts[0] == texts[1] else _diff(before, after, *texts)
     takes = _arguments(before, old), _arguments(after, new)

@@ -16,6 +16,7 @@ from lab.drift.inventory import Change
 
 _STYLES: dict[Verdict, str] = {
     "same": "green",
+    "new": "yellow",
     "body changed": "yellow",
     "arguments changed": "bold yellow",
     "gone": "bold red",

@@ -224,6 +224,12 @@ def test_a_method_that_moves_to_a_base_class_stays_the_same(tmp_path: Path) -> N
     assert finding(found, "vllm.core.block_pool.BlockPool.build").verdict == "same"
 
 
+def test_what_only_the_new_one_has_is_said(tmp_path: Path) -> None:
+    point = UpstreamPoint("vllm.core.later", "make", ("name",), "is called")
+    found = drift(tmp_path, {"core.later": "def make(name): ...\n"}, (point,))
+    assert (verdicts(found), found.severity) == ({"vllm.core.later.make": "new"}, 1)
+
+
 def test_a_point_that_neither_has_breaks(tmp_path: Path) -> None:
     found = drift(
         tmp_path, points=(UpstreamPoint("vllm.core.block_pool", "BlockPool.missing", (), "is called"),)
