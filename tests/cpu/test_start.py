@@ -28,8 +28,9 @@ Parse = Callable[..., Any]
 def parse(checkpoint: Path) -> Parse:
     """`vllm serve *args` up to the namespace and the engine's arguments; MODEL is a checkpoint."""
     from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from tests.upstream import make_arg_parser
 
     def run(*args: str) -> Any:
         parser = FlexibleArgumentParser()
@@ -230,8 +231,8 @@ def halve_epsilon(hf_config: Any) -> Any:
 def test_another_vllm_is_refused(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import vllm
 
-    monkeypatch.setattr(vllm, "__version__", "0.33.0")
-    with pytest.raises(ValueError, match=r"supports vllm<0\.33,>=0\.32\.0, installed is 0\.33\.0"):
+    monkeypatch.setattr(vllm, "__version__", "0.31.0")
+    with pytest.raises(ValueError, match=r"supports vllm<0\.34,>=0\.32\.0, installed is 0\.31\.0"):
         engine_config(checkpoint, {})
 
 

@@ -132,8 +132,8 @@ def test_no_vllm_is_said_and_the_rest_works(monkeypatch: pytest.MonkeyPatch, tmp
 
 
 def test_another_version_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["vllm"], "__version__", "0.33.1")
-    assert report(1)["problems"] == [f"vllm-crop supports vllm{SUPPORTED_VERSIONS}, installed is 0.33.1"]
+    monkeypatch.setattr(sys.modules["vllm"], "__version__", "0.31.1")
+    assert report(1)["problems"] == [f"vllm-crop supports vllm{SUPPORTED_VERSIONS}, installed is 0.31.1"]
 
 
 @pytest.mark.parametrize(("selected", "exit_code"), [("crop", 0), ("other,crop", 0), ("other", 1), ("", 1)])

@@ -13,7 +13,7 @@ from vllm_crop.config import CropConfig
 from vllm_crop.errors import UnsupportedVersionError
 from vllm_crop.families.registry import FAMILIES, family_of
 
-SUPPORTED_VERSIONS = SpecifierSet(">=0.32.0,<0.33")
+SUPPORTED_VERSIONS = SpecifierSet(">=0.32.0,<0.34")
 # The files of vllm/model_executor/models that language models of the LLaVA families are in.
 _LANGUAGE_FILES = {"llama": ("llama",), "mistral": ("mistral", "llama")}
 
