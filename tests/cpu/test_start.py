@@ -3,6 +3,7 @@
 
 import argparse
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -233,6 +234,27 @@ def test_another_vllm_is_refused(checkpoint: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(vllm, "__version__", "0.31.0")
     with pytest.raises(ValueError, match=r"supports vllm<0\.34,>=0\.32\.0, installed is 0\.31\.0"):
+        engine_config(checkpoint, {})
+
+
+def test_a_newer_vllm_starts_where_it_is_tried(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import vllm
+    from vllm.multimodal.processing import BaseMultiModalProcessor
+
+    monkeypatch.setattr(vllm, "__version__", "0.34.1")
+    with pytest.raises(
+        ValueError, match=r"installed is 0\.34\.1, which is not tested: to try it, set VLLM_CROP_U"
+    ):
+        engine_config(checkpoint, {})
+    monkeypatch.setenv("VLLM_CROP_UNTESTED_VLLM", "1")
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    engine_config(checkpoint, {"eviction_layers": [1]})
+    warned = {id(one): one.levelname for one in caplog.records if "installed is 0.34.1" in one.getMessage()}
+    assert list(warned.values()) == ["WARNING"]  # once, however often it is checked
+    monkeypatch.setattr(BaseMultiModalProcessor, "_get_mm_hashes", lambda self, other: None)
+    with pytest.raises(ValueError, match=r"_get_mm_hashes takes \('self', 'other'\)"):
         engine_config(checkpoint, {})
 
 
