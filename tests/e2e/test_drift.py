@@ -111,3 +111,21 @@ def test_a_server_with_a_changed_point_does_not_start(changed: Path, checkpoint:
     started = run(changed, *command, "--dtype", "float32", "--max-model-len", "2048", "--enforce-eager")
     assert started.returncode != 0
     assert f"{CHANGED} takes ('self', 'wanted'), expected ('self', 'inputs')" in started.stderr
+
+
+@pytest.mark.package_index
+def test_the_overlay_knows_every_operator_that_differs(
+    installed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What docker/cpu/overlay.py asks before it puts 0.33's Python over the installed extensions."""
+    monkeypatch.syspath_prepend(str(ROOT / "docker" / "cpu"))
+    import overlay_ops
+
+    compiled = overlay_ops.operators(Path(sys.executable))
+    before, after = open_vllm(str(installed), ROOT), open_vllm("0.33.0", ROOT / "build" / "wheels")
+    texts = [[(module, vllm.text(module)) for module in vllm] for vllm in (before, after)]
+    assert overlay_ops.misfits(compiled, *texts) == []
+    monkeypatch.setattr(overlay_ops, "KNOWN", {})
+    assert {one.split(" gives ")[1].split()[0] for one in overlay_ops.misfits(compiled, *texts)} == {
+        "fused_experts_cpu"
+    }
