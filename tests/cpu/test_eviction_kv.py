@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """KV memory really taken: blocks out of the pool, bytes behind them, and how many requests fit at once."""
 
+import subprocess
+import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -254,3 +257,16 @@ def test_more_requests_at_once_in_the_same_memory(engines: Engines, deep_referen
     }
     print(peaks)
     assert peaks == {"plain vLLM": 3, "eviction, unpruned": 3, "eviction, pruned": 231 // 28}
+
+
+def test_the_built_in_specs_are_registered_beside_ours() -> None:
+    """In a new process: ours alone would keep the built-in ones out for good."""
+    source = """
+        import vllm_crop.eviction.kv_cache as ours
+        from vllm.v1 import kv_cache_interface
+        from vllm.v1.kv_cache_spec_registry import _REGISTRY_KVCACHESPEC_LIST as registered
+        assert ours.StageAttentionSpec in registered
+        assert kv_cache_interface.FullAttentionSpec in registered
+        assert kv_cache_interface.MambaSpec in registered
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(source)], check=True, timeout=300)

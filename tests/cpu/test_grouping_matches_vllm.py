@@ -56,8 +56,9 @@ def layer_specs(
 
 def vllm_groups(specs: dict[str, Any], layout_name: str) -> tuple[tuple[KVGroup, ...], int]:
     """vLLM's groups of the layers, and the bytes behind one block id."""
-    from vllm.v1.core.kv_cache_utils import _get_kv_cache_bytes_per_block, get_kv_cache_groups
     from vllm.v1.kv_cache_layout import KVCacheLayout
+
+    from tests.upstream import get_kv_cache_groups, kv_cache_bytes_per_block
 
     layout = KVCacheLayout[layout_name]
     config: Any = SimpleNamespace(  # what grouping reads of a VllmConfig
@@ -71,7 +72,7 @@ def vllm_groups(specs: dict[str, Any], layout_name: str) -> tuple[tuple[KVGroup,
     found = tuple(
         KVGroup(*stage, len(group.layer_names)) for stage, group in zip(stages, groups, strict=True)
     )
-    return found, _get_kv_cache_bytes_per_block(groups, layout)
+    return found, kv_cache_bytes_per_block(groups, layout)
 
 
 def assert_same(predicted: KVGrouping, layout_name: str) -> None:

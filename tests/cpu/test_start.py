@@ -3,6 +3,7 @@
 
 import argparse
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,9 @@ Parse = Callable[..., Any]
 def parse(checkpoint: Path) -> Parse:
     """`vllm serve *args` up to the namespace and the engine's arguments; MODEL is a checkpoint."""
     from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from tests.upstream import make_arg_parser
 
     def run(*args: str) -> Any:
         parser = FlexibleArgumentParser()
@@ -230,8 +232,29 @@ def halve_epsilon(hf_config: Any) -> Any:
 def test_another_vllm_is_refused(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import vllm
 
-    monkeypatch.setattr(vllm, "__version__", "0.33.0")
-    with pytest.raises(ValueError, match=r"supports vllm<0\.33,>=0\.32\.0, installed is 0\.33\.0"):
+    monkeypatch.setattr(vllm, "__version__", "0.31.0")
+    with pytest.raises(ValueError, match=r"supports vllm<0\.34,>=0\.32\.0, installed is 0\.31\.0"):
+        engine_config(checkpoint, {})
+
+
+def test_a_newer_vllm_starts_where_it_is_tried(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import vllm
+    from vllm.multimodal.processing import BaseMultiModalProcessor
+
+    monkeypatch.setattr(vllm, "__version__", "0.34.1")
+    with pytest.raises(
+        ValueError, match=r"installed is 0\.34\.1, which is not tested: to try it, set VLLM_CROP_U"
+    ):
+        engine_config(checkpoint, {})
+    monkeypatch.setenv("VLLM_CROP_UNTESTED_VLLM", "1")
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    engine_config(checkpoint, {"eviction_layers": [1]})
+    warned = {id(one): one.levelname for one in caplog.records if "installed is 0.34.1" in one.getMessage()}
+    assert list(warned.values()) == ["WARNING"]  # once, however often it is checked
+    monkeypatch.setattr(BaseMultiModalProcessor, "_get_mm_hashes", lambda self, other: None)
+    with pytest.raises(ValueError, match=r"_get_mm_hashes takes \('self', 'other'\)"):
         engine_config(checkpoint, {})
 
 

@@ -21,7 +21,7 @@ from vllm_crop.compat import diagnosis
 from vllm_crop.compat.changes import CHANGES
 from vllm_crop.compat.points import UpstreamPoint
 from vllm_crop.compat.refusals import REFUSED
-from vllm_crop.compat.supported import SUPPORTED_VERSIONS, find_problem
+from vllm_crop.compat.supported import SUPPORTED_VERSIONS, UNTESTED, find_problem
 from vllm_crop.config import CropConfig
 from vllm_crop.eviction.refusals import refused_with_eviction
 from vllm_crop.eviction.report import recommended_layer, savings
@@ -132,8 +132,40 @@ def test_no_vllm_is_said_and_the_rest_works(monkeypatch: pytest.MonkeyPatch, tmp
 
 
 def test_another_version_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["vllm"], "__version__", "0.33.1")
-    assert report(1)["problems"] == [f"vllm-crop supports vllm{SUPPORTED_VERSIONS}, installed is 0.33.1"]
+    monkeypatch.setattr(sys.modules["vllm"], "__version__", "0.31.1")
+    assert report(1)["problems"] == [f"vllm-crop supports vllm{SUPPORTED_VERSIONS}, installed is 0.31.1"]
+
+
+@pytest.mark.parametrize("version", ["0.34.0", "0.34.0.dev7+g1", "1.0.0rc1", "dev"])
+def test_a_newer_version_can_be_tried(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    monkeypatch.setattr(sys.modules["vllm"], "__version__", version)
+    monkeypatch.delenv(UNTESTED, raising=False)
+    (problem,) = report(1)["problems"]
+    assert f"supports vllm{SUPPORTED_VERSIONS}, installed is {version}" in problem
+    assert f"set {UNTESTED}=1" in problem
+    monkeypatch.setenv(UNTESTED, "1")
+    found = report(0)
+    assert (found["problems"], len(found["warnings"])) == ([], 1)
+    assert f"installed is {version}, which is not tested" in found["warnings"][0]
+    assert "Not tested" in run().stdout
+
+
+@pytest.mark.parametrize("version", ["0.31.9", "0.32.0rc1"])
+def test_an_older_version_cannot_be_tried(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    monkeypatch.setattr(sys.modules["vllm"], "__version__", version)
+    monkeypatch.setenv(UNTESTED, "1")
+    assert report(1)["problems"] == [f"vllm-crop supports vllm{SUPPORTED_VERSIONS}, installed is {version}"]
+
+
+def test_a_version_that_is_tried_is_checked_for_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["vllm"], "__version__", "0.34.0")
+    monkeypatch.setenv(UNTESTED, "1")
+    point = UpstreamPoint("json", "dumps", ("other",), "writes")
+    monkeypatch.setattr(diagnosis, "UPSTREAM_POINTS", (point,))
+    found = report(1)
+    assert len(found["warnings"]) == 1
+    (problem,) = found["problems"]
+    assert problem.startswith("json.dumps takes ('obj',")
 
 
 @pytest.mark.parametrize(("selected", "exit_code"), [("crop", 0), ("other,crop", 0), ("other", 1), ("", 1)])

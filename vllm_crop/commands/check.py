@@ -71,7 +71,7 @@ def _print_report(console: Console, report: Mapping[str, Any]) -> None:
         _print_model(console, report["model"])
     if report["calibration"]:
         _print_rows(console, "Calibration", report["calibration"].items())
-    _print_verdict(console, report["problems"])
+    _print_verdict(console, report["problems"], report["warnings"])
 
 
 def _print_heading(console: Console, title: str) -> None:
@@ -130,7 +130,9 @@ def _print_model(console: Console, model: Mapping[str, Any]) -> None:
     )
 
 
-def _print_verdict(console: Console, problems: Sequence[str]) -> None:
+def _print_verdict(console: Console, problems: Sequence[str], warnings: Sequence[str]) -> None:
+    for warning in warnings:
+        console.print(f"\n[yellow]Not tested:[/yellow] {escape(warning)}", soft_wrap=True)
     if not problems:
         console.print("\n[bold green]Pruning can start:[/bold green] vllm serve MODEL --plugin crop")
         return

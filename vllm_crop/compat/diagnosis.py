@@ -19,7 +19,7 @@ from vllm_crop import __version__
 from vllm_crop.compat.changes import CHANGES
 from vllm_crop.compat.points import CPU_RUNNER_POINTS, EVICTION_POINTS, HEAT_POINTS, UPSTREAM_POINTS
 from vllm_crop.compat.refusals import REFUSED, uses_rust_front_end
-from vllm_crop.compat.supported import SUPPORTED_VERSIONS, find_problem
+from vllm_crop.compat.supported import SUPPORTED_VERSIONS, find_problem, judge_version
 from vllm_crop.config import CropConfig
 from vllm_crop.errors import CropError, InvalidConfigError
 from vllm_crop.eviction.grouping import predict_grouping
@@ -40,11 +40,15 @@ _EXAMPLE_SIZE = (640, 480)
 def describe_installation(model: str | None = None, crop_config: str | None = None) -> dict[str, Any]:
     """Everything `vllm-crop check` prints, as plain values; `problems` is empty when pruning would start.
 
+    `warnings` has what is not tested and tried all the same.
+
     Args:
         model: a checkpoint to judge too, a directory or a name on the Hub.
         crop_config: settings to judge too, as JSON.
     """
     vllm_version, problems = _installed_vllm()
+    other = None if problems else judge_version(vllm_version)
+    problems += [other.said] if other and not other.tried else []
     upstream_points = [] if vllm_version in (NOT_INSTALLED, BROKEN) else _upstream_points()
     problems += [point["problem"] for point in upstream_points if point["problem"]]
     problems += _environment_problems()
@@ -59,6 +63,7 @@ def describe_installation(model: str | None = None, crop_config: str | None = No
     return {
         "ok": not problems,
         "problems": problems,
+        "warnings": [other.said] if other and other.tried else [],
         "versions": {
             "vllm-crop": __version__,
             "vllm": vllm_version,
@@ -152,16 +157,13 @@ def _installed_vllm() -> tuple[str, list[str]]:
     """Version and problems. The module is asked: a CPU build may have no distribution called vllm."""
     try:
         with _quiet():
-            found = str(importlib.import_module("vllm").__version__)
+            return str(importlib.import_module("vllm").__version__), []
     except ModuleNotFoundError as error:
         if error.name == "vllm":
             return NOT_INSTALLED, [f"vllm is not installed; vllm-crop supports vllm{SUPPORTED_VERSIONS}"]
         return BROKEN, [f"vllm cannot be imported: {error}"]
     except Exception as error:  # whatever a broken installation raises is what the user must see
         return BROKEN, [f"vllm cannot be imported: {error}"]
-    if SUPPORTED_VERSIONS.contains(found, prereleases=True):
-        return found, []
-    return found, [f"vllm-crop supports vllm{SUPPORTED_VERSIONS}, installed is {found}"]
 
 
 def _upstream_points() -> list[dict[str, Any]]:

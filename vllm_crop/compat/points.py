@@ -316,8 +316,8 @@ EVICTION_POINTS = (
     ),
     UpstreamPoint(
         "vllm.v1.kv_cache_spec_registry",
-        "KVCacheSpecRegistry._ensure_registered",
-        ("vllm_config",),
+        "KVCacheSpecRegistry.check_kv_cache_spec_registry",
+        ("kv_cache_spec",),
         "registers the built-in KV cache specs before ours",
     ),
     UpstreamPoint(

@@ -1,35 +1,92 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which vLLM this is made for: its version, and the shape of the points that are relied on."""
 
+import functools
 import importlib
 import inspect
+import logging
+import os
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from packaging.specifiers import SpecifierSet
+from packaging.version import InvalidVersion, Version
 
 from vllm_crop.compat.points import EVICTION_POINTS, HEAT_POINTS, UPSTREAM_POINTS, UpstreamPoint
 from vllm_crop.config import CropConfig
 from vllm_crop.errors import UnsupportedVersionError
 from vllm_crop.families.registry import FAMILIES, family_of
 
-SUPPORTED_VERSIONS = SpecifierSet(">=0.32.0,<0.33")
+_FIRST = Version("0.32.0")
+SUPPORTED_VERSIONS = SpecifierSet(f">={_FIRST},<0.34")
+UNTESTED = "VLLM_CROP_UNTESTED_VLLM"
 # The files of vllm/model_executor/models that language models of the LLaVA families are in.
 _LANGUAGE_FILES = {"llama": ("llama",), "mistral": ("mistral", "llama")}
+
+logger = logging.getLogger("vllm.plugins.crop")
+
+
+@dataclass(frozen=True)
+class OtherVersion:
+    """A vLLM outside the supported versions.
+
+    Attributes:
+        said: what is installed, what is supported, and how to try a newer one.
+        tried: the environment says so: a warning, no refusal. Shapes are checked all the same.
+    """
+
+    said: str
+    tried: bool
+
+
+def judge_version(installed: str) -> OtherVersion | None:
+    """What there is to say about a version of vLLM; None of a supported one."""
+    if SUPPORTED_VERSIONS.contains(installed, prereleases=True):
+        return None
+    said = f"vllm-crop supports vllm{SUPPORTED_VERSIONS}, installed is {installed}"
+    if not _is_newer(installed):
+        return OtherVersion(said, tried=False)
+    if os.environ.get(UNTESTED, "0") in ("", "0"):
+        return OtherVersion(
+            f"{said}, which is not tested: to try it, set {UNTESTED}=1 (functions of vLLM's that have "
+            "changed shape are refused all the same)",
+            tried=False,
+        )
+    return OtherVersion(f"{said}, which is not tested and tried because {UNTESTED} is set", tried=True)
+
+
+def _is_newer(installed: str) -> bool:
+    """Whether a version that is not supported is beyond those that are; a build without a number may be."""
+    try:
+        return Version(installed) > _FIRST
+    except InvalidVersion:
+        return True
+
+
+@functools.cache
+def _warn_once(said: str) -> None:
+    logger.warning("%s", said)
 
 
 def require_supported(points: Iterable[UpstreamPoint] = UPSTREAM_POINTS) -> None:
     """Check version and shape of the installed vLLM; called when pruning is asked for.
+
+    A newer version is warned of and not refused where the environment says so (`UNTESTED`).
 
     Raises:
         UnsupportedVersionError: naming what is installed and what is supported.
     """
     problems = [problem for point in points if (problem := find_problem(point))]
     installed = importlib.import_module("vllm").__version__
-    if SUPPORTED_VERSIONS.contains(installed, prereleases=True) and not problems:
-        return
-    message = f"vllm-crop supports vllm{SUPPORTED_VERSIONS}, installed is {installed}"
-    raise UnsupportedVersionError("; ".join([message, *problems]))
+    other = judge_version(installed)
+    if problems or (other is not None and not other.tried):
+        said = (
+            other.said if other else f"vllm-crop supports vllm{SUPPORTED_VERSIONS}, installed is {installed}"
+        )
+        raise UnsupportedVersionError("; ".join([said, *problems]))
+    if other is not None:
+        _warn_once(other.said)
 
 
 def find_problem(point: UpstreamPoint) -> str | None:

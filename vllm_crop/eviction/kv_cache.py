@@ -203,8 +203,8 @@ class StageKVCacheManager(SingleTypeKVCacheManager):
 
 
 def register() -> None:
-    """Tell vLLM of the spec; an empty registry would never get the built-in ones."""
-    KVCacheSpecRegistry._ensure_registered()
+    """Tell vLLM of the spec, after the built-in ones: a registry that is not empty never gets them."""
+    KVCacheSpecRegistry.check_kv_cache_spec_registry({})  # any question registers them
     KVCacheSpecRegistry.register(StageAttentionSpec, StageKVCacheManager)
 
 
