@@ -12,7 +12,6 @@ V2_TESTS := $(addprefix tests/cpu/test_,runner.py parity.py caches.py image_name
 TRAINED_TESTS := $(addprefix tests/e2e/test_,attention_localizer.py shadow.py monitoring.py engine_localizer.py playground.py compare.py remote_localizer.py hostile_requests.py)
 # Another vLLM than setup installs: each family compresses and evicts in one batch, on both runners; start; a server.
 OTHER_TESTS := tests/cpu/test_start.py tests/cpu/test_grouping_matches_vllm.py tests/e2e/test_eviction.py
-TIMING_TEST := tests/e2e/test_not_asked_for.py
 # Two lanes side by side on two cores, those with one process each first: a thread for each process, which vLLM must not bind to a core.
 LANE := set -o pipefail; OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(BIN)/python -m pytest -p no:cacheprovider
 export HF_HUB_OFFLINE ?= 1
@@ -45,8 +44,6 @@ test: setup
 else
 test: setup  ## all tests, two lanes at a time: real vLLM engines on both model runners, `vllm serve` over HTTP, a browser; VLLM=0.33: a part of them with that one
 	@$(MAKE) --no-print-directory -j2 lane-v2 lane-v1 lane-trained lane-served
-	@echo "Alone, as it measures time:"
-	@$(BIN)/python -m pytest $(TIMING_TEST) $(PYTEST_ARGS)
 endif
 
 test-all: setup  ## the same with every scenario for every model family, one after the other: over an hour
@@ -69,7 +66,7 @@ lane-trained:
 	@$(LANE) $(TRAINED_TESTS) $(PYTEST_ARGS) | sed -u 's/^/trained /'
 
 lane-served:
-	@$(LANE) tests/e2e $(addprefix --ignore ,$(TRAINED_TESTS) $(TIMING_TEST)) $(PYTEST_ARGS) | sed -u 's/^/served  /'
+	@$(LANE) tests/e2e $(addprefix --ignore ,$(TRAINED_TESTS)) $(PYTEST_ARGS) | sed -u 's/^/served  /'
 
 test-unit: setup  ## only what needs no vLLM engine
 	@$(BIN)/python -m pytest tests/unit $(PYTEST_ARGS)

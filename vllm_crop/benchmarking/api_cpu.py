@@ -11,9 +11,10 @@ import io
 import json
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -33,9 +34,7 @@ SETTLED_S = 0.05  # after the last token, until the API process has nothing left
 CROP = {"method": "plc+ilp", "eviction_layers": [2]}  # what the server is prepared for
 RATE = 0.5
 REGION = [0.375, 0.375, 0.625, 0.625]
-STOCK = "stock"
-MODES: dict[str, Mapping[str, Any] | None] = {
-    STOCK: None,
+MODES: dict[str, Mapping[str, Any]] = {
     "no region": {},
     "off": {"method": "off"},
     "plc": {"method": "plc", "regions": [REGION]},
@@ -51,15 +50,19 @@ SERVED = (
 
 @dataclass(frozen=True)
 class ApiTimes:
-    """CPU milliseconds of requests with pictures of one size, by mode; runs of equal index are neighbours."""
+    """CPU milliseconds for pictures of one size, by mode, each request beside its neighbour on stock vLLM."""
 
     size: tuple[int, int]
-    times_ms: Mapping[str, tuple[float, ...]]
+    pairs_ms: Mapping[str, Sequence[tuple[float, float]]]
+
+    @property
+    def stock_ms(self) -> list[float]:
+        """Of all requests to stock vLLM."""
+        return [stock for pairs in self.pairs_ms.values() for stock, _ in pairs]
 
     def added(self, mode: str) -> list[float]:
-        """What each run of a mode took beyond its neighbour on stock vLLM, as a share, ascending."""
-        pairs = zip(self.times_ms[mode], self.times_ms[STOCK], strict=True)
-        return sorted(run / stock - 1 for run, stock in pairs)
+        """What each request of a mode took beyond its neighbour, as a share, ascending."""
+        return sorted(ours / stock - 1 for stock, ours in self.pairs_ms[mode])
 
 
 def measure_api_cpu(sizes: Mapping[tuple[int, int], int] = SIZES) -> Iterator[ApiTimes]:
@@ -78,18 +81,22 @@ def measure_api_cpu(sizes: Mapping[tuple[int, int], int] = SIZES) -> Iterator[Ap
         without = {"VLLM_PLUGINS": ""}
         stock = servers.enter_context(serve(model, *SERVED, log_path=folder / "stock.log", env=without))
         ours = servers.enter_context(serve(model, *SERVED, *plugin, log_path=folder / "crop.log"))
-        modes = list(MODES.items())
         for size, repeats in sizes.items():
-            times: dict[str, list[float]] = {mode: [] for mode in MODES}
+            pairs: dict[str, list[tuple[float, float]]] = {mode: [] for mode in MODES}
+            seeds = count()
             for run in range(-WARM_UPS, repeats):
-                for index, (mode, crop) in enumerate(modes if run % 2 else reversed(modes)):
-                    url = _picture(size, seed=len(modes) * (run + WARM_UPS) + index)
-                    if crop and "regions" in crop:  # a digit that changes no plan, or one would be remembered
-                        crop = {**crop, "pruning_rate": RATE + run * 1e-9}
-                    took = _ask_ms(stock if crop is None else ours, url, crop)
+                for mode, crop in MODES.items():
+                    # A digit that changes no plan, or one would be remembered.
+                    rate = {"pruning_rate": RATE + run * 1e-9} if "regions" in crop else {}
+                    # In turn, or the server asked less often would have forgotten more: of memory, caches.
+                    asked = [(stock, None), (ours, {**crop, **rate})]
+                    took = {
+                        server.base_url: _ask_ms(server, _picture(size, next(seeds)), wanted)
+                        for server, wanted in (asked if run % 2 else reversed(asked))
+                    }
                     if run >= 0:
-                        times[mode].append(took)
-            yield ApiTimes(size, {mode: tuple(values) for mode, values in times.items()})
+                        pairs[mode].append((took[stock.base_url], took[ours.base_url]))
+            yield ApiTimes(size, pairs)
 
 
 def api_cpu_table(measured: Iterator[ApiTimes]) -> Table:
@@ -100,12 +107,17 @@ def api_cpu_table(measured: Iterator[ApiTimes]) -> Table:
     for title in ("CPU ms\nmedian", "min", "max", "added\nmedian", "quartiles"):
         table.add_column(title, justify="right", no_wrap=True)
     for one in measured:
-        for mode, times in one.times_ms.items():
+        rows = {"stock": one.stock_ms} | {
+            mode: [ours for _, ours in pairs] for mode, pairs in one.pairs_ms.items()
+        }
+        for mode, times in rows.items():
             numbers = [f"{value:.1f}" for value in (median(times), min(times), max(times))]
-            added = one.added(mode)
-            low, high = added[len(added) // 4], added[-1 - len(added) // 4]
-            more = ("", "") if mode == STOCK else (f"{median(added):+.1%}", f"{low:+.1%} to {high:+.1%}")
-            table.add_row("{}x{}".format(*one.size) if mode == STOCK else "", mode, *numbers, *more)
+            more = ("", "")
+            if mode in one.pairs_ms:
+                added = one.added(mode)
+                low, high = added[len(added) // 4], added[-1 - len(added) // 4]
+                more = (f"{median(added):+.1%}", f"{low:+.1%} to {high:+.1%}")
+            table.add_row("" if mode in one.pairs_ms else "{}x{}".format(*one.size), mode, *numbers, *more)
         table.add_section()
     return table
 

@@ -162,7 +162,7 @@ def bench(
     if api_cpu:
         from vllm_crop.benchmarking.api_cpu import api_cpu_table, measure_api_cpu
 
-        with console.status("two servers start, and are asked in turn: about six minutes"):
+        with console.status("two servers start, and are asked in turn: about eight minutes"):
             table = api_cpu_table(measure_api_cpu())
         console.print(table)
         return
