@@ -57,6 +57,8 @@ def compress(features: torch.Tensor, assignment: torch.Tensor) -> torch.Tensor:
     selected = features[order.to(features.device)]
     if len(lengths) == len(order):
         return selected
-    return torch.segment_reduce(selected.float(), "mean", lengths=lengths.to(features.device)).to(
-        features.dtype
+    # Checking the lengths, which the CPU has just counted, would wait for all that the device has yet to do.
+    means = torch.segment_reduce(
+        selected.float(), "mean", lengths=lengths.to(features.device, non_blocking=True), unsafe=True
     )
+    return means.to(features.dtype)
