@@ -236,12 +236,13 @@ def test_a_preview_shows_what_the_server_does_and_not_what_it_would_do_itself(
 # Refused before work, and before caches believe something.
 
 
-def test_a_refused_request_leaves_no_trace_in_vllms_cache(server: Server) -> None:
+@pytest.mark.parametrize("wrong", [{"prompt_logprobs": 1}, {"truncate_prompt_tokens": 20}])
+def test_a_refused_request_leaves_no_trace_in_vllms_cache(server: Server, wrong: dict[str, Any]) -> None:
     crop = {"regions": [BOX], "method": "ilp", "pruning_rate": 0.5}
-    body = chat([part(noise(20, (336, 336)))], "?", crop=crop)
-    refused = post(server, "/v1/chat/completions", {**body, "prompt_logprobs": 1})
+    body = chat([part(noise(500 + len(str(wrong)), (336, 336)))], "?", crop=crop)
+    refused = post(server, "/v1/chat/completions", {**body, **wrong})
     assert refused.status_code == 400
-    assert "prompt_logprobs" in refused.text
+    assert next(iter(wrong)) in refused.text
     assert post(server, "/v1/chat/completions", body).status_code == 200
 
 
@@ -274,6 +275,25 @@ def test_prompt_logprobs_take_the_evictions_that_the_server_chose_away(server: S
         said = facts(response)
         assert said["tokens_avg"] == said["tokens_after_plc"]
         assert said["tokens_after_plc"] == 576 or method == "plc+ilp"
+
+
+def test_so_they_do_of_a_prompt_that_is_cut(server: Server) -> None:
+    scene, question = LOCAL[3]
+    body = chat([part(noise(25, scene.picture().size))], question, prompt_logprobs=0)
+    whole = post(server, "/v1/chat/completions", {**body, "crop": {"method": "off"}}).json()
+    limit = whole["usage"]["prompt_tokens"] - 1
+    cut = {**body, "truncate_prompt_tokens": limit}
+    wanted, got = (
+        post(server, "/v1/chat/completions", {**cut, "crop": {"method": method}}) for method in ("off", "ilp")
+    )
+    assert found(got)["source"] == "engine"
+    wanted_rows, rows = wanted.json()["prompt_logprobs"], got.json()["prompt_logprobs"]
+    assert len(rows) == len(wanted_rows) == limit
+    for wanted_row, row in zip(wanted_rows[1:], rows[1:], strict=True):
+        assert row.keys() == wanted_row.keys()
+        for token, one in wanted_row.items():
+            assert row[token]["logprob"] == pytest.approx(one["logprob"], abs=1e-4)
+    assert got.json()["choices"] == wanted.json()["choices"]
 
 
 def test_min_tokens_is_no_wrong_parameter(server: Server) -> None:

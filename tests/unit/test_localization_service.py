@@ -3,6 +3,7 @@
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -167,3 +168,43 @@ def test_those_who_only_wait_for_their_turn_say_nothing_of_it_either(counting: C
     together, last = asyncio.run(asked())
     assert together == {"region", "timeout"}
     assert last == {"region"}
+
+
+NO_QUESTION = RegionQuery(as_picture(Image.new("RGB", (8, 8))), None)
+
+
+def gone(asked: LocalizationService, queries: list[RegionQuery]) -> Any:
+    """A client that hangs up while the localizer is asked."""
+
+    async def ask() -> None:
+        task = asyncio.ensure_future(asked.localize(queries))
+        await asyncio.sleep(0.005)
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+    return ask()
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        lambda asked: asked.localize([NO_QUESTION]),
+        lambda asked: asked.localize(images(1)),
+        lambda asked: gone(asked, images(1, first=50)),
+    ],
+    ids=["without a question", "known", "hung up"],
+)
+def test_who_finds_nothing_out_does_not_keep_a_localizer_suspended(counting: Counting, before: Any) -> None:
+    async def ask() -> list[str]:
+        asked = service(suspend_after=2, suspend_s=0.05)
+        await asked.localize(images(1))
+        counting.error = LocalizerError("away")
+        outcomes = [(await asked.localize(images(1, first=number)))[0].outcome for number in (10, 11, 12)]
+        counting.error = None
+        await asyncio.sleep(0.06)
+        await before(asked)
+        outcomes += [one.outcome for one in await asked.localize(images(1, first=20))]
+        return outcomes
+
+    assert asyncio.run(ask()) == ["error", "error", "suspended", "region"]

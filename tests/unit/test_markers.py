@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_crop.errors import UnsupportedModelError
-from vllm_crop.eviction.markers import EvictionSettings, attach_eviction, choose_marker_ids
+from vllm_crop.eviction.markers import EvictionSettings, Unmarked, attach_eviction, choose_marker_ids
 
 
 @given(
@@ -131,3 +131,20 @@ def test_without_a_tokenizer_there_are_no_labels() -> None:
     config = model_config({}, vocab_size=4, skip_tokenizer_init=True)
     attach_eviction(config, (2,))
     assert EvictionSettings.from_hf_config(config.hf_config) == EvictionSettings((2,), ())
+
+
+@pytest.mark.parametrize(
+    ("first_image", "length", "left"),
+    [
+        (2, 9, [1, 2, 7, 7, 7, 3, 4, 5, 6]),
+        (0, 7, [7, 7, 7, 3, 4, 5, 6]),  # cut on the left, as vLLM does by default
+        (1, 6, [2, 7, 7, 7, 3, 4]),
+        (2, 5, [1, 2, 7, 7, 7]),  # on the right
+        (3, 9, None),
+        (0, 8, None),
+    ],
+)
+def test_unmarked_ids_are_cut_as_the_prompt_was(
+    first_image: int, length: int, left: list[int] | None
+) -> None:
+    assert Unmarked((1, 2, 7, 7, 7, 3, 4, 5, 6), 2).cut(first_image, length) == left

@@ -173,6 +173,12 @@ UPSTREAM_POINTS = (
         "tells whether an image known by its name must be supplied again",
     ),
     UpstreamPoint(
+        "vllm.multimodal.cache.lru",
+        "LruKeyReplicatedSenderCache.get_and_update_item",
+        ("self", "mm_item", "mm_hash"),
+        "enters what a batch sends when it is sent, and not when it is processed",
+    ),
+    UpstreamPoint(
         "vllm.multimodal.cache",
         "BaseMultiModalProcessorCache.invalidate",
         ("self", "mm_hash"),

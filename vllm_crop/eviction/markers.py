@@ -75,8 +75,27 @@ def write_markers(
         prompt_token_ids[token_index] = marker
 
 
-# Key of the engine's input: the prompt's ids without the evictions that the server chose itself.
-UNMARKED = "crop_unmarked"
+UNMARKED = "crop_unmarked"  # key of the engine's input, for an Unmarked
+
+
+@dataclass(frozen=True)
+class Unmarked:
+    """A prompt's ids without the evictions that the server chose itself.
+
+    Attributes:
+        first_image: where its first image begins: vLLM may yet cut the prompt (`truncate_prompt_tokens`),
+            on either side and never through an image.
+    """
+
+    ids: tuple[int, ...]
+    first_image: int
+
+    def cut(self, first_image: int, length: int) -> list[int] | None:
+        """The ids of what is left of the prompt, None if it cannot have been cut from this one."""
+        start = self.first_image - first_image
+        return list(self.ids[start : start + length]) if 0 <= start <= len(self.ids) - length else None
+
+
 STAGES, MARKER_IDS = "stages", "marker_ids"
 
 

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from PIL import Image
@@ -87,9 +87,18 @@ class LocalizationService:
         """Per image, side by side; as many at once as one request may have."""
         most = self.config.max_images
         share = asyncio.Semaphore(self.config.max_running_per_request)
-        admitted = self.breaker.admits()
-        results = await asyncio.gather(*(self._localize(one, share, admitted) for one in sought[:most]))
-        self._note([answered for _, answered in results])
+        # Asked when an answer is needed and not known: what needs none must not use up the one that may try.
+        admitted = cache(self.breaker.admits)
+        found_out = False
+        try:
+            results = await asyncio.gather(*(self._localize(one, share, admitted) for one in sought[:most]))
+            verdicts = [answered for _, answered in results]
+            late = any(found.outcome == "timeout" for found, _ in results)
+            found_out = late or any(verdict is not None for verdict in verdicts)
+        finally:  # also if the client has gone
+            if admitted.cache_info().currsize and not found_out and admitted():
+                self.breaker.hand_back()
+        self._note(verdicts)
         return [*(found for found, _ in results), *(self._without("too_many") for _ in sought[most:])]
 
     def localize_now(self, sought: Sequence[RegionQuery]) -> list[Localization]:
@@ -117,7 +126,7 @@ class LocalizationService:
             logger.warning("The localizer does not answer yet: %s", _one_line(error))
 
     async def _localize(
-        self, sought: RegionQuery, share: asyncio.Semaphore, admitted: bool
+        self, sought: RegionQuery, share: asyncio.Semaphore, admitted: Callable[[], bool]
     ) -> tuple[Localization, bool | None]:
         """One image; and whether the localizer has answered, None if that says nothing about it."""
         start = time.perf_counter()
@@ -129,7 +138,7 @@ class LocalizationService:
                 key = await off_the_loop(self._key, sought)
                 if (known := self.answers.get(key)) is not None:
                     return self._settled(known, start, cached=True), None
-                if not admitted:
+                if not admitted():
                     return self._without("suspended", start), None
                 # The share is the request's own: others who ask the same do not wait for its other images.
                 async with share:

@@ -28,10 +28,11 @@ from vllm_crop.models.processor import (
     CROP_KEY,
     DECISIONS,
     REQUEST_KEY,
+    WAY_KEY,
     CropProcessorMixin,
     as_validation_error,
 )
-from vllm_crop.models.sent import newly_sent
+from vllm_crop.models.sent import OnTheWay, newly_sent
 from vllm_crop.planner import ImageDecision
 from vllm_crop.planning.budget import method_evicts, retained_count
 from vllm_crop.planning.groups import use_compiled
@@ -116,10 +117,12 @@ class CropRenderer(HfRenderer):
         if sought and self._localizing is not None:
             self._refuse_before_work(prompt, asked.params)
             localizations = self._localizing.localize_now(sought)
-        self._hand_over(prompt, asked, localizations)
+        way = OnTheWay()
+        self._hand_over(prompt, asked, localizations, way)
         try:
             engine_input = super().process_for_engine(prompt, arrival_time, **kwargs)
-        except Exception:
+        except BaseException:
+            way.give_up()
             self._record(localizations)
             raise
         self._report(engine_input, asked, localizations, **kwargs)
@@ -161,10 +164,12 @@ class CropRenderer(HfRenderer):
                 else:
                     sought = [replace(one, waiting=ahead.start) for one in sought]
                     localizations = await self._localizing.localize(sought)
-        self._hand_over(prompt, asked, localizations, ahead)
+        way = OnTheWay()
+        self._hand_over(prompt, asked, localizations, way, ahead)
         try:
             engine_input = await super().process_for_engine_async(prompt, arrival_time, **kwargs)
-        except Exception:
+        except BaseException:  # refused when it had been processed, or its client has gone, at any point
+            way.give_up()
             self._record(localizations)
             raise
         self._report(engine_input, asked, localizations, **kwargs)
@@ -293,6 +298,7 @@ class CropRenderer(HfRenderer):
         prompt: Any,
         asked: CropRequest,
         localizations: Sequence[Localization],
+        way: OnTheWay,
         ahead: ImagesAhead | None = None,
     ) -> None:
         """Tell the multimodal processor what is asked for."""
@@ -305,8 +311,11 @@ class CropRenderer(HfRenderer):
             asked = replace(asked, found=_found(localizations))
         given = prompt.get("mm_processor_kwargs") or {}
         others = {name: value for name, value in given.items() if name != CROP_KEY}
-        own = {REQUEST_KEY: asked} if ahead is None else {REQUEST_KEY: asked, AHEAD_KEY: ahead}
-        prompt["mm_processor_kwargs"] = {**others, **own}
+        own: dict[str, Any] = (
+            {REQUEST_KEY: asked} if ahead is None else {REQUEST_KEY: asked, AHEAD_KEY: ahead}
+        )
+        # The localizer's own request has brought its way along.
+        prompt["mm_processor_kwargs"] = {WAY_KEY: way, **others, **own}
 
     def _report(
         self,

@@ -4,7 +4,7 @@
 from dataclasses import replace
 from typing import Any
 
-from vllm_crop.eviction.markers import UNMARKED, EvictionSettings, image_placeholders
+from vllm_crop.eviction.markers import UNMARKED, EvictionSettings, Unmarked, image_placeholders
 from vllm_crop.frontend.request_context import FACTS, current_request
 
 # Key of the engine's input of a request of the server's own (the localizer's, a shadow check's): its items
@@ -30,9 +30,12 @@ def settle_request(request: Any, prompt: Any, settings: EvictionSettings) -> Non
     placeholders = image_placeholders(request.mm_features or ())
     if read_markers(request.prompt_token_ids or (), placeholders, settings.marker_ids) is None:
         return
-    if (unmarked := prompt.get(UNMARKED)) is None:
+    unmarked: Unmarked | None = prompt.get(UNMARKED)
+    first_image = min(offset for offset, _ in placeholders)
+    ids = unmarked and unmarked.cut(first_image, len(request.prompt_token_ids))
+    if ids is None:
         raise evictions_refused(parameter)
-    request.prompt_token_ids = list(unmarked)
+    request.prompt_token_ids = ids
     if (context := current_request.get()) is not None:
         stale = {id(facts) for facts in prompt.get(FACTS, ())}
         context.facts[:] = [

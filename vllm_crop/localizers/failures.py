@@ -36,6 +36,10 @@ class CircuitBreaker:
         self._next_try = now + self.seconds
         return True
 
+    def hand_back(self) -> None:
+        """Let the next request try: the one that was admitted has found nothing out."""
+        self._next_try = self._clock()
+
     def failed(self) -> bool:
         """Note a request that got no answer; whether this has opened the breaker."""
         self._failures += 1

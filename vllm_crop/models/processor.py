@@ -23,11 +23,11 @@ from vllm.multimodal.processing import BaseMultiModalProcessor, PromptReplacemen
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from vllm_crop.config import CropConfig
-from vllm_crop.eviction.markers import UNMARKED, EvictionSettings, embed_indices, write_markers
+from vllm_crop.eviction.markers import UNMARKED, EvictionSettings, Unmarked, embed_indices, write_markers
 from vllm_crop.families.registry import VisionGeometry, geometry_from_configs
 from vllm_crop.models.ahead import ImagesAhead
 from vllm_crop.models.known_images import KnownImages, RequestImages, identify
-from vllm_crop.models.sent import OnTheWay, newly_sent
+from vllm_crop.models.sent import OnTheWay, newly_sent, withhold
 from vllm_crop.planner import ImageDecision, Planner
 from vllm_crop.planning.plan import TokenPlan
 from vllm_crop.request import CropParams, CropRequest, ImageRequest, InvalidCropError
@@ -136,10 +136,8 @@ class CropProcessorMixin(BaseMultiModalProcessor):
             replace(inputs, hf_processor_mm_kwargs={**plain, ITEMS_KEY: known_here}), timing_ctx
         )
         if asked.unsure and inputs.cache is not None:
-            # Until it is there, others would find in vLLM's cache what the engine has not got. Here, in the
-            # thread that looks it up for all, nobody can have been told so.
-            for mm_hash in newly_sent(processed):
-                inputs.cache.invalidate(mm_hash)
+            # Until it is there, others would find in vLLM's cache what the engine has not got.
+            withhold(processed, inputs.cache)
         if way is not None and inputs.cache is not None:
             way.note(newly_sent(processed), inputs.cache.invalidate)
         if known is not None:  # not before: vLLM's cache knows nothing of a request that failed either
@@ -148,7 +146,8 @@ class CropProcessorMixin(BaseMultiModalProcessor):
         processed[DECISIONS] = decisions
         if any(decision.plan is not None and decision.plan.evicts for decision in decisions):
             if asked.found is not None:
-                processed[UNMARKED] = list(processed["prompt_token_ids"])
+                first = min(one.offset for one in processed["mm_placeholders"]["image"])
+                processed[UNMARKED] = Unmarked(tuple(processed["prompt_token_ids"]), first)
             self._mark_evicted(processed, decisions)
         return processed
 

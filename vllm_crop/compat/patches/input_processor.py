@@ -20,7 +20,7 @@ from typing import Any
 from vllm_crop.eviction.markers import EvictionSettings
 from vllm_crop.frontend.request_context import current_request
 from vllm_crop.frontend.settling import SERVERS_OWN, settle_request
-from vllm_crop.models.sent import newly_sent
+from vllm_crop.models.sent import enter, newly_sent
 
 REASON = "settles what a request's parameters and its prompt allow together"
 _MARK = "_vllm_crop_input_processor_patched"
@@ -48,6 +48,7 @@ def patch(input_processor: Any) -> None:
                 for mm_hash in sent:
                     cache.invalidate(mm_hash)
             raise
+        enter(prompt, self.renderer.mm_processor_cache)
         if (context := current_request.get()) is not None:
             for mm_hash in sent:
                 context.unsent.pop(mm_hash, None)
