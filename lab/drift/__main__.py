@@ -48,14 +48,14 @@ def drift(
     * **same**: comments, docstrings and formatting do not count;
     * **body changed**: read the diff. Does it still do what our code next to it expects?
     * **arguments changed**: read how we call or override it;
-    * **new**: only the new vLLM has it;
+    * **new**: only the new vLLM has it: a method of that name of ours replaces it from now on;
     * **gone**: with where a name of the same kind is now;
     * **not found**: neither vLLM has it.
 
     Then the multimodal architectures that came and went, and what must be installed beside vLLM.
 
-    Exit code: 0 nothing changed, 1 something is to be read, 2 something breaks: it is gone, or a registered
-    point no longer takes the arguments that are checked at start.
+    Exit code: 0 nothing changed, 1 something is to be read, 2 something breaks: it is gone or not found, or a
+    registered point no longer takes the arguments that are checked at start.
     """
     console = Console(width=None if Console().is_terminal else 160)
     try:
@@ -76,6 +76,10 @@ def find_drift(
     ours = our_sources(root)
     before, after = Names(old, ours), Names(new, ours)
     relied = Reliances(before).collect(points)
+    # What ours would override from now on, without meaning to.
+    known = {one.places for one in relied}
+    grown = Reliances(after).collect(())
+    relied += [one for one in grown if "overridden" in one.ways and one.places not in known]
     findings = [compare(one, before, after) for one in relied]
     return Drift(findings, changed_architectures(before, after), changed_requirements(before, after))
 

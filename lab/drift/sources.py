@@ -72,16 +72,19 @@ def our_sources(root: Path) -> Sources:
     return Sources("vllm-crop", files())
 
 
-def _download(version: str, wheels: Path) -> Path:
+def _download(wanted: str, wheels: Path) -> Path:
+    version = ".".join([*wanted.split("."), "0", "0"][: max(3, wanted.count(".") + 1)])  # as wheels write it
     kept = sorted(wheels.glob(f"vllm-{version}-*.whl"))
     if kept:
         return kept[0]
     print(f"downloading vllm {version} into {wheels} (about 330 MB, kept)", file=sys.stderr)
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "-q", "--no-deps"]
     command += ["--only-binary", ":all:", "--dest", str(wheels), f"vllm=={version}"]
-    if subprocess.run(command, check=False).returncode:
+    failed = subprocess.run(command, check=False).returncode
+    got = sorted(wheels.glob(f"vllm-{version}-*.whl"))
+    if failed or not got:
         raise SourceError(f"pip found no wheel of vllm=={version}: see above")
-    return next(iter(sorted(wheels.glob(f"vllm-{version}-*.whl"))))
+    return got[0]
 
 
 def _read_wheel(path: Path) -> Sources:

@@ -136,7 +136,7 @@ def test_another_version_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     assert report(1)["problems"] == [f"vllm-crop supports vllm{SUPPORTED_VERSIONS}, installed is 0.31.1"]
 
 
-@pytest.mark.parametrize("version", ["0.34.0", "0.34.0.dev7+g1", "1.0.0rc1", "dev"])
+@pytest.mark.parametrize("version", ["0.34.0", "0.34.0.dev7+g1", "1.0.0rc1", "dev", "0.1.dev1+g2"])
 def test_a_newer_version_can_be_tried(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     monkeypatch.setattr(sys.modules["vllm"], "__version__", version)
     monkeypatch.delenv(UNTESTED, raising=False)

@@ -230,6 +230,13 @@ def test_what_only_the_new_one_has_is_said(tmp_path: Path) -> None:
     assert (verdicts(found), found.severity) == ({"vllm.core.later.make": "new"}, 1)
 
 
+def test_a_method_of_ours_that_would_replace_a_new_one_is_said(tmp_path: Path) -> None:
+    build = "            @classmethod\n"
+    text = edited("core.block_pool", build, f"            def take(self, count): return count\n{build}")
+    found = drift(tmp_path, {"core.block_pool": text})
+    assert (verdicts(found), found.severity) == ({"vllm.core.block_pool.BlockPool.take": "new"}, 1)
+
+
 def test_a_point_that_neither_has_breaks(tmp_path: Path) -> None:
     found = drift(
         tmp_path, points=(UpstreamPoint("vllm.core.block_pool", "BlockPool.missing", (), "is called"),)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the time to the first token goes, part by part, in one process: no HTTP, nothing beside it."""
 
+import argparse
 import io
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -121,18 +122,19 @@ def ask_in_turn(
         crop: the plugin's settings, with a localizer of kind 'attention'.
         crops: per mode the field `crop` of its requests.
         side: of the square pictures, in pixels.
-        serve_args: options of `vllm serve` for the engine, which win over the benchmark's own.
+        serve_args: options of `vllm serve` that are the engine's; they win over the benchmark's own.
     """
     from vllm import LLM, SamplingParams
     from vllm.multimodal.media.image import ImageMediaIO
 
     options: dict[str, Any] = {"dtype": "float32", "enforce_eager": True, "block_size": 32} if is_cpu else {}
+    given = _engine_options(serve_args)
     options |= {
         "max_model_len": 8192 if side > 700 else 2048,
         "kv_cache_memory_bytes": 1 << 30,
         "enable_prefix_caching": False,
-        "additional_config": {"crop": dict(crop)},
-        **_engine_options(serve_args),
+        **given,
+        "additional_config": {**given.get("additional_config", {}), "crop": dict(crop)},
     }
     llm: Any = LLM(model=str(model), **options)
     clock = _Clock(llm)
@@ -222,13 +224,14 @@ class _Clock:
 
 
 def _engine_options(serve_args: Sequence[str]) -> dict[str, Any]:
-    """What a command line says about the engine, by the names that `LLM` has for it."""
+    """What a command line says about the engine, by the names that `LLM` has for it; nothing else."""
     from vllm.engine.arg_utils import EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
-    given, default = parser.parse_args(list(serve_args)), parser.parse_args([])
-    return {name: value for name, value in vars(given).items() if value != getattr(default, name)}
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return dict(vars(parser.parse_args(list(serve_args))))
 
 
 def _template(llm: Any) -> str:

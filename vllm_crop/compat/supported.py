@@ -42,10 +42,12 @@ class OtherVersion:
 
 def judge_version(installed: str) -> OtherVersion | None:
     """What there is to say about a version of vLLM; None of a supported one."""
-    if SUPPORTED_VERSIONS.contains(installed, prereleases=True):
+    number = _number(installed)
+    if number is not None and SUPPORTED_VERSIONS.contains(number, prereleases=True):
         return None
     said = f"vllm-crop supports vllm{SUPPORTED_VERSIONS}, installed is {installed}"
-    if not _is_newer(installed):
+    # A build without a number may be as new as any.
+    if number is not None and number <= _FIRST:
         return OtherVersion(said, tried=False)
     if os.environ.get(UNTESTED, "0") in ("", "0"):
         return OtherVersion(
@@ -56,12 +58,13 @@ def judge_version(installed: str) -> OtherVersion | None:
     return OtherVersion(f"{said}, which is not tested and tried because {UNTESTED} is set", tried=True)
 
 
-def _is_newer(installed: str) -> bool:
-    """Whether a version that is not supported is beyond those that are; a build without a number may be."""
+def _number(installed: str) -> Version | None:
+    """The version, None of a build that knows of none: "dev", or built where no tag could be seen."""
     try:
-        return Version(installed) > _FIRST
+        number = Version(installed)
     except InvalidVersion:
-        return True
+        return None
+    return None if number.is_devrelease and number.release <= (0, 1) else number
 
 
 @functools.cache
