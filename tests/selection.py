@@ -33,6 +33,7 @@ LEFT_OUT_INTERPRETED = {
     "test_eviction_scheduling": {"evicting_engine"},
     "test_eviction_caches": {"evicting_engine"},
     "test_heat": {"False"},  # without eviction
+    "test_soak": {"no prefix caching"},
 }
 # The settings of engines (tests/cpu/conftest.py) that run for every family: on the slow runner, only the one
 # that compresses and evicts.

@@ -3,6 +3,7 @@
 
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -67,6 +68,20 @@ class Answer:
 DEVICE_OPTIONS: dict[str, Any] = {}
 # An LLM that is collected takes the process groups of all others in its process along.
 _KEPT: list[Any] = []
+_STATUS: list[int] = []
+
+
+def pytest_sessionfinish(exitstatus: int) -> None:
+    """Keep what `pytest_unconfigure` ends with."""
+    _STATUS.append(int(exitstatus))
+
+
+def pytest_unconfigure() -> None:
+    """End at once when all is said: every LLM would be taken apart for seconds, minutes for all of them."""
+    if _KEPT and _STATUS:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(_STATUS[-1])
 
 
 class Engine:
