@@ -56,7 +56,7 @@ def main(wanted: str, venv: Path) -> None:
     if stamp.is_file() and stamp.read_text() == made_of and _verify(venv, wanted):
         return
     if venv.exists() and not (venv / "pyvenv.cfg").is_file():
-        sys.exit(f"overlay: {venv} is no virtual environment and stays as it is: name another folder")
+        fail(f"{venv} is no virtual environment and stays as it is: name another folder")
     wheel = _download(wanted)
     with zipfile.ZipFile(wheel) as archive:
         required = _requirements(archive)

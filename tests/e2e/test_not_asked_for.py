@@ -17,6 +17,7 @@ import pytest
 
 from tests.e2e.conftest import MODEL, OPTIONS, serve
 from tests.pictures import noise_image
+from vllm_crop.benchmarking.api_cpu import cpu_ms
 from vllm_crop.client import data_url
 from vllm_crop.measuring.server import Server
 
@@ -29,13 +30,13 @@ PAUSE_S = 0.3
 
 
 def cpu_s(server: Server) -> float:
-    """Seconds that all threads of a server have run; Linux counts them in nanoseconds."""
-    spent = 0
-    for thread in Path("/proc").glob("[0-9]*/task/*/schedstat"):
+    """CPU seconds of all processes of a server."""
+    spent = 0.0
+    for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # ended meanwhile
-            if os.getpgid(int(thread.parts[2])) == server.process_id:
-                spent += int(thread.read_text().split()[0])
-    return spent / 1e9
+            if os.getpgid(int(process.name)) == server.process_id:
+                spent += cpu_ms(int(process.name))
+    return spent / 1e3
 
 
 def ask(server: Server, seed: int) -> tuple[Any, float]:

@@ -161,7 +161,7 @@ def _ask_ms(server: Server, url: str, crop: Mapping[str, Any] | None) -> float:
         {"type": "text", "text": "What is written on the sign?"},
     ]
     body = {"ignore_eos": True} if crop is None else {"ignore_eos": True, "crop": dict(crop)}
-    before = _cpu_ms(server.process_id)
+    before = cpu_ms(server.process_id)
     with openai.OpenAI(base_url=f"{server.base_url}/v1", api_key="unused", max_retries=0) as client:
         for _ in client.chat.completions.create(
             model="m",
@@ -173,10 +173,11 @@ def _ask_ms(server: Server, url: str, crop: Mapping[str, Any] | None) -> float:
         ):
             pass
     time.sleep(SETTLED_S)
-    return _cpu_ms(server.process_id) - before
+    return cpu_ms(server.process_id) - before
 
 
-def _cpu_ms(process_id: int) -> float:
+def cpu_ms(process_id: int) -> float:
+    """CPU milliseconds that all threads of a process have run; 0 of one that has ended."""
     spent = 0
     for thread in Path(f"/proc/{process_id}/task").glob("*/schedstat"):
         with suppress(OSError):  # ended meanwhile
