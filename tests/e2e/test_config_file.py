@@ -59,7 +59,8 @@ def test_two_workers_configured_by_a_file(checkpoint: Path, tmp_path: Path) -> N
             assert image["localizer"]["confidence"] == pytest.approx(confidence, abs=1e-4)
             assert image["tokens_after_plc"] == 64
         assert looked_at(hf, [0])[1] != pytest.approx(confidence, abs=1e-4)
-    assert "Traceback" not in log_path.read_text()
+        # Before it is stopped: a worker may complain of a leader that is gone.
+        assert "Traceback" not in log_path.read_text()
 
 
 def looked_at(hf: HfLlava, layers: list[int]) -> tuple[Region, float]:
