@@ -97,6 +97,10 @@ class HfReference:
         columns for each layer, as they are added after it."""
         raise NotImplementedError
 
+    def features_of(self, image: Image.Image, plan: TokenPlan) -> torch.Tensor:
+        """The same for an image with a plan."""
+        return self.features(image)
+
     def image_positions(self, grid: ImageTokens) -> tuple[torch.Tensor, int]:
         """Position ids of an unpruned image that begins at 0, `[1 or 3, num_tokens]`, and what follows it."""
         raise NotImplementedError
@@ -179,7 +183,7 @@ class HfReference:
                 continue
             image, plan = next(pending)
             plan = plan or whole_image_plan(self.geometry.grid(*image.size))
-            rows.append(naive_compress(self.features(image), plan))
+            rows.append(naive_compress(self.features_of(image, plan), plan))
             if original_positions:
                 within, span = self.image_positions(plan.grid)
                 within = within[:, [e.position for e in embeddings_of(plan)]]

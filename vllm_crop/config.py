@@ -48,6 +48,26 @@ class CropLimits(BaseModel):
     )
 
 
+class FoveationConfig(BaseModel):
+    """What the vision tower sees of an image whose region is known; for compression 'foveate'."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    view_tokens: int | None = Field(
+        default=None,
+        ge=4,
+        description="Most visual tokens that the whole image is seen in. Left out: as many as the localizer "
+        "is shown (localizer.thumbnail_tokens), so that one view serves both.",
+    )
+    halo: int = Field(
+        default=2,
+        ge=0,
+        le=1024,
+        description="Visual tokens around a region that are encoded with it and then thrown away: what the "
+        "region's own tokens see of their neighbourhood.",
+    )
+
+
 class ShadowConfig(BaseModel):
     """How many pruned requests are looked at once more without pruning, and what that may cost."""
 
@@ -102,7 +122,8 @@ class CropConfig(BaseModel):
     compression: Compression = Field(
         default="pool",
         description="What 'plc' makes of tokens outside the region: 'pool' averages groups of them, "
-        "'prune' keeps one token of each group.",
+        "'prune' keeps one token of each group; 'foveate' pools too, but the vision tower sees the region "
+        "alone at full size, and all else in a small view of the image.",
     )
     rim: float = Field(
         default=0.125,
@@ -122,6 +143,9 @@ class CropConfig(BaseModel):
         ge=0,
         description="Memory for vision features, so that another question about an image runs no vision "
         "tower. MiB per worker; 0 switches it off.",
+    )
+    foveation: FoveationConfig = Field(
+        default=FoveationConfig(), description="What the vision tower sees, for compression 'foveate'."
     )
     limits: CropLimits = Field(
         default=CropLimits(), validate_default=True, description="What one request may ask for."

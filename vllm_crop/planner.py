@@ -3,12 +3,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from vllm_crop.config import CropConfig
 from vllm_crop.errors import UnsupportedImageError
 from vllm_crop.families.registry import VisionGeometry
 from vllm_crop.planning.budget import BudgetError
+from vllm_crop.planning.foveation import Piece, tower_tokens
 from vllm_crop.planning.geometry import Region
 from vllm_crop.planning.plan import TokenPlan, make_plan, whole_image_plan
 from vllm_crop.request import CropRequest, Found, ImageRequest, InvalidCropError
@@ -23,10 +24,30 @@ _CANNOT_PRUNE = (InvalidCropError, UnsupportedImageError)
 
 @dataclass(frozen=True)
 class ImagePlan:
-    """The plan of one image; `region` is what the model sees of the region asked for, None if nothing."""
+    """The plan of one image.
+
+    Attributes:
+        region: what the model sees of the region asked for, None if nothing.
+        tokens: what becomes of its visual tokens.
+        pieces: what the vision tower sees instead of the whole image; empty if that is what it sees.
+    """
 
     region: Region | None
     tokens: TokenPlan
+    pieces: tuple[Piece, ...] = ()
+
+    @property
+    def tower_tokens(self) -> int:
+        """Visual tokens that the vision tower makes of what it sees."""
+        return tower_tokens(self.pieces) if self.pieces else self.tokens.grid.num_tokens
+
+    def to_json(self, num_layers: int) -> dict[str, Any]:
+        """The plan as it is printed, with what the vision tower sees where that is not all of the image."""
+        plan = self.tokens.to_json(num_layers)
+        if not self.pieces:
+            return plan
+        pieces = [piece.to_json() for piece in self.pieces]
+        return {**plan, "tower_tokens": self.tower_tokens, "pieces": pieces}
 
     @property
     def prunes(self) -> bool:
@@ -45,6 +66,7 @@ class ImageDecision:
         reason: in words, why it cannot.
         mrope_position_delta: how many more position ids the image takes than tokens, if they are the original
             ones.
+        pieces: as of ImagePlan.
     """
 
     request: ImageRequest
@@ -52,6 +74,7 @@ class ImageDecision:
     whole: Whole = "no_region"
     mrope_position_delta: int = 0
     reason: str = ""
+    pieces: tuple[Piece, ...] = ()
 
     @property
     def compression(self) -> TokenPlan | None:
@@ -129,6 +152,7 @@ class Planner:
         region = request.region and view.project(request.region)
         if region is None:
             return ImagePlan(None, whole_image_plan(grid, request.pruning_rate))
+        around = view.project(request.around) if request.around else None
         try:
             tokens = make_plan(
                 grid,
@@ -138,11 +162,19 @@ class Planner:
                 request.method,
                 self.geometry.num_layers,
                 request.eviction_layers,
-                view.project(request.around) if request.around else None,
+                around,
             )
         except BudgetError as error:
             raise InvalidCropError("crop.pruning_rate", str(error)) from None
-        return ImagePlan(region, tokens)
+        pieces: tuple[Piece, ...] = ()
+        if request.compression == "foveate" and tokens.compresses:
+            seen, halo = self.view_tokens(grid.num_tokens), self.config.foveation.halo
+            pieces = self.geometry.foveate(width, height, region, around, seen, halo)
+        return ImagePlan(region, tokens, pieces)
+
+    def view_tokens(self, full: int) -> int:
+        """Most visual tokens that a foveated image with `full` of them is seen in as a whole."""
+        return self.config.foveation.view_tokens or self.config.localizer.view_tokens(full)
 
     def _pruned_late(self, request: ImageRequest) -> ImageRequest:
         """All of the image alike, from the last eviction layer on, if that is late enough; else as it is."""
@@ -167,7 +199,7 @@ class Planner:
             return ImageDecision(request, whole="no_region" if planned.region else "out_of_view")
         span = self.geometry.position_span(planned.tokens.grid)
         delta = max(0, span - planned.tokens.num_embeddings)
-        return ImageDecision(request, planned.tokens, mrope_position_delta=delta)
+        return ImageDecision(request, planned.tokens, mrope_position_delta=delta, pieces=planned.pieces)
 
     def _decide_or_whole(
         self,

@@ -21,10 +21,11 @@ from tests.families import FAMILIES, LLAVA, LLAVA_ONEVISION, QWEN2_5_VL, Family
 from tests.pictures import noise_image
 from tests.tinyvqa import CHECKPOINT, ENGINE
 from vllm_crop.client import data_url
+from vllm_crop.families.view_size import size_for_tokens
 from vllm_crop.frontend.own_request import ServingEngine
 from vllm_crop.localizers.base import LocalizerAnswer
 from vllm_crop.localizers.dialects import DIALECTS, read_cells
-from vllm_crop.localizers.thumbnails import as_picture, shrink, size_for_tokens
+from vllm_crop.localizers.thumbnails import as_picture, shrink
 from vllm_crop.planning.geometry import Region
 
 pytestmark = pytest.mark.vllm_runtime

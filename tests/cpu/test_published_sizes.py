@@ -25,7 +25,7 @@ from tests.published import PUBLISHED
 from vllm_crop.eviction.grouping import predict_grouping
 from vllm_crop.eviction.report import recommended_layer
 from vllm_crop.families.checkpoint import load_geometry
-from vllm_crop.localizers.thumbnails import size_for_tokens
+from vllm_crop.families.view_size import size_for_tokens
 from vllm_crop.planning.budget import BudgetError, retained_per_stage
 from vllm_crop.request import CropParams, CropRequest
 

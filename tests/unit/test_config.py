@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from vllm_crop.config import CropConfig, CropLimits, ShadowConfig, shorten
+from vllm_crop.config import CropConfig, CropLimits, FoveationConfig, ShadowConfig, shorten
 from vllm_crop.errors import InvalidConfigError
 from vllm_crop.localizers.settings import LocalizerConfig
 
@@ -18,7 +18,8 @@ ALLOWED: dict[str, list[Any]] = {
     "method": ["plc", "ilp", "plc+ilp", "off"],
     "pruning_rate": [0, 0.0, 0.5, 0.99],
     "eviction_layers": [None, [], [1], [2, 16], [1, 2, 3, 1000]],
-    "compression": ["pool", "prune"],
+    "compression": ["pool", "prune", "foveate"],
+    "foveation": [{}, {"halo": 0}, {"view_tokens": 64, "halo": 4}],
     "rim": [0, 0.0, 0.125, 0.5],
     "position_ids": ["renumbered", "original"],
     "vit_cache_mib": [0, 1, 4096],
@@ -35,7 +36,12 @@ ALLOWED: dict[str, list[Any]] = {
     ],
     "shadow": [{}, {"rate": 0}, {"rate": 0.01}, {"rate": 1, "max_running": 2, "max_held": 1, "timeout_s": 5}],
 }
-NESTED: dict[str, Any] = {"limits": CropLimits, "localizer": LocalizerConfig, "shadow": ShadowConfig}
+NESTED: dict[str, Any] = {
+    "foveation": FoveationConfig,
+    "limits": CropLimits,
+    "localizer": LocalizerConfig,
+    "shadow": ShadowConfig,
+}
 # Settings, then what the message must say: the key, what is allowed, the value.
 REFUSED: list[tuple[dict[Any, Any], list[str]]] = [
     ({"pruning_rate": 9}, [".pruning_rate:", "less than 1", "got 9"]),
@@ -65,7 +71,7 @@ REFUSED: list[tuple[dict[Any, Any], list[str]]] = [
     ({"eviction_layers": [1, 2, 3, 4, 5]}, [".eviction_layers:", "at most 4", "got [1, 2, 3, 4, 5]"]),
     ({"method": "ilp", "eviction_layers": []}, [".eviction_layers:", "'ilp' needs at least one", "got []"]),
     ({"method": "plc+ilp", "eviction_layers": []}, [".eviction_layers:", "'plc+ilp' needs at least one"]),
-    ({"compression": "resampler"}, [".compression:", "'pool' or 'prune'", "got 'resampler'"]),
+    ({"compression": "resampler"}, [".compression:", "'pool', 'prune' or 'foveate'", "got 'resampler'"]),
     ({"position_ids": "mrope"}, [".position_ids:", "'renumbered' or 'original'", "got 'mrope'"]),
     ({"vit_cache_mib": -1}, [".vit_cache_mib:", "greater than or equal to 0", "got -1"]),
     ({"vit_cache_mib": 1.5}, [".vit_cache_mib:", "integer", "got 1.5"]),
@@ -111,6 +117,7 @@ def test_defaults_are_plc_at_128_llava_tokens() -> None:
         "rim": 0.125,
         "position_ids": None,
         "vit_cache_mib": 256,
+        "foveation": {"view_tokens": None, "halo": 2},
         "limits": {"max_pruning_rate": 0.99, "max_boxes_per_image": 16, "named_images_mib": 128},
         "localizer": LocalizerConfig().model_dump(),
         "shadow": {"rate": 0.0, "max_running": 1, "max_held": 16, "timeout_s": 30.0},

@@ -2,6 +2,7 @@
 """The `x-crop-facts` header: totals always, images as far as they fit."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -10,7 +11,8 @@ from strategies import regions
 
 from vllm_crop.frontend.request_context import MAX_HEADER_BYTES, ImageFacts, Source, facts_header
 from vllm_crop.localizers.decision import Localization
-from vllm_crop.planning.geometry import Box, Region
+from vllm_crop.planning.foveation import Piece, whole_piece
+from vllm_crop.planning.geometry import Box, Region, TokenGrid
 
 SOURCES: list[Source] = ["request", "none", "off", "out_of_view"]
 PRUNED = ImageFacts(576, 128, 128.0, Region((Box(0.1, 0.2, 0.3, 0.4),)), "request")
@@ -49,6 +51,17 @@ def test_header_tells_totals_and_each_image() -> None:
             },
         ],
     }
+
+
+def test_what_the_vision_tower_sees_is_said_where_it_is_not_all() -> None:
+    scale = TokenGrid(24, 24)
+    view, crop = whole_piece(TokenGrid(6, 6)), Piece(scale, (0, 8, 4, 12), (2, 6, 6, 10))
+    header = json.loads(facts_header([replace(PRUNED, pieces=(view, crop)), WHOLE]))
+    assert header["tower_tokens"] == 36 + 64 + 576
+    seen, whole = header["images"]
+    assert seen["tower_tokens"] == 100
+    assert [Piece.from_json(piece) for piece in seen["pieces"]] == [view, crop]
+    assert "tower_tokens" not in whole
 
 
 def test_averages_are_rounded_to_hundredths() -> None:

@@ -18,13 +18,14 @@ from pydantic import ValidationError
 
 from tests.unit.strategies import boxes
 from vllm_crop.families.qwen_vl import Qwen3VLGeometry, SmartResize
+from vllm_crop.families.view_size import size_for_tokens
 from vllm_crop.frontend.shared import SharedAnswers
 from vllm_crop.localizers.base import LocalizerAnswer, UnreadableAnswerError
 from vllm_crop.localizers.decision import settle
 from vllm_crop.localizers.dialects import DIALECTS, WHOLE, read_cells, read_pixels, read_thousandths
 from vllm_crop.localizers.questions import LONGEST_QUESTION, normalised, questions_of
 from vllm_crop.localizers.settings import LocalizerConfig
-from vllm_crop.localizers.thumbnails import Picture, as_picture, shrink, size_for_tokens
+from vllm_crop.localizers.thumbnails import Picture, as_picture, shrink
 from vllm_crop.planning.geometry import Box, Region, TokenGrid
 
 CELLS = "".join(map(str, range(8)))

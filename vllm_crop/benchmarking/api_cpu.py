@@ -99,26 +99,24 @@ def measure_api_cpu(sizes: Mapping[tuple[int, int], int] = SIZES) -> Iterator[Ap
             yield ApiTimes(size, pairs)
 
 
-def api_cpu_table(measured: Iterator[ApiTimes]) -> Table:
-    """A row per size and mode."""
+def api_cpu_table(one: ApiTimes) -> Table:
+    """A row per mode."""
     table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1))
     for title in ("picture", "request"):
         table.add_column(title, no_wrap=True)
     for title in ("CPU ms\nmedian", "min", "max", "added\nmedian", "quartiles"):
         table.add_column(title, justify="right", no_wrap=True)
-    for one in measured:
-        rows = {"stock": one.stock_ms} | {
-            mode: [ours for _, ours in pairs] for mode, pairs in one.pairs_ms.items()
-        }
-        for mode, times in rows.items():
-            numbers = [f"{value:.1f}" for value in (median(times), min(times), max(times))]
-            more = ("", "")
-            if mode in one.pairs_ms:
-                added = one.added(mode)
-                low, high = added[len(added) // 4], added[-1 - len(added) // 4]
-                more = (f"{median(added):+.1%}", f"{low:+.1%} to {high:+.1%}")
-            table.add_row("" if mode in one.pairs_ms else "{}x{}".format(*one.size), mode, *numbers, *more)
-        table.add_section()
+    rows = {"stock": one.stock_ms} | {
+        mode: [ours for _, ours in pairs] for mode, pairs in one.pairs_ms.items()
+    }
+    for mode, times in rows.items():
+        numbers = [f"{value:.1f}" for value in (median(times), min(times), max(times))]
+        more = ("", "")
+        if mode in one.pairs_ms:
+            added = one.added(mode)
+            low, high = added[len(added) // 4], added[-1 - len(added) // 4]
+            more = (f"{median(added):+.1%}", f"{low:+.1%} to {high:+.1%}")
+        table.add_row("" if mode in one.pairs_ms else "{}x{}".format(*one.size), mode, *numbers, *more)
     return table
 
 

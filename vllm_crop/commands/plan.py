@@ -15,16 +15,20 @@ from vllm_crop.commands.region_options import (
     CellsOption,
     CompressionOption,
     EvictionLayersOption,
+    HaloOption,
     MethodOption,
     PruningRateOption,
     RegionOption,
     RimOption,
+    ViewTokensOption,
     geometry_of,
     parse_regions,
     plan_for_image,
     request_for_image,
     why_whole,
 )
+from vllm_crop.planner import ImagePlan
+from vllm_crop.planning.foveation import describe_pieces
 from vllm_crop.planning.geometry import Region
 from vllm_crop.planning.plan import NEVER, TokenPlan
 from vllm_crop.planning.summary import PlanSummary
@@ -47,6 +51,8 @@ def plan(
     rim: RimOption = DEFAULTS.rim,
     method: MethodOption = DEFAULTS.method,
     eviction_layers: EvictionLayersOption = None,
+    view_tokens: ViewTokensOption = None,
+    halo: HaloOption = DEFAULTS.foveation.halo,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """Show which visual tokens of an image are kept, pooled, evicted or left out by a server."""
@@ -54,12 +60,12 @@ def plan(
     asked = parse_regions(region, cells)
     request = request_for_image(asked, pruning_rate, compression, method, eviction_layers, rim)
     geometry = geometry_of(model)
-    planned = plan_for_image(geometry, width, height, request)
+    planned = plan_for_image(geometry, width, height, request, view_tokens, halo)
     if as_json:
-        typer.echo(json.dumps(planned.tokens.to_json(geometry.num_layers)))
+        typer.echo(json.dumps(planned.to_json(geometry.num_layers)))
         return
     console = Console(highlight=False)
-    console.print(_summary(planned.tokens, planned.region, pruning_rate, geometry.num_layers))
+    console.print(_summary(planned, pruning_rate, geometry.num_layers))
     if planned.region is None:
         console.print(f"Served whole: {why_whole(request, asked)}.")
     else:
@@ -76,8 +82,9 @@ def _parse_size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _summary(token_plan: TokenPlan, region: Region | None, asked: float, num_layers: int) -> Table:
-    counts = PlanSummary.of(token_plan, region, num_layers)
+def _summary(planned: ImagePlan, asked: float, num_layers: int) -> Table:
+    token_plan = planned.tokens
+    counts = PlanSummary.of(token_plan, planned.region, num_layers)
     table = Table.grid(padding=(0, 2))
     table.add_row("visual tokens", f"{counts.tokens} -> {counts.after}  ({counts.change})")
     table.add_row("grid", f"{token_plan.grid.describe()}, {num_layers} decoder layers")
@@ -92,6 +99,8 @@ def _summary(token_plan: TokenPlan, region: Region | None, asked: float, num_lay
             stages = [f"{count} from layer {layer} on" for layer, count in counts.evicted]
             table.add_row("evicted", ", ".join(stages))
             table.add_row("embeddings", counts.describe_layers())
+    if planned.pieces:
+        table.add_row("vision tower", f"{planned.tower_tokens} tokens: {describe_pieces(planned.pieces)}")
     table.add_row("pruning rate", f"{asked:g} asked, {token_plan.pruning_rate_got(num_layers):.4f} got")
     return table
 

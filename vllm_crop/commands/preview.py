@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`vllm-crop preview`: a picture of what pruning leaves of an image."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
@@ -15,10 +15,12 @@ from vllm_crop.commands.region_options import (
     CellsOption,
     CompressionOption,
     EvictionLayersOption,
+    HaloOption,
     MethodOption,
     PruningRateOption,
     RegionOption,
     RimOption,
+    ViewTokensOption,
     geometry_of,
     parse_regions,
     plan_for_image,
@@ -27,6 +29,7 @@ from vllm_crop.commands.region_options import (
 )
 from vllm_crop.families.registry import VisionGeometry, geometry_from_configs
 from vllm_crop.planner import ImagePlan
+from vllm_crop.planning.foveation import Piece, describe_pieces
 from vllm_crop.planning.geometry import Box, Region
 from vllm_crop.planning.summary import PlanSummary
 
@@ -46,6 +49,7 @@ class ServerAnswer:
         source: where the region came from.
         localizer: what the server's localizer did; None if it was not asked.
         settings: how the server pruned: method, pruning rate, compression, eviction layers.
+        pieces: what its vision tower sees instead of the whole image.
     """
 
     text: str
@@ -56,6 +60,7 @@ class ServerAnswer:
     source: str
     localizer: dict[str, Any] | None
     settings: dict[str, Any]
+    pieces: tuple[Piece, ...] = ()
 
     def describe(self) -> str:
         """A sentence on the region."""
@@ -108,6 +113,7 @@ def ask_server(base_url: str, picture: Image.Image, question: str, crop: dict[st
         source=image["source"],
         localizer=image.get("localizer"),
         settings=facts,
+        pieces=tuple(Piece.from_json(piece) for piece in image.get("pieces", ())),
     )
 
 
@@ -145,6 +151,8 @@ def preview(
     rim: RimOption = DEFAULTS.rim,
     method: MethodOption = DEFAULTS.method,
     eviction_layers: EvictionLayersOption = None,
+    view_tokens: ViewTokensOption = None,
+    halo: HaloOption = DEFAULTS.foveation.halo,
     output: Annotated[Path, typer.Option("-o", "--output", help="Where to write the PNG.")] = Path(
         "preview.png"
     ),
@@ -183,12 +191,14 @@ def preview(
             eviction_layers = ",".join(map(str, served["eviction_layers"]))
     request = request_for_image(asked, pruning_rate, compression, method, eviction_layers, rim)
     geometry = geometry_of(model) if model is not None else assumed_llava()
-    planned = plan_for_image(geometry, *picture.size, request)
+    planned = plan_for_image(geometry, *picture.size, request, view_tokens, halo)
+    if answer is not None:
+        planned = replace(planned, pieces=answer.pieces)
     view, num_layers = geometry.view(*picture.size), geometry.num_layers
     if answer is not None:
         _check(answer, planned, num_layers)
         typer.echo(f"{answer.text}\n({answer.describe()})")
-    drawing = draw_preview(picture, view, planned.tokens, asked, num_layers)
+    drawing = draw_preview(picture, view, planned.tokens, asked, num_layers, planned.pieces)
     try:
         drawing.save(output, format="PNG")
     except OSError as error:
@@ -205,6 +215,8 @@ def preview(
     typer.echo(f"{counts.tokens} -> {counts.after} ({counts.change})  {counts.describe()}{reason}")
     if counts.evicted:
         typer.echo(counts.describe_layers())
+    if planned.pieces:
+        typer.echo(f"The vision tower sees {planned.tower_tokens} tokens: {describe_pieces(planned.pieces)}")
     typer.echo(f"Written to {output}")
 
 

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from vllm_crop.config import DEFAULT_STAGES, CropConfig
+from vllm_crop.config import DEFAULT_STAGES, CropConfig, FoveationConfig
 from vllm_crop.errors import CropError, UnsupportedImageError
 from vllm_crop.families.checkpoint import load_geometry
 from vllm_crop.families.registry import VisionGeometry
@@ -53,7 +53,10 @@ PruningRateOption = Annotated[
 ]
 CompressionOption = Annotated[
     Compression,
-    typer.Option(help="Tokens outside the region: averaged in groups, or one of each group kept."),
+    typer.Option(
+        help="Tokens outside the region: averaged in groups, or one of each group kept; foveate averages and "
+        "shows the vision tower only the region at full size."
+    ),
 ]
 RimOption = Annotated[
     float,
@@ -61,6 +64,17 @@ RimOption = Annotated[
         help="How far around the region the context keeps more than elsewhere, as a fraction of the image's "
         "sides, at most 0.5."
     ),
+]
+ViewTokensOption = Annotated[
+    int | None,
+    typer.Option(
+        min=4,
+        help="With --compression foveate: visual tokens that all of the image is seen in, as the server's "
+        "foveation.view_tokens.",
+    ),
+]
+HaloOption = Annotated[
+    int, typer.Option(min=0, help="With --compression foveate: as the server's foveation.halo.")
 ]
 MethodOption = Annotated[
     Method,
@@ -121,17 +135,34 @@ def request_for_image(
         raise typer.BadParameter(str(error), param_hint="--region") from None
 
 
-def plan_for_image(geometry: VisionGeometry, width: int, height: int, request: ImageRequest) -> ImagePlan:
+def plan_for_image(
+    geometry: VisionGeometry,
+    width: int,
+    height: int,
+    request: ImageRequest,
+    view_tokens: int | None = None,
+    halo: int = DEFAULTS.foveation.halo,
+) -> ImagePlan:
     """The plan a server makes for an image of this size in pixels.
+
+    Args:
+        view_tokens, halo: as in the server's `foveation`.
 
     Raises:
         typer.BadParameter: the model cannot evict at these layers, or they leave too little of the budget, or
-            it takes no image of this size.
+            it takes no image of this size, or cannot be shown parts of one.
     """
+    if request.compression == "foveate" and geometry.why_no_foveation:
+        raise typer.BadParameter(
+            f"'foveate' is not possible with this model: {geometry.why_no_foveation}",
+            param_hint="--compression",
+        )
+    foveation = FoveationConfig(view_tokens=view_tokens, halo=halo)
+    planner = Planner(DEFAULTS.model_copy(update={"foveation": foveation}), geometry)
     try:
         if request.eviction_layers:
             check_eviction_layers(request.eviction_layers, geometry.num_layers, geometry.first_eviction_layer)
-        return Planner(DEFAULTS, geometry).plan_image(request, width, height)
+        return planner.plan_image(request, width, height)
     except BudgetError as error:
         raise typer.BadParameter(str(error), param_hint="--eviction-layers") from None
     except UnsupportedImageError as error:

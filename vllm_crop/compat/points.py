@@ -259,6 +259,42 @@ UPSTREAM_POINTS = (
         ("self", "input_tokens", "mm_features"),
         "numbers the unpruned prompt, of which the tokens that are left keep their numbers",
     ),
+    UpstreamPoint(
+        "vllm.model_executor.models.qwen2_vl",
+        "Qwen2VisionTransformer.forward",
+        ("self", "x", "grid_thw", "encoder_metadata"),
+        "encodes pieces of images with the metadata of their places",
+    ),
+    UpstreamPoint(
+        "vllm.model_executor.models.qwen2_vl",
+        "Qwen2VisionTransformer.prepare_encoder_metadata",
+        ("self", "grid_thw"),
+        "gives pieces all but the places they have in the whole image",
+    ),
+    UpstreamPoint(
+        "vllm.model_executor.models.qwen2_5_vl",
+        "Qwen2_5_VisionTransformer.forward",
+        ("self", "x", "grid_thw", "encoder_metadata"),
+        "encodes pieces of images with the metadata of their places",
+    ),
+    UpstreamPoint(
+        "vllm.model_executor.models.qwen2_5_vl",
+        "Qwen2_5_VisionTransformer.prepare_encoder_metadata",
+        ("self", "grid_thw"),
+        "gives pieces all but the places they have in the whole image",
+    ),
+    UpstreamPoint(
+        "vllm.model_executor.models.qwen3_vl",
+        "Qwen3_VisionTransformer.forward",
+        ("self", "x", "grid_thw", "encoder_metadata"),
+        "encodes pieces of images with the metadata of their places",
+    ),
+    UpstreamPoint(
+        "vllm.model_executor.models.qwen3_vl",
+        "Qwen3_VisionTransformer.prepare_encoder_metadata",
+        ("self", "grid_thw_list"),
+        "gives pieces all but the places they have in the whole image",
+    ),
 )
 
 # The V2 model runner's part of eviction and of heat maps.

@@ -25,6 +25,7 @@ REFUSED = {
     "localizer.adapter without --enable-lora": "the localizer could not answer with its adapter",
     "shadow.rate with --max-logprobs 0": "a check compares log-probabilities of first tokens",
     "shadow.rate with --logprobs-mode raw_logits|processed_logits": "logits of two prompts do not compare",
+    "compression=foveate with --mm-encoder-tp-mode data": "pieces of images are one batch of the tower",
     "position_ids=original without room in the model's positions": "set a smaller --max-model-len",
 }
 
@@ -71,6 +72,16 @@ def refuse_shadow(engine_args: Any, config: ShadowConfig) -> None:
         refuse("shadow.rate with --logprobs-mode raw_logits|processed_logits")
 
 
+def refuse_foveation(engine_args: Any, config: CropConfig) -> None:
+    """Refuse to split a batch of pieces among ranks.
+
+    Raises:
+        UnsupportedFlagError: naming the flag.
+    """
+    if config.compression == "foveate" and engine_args.mm_encoder_tp_mode == "data":
+        refuse("compression=foveate with --mm-encoder-tp-mode data")
+
+
 def refuse_model(model_config: Any, config: CropConfig) -> None:
     """Refuse what only the finished model config shows.
 
@@ -82,6 +93,11 @@ def refuse_model(model_config: Any, config: CropConfig) -> None:
     if config.stages:
         refuse_budget(model_config, config)
     geometry = served_geometry(model_config)
+    if config.compression == "foveate" and geometry.why_no_foveation:
+        raise InvalidConfigError(
+            "--crop-config compression 'foveate' needs a vision tower that can be shown parts of an image at "
+            f"several sizes. This model's cannot: {geometry.why_no_foveation}. Use 'pool'"
+        )
     if config.localizer.when_unsure == "late":
         earliest = math.ceil(LATE * geometry.num_layers)
         if not config.stages or config.stages[-1] < earliest:

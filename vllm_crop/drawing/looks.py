@@ -13,6 +13,7 @@ from vllm_crop.planning.summary import PlanSummary
 Colour = tuple[int, int, int]
 
 REGION_COLOUR: Colour = (255, 45, 120)
+PIECE_COLOUR: Colour = (0, 190, 220)
 BAR_COLOUR: Colour = (20, 23, 29)
 TEXT_COLOUR: Colour = (244, 246, 250)
 MARGIN = 22
@@ -27,6 +28,7 @@ class Swatch(Enum):
     EVICTED = "evicted: seen below layer"
     LEFT_OUT = "left out"
     UNSEEN = "not seen by the model"
+    PIECE = "seen larger than the rest"
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,16 @@ class LegendEntry:
     num_stages: int = 1
 
 
-def legend_of(summary: PlanSummary, outlined: bool, cut_away: bool) -> list[LegendEntry]:
-    """What occurs in a drawing: whether the region is outlined, and whether the model sees not all of it."""
+def legend_of(
+    summary: PlanSummary, outlined: bool, cut_away: bool, in_pieces: bool = False
+) -> list[LegendEntry]:
+    """What occurs in a drawing.
+
+    Args:
+        outlined: whether the region is.
+        cut_away: whether the model sees not all of the image.
+        in_pieces: whether the vision tower sees parts of it larger than others.
+    """
     occurring = {
         Swatch.REGION: outlined,
         Swatch.KEPT: summary.region_kept + summary.others_kept > 0,
@@ -48,6 +58,7 @@ def legend_of(summary: PlanSummary, outlined: bool, cut_away: bool) -> list[Lege
         Swatch.EVICTED: bool(summary.evicted),
         Swatch.LEFT_OUT: summary.left_out > 0,
         Swatch.UNSEEN: cut_away,
+        Swatch.PIECE: in_pieces,
     }
     entries = []
     for swatch in (swatch for swatch, occurs in occurring.items() if occurs):
@@ -96,9 +107,10 @@ def _symbol(entry: LegendEntry) -> Image.Image:
     """A 34 x 26 sample of how this looks in the drawing."""
     sample = _sample()
     draw = ImageDraw.Draw(sample, "RGBA")
-    if entry.swatch is Swatch.REGION:
+    if entry.swatch in (Swatch.REGION, Swatch.PIECE):
+        colour, width = (REGION_COLOUR, 4) if entry.swatch is Swatch.REGION else (PIECE_COLOUR, 2)
         sample = Image.new("RGB", sample.size, BAR_COLOUR)
-        ImageDraw.Draw(sample).rectangle((1, 1, 32, 24), outline=REGION_COLOUR, width=4)
+        ImageDraw.Draw(sample).rectangle((1, 1, 32, 24), outline=colour, width=width)
     elif entry.swatch is Swatch.KEPT:
         draw.line((17, 0, 17, 26), fill=KEPT_LINE[0], width=1)
         draw.line((0, 13, 34, 13), fill=KEPT_LINE[0], width=1)

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draws what a TokenPlan does to a picture, with Pillow alone: the picture of `vllm-crop preview`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
 from PIL import Image, ImageDraw, ImageOps
 
-from vllm_crop.drawing.looks import BAR_COLOUR, REGION_COLOUR, add_caption, legend_of, unseen
+from vllm_crop.drawing.looks import BAR_COLOUR, PIECE_COLOUR, REGION_COLOUR, add_caption, legend_of, unseen
 from vllm_crop.drawing.tokens import PixelBox, draw_tokens
+from vllm_crop.planning.foveation import Piece
 from vllm_crop.planning.geometry import Box, GridPart, ImageView, Region
 from vllm_crop.planning.plan import TokenPlan
 from vllm_crop.planning.summary import PlanSummary
@@ -25,7 +27,12 @@ _WHITES: dict[str, tuple[float, ...]] = {
 
 
 def draw_preview(
-    image: Image.Image, view: ImageView, plan: TokenPlan, region: Region | None, num_layers: int = 1
+    image: Image.Image,
+    view: ImageView,
+    plan: TokenPlan,
+    region: Region | None,
+    num_layers: int = 1,
+    pieces: Sequence[Piece] = (),
 ) -> Image.Image:
     """The picture with its plan drawn in, once for each grid, above a caption with the counts and a legend.
 
@@ -34,6 +41,7 @@ def draw_preview(
         view: the part of the upright image that the model sees.
         plan: what becomes of its tokens.
         region: in fractions of the image as sent; None if there is none.
+        pieces: what the vision tower sees of it, the view first; empty if that is all of it.
         num_layers: decoder layers of the model; any number will do for a plan that evicts nothing.
 
     Raises:
@@ -42,15 +50,20 @@ def draw_preview(
     picture = as_rgb(image)
     # A grid that an extremely narrow image leaves without columns has nothing to draw.
     parts = [part for part in plan.grid.parts if part.grid.num_tokens]
-    scenes = [_draw_part(picture, view, plan, part, region) for part in parts]
+    scenes = [_draw_part(picture, view, plan, part, region, pieces[1:]) for part in parts]
     drawing = _side_by_side([scene for scene, _ in scenes])
     summary = PlanSummary.of(plan, view.project(region) if region else None, num_layers)
     cut_away = all(cut for _, cut in scenes)
-    return add_caption(drawing, summary, plan, legend_of(summary, region is not None, cut_away))
+    return add_caption(drawing, summary, plan, legend_of(summary, region is not None, cut_away, bool(pieces)))
 
 
 def _draw_part(
-    picture: Image.Image, view: ImageView, plan: TokenPlan, part: GridPart, region: Region | None
+    picture: Image.Image,
+    view: ImageView,
+    plan: TokenPlan,
+    part: GridPart,
+    region: Region | None,
+    pieces: Sequence[Piece],
 ) -> tuple[Image.Image, bool]:
     """The picture with one of the plan's grids on it, and whether this grid shows not all of the picture."""
     layout = _Layout.of(picture, view.within(part.window))
@@ -59,6 +72,9 @@ def _draw_part(
     drawing = unseen(scene)
     drawing.paste(draw_tokens(seen, plan, part), layout.view_box[:2])
     _outline(drawing, layout.view_box, _WHITE, 1)
+    for piece in pieces:
+        shown = ImageView(view.window).within(piece.shows(piece.window))
+        _outline(drawing, layout.place(shown.window), PIECE_COLOUR, 3)
     if region:
         _outline_boxes(drawing, [layout.place(box) for box in region.boxes])
     return drawing, seen.size != scene.size

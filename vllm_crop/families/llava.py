@@ -11,7 +11,8 @@ from typing import Any, ClassVar, Self
 
 from vllm_crop.errors import UnsupportedModelError
 from vllm_crop.families.text_layers import decoder_layers
-from vllm_crop.planning.geometry import Box, ImageTokens, ImageView, TokenGrid
+from vllm_crop.planning.foveation import Piece
+from vllm_crop.planning.geometry import Box, ImageTokens, ImageView, Region, TokenGrid
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,7 @@ class LlavaGeometry:
     uses_mrope: ClassVar[bool] = False
     rotary_room: ClassVar[int] = 1
     first_eviction_layer: ClassVar[int] = 1
+    why_no_foveation: ClassVar[str] = "every image is one tile of a fixed size"
 
     token_grid: TokenGrid
     preprocessing: ClipPreprocessing
@@ -172,6 +174,12 @@ class LlavaGeometry:
     def pixels(self, width: int, height: int) -> tuple[int, int]:
         """Those of the vision tower's input."""
         return self.image_side, self.image_side
+
+    def foveate(
+        self, width: int, height: int, region: Region, around: Region | None, view_tokens: int, halo: int
+    ) -> tuple[Piece, ...]:
+        """Nothing: see `why_no_foveation`."""
+        return ()
 
     def position_span(self, grid: ImageTokens) -> int:
         """One per token."""

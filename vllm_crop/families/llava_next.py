@@ -14,7 +14,8 @@ from typing import Any, ClassVar, Self
 from vllm_crop.errors import UnsupportedModelError
 from vllm_crop.families.llava import CLIP, SIGLIP
 from vllm_crop.families.text_layers import decoder_layers
-from vllm_crop.planning.geometry import Box, GridPart, ImageTokens, ImageView, TokenGrid, TokenGrids
+from vllm_crop.planning.foveation import Piece
+from vllm_crop.planning.geometry import Box, GridPart, ImageTokens, ImageView, Region, TokenGrid, TokenGrids
 
 _DECIMALS = 7  # upstream rounds the length of a side to these before it takes whole tokens
 _MOST_SCALED = 1.1  # how much longer than allowed the sides of a grid may be before it is scaled down
@@ -210,6 +211,7 @@ class LlavaNextGeometry:
     uses_mrope: ClassVar[bool] = False
     rotary_room: ClassVar[int] = 1
     first_eviction_layer: ClassVar[int] = 1
+    why_no_foveation: ClassVar[str] = "its tiles are encoded all or none"
 
     tiling: AnyResolution
     num_layers: int
@@ -242,6 +244,12 @@ class LlavaNextGeometry:
     def pixels(self, width: int, height: int) -> tuple[int, int]:
         """Those of the image: the model sees it in several sizes at once."""
         return width, height
+
+    def foveate(
+        self, width: int, height: int, region: Region, around: Region | None, view_tokens: int, halo: int
+    ) -> tuple[Piece, ...]:
+        """Nothing: see `why_no_foveation`."""
+        return ()
 
     def position_span(self, grid: ImageTokens) -> int:
         """One per token."""

@@ -11,7 +11,9 @@ from typing import Any, ClassVar, Self
 
 from vllm_crop.errors import UnsupportedImageError, UnsupportedModelError
 from vllm_crop.families.text_layers import decoder_layers
-from vllm_crop.planning.geometry import Box, ImageTokens, ImageView, TokenGrid
+from vllm_crop.families.view_size import size_for_tokens
+from vllm_crop.planning.foveation import FoveationRule, Piece, foveate
+from vllm_crop.planning.geometry import Box, ImageTokens, ImageView, Region, TokenGrid
 
 _MAX_ASPECT_RATIO = 200
 _DEFAULT_SIZE = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}
@@ -110,10 +112,14 @@ class Qwen2_5VLGeometry:
     rotary_room: ClassVar[int] = 4
     default_patch: ClassVar[int] = 14
     default_deepstack: ClassVar[tuple[int, ...]] = ()
+    default_window: ClassVar[int] = 112
+    why_no_foveation: ClassVar[str] = ""
 
     resize: SmartResize
     num_layers: int
     first_eviction_layer: int = 1
+    # Along the side of a window that most layers of the vision tower attend within.
+    window_tokens: int = 1
 
     @classmethod
     def from_configs(cls, model: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> Self:
@@ -129,7 +135,9 @@ class Qwen2_5VLGeometry:
         # Each of these vision layers adds features to the rows after one of the first decoder layers.
         deepstack = vision.get("deepstack_visual_indexes", cls.default_deepstack)
         resize = SmartResize.from_settings(preprocessor, patch, merge)
-        return cls(resize, decoder_layers(text), max(1, len(deepstack)))
+        window = vision.get("window_size", cls.default_window) if cls.default_window else 0
+        window_tokens = max(1, window // (patch * merge))
+        return cls(resize, decoder_layers(text), max(1, len(deepstack)), window_tokens)
 
     @property
     def max_tokens(self) -> int:
@@ -149,6 +157,16 @@ class Qwen2_5VLGeometry:
         grid, side = self.grid(width, height), self.resize.token_side
         return grid.cols * side, grid.rows * side
 
+    def foveate(
+        self, width: int, height: int, region: Region, around: Region | None, view_tokens: int, halo: int
+    ) -> tuple[Piece, ...]:
+        """Small the whole image, and at full size what is around the region."""
+        size = size_for_tokens(self, width, height, view_tokens)
+        if size is None:
+            return ()
+        rule = FoveationRule(self.grid(*size), halo, self.window_tokens)
+        return foveate(self.grid(width, height), region, around, rule)
+
     def position_span(self, grid: ImageTokens) -> int:
         """As many as the longer side has tokens."""
         (part,) = grid.parts
@@ -156,9 +174,17 @@ class Qwen2_5VLGeometry:
 
 
 @dataclass(frozen=True)
-class Qwen3VLGeometry(Qwen2_5VLGeometry):
-    """Qwen3-VL: larger patches, and deepstack."""
+class Qwen2VLGeometry(Qwen2_5VLGeometry):
+    """Qwen2-VL: every layer of the vision tower attends to the whole image."""
 
+    default_window: ClassVar[int] = 0
+
+
+@dataclass(frozen=True)
+class Qwen3VLGeometry(Qwen2_5VLGeometry):
+    """Qwen3-VL: larger patches, and deepstack; no windows either."""
+
+    default_window: ClassVar[int] = 0
     rotary_room: ClassVar[int] = 1
     default_patch: ClassVar[int] = 16
     default_deepstack: ClassVar[tuple[int, ...]] = (8, 16, 24)

@@ -12,8 +12,9 @@ from typing import Any, ClassVar, Protocol
 from vllm_crop.errors import UnsupportedModelError
 from vllm_crop.families.llava import LlavaGeometry
 from vllm_crop.families.llava_next import LlavaNextGeometry, LlavaOnevisionGeometry
-from vllm_crop.families.qwen_vl import Qwen2_5VLGeometry, Qwen3VLGeometry
-from vllm_crop.planning.geometry import ImageTokens, ImageView
+from vllm_crop.families.qwen_vl import Qwen2_5VLGeometry, Qwen2VLGeometry, Qwen3VLGeometry
+from vllm_crop.planning.foveation import Piece
+from vllm_crop.planning.geometry import ImageTokens, ImageView, Region
 
 
 class VisionGeometry(Protocol):
@@ -22,10 +23,12 @@ class VisionGeometry(Protocol):
     Attributes:
         uses_mrope: position ids are coordinates in the image, which the tokens that are left keep.
         rotary_room: how many times the model's positions vLLM's rotary table holds.
+        why_no_foveation: why its vision tower cannot see parts of an image at several sizes; empty if it can.
     """
 
     uses_mrope: ClassVar[bool]
     rotary_room: ClassVar[int]
+    why_no_foveation: ClassVar[str]
 
     @property
     def num_layers(self) -> int:
@@ -52,6 +55,21 @@ class VisionGeometry(Protocol):
 
     def pixels(self, width: int, height: int) -> tuple[int, int]:
         """Width and height in pixels of the view of an image of this size, as the model is shown it."""
+        ...
+
+    def foveate(
+        self, width: int, height: int, region: Region, around: Region | None, view_tokens: int, halo: int
+    ) -> tuple[Piece, ...]:
+        """What the vision tower is to see of an image of this size, coarse pieces first.
+
+        Args:
+            region, around: in fractions of the view, as in `vllm_crop.planning.foveation.foveate`.
+            view_tokens: about how many tokens the whole image is seen in.
+            halo: tokens around what is used of a piece.
+
+        Returns:
+            Empty where the whole image at full size costs no more.
+        """
         ...
 
     def position_span(self, grid: ImageTokens) -> int:
@@ -83,7 +101,7 @@ FAMILIES = {
     "LlavaForConditionalGeneration": Family(LlavaGeometry, "llava"),
     "LlavaNextForConditionalGeneration": Family(LlavaNextGeometry, "llava_next"),
     "LlavaOnevisionForConditionalGeneration": Family(LlavaOnevisionGeometry, "llava_onevision"),
-    "Qwen2VLForConditionalGeneration": Family(Qwen2_5VLGeometry, "qwen2_vl"),
+    "Qwen2VLForConditionalGeneration": Family(Qwen2VLGeometry, "qwen2_vl"),
     "Qwen2_5_VLForConditionalGeneration": Family(Qwen2_5VLGeometry, "qwen2_5_vl"),
     "Qwen3VLForConditionalGeneration": Family(Qwen3VLGeometry, "qwen3_vl", ("qwen3",)),
     "Qwen3VLMoeForConditionalGeneration": Family(Qwen3VLGeometry, "qwen3_vl_moe", ("qwen3_vl", "qwen3_moe")),

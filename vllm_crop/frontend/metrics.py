@@ -30,6 +30,11 @@ class CropMetrics:
             "Visual tokens of served images after pruning, averaged over layers.",
             ["model_name"],
         )
+        self.tower_tokens = Counter(
+            "crop:tower_tokens",
+            "Visual tokens that the vision tower makes of what it sees of served images, cached ones too.",
+            ["model_name"],
+        )
         self.images = Counter(
             "crop:images",
             "Served images by where their region came from: request, engine, openai, none, off, out_of_view.",
@@ -120,6 +125,7 @@ class CropMetrics:
         for image in images:
             _labelled(self.visual_tokens, model_name).inc(image.tokens)
             _labelled(self.visual_tokens_retained, model_name).inc(image.tokens_avg)
+            _labelled(self.tower_tokens, model_name).inc(image.tower_tokens)
             _labelled(self.images, model_name, image.source).inc()
         outcome = "pruned" if any(image.pruned for image in images) else "whole"
         _labelled(self.requests, model_name, outcome).inc()

@@ -10,10 +10,11 @@ from typing import Any
 from vllm.renderers.params import ChatParams
 
 from vllm_crop.families.registry import VisionGeometry
+from vllm_crop.families.view_size import size_for_tokens
 from vllm_crop.frontend.settling import SERVERS_OWN
 from vllm_crop.localizers.base import LocalizerError
 from vllm_crop.localizers.settings import LocalizerConfig
-from vllm_crop.localizers.thumbnails import Picture, image_of, not_huge, off_the_loop, shrink, size_for_tokens
+from vllm_crop.localizers.thumbnails import Picture, image_of, not_huge, off_the_loop, shrink
 from vllm_crop.models.processor import REQUEST_KEY, WAY_KEY
 from vllm_crop.models.sent import OnTheWay, newly_sent
 from vllm_crop.planning.geometry import ImageView, Region

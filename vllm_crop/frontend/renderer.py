@@ -290,6 +290,9 @@ class CropRenderer(HfRenderer):
 
     def _ahead(self, prompt: Any) -> ImagesAhead:
         """The images of a prompt, to be processed while their regions are sought."""
+        if self.mm_processor.crop_config.compression == "foveate":
+            # What is processed depends on the regions.
+            return ImagesAhead((), self.mm_processor.process_ahead, self._mm_executor.submit)
         data = prompt.get("multi_modal_data") or {}
         return ImagesAhead(_images(data), self.mm_processor.process_ahead, self._mm_executor.submit)
 
@@ -416,4 +419,5 @@ def _image_facts(
         source=source,
         localization=localization,
         request=request,
+        pieces=decision.pieces,
     )

@@ -15,6 +15,7 @@ import numpy as np
 
 from vllm_crop.localizers.decision import Localization
 from vllm_crop.localizers.heat import HeatMap
+from vllm_crop.planning.foveation import Piece, tower_tokens
 from vllm_crop.planning.geometry import Box, Region
 from vllm_crop.request import CropParams, ImageRequest
 
@@ -37,6 +38,7 @@ class ImageFacts:
         source: where the region came from; "none", "off" and "out_of_view" images are served whole.
         localization: what the server's own localizer did, if it was asked.
         request: what was asked for the image, the server's configuration applied.
+        pieces: what the vision tower sees instead of the whole image; empty if that is what it sees.
     """
 
     tokens: int
@@ -46,6 +48,12 @@ class ImageFacts:
     source: Source
     localization: Localization | None = None
     request: ImageRequest | None = None
+    pieces: tuple[Piece, ...] = ()
+
+    @property
+    def tower_tokens(self) -> int:
+        """Visual tokens that the vision tower makes of what it sees, if none of it is cached."""
+        return tower_tokens(self.pieces) if self.pieces else self.tokens
 
     @property
     def pruned(self) -> bool:
@@ -62,6 +70,8 @@ class ImageFacts:
             "tokens_after_plc": self.tokens_after_plc,
             "tokens_avg": round(self.tokens_avg, 2),
             **region,
+            **({"tower_tokens": self.tower_tokens} if self.pieces else {}),
+            **({"pieces": [piece.to_json() for piece in self.pieces]} if self.pieces and with_region else {}),
             "source": self.source,
             **({"localizer": _localization_json(found, with_heat)} if found else {}),
         }
@@ -73,6 +83,7 @@ def facts_header(images: Sequence[ImageFacts]) -> str:
         "tokens": sum(image.tokens for image in images),
         "tokens_after_plc": sum(image.tokens_after_plc for image in images),
         "tokens_avg": round(sum(image.tokens_avg for image in images), 2),
+        **_tower_json(images),
         "localizer_ms": _localizer_ms(images),
         **_settings_json(images),
     }
@@ -82,6 +93,13 @@ def facts_header(images: Sequence[ImageFacts]) -> str:
         if len(header) <= MAX_HEADER_BYTES:
             return header
     return json.dumps({**totals, "num_images": len(images)}, separators=(",", ":"))
+
+
+def _tower_json(images: Sequence[ImageFacts]) -> dict[str, int]:
+    """What the vision tower sees, where that is not all of all images."""
+    if not any(image.pieces for image in images):
+        return {}
+    return {"tower_tokens": sum(image.tower_tokens for image in images)}
 
 
 def _settings_json(images: Sequence[ImageFacts]) -> dict[str, Any]:

@@ -11,9 +11,6 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
-from vllm_crop.errors import UnsupportedImageError
-from vllm_crop.families.registry import VisionGeometry
-
 Made = TypeVar("Made")
 
 # Pictures may be huge, and many may come at once: two at a time are enough to keep the localizer busy.
@@ -21,7 +18,6 @@ _WORKERS = ThreadPoolExecutor(max_workers=2, thread_name_prefix="crop-thumbnails
 
 _HUGE = 16_000_000  # pixels; smaller pictures are averaged exactly
 _BAND = 2_000_000  # pixels converted at once
-_ATTEMPTS = 50  # token counts come in steps: a little smaller each time until they fit
 
 
 async def off_the_loop(work: Callable[..., Made], *args: Any) -> Made:
@@ -66,34 +62,6 @@ def _reduced(image: Image.Image, size: tuple[int, int]) -> Image.Image:
         band = image.crop((0, top, image.width, min(image.height, top + lines)))
         reduced.paste(_rgb(band).reduce(factors), (0, top // factors[1]))
     return reduced
-
-
-def size_for_tokens(
-    geometry: VisionGeometry, width: int, height: int, max_tokens: int
-) -> tuple[int, int] | None:
-    """The largest size of about the same aspect that costs at most `max_tokens` visual tokens.
-
-    Image processors have a least size: Qwen3-VL's is 64 tokens, and more than that for all but square images.
-    One that costs up to twice as much as wanted is taken where there is nothing smaller. None where a smaller
-    image does not cost less.
-    """
-    full = geometry.grid(width, height).num_tokens
-    if full <= max_tokens:
-        return width, height
-    scale = math.sqrt(max_tokens / full)
-    least, smallest = min(full, 2 * max_tokens + 1), None
-    for _ in range(_ATTEMPTS):
-        size = max(1, round(width * scale)), max(1, round(height * scale))
-        try:
-            tokens = geometry.grid(*size).num_tokens
-        except UnsupportedImageError:  # a line so narrow that a smaller one has no pixel across
-            break
-        if tokens <= max_tokens:
-            return size
-        if tokens < least:
-            least, smallest = tokens, size
-        scale *= 0.97
-    return smallest
 
 
 class Picture:

@@ -14,8 +14,8 @@ from vllm_crop.eviction.decoder import EvictingDecoder, EvictingStep, start_evic
 from vllm_crop.eviction.markers import EvictionSettings
 from vllm_crop.heat.step import HeatStep
 from vllm_crop.heat.taps import start_heat
-from vllm_crop.models.encoder import CompressingEncoder, Encode
-from vllm_crop.models.processor import ASSIGNMENT, CROP_FIELDS, POSITIONS
+from vllm_crop.models.encoder import CompressingEncoder, Encode, SeenImage
+from vllm_crop.models.processor import ASSIGNMENT, PLAN_FIELDS, POSITIONS
 
 
 class CropModelMixin(nn.Module):
@@ -35,23 +35,23 @@ class CropModelMixin(nn.Module):
         """The embeddings of a batch of images or videos, one `[num_embeddings, hidden]` tensor each."""
         if kwargs.get("pixel_values") is None:  # videos, and image embeddings from the client
             return self.embed_stock(**kwargs)
-        num_tokens, encode = self.images_of(kwargs)
-        return self.crop_encoder(num_tokens, encode, **{name: kwargs[name] for name in CROP_FIELDS})
+        images, encode = self.images_of(kwargs)
+        return self.crop_encoder(images, encode, **{name: kwargs[name] for name in PLAN_FIELDS})
 
     def embed_stock(self, **kwargs: Any) -> Any:
         """vLLM's own `embed_multimodal`: vision tower and projector."""
         stock: Any = super()
         return stock.embed_multimodal(**kwargs)
 
-    def images_of(self, kwargs: Mapping[str, Any]) -> tuple[Sequence[int], Encode]:
+    def images_of(self, kwargs: Mapping[str, Any]) -> tuple[Sequence[SeenImage], Encode]:
         """How a family's images are encoded.
 
         Args:
             kwargs: of `embed_multimodal`, with `pixel_values`.
 
         Returns:
-            Per image its visual tokens unpruned; and what takes the indices of some of the images to their
-            features, `[num_tokens, hidden]` each.
+            What is seen of each image; and what takes the indices of some of their parts, counted through all
+            images, to features, `[num_tokens, hidden]` each.
         """
         raise NotImplementedError
 

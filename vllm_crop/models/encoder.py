@@ -2,6 +2,7 @@
 """From pixels and plans to compressed embeddings: the vision tower's batches and its feature cache."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from vllm.config import VllmConfig
@@ -10,8 +11,41 @@ from vllm.multimodal.encoder_budget import MultiModalBudget
 
 from vllm_crop.config import CropConfig
 from vllm_crop.models.features import FeatureCache, ImageKey, compress
+from vllm_crop.planning.foveation import Piece, sources
+from vllm_crop.planning.geometry import TokenGrid
 
 Encode = Callable[[Sequence[int]], Iterable[torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """What the vision tower encodes by itself: an image, or one of the pieces it is seen in.
+
+    Attributes:
+        num_tokens: visual tokens it makes of it.
+        piece: None for an image as stock vLLM encodes it.
+    """
+
+    num_tokens: int
+    piece: Piece | None = None
+
+
+@dataclass(frozen=True)
+class SeenImage:
+    """An image of a batch.
+
+    Attributes:
+        parts: a single one without a piece, or all pieces, coarse ones first.
+        grid: its tokens at full size, where it is seen in pieces.
+    """
+
+    parts: tuple[Part, ...]
+    grid: TokenGrid | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Visual tokens unpruned."""
+        return self.parts[0].num_tokens if self.grid is None else self.grid.num_tokens
 
 
 class CompressingEncoder:
@@ -28,11 +62,12 @@ class CompressingEncoder:
         self.max_tokens = budget.get_encoder_budget()
         self.peak_tokens = 0
         self.num_encoded = 0
+        self.tokens_encoded = 0
         self.cache = FeatureCache(config.vit_cache_mib << 20, vllm_config.device_config.device)
 
     def __call__(
         self,
-        num_tokens: Sequence[int],
+        images: Sequence[SeenImage],
         encode: Encode,
         crop_assignment: Sequence[torch.Tensor],
         crop_image_key: Sequence[torch.Tensor],
@@ -41,53 +76,90 @@ class CompressingEncoder:
         """Embed a batch of images.
 
         Args:
-            num_tokens: per image, unpruned.
-            encode: the indices of some of the images -> their features, `[num_tokens, hidden]` each.
+            encode: the indices of some of the parts, counted through all images -> their features,
+                `[num_tokens, hidden]` each.
             crop_assignment: per image `[num_tokens]`, or empty for an image served whole.
-            crop_image_key: per image two 64-bit words made of its pixels, or empty.
+            crop_image_key: per image `[parts, 2]`, two 64-bit words made of what a part shows, or empty.
             crop_positions: per image `[num_embeddings]`, or empty; checked against the result.
         """
-        # With the size of what is stored: nothing that names an image may bring features of another size.
-        keys: list[ImageKey] = [
-            (*key.tolist(), count) if len(key) else ()
-            for key, count in zip(crop_image_key, num_tokens, strict=True)
+        parts = [part for image in images for part in image.parts]
+        keys = [
+            _cache_key(words, part)
+            for key, image in zip(crop_image_key, images, strict=True)
+            for words, part in zip(key.tolist() or [()] * len(image.parts), image.parts, strict=True)
         ]
-        features = self._features(num_tokens, encode, keys)
-        plans = zip(num_tokens, crop_assignment, crop_positions, strict=True)
+        seen = iter(self._features(parts, encode, keys))
+        plans = zip(images, crop_assignment, crop_positions, strict=True)
         embeddings = []
-        for full, (count, assignment, positions) in zip(features, plans, strict=True):
-            rows = compress(full, assignment) if len(assignment) else full
-            expected = len(positions) or count
+        for image, assignment, positions in plans:
+            rows = _assembled(image, [next(seen) for _ in image.parts], assignment)
+            expected = len(positions) or image.num_tokens
             # vLLM slices what it needs and drops surplus rows silently.
             assert len(rows) == expected, f"{len(rows)} embeddings for {expected} placeholders"
             embeddings.append(rows)
         return embeddings
 
     def _features(
-        self, num_tokens: Sequence[int], encode: Encode, keys: Sequence[ImageKey]
-    ) -> list[torch.Tensor]:
-        features = [self.cache.find(key) if key else None for key in keys]
-        # Keyed images that occur twice in the batch (two regions of one image) are encoded once.
+        self, parts: Sequence[Part], encode: Encode, keys: Sequence[ImageKey]
+    ) -> list[tuple[Part, torch.Tensor]]:
+        """What each part is seen in, itself or a larger one that is cached, with its features."""
+        found = [self._cached(part, key) for part, key in zip(parts, keys, strict=True)]
+        # Keyed parts that occur twice in the batch (two regions of one image) are encoded once.
         missing: dict[object, list[int]] = {}
-        for index, known in enumerate(features):
+        for index, known in enumerate(found):
             if known is None:
                 missing.setdefault(keys[index] or index, []).append(index)
-        for batch in self._batches([group[0] for group in missing.values()], num_tokens):
-            self.peak_tokens = max(self.peak_tokens, sum(num_tokens[image] for image in batch))
+        for batch in self._batches([group[0] for group in missing.values()], parts):
+            num_tokens = sum(parts[index].num_tokens for index in batch)
+            self.peak_tokens = max(self.peak_tokens, num_tokens)
             self.num_encoded += len(batch)
-            for image, image_features in zip(batch, encode(batch), strict=True):
-                self.cache.store(keys[image], image_features)
-                for index in missing[keys[image] or image]:
-                    features[index] = image_features
-        return [image_features for image_features in features if image_features is not None]
+            self.tokens_encoded += num_tokens
+            for first, features in zip(batch, encode(batch), strict=True):
+                self.cache.store(keys[first], features)
+                for index in missing[keys[first] or first]:
+                    found[index] = parts[index], features
+        return [known for known in found if known is not None]
 
-    def _batches(self, images: Sequence[int], num_tokens: Sequence[int]) -> Iterator[list[int]]:
-        """`images` in order, cut into batches of at most `max_tokens`, or of a single image."""
+    def _cached(self, part: Part, key: ImageKey) -> tuple[Part, torch.Tensor] | None:
+        if not key:
+            return None
+        if part.piece is None or part.piece.is_whole:
+            features = self.cache.find(key)
+            return None if features is None else (part, features)
+        covering = self.cache.find_window(key)
+        if covering is None:
+            return None
+        window, features = covering
+        return Part(len(features), replace(part.piece, window=window)), features
+
+    def _batches(self, indices: Sequence[int], parts: Sequence[Part]) -> Iterator[list[int]]:
+        """`indices` in order, cut into batches of at most `max_tokens`, or of a single part."""
         batch: list[int] = []
-        for image in images:
-            if batch and sum(num_tokens[index] for index in [*batch, image]) > self.max_tokens:
+        for index in indices:
+            if batch and sum(parts[other].num_tokens for other in [*batch, index]) > self.max_tokens:
                 yield batch
                 batch = []
-            batch.append(image)
+            batch.append(index)
         if batch:
             yield batch
+
+
+def _cache_key(words: Sequence[int], part: Part) -> ImageKey:
+    """With the size of what is stored: nothing that names an image may bring features of another size."""
+    if not words:
+        return ()
+    if part.piece is None or part.piece.is_whole:
+        return (*words, part.num_tokens)
+    return (*words, *part.piece.window)
+
+
+def _assembled(
+    image: SeenImage, seen: Sequence[tuple[Part, torch.Tensor]], assignment: torch.Tensor
+) -> torch.Tensor:
+    """The embeddings of an image, from the features of what it was seen in."""
+    if image.grid is None:
+        ((_, features),) = seen
+        return compress(features, assignment) if len(assignment) else features
+    pieces = [part.piece for part, _ in seen if part.piece is not None]
+    rows = torch.from_numpy(sources(image.grid, pieces))
+    return compress(torch.cat([features for _, features in seen]), assignment, rows)

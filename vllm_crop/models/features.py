@@ -29,6 +29,25 @@ class FeatureCache(LRUCache[ImageKey, torch.Tensor]):
         self.num_hits += features is not None
         return features
 
+    def find_window(self, key: ImageKey) -> tuple[tuple[int, int, int, int], torch.Tensor] | None:
+        """The features of a window of a picture, or of a larger one that holds all of it.
+
+        Args:
+            key: two words that name the picture at one scale, then the window, `row0, row1, col0, col1`.
+
+        Returns:
+            The window that is stored, and its features.
+        """
+        picture, (row0, row1, col0, col1) = key[:2], key[2:]
+        for stored in self:
+            if len(stored) == len(key) and stored[:2] == picture:
+                top, bottom, left, right = stored[2:]
+                if top <= row0 and row1 <= bottom and left <= col0 and col1 <= right:
+                    features = self.find(stored)
+                    assert features is not None
+                    return (top, bottom, left, right), features
+        return None
+
     def store(self, key: ImageKey, features: torch.Tensor) -> None:
         """Keep a copy of one image's features; nothing under an empty key, and nothing too large."""
         if not key or key in self or self.getsizeof(features) > self.maxsize:
@@ -38,15 +57,18 @@ class FeatureCache(LRUCache[ImageKey, torch.Tensor]):
         self[key] = features.clone()
 
 
-def compress(features: torch.Tensor, assignment: torch.Tensor) -> torch.Tensor:
+def compress(
+    features: torch.Tensor, assignment: torch.Tensor, rows: torch.Tensor | None = None
+) -> torch.Tensor:
     """Average the features of each planned embedding; embeddings of one token are copied exactly.
 
     Sums run over sorted segments, so the result does not depend on the order of atomic additions.
 
     Args:
-        features: `[num_tokens, hidden]`, visual tokens in row-major grid order.
+        features: `[num_tokens, hidden]`, visual tokens in row-major grid order; others if `rows` says where.
         assignment: `[num_tokens]`, on the CPU; embedding index of each token, -1 for tokens left out
             (`TokenPlan.assignment`). Every index from 0 to the largest occurs.
+        rows: `[num_tokens]`, on the CPU; which of `features` are those of each token.
 
     Returns:
         `[num_embeddings, hidden]` in the dtype of `features`; means are taken in float32.
@@ -54,7 +76,8 @@ def compress(features: torch.Tensor, assignment: torch.Tensor) -> torch.Tensor:
     order = torch.argsort(assignment, stable=True)
     order = order[(assignment < 0).sum() :]
     lengths = torch.bincount(assignment[order].long())
-    selected = features[order.to(features.device)]
+    picked = order if rows is None else rows[order]
+    selected = features[picked.to(features.device)]
     if len(lengths) == len(order):
         return selected
     # Checking the lengths, which the CPU has just counted, would wait for all that the device has yet to do.

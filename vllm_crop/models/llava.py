@@ -11,7 +11,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from vllm_crop.families.registry import geometry_from_configs
 from vllm_crop.models.base import PlainRopeMixin
-from vllm_crop.models.encoder import Encode
+from vllm_crop.models.encoder import Encode, Part, SeenImage
 from vllm_crop.models.processor import CropProcessorMixin
 
 
@@ -32,11 +32,11 @@ class LlavaForConditionalGeneration(PlainRopeMixin, stock.LlavaForConditionalGen
         hf_config = vllm_config.model_config.hf_config
         self.tokens_per_image = geometry_from_configs(hf_config.to_dict(), {}).max_tokens
 
-    def images_of(self, kwargs: Mapping[str, Any]) -> tuple[Sequence[int], Encode]:
+    def images_of(self, kwargs: Mapping[str, Any]) -> tuple[Sequence[SeenImage], Encode]:
         """One tile of `[3, height, width]` per image."""
         tiles = kwargs["pixel_values"]
 
         def encode(picked: Sequence[int]) -> Any:
             return self.embed_stock(pixel_values=tiles[picked])
 
-        return [self.tokens_per_image] * len(tiles), encode
+        return [SeenImage((Part(self.tokens_per_image),))] * len(tiles), encode

@@ -29,6 +29,7 @@ from vllm_crop.models.ahead import ImagesAhead
 from vllm_crop.models.known_images import KnownImages, RequestImages, identify
 from vllm_crop.models.sent import OnTheWay, newly_sent, withhold
 from vllm_crop.planner import ImageDecision, Planner
+from vllm_crop.planning.foveation import Piece
 from vllm_crop.planning.plan import TokenPlan
 from vllm_crop.request import CropParams, CropRequest, ImageRequest, InvalidCropError
 
@@ -123,6 +124,8 @@ class CropProcessorMixin(BaseMultiModalProcessor):
             items = inputs.mm_data_items.get("image") or ()
             embeddings = not isinstance(items, ImageProcessorItems)
             decisions = self.planner.plan(asked, images.sizes, embeddings, tuple(plain))
+        if isinstance(items, ImageProcessorItems):
+            decisions = self._without_impossible_pieces(items, decisions)
         if images.by_name and known is not None:
             inputs, decisions = self._with_images_of_names(inputs, images, known, asked, decisions)
         hashes = dict(images.hashes)
@@ -150,6 +153,17 @@ class CropProcessorMixin(BaseMultiModalProcessor):
                 processed[UNMARKED] = Unmarked(tuple(processed["prompt_token_ids"]), first)
             self._mark_evicted(processed, decisions)
         return processed
+
+    def _without_impossible_pieces(
+        self, items: ImageProcessorItems, decisions: tuple[ImageDecision, ...]
+    ) -> tuple[ImageDecision, ...]:
+        """Images of kinds that cannot be cut are seen whole; a name alone is left as it is."""
+        return tuple(
+            replace(decision, pieces=())
+            if decision.pieces and (image := items.get(index)) is not None and not self.can_be_foveated(image)
+            else decision
+            for index, decision in enumerate(decisions)
+        )
 
     def _is_ahead(self, ahead: ImagesAhead | None, inputs: ProcessorInputs) -> bool:
         """Whether the HF processor was given exactly this request's data, with no settings of its own."""
@@ -205,7 +219,7 @@ class CropProcessorMixin(BaseMultiModalProcessor):
     ) -> list[str]:
         position_ids = self.crop_config.position_ids
         return [
-            hash_with_request(image_hash, decision.request, position_ids)
+            hash_with_request(image_hash, decision.request, position_ids, decision.pieces)
             if decision.compression is not None
             else image_hash
             for image_hash, decision in zip(image_hashes, decisions, strict=True)
@@ -237,19 +251,37 @@ class CropProcessorMixin(BaseMultiModalProcessor):
         data = None
         if items is not None and items.ahead is not None:
             data = items.ahead.take(len(mm_items.get("image") or ()))
+        if items is None or not items.decisions:
+            return self.stock_processed(mm_items, plain) if data is None else data
         if data is None:
-            data = super()._apply_hf_processor_main(mm_items, plain)
-        if items is not None and items.decisions:
-            plans = [decision.compression for decision in items.decisions]
-            data[ASSIGNMENT] = [assignment(plan) for plan in plans]
-            data[POSITIONS] = [positions(plan) for plan in plans]
+            data = self.images_processed(mm_items, plain, items)
+        plans = [decision.compression for decision in items.decisions]
+        data[ASSIGNMENT] = [assignment(plan) for plan in plans]
+        data[POSITIONS] = [positions(plan) for plan in plans]
+        if IMAGE_KEY not in data:
             data[IMAGE_KEY] = [image_key(image_hash) for image_hash in items.image_hashes]
         return data
+
+    def can_be_foveated(self, image: Any) -> bool:
+        """Whether the model can be given pieces of this image, as vLLM has it."""
+        return False
+
+    def images_processed(self, mm_items: Any, hf_kwargs: Mapping[str, object], items: CropItems) -> Any:
+        """What the model gets of some items, as `_apply_hf_processor_main`."""
+        return self.stock_processed(mm_items, hf_kwargs)
+
+    def stock_processed(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> Any:
+        """What the HF processor makes of some items."""
+        return super()._apply_hf_processor_main(mm_items, hf_kwargs)
+
+    def stock_hashes(self, inputs: ProcessorInputs) -> Any:
+        """vLLM's own names of items."""
+        return super()._get_mm_hashes(inputs)
 
     def process_ahead(self, images: Sequence[Any]) -> Any:
         """What the HF processor makes of the images of a request that has no settings of its own."""
         items = self.info.parse_mm_data({"image": list(images)}, validate=False)
-        return super()._apply_hf_processor_main(items, {})
+        return self.stock_processed(items, {})
 
     def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]) -> Any:
         _, plain = _take(hf_processor_mm_kwargs, ITEMS_KEY, CropItems)
@@ -308,11 +340,15 @@ def _with_planned_count(update: PromptUpdate, out_mm_kwargs: Any) -> PromptUpdat
 
 
 ASSIGNMENT, POSITIONS, IMAGE_KEY = "crop_assignment", "crop_positions", "crop_image_key"
-CROP_FIELDS = (ASSIGNMENT, POSITIONS, IMAGE_KEY)
-_NOTHING, _NO_KEY = torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=torch.int64)
+PLAN_FIELDS = (ASSIGNMENT, POSITIONS, IMAGE_KEY)
+PIECES = "crop_pieces"
+CROP_FIELDS = (*PLAN_FIELDS, PIECES)
+_NOTHING, _NO_KEY = torch.empty(0, dtype=torch.int32), torch.empty(0, 2, dtype=torch.int64)
 
 
-def hash_with_request(image_hash: str, request: ImageRequest, position_ids: str | None) -> str:
+def hash_with_request(
+    image_hash: str, request: ImageRequest, position_ids: str | None, pieces: Sequence[Piece] = ()
+) -> str:
     """Images not compressed keep the hash stock vLLM gives them; any region gets a key of its own.
 
     Position ids do not change an image's embeddings, but the KV entries that are found by this hash.
@@ -320,7 +356,8 @@ def hash_with_request(image_hash: str, request: ImageRequest, position_ids: str 
     request_key = request.cache_key()
     if request_key is None:
         return image_hash
-    key = repr((image_hash, request_key, position_ids))
+    seen = tuple(piece.as_numbers() for piece in pieces)
+    key = repr((image_hash, request_key, position_ids, seen))
     return hashlib.blake2b(key.encode(), digest_size=32).hexdigest()
 
 
@@ -340,8 +377,8 @@ def _tensor(array: NDArray[np.int32]) -> torch.Tensor:
 
 
 def image_key(image_hash: str) -> torch.Tensor:
-    """Two 64-bit words that name the image's pixels, or empty for an image not to be remembered."""
+    """`[1, 2]`, 64-bit words that name an image's pixels, or `[0, 2]` for an image not to be remembered."""
     if not image_hash:
         return _NO_KEY
     digest = hashlib.blake2b(image_hash.encode(), digest_size=16).digest()
-    return torch.frombuffer(bytearray(digest), dtype=torch.int64)
+    return torch.frombuffer(bytearray(digest), dtype=torch.int64).reshape(1, 2)

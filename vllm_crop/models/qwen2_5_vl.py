@@ -4,11 +4,10 @@
 from vllm.model_executor.models import qwen2_5_vl as stock
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from vllm_crop.models.processor import CropProcessorMixin
-from vllm_crop.models.qwen_vl import CropQwenVLMixin
+from vllm_crop.models.qwen_vl import CropQwenVLMixin, CropQwenVLProcessorMixin
 
 
-class Qwen2_5_VLMultiModalProcessor(CropProcessorMixin, stock.Qwen2_5_VLMultiModalProcessor):
+class Qwen2_5_VLMultiModalProcessor(CropQwenVLProcessorMixin, stock.Qwen2_5_VLMultiModalProcessor):
     """The stock processor, with planned placeholder counts."""
 
 

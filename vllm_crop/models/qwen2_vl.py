@@ -4,11 +4,10 @@
 from vllm.model_executor.models import qwen2_vl as stock
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from vllm_crop.models.processor import CropProcessorMixin
-from vllm_crop.models.qwen_vl import CropQwenVLMixin
+from vllm_crop.models.qwen_vl import CropQwenVLMixin, CropQwenVLProcessorMixin
 
 
-class Qwen2VLMultiModalProcessor(CropProcessorMixin, stock.Qwen2VLMultiModalProcessor):
+class Qwen2VLMultiModalProcessor(CropQwenVLProcessorMixin, stock.Qwen2VLMultiModalProcessor):
     """The stock processor, with planned placeholder counts."""
 
 

@@ -12,11 +12,10 @@ from vllm.model_executor.models import qwen3_vl as stock
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from vllm_crop.eviction.decoder import EvictingDecoder, EvictingStep
-from vllm_crop.models.processor import CropProcessorMixin
-from vllm_crop.models.qwen_vl import CropQwenVLMixin
+from vllm_crop.models.qwen_vl import CropQwenVLMixin, CropQwenVLProcessorMixin
 
 
-class Qwen3VLMultiModalProcessor(CropProcessorMixin, stock.Qwen3VLMultiModalProcessor):
+class Qwen3VLMultiModalProcessor(CropQwenVLProcessorMixin, stock.Qwen3VLMultiModalProcessor):
     """The stock processor, with planned placeholder counts."""
 
     def image_processor_settings(self) -> dict[str, Any]:

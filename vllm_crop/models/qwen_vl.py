@@ -8,9 +8,143 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from PIL import Image
+from transformers.feature_extraction_utils import BatchFeature
+from vllm.multimodal.inputs import MultiModalFieldConfig
+from vllm.multimodal.parse import MultiModalDataItems
+from vllm.multimodal.processing.inputs import ProcessorInputs
 
+from vllm_crop.families.view_size import size_for_tokens
+from vllm_crop.localizers.thumbnails import as_picture, shrink
 from vllm_crop.models.base import CropModelMixin, original_mrope_positions
-from vllm_crop.models.encoder import Encode
+from vllm_crop.models.encoder import Encode, Part, SeenImage
+from vllm_crop.models.piece_pixels import pixels_of
+from vllm_crop.models.placed_pieces import metadata_of_pieces
+from vllm_crop.models.processor import IMAGE_KEY, PIECES, CropItems, CropProcessorMixin, image_key
+from vllm_crop.planner import ImageDecision
+from vllm_crop.planning.foveation import Piece, whole_piece
+from vllm_crop.planning.geometry import TokenGrid
+
+_NONE = torch.empty(0, 10, dtype=torch.int32)
+
+
+class CropQwenVLProcessorMixin(CropProcessorMixin):
+    """CropProcessorMixin for image processors that turn a picture into patches of `pixel_values`.
+
+    Of a foveated image its pieces are resized and normalised, coarse ones first, and nothing else. Its grid
+    stays that of the whole image, which position ids are made of.
+    """
+
+    def can_be_foveated(self, image: Any) -> bool:
+        """Whether its pixels can be cut here."""
+        return as_picture(image) is not None
+
+    def images_processed(self, mm_items: Any, hf_kwargs: Mapping[str, object], items: CropItems) -> Any:
+        """As the stock processor, which is given the pieces of images that are seen in pieces."""
+        decisions = items.decisions
+        foveated = [index for index, one in enumerate(decisions) if one.pieces]
+        if not foveated:
+            return super().images_processed(mm_items, hf_kwargs, items)
+        images = [mm_items["image"].get(index) for index in range(len(decisions))]
+        whole = [image for image, one in zip(images, decisions, strict=True) if not one.pieces]
+        others = {name: data for name, data in mm_items.items() if name != "image"}
+        data = self._processed(whole, hf_kwargs, others)
+        patches = _split(data)
+        keys = [image_key(image_hash) for image_hash in items.image_hashes]
+        for index in foveated:
+            picture, decision = as_picture(images[index]), decisions[index]
+            assert picture is not None  # can_be_foveated
+            image = picture.open()
+            view = self._view_of(image)
+            patches.insert(index, self._patches_of(image, view, decision.pieces, hf_kwargs))
+            if items.image_hashes[index]:
+                keys[index] = self._keys_of(view, decision.pieces, items.image_hashes[index])
+        merge = self.info.get_image_processor().merge_size
+        grids = iter(data.get("image_grid_thw", ()))
+        data["image_grid_thw"] = torch.stack(
+            [_grid_thw(one, merge) if one.pieces else next(grids) for one in decisions]
+        )
+        data["pixel_values"] = torch.cat(patches)
+        data[IMAGE_KEY], data[PIECES] = keys, [_numbers(one.pieces) for one in decisions]
+        return data
+
+    def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]) -> Any:
+        fields = super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs)
+        if PIECES not in hf_inputs:
+            return fields
+        per_token = self.info.get_image_processor().merge_size ** 2
+        sizes = [
+            sum(Piece.from_numbers(one).num_tokens for one in pieces.tolist()) * per_token or int(grid.prod())
+            for pieces, grid in zip(hf_inputs[PIECES], hf_inputs["image_grid_thw"], strict=True)
+        ]
+        patches = MultiModalFieldConfig.flat_from_sizes("image", torch.tensor(sizes))
+        return {**fields, "pixel_values": patches}
+
+    def _patches_of(
+        self,
+        image: Image.Image,
+        view: Image.Image,
+        pieces: Sequence[Piece],
+        hf_kwargs: Mapping[str, object],
+    ) -> torch.Tensor:
+        processor = self.info.get_image_processor()
+        side, resample = processor.patch_size * processor.merge_size, Image.Resampling(processor.resample)
+        cut = [pixels_of(image, piece, side, resample) for piece in pieces[1:]]
+        seen = self._processed([view], hf_kwargs)
+        as_cut = self._processed(cut, {**hf_kwargs, "do_resize": False})
+        grids = torch.cat([seen["image_grid_thw"], as_cut["image_grid_thw"]]) // processor.merge_size
+        assert grids[:, 1:].tolist() == [[piece.rows, piece.cols] for piece in pieces], grids
+        return torch.cat([seen["pixel_values"], as_cut["pixel_values"]])
+
+    def _view_of(self, image: Image.Image) -> Image.Image:
+        """The small image that the localizer is shown too, of the same pixels."""
+        full = self.geometry.grid(*image.size).num_tokens
+        size = size_for_tokens(self.geometry, *image.size, self.planner.view_tokens(full))
+        assert size is not None  # else there were no pieces
+        return shrink(image, size)
+
+    def _keys_of(self, view: Image.Image, pieces: Sequence[Piece], image_hash: str) -> torch.Tensor:
+        """Names of what each piece shows; the view's is that of the same small image sent by itself."""
+        names = [f"{image_hash} at {piece.scale.rows} x {piece.scale.cols}" for piece in pieces[1:]]
+        return torch.cat([image_key(name) for name in (self._hash_of(view), *names)])
+
+    def _processed(
+        self, images: Sequence[Any], hf_kwargs: Mapping[str, object], others: Mapping[str, Any] | None = None
+    ) -> Any:
+        items = dict(others or {})
+        if images:
+            items.update(self.info.parse_mm_data({"image": list(images)}, validate=False))
+        if not items:
+            return BatchFeature()
+        return self.stock_processed(MultiModalDataItems(items), hf_kwargs)
+
+    def _hash_of(self, image: Image.Image) -> str:
+        items = self.info.parse_mm_data({"image": [image]}, validate=False)
+        (found,) = self.stock_hashes(ProcessorInputs([], items))["image"]
+        return found
+
+
+def _numbers(pieces: Sequence[Piece]) -> torch.Tensor:
+    """`[pieces, 10]`; see Piece.from_numbers."""
+    return torch.tensor([piece.as_numbers() for piece in pieces], dtype=torch.int32).reshape(-1, 10)
+
+
+def _split(data: Any) -> list[torch.Tensor]:
+    if "pixel_values" not in data:
+        return []
+    return list(data["pixel_values"].split(data["image_grid_thw"].prod(-1).tolist()))
+
+
+def _grid_thw(decision: ImageDecision, merge: int) -> torch.Tensor:
+    assert decision.plan is not None
+    (part,) = decision.plan.grid.parts
+    return torch.tensor([1, part.grid.rows * merge, part.grid.cols * merge])
+
+
+def _seen(grid: TokenGrid, pieces: tuple[Piece, ...]) -> SeenImage:
+    if not pieces:
+        return SeenImage((Part(grid.num_tokens),))
+    return SeenImage(tuple(Part(piece.num_tokens, piece) for piece in pieces), grid)
 
 
 class CropQwenVLMixin(CropModelMixin):
@@ -18,19 +152,46 @@ class CropQwenVLMixin(CropModelMixin):
 
     visual: Any
 
-    def images_of(self, kwargs: Mapping[str, Any]) -> tuple[Sequence[int], Encode]:
+    def images_of(self, kwargs: Mapping[str, Any]) -> tuple[Sequence[SeenImage], Encode]:
         """The patches of all images `[patches, ...]`, and per image its grid `[1, rows, columns]` of them."""
         patches, grids = kwargs["pixel_values"], kwargs["image_grid_thw"]
-        num_patches = grids.prod(-1)
+        merge = self.visual.spatial_merge_size
+        full = [TokenGrid(rows // merge, cols // merge) for _, rows, cols in grids.tolist()]
+        in_pieces = [
+            tuple(map(Piece.from_numbers, pieces.tolist()))
+            for pieces in kwargs.get(PIECES, [_NONE] * len(grids))
+        ]
+        if not any(in_pieces):
+            images = [SeenImage((Part(grid.num_tokens),)) for grid in full]
+            return images, self._encode_whole(patches, grids)
+        images = [_seen(grid, pieces) for grid, pieces in zip(full, in_pieces, strict=True)]
+        encoded = [
+            piece
+            for grid, pieces in zip(full, in_pieces, strict=True)
+            for piece in pieces or (whole_piece(grid),)
+        ]
 
+        def encode(picked: Sequence[int]) -> Any:
+            split = patches.split([piece.num_tokens * merge**2 for piece in encoded])
+            pieces = [encoded[index] for index in picked]
+            features = self.visual(
+                torch.cat([split[index] for index in picked]),
+                [[1, piece.rows * merge, piece.cols * merge] for piece in pieces],
+                encoder_metadata=metadata_of_pieces(self.visual, pieces),
+            )
+            return features.split([piece.num_tokens for piece in pieces])
+
+        return images, encode
+
+    def _encode_whole(self, patches: torch.Tensor, grids: torch.Tensor) -> Encode:
         def encode(picked: Sequence[int]) -> Any:
             if len(picked) == len(grids):
                 return self.embed_stock(pixel_values=patches, image_grid_thw=grids)
-            images = patches.split(num_patches.tolist())
+            images = patches.split(grids.prod(-1).tolist())
             some = torch.cat([images[index] for index in picked])
             return self.embed_stock(pixel_values=some, image_grid_thw=grids[picked])
 
-        return (num_patches // self.visual.spatial_merge_size**2).tolist(), encode
+        return encode
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: Any) -> Any:
         """The ids that tokens have in the unpruned prompt, `[3, num_tokens]`, and their excess."""

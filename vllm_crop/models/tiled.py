@@ -8,7 +8,7 @@ from vllm.config import VllmConfig
 
 from vllm_crop.families.registry import geometry_from_configs
 from vllm_crop.models.base import PlainRopeMixin
-from vllm_crop.models.encoder import Encode
+from vllm_crop.models.encoder import Encode, Part, SeenImage
 
 
 class TiledImagesMixin(PlainRopeMixin):
@@ -18,7 +18,7 @@ class TiledImagesMixin(PlainRopeMixin):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.geometry = geometry_from_configs(vllm_config.model_config.hf_config.to_dict(), {})
 
-    def images_of(self, kwargs: Mapping[str, Any]) -> tuple[Sequence[int], Encode]:
+    def images_of(self, kwargs: Mapping[str, Any]) -> tuple[Sequence[SeenImage], Encode]:
         """Per image `[its tiles, 3, side, side]`, the whole image first, and `[height, width]` in pixels."""
         tiles, sizes = kwargs["pixel_values"], kwargs["image_sizes"]
 
@@ -29,4 +29,5 @@ class TiledImagesMixin(PlainRopeMixin):
                 pixel_values=[tiles[index] for index in picked], image_sizes=sizes[picked]
             )
 
-        return [self.geometry.grid(width, height).num_tokens for height, width in sizes.tolist()], encode
+        counts = [self.geometry.grid(width, height).num_tokens for height, width in sizes.tolist()]
+        return [SeenImage((Part(count),)) for count in counts], encode

@@ -19,7 +19,7 @@ from vllm_crop.planning.budget import Method, retained_per_stage, rim_count
 from vllm_crop.planning.geometry import ImageTokens, Indices, Mask, Places, Region
 from vllm_crop.planning.groups import Groups, even_groups, middles
 
-Compression = Literal["pool", "prune"]
+Compression = Literal["pool", "prune", "foveate"]
 
 NEVER = np.iinfo(np.int32).max  # greater than any decoder layer
 
@@ -161,7 +161,7 @@ def make_plan(
         grid: the image's visual tokens.
         region: in fractions of what the model sees (after `ImageView.project`).
         pruning_rate: fraction of the image's (token, layer) pairs to remove, in [0, 1).
-        compression: what becomes of the tokens outside the region before the language model.
+        compression: what becomes of the tokens outside the region before the language model; "foveate" pools.
         method: "ilp" passes all tokens to the language model.
         num_layers: decoder layers; the average over them is what the rate is about.
         eviction_layers: strictly ascending, in 1..num_layers-1; without meaning for "plc".

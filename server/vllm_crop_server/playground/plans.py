@@ -86,7 +86,7 @@ class Page:
         except UnsupportedImageError as error:
             raise InvalidCropError("image_size", str(error)) from None
         return {
-            **planned.tokens.to_json(self.planner.geometry.num_layers),
+            **planned.to_json(self.planner.geometry.num_layers),
             "method": request.method,
             "region_in_view": planned.region is not None,
             "window": self.planner.geometry.view(width, height).window.as_list(),

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from vllm_crop.compat.hf_overrides import compose_hf_overrides
 from vllm_crop.compat.refusals import (
     refuse_flags,
+    refuse_foveation,
     refuse_localizer,
     refuse_model,
     refuse_shadow,
@@ -59,6 +60,7 @@ def patch(engine_args: Any, require_supported: Callable[[CropConfig, Any], None]
         refuse_flags(self)
         refuse_localizer(self, config.localizer)
         refuse_shadow(self, config.shadow)
+        refuse_foveation(self, config)
         user_overrides = self.hf_overrides
         self.hf_overrides = compose_hf_overrides(config.model_dump(), user_overrides)
         try:

@@ -65,6 +65,7 @@ export class Answer {
     this.#row("prompt-tokens", "Prompt tokens", usage?.prompt_tokens);
     this.#row("image-tokens", "Image tokens in the prompt", image && `${image.tokens_after_plc} of ${image.tokens}`);
     this.#row("average", "Image tokens per layer, average", image && averageOf(image));
+    if (image?.tower_tokens) this.#row("tower", "Tokens of the vision tower", `${image.tower_tokens} of ${image.tokens}`);
     this.#row("first-token", "Time to first token, in this browser", milliseconds(firstTokenMs));
     this.#row("localizer", "Localizer’s part of it, by the server", localizer ? timeOf(localizer) : "not asked");
     this.#row("confidence", "Confidence", localizer ? confidenceOf(localizer) : "–");

@@ -1,5 +1,5 @@
 // The looks that occur in the overlay, each with what it means and how many tokens it is true for.
-import { REGION_COLOUR, shade } from "./overlay.js";
+import { PIECE_COLOUR, REGION_COLOUR, shade } from "./overlay.js";
 import { countsOf } from "./tokens.js";
 
 /** Fill the list `element`; plan null empties it. */
@@ -19,6 +19,7 @@ function entriesOf(plan, outlined) {
   });
   if (leftOut) entries.push(["left-out", `left out (${leftOut})`]);
   if (x0 > 0 || y0 > 0 || x1 < 1 || y1 < 1) entries.push(["unseen", "not seen by the model"]);
+  if (plan.pieces) entries.push(["piece", `seen larger than the rest (${plan.tower_tokens} tokens in all)`]);
   return entries;
 }
 
@@ -27,6 +28,7 @@ function item([look, words, colour]) {
   swatch.className = `swatch ${look}`;
   if (colour) swatch.style.setProperty("--shade", colour);
   if (look === "region") swatch.style.borderColor = REGION_COLOUR;
+  if (look === "piece") swatch.style.borderColor = PIECE_COLOUR;
   const element = document.createElement("li");
   element.append(swatch, words);
   return element;

@@ -3,6 +3,7 @@
 import { assignmentOf, evictionLayers, gridsOf, looksOf } from "./tokens.js";
 
 export const REGION_COLOUR = "rgb(255, 45, 120)";
+export const PIECE_COLOUR = "rgb(0, 190, 220)";
 const LEFT_OUT_LINE = ["rgba(255, 255, 255, 0.16)", 1];
 const KEPT_LINE = ["rgba(255, 255, 255, 0.39)", 1];
 const PATCH_LINE = ["rgba(20, 24, 32, 0.75)", 2];
@@ -41,6 +42,15 @@ export function drawTokens(context, image, seen, view, plan) {
   });
   const strengths = assigned.map((index) => (looks[index] ? (looks[index].pooled ? 2 : 1) : 0));
   drawLines(context, place, rows, cols, assigned, strengths);
+}
+
+/** Frame what the vision tower sees larger than the rest of the image; `view` as in drawTokens. */
+export function drawPieces(context, view, pieces) {
+  context.strokeStyle = PIECE_COLOUR;
+  context.lineWidth = 2 * window.devicePixelRatio;
+  for (const { scale: [rows, cols], window: [row0, row1, col0, col1] } of pieces.slice(1)) {
+    context.strokeRect(...within(view, [col0 / cols, row0 / rows, col1 / cols, row1 / rows]));
+  }
 }
 
 function within([x, y, width, height], [x0, y0, x1, y1]) {

@@ -1,6 +1,6 @@
 // The canvas: image, tokens, and the region on top.
 import { drawHeat } from "./heat.js";
-import { drawTokens, drawUnseen, REGION_COLOUR } from "./overlay.js";
+import { drawPieces, drawTokens, drawUnseen, REGION_COLOUR } from "./overlay.js";
 
 const LARGEST_PART_OF_WINDOW = 0.7; // the image's height, so that the question stays in sight
 
@@ -62,6 +62,7 @@ export class Stage {
       if (strip[2] > 0 && strip[3] > 0) drawUnseen(context, strip);
     }
     drawTokens(context, this.picture.image, source, place, this.plan);
+    if (this.plan.pieces) drawPieces(context, place, this.plan.pieces);
   }
 
   #drawBoxes(context, [width, height]) {

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pruned images are seen in pieces: the small view, and the region at full size at its place."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.conftest import CheckpointOf
+from tests.cpu.conftest import CHUNKED, Engine, Question, ReferenceFor, decided, reference_by
+from tests.cpu.test_parity import NOTICEABLE, TOLERANCE, TWO_BOXES, cells, difference
+from tests.families import QWEN2_5_VL, QWEN2_VL, QWEN3_VL, QWEN3_VL_MOE, Family
+from tests.foveated_reference import foveating
+from tests.pictures import noise_image
+from vllm_crop.config import CropConfig
+from vllm_crop.models.placed_pieces import metadata_of_pieces
+from vllm_crop.planning.foveation import tower_tokens, whole_piece
+from vllm_crop.planning.geometry import TokenGrid
+
+pytestmark = pytest.mark.vllm_runtime
+FAMILIES = (QWEN2_VL, QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE)
+each_family = pytest.mark.parametrize("family", FAMILIES, ids=str)
+
+CROP: dict[str, Any] = {
+    **{"compression": "foveate", "pruning_rate": 0.8, "method": "plc+ilp", "eviction_layers": [2]},
+    "foveation": {"view_tokens": 24, "halo": 1},
+}
+HERE, THERE = cells(2, 3, 3, 4), cells(5, 1, 6, 2)
+FIRST, SECOND, ODD = noise_image(600, 560, 448), noise_image(601, 512, 576), noise_image(602, 601, 397)
+SCENARIOS = {
+    "region": Question((FIRST,), {"regions": [HERE]}),
+    "without a rim": Question((FIRST,), {"regions": [HERE], "rim": 0}),
+    "at the border": Question((FIRST,), {"regions": [cells(6, 6, 7, 7)], "rim": 0.05}),
+    "two boxes": Question((SECOND,), {"regions": [TWO_BOXES], "rim": 0}),
+    "two images": Question((FIRST, SECOND), {"regions": [HERE, THERE]}),
+    "one of two images": Question((FIRST, SECOND), {"regions": [None, THERE]}),
+    "same image, two regions": Question((FIRST, FIRST), {"regions": [HERE, THERE]}),
+    "of no whole tokens": Question((ODD,), {"regions": [HERE], "method": "plc"}),
+    "larger than the budget": Question((FIRST,), {"regions": [cells(1, 1, 4, 5)], "rim": 0}),
+    "seen whole": Question((FIRST,), {"regions": [cells(0, 0, 7, 7)]}),
+    "off": Question((FIRST,), {"regions": [HERE], "method": "off"}),
+}
+SEEN_WHOLE = {"seen whole", "off"}
+
+
+@pytest.fixture(scope="module")
+def engine_of(checkpoint_of: CheckpointOf) -> Callable[[Family], Engine]:
+    return cache(lambda family: Engine(checkpoint_of(family, family.deep), CROP, family, **CHUNKED))
+
+
+@pytest.fixture(scope="module")
+def reference_of(checkpoint_of: CheckpointOf) -> Callable[[Family], ReferenceFor]:
+    config = CropConfig.from_mapping(CROP)
+    return cache(
+        lambda family: reference_by(foveating(family.reference, checkpoint_of(family, family.deep), config))
+    )
+
+
+def pieces_of(engine: Engine, image: Image.Image, crop: Any) -> Any:
+    return decided(engine.processor, image, crop).pieces
+
+
+@each_family
+def test_all_scenarios_in_one_batch(
+    engine_of: Callable[[Family], Engine], reference_of: Callable[[Family], ReferenceFor], family: Family
+) -> None:
+    engine, reference_for = engine_of(family), reference_of(family)
+    pooled = CropConfig.from_mapping({**CROP, "compression": "pool"})
+    answers = engine.ask(*SCENARIOS.values())
+    for (name, question), answer in zip(SCENARIOS.items(), answers, strict=True):
+        reference = reference_for(question, engine.config)
+        control = reference_for(question, pooled)
+        error, change = difference(answer, reference), difference(control, reference)
+        print(f"{family}, {name}: {error:.1e}; all of the picture at full size: {change:.1e}")
+        assert answer.num_prompt_tokens == control.num_prompt_tokens, name
+        assert error <= TOLERANCE, name
+        assert (change <= TOLERANCE) if name in SEEN_WHOLE else (change > NOTICEABLE), name
+
+
+@each_family
+def test_pieces_that_are_whole_have_the_places_of_the_picture(
+    engine_of: Callable[[Family], Engine], family: Family
+) -> None:
+    """A piece of all the picture but its first row of windows is where these rows are."""
+    tower = engine_of(family).model.visual
+    merge, scale = tower.spatial_merge_size, TokenGrid(10, 14)
+    stock = tower.prepare_encoder_metadata([[1, scale.rows * merge, scale.cols * merge]])
+    whole = whole_piece(scale)
+    later = replace(whole, window=(4, 10, 0, 14))
+    with_whole = metadata_of_pieces(tower, [later, whole])
+    patches = later.num_tokens * merge**2
+    for name in ("rotary_pos_emb_cos", "rotary_pos_emb_sin", "pos_embeds"):
+        if name in stock:
+            torch.testing.assert_close(with_whole[name][patches:], stock[name])
+            torch.testing.assert_close(with_whole[name][:patches], stock[name][-patches:])
+            assert (with_whole[name][:patches] - stock[name][:patches]).abs().max() > NOTICEABLE
+    assert metadata_of_pieces(tower, [whole])["cu_seqlens"].tolist() == stock["cu_seqlens"].tolist()
+
+
+def test_another_question_encodes_only_its_crop(engine_of: Callable[[Family], Engine]) -> None:
+    engine = engine_of(QWEN3_VL)
+    encoder, image = engine.model.crop_encoder, noise_image(610, 640, 512)
+
+    def encoded(crop: Any) -> tuple[int, int]:
+        before = encoder.num_encoded, encoder.tokens_encoded
+        engine.ask(Question((image,), crop))
+        return encoder.num_encoded - before[0], encoder.tokens_encoded - before[1]
+
+    first, inside = {"regions": [cells(2, 2, 4, 4)], "rim": 0}, {"regions": [cells(3, 3, 3, 3)], "rim": 0}
+    elsewhere = {"regions": [cells(6, 6, 7, 7)], "rim": 0}
+    assert encoded(first) == (2, tower_tokens(pieces_of(engine, image, first)))
+    assert encoded(inside) == (0, 0)
+    _, crop = pieces_of(engine, image, elsewhere)
+    assert encoded(elsewhere) == (1, crop.num_tokens)
+    # The view is an image like others: sent by itself, it is known.
+    (seen,) = [engine.processor._view_of(image)]
+    before = encoder.num_encoded
+    engine.ask(Question((seen,), {"method": "off"}))
+    assert encoder.num_encoded == before
+
+
+def test_other_pixels_are_another_picture(engine_of: Callable[[Family], Engine]) -> None:
+    """Of the same size and region, and of the same view."""
+    engine = engine_of(QWEN3_VL)
+    image = noise_image(611, 640, 512)
+    other = image.copy()
+    other.putpixel((200, 200), (255, 0, 255))
+    crop = {"regions": [cells(2, 2, 3, 3)], "rim": 0}
+    one, another = engine.ask(Question((image,), crop), Question((other,), crop))
+    assert float((one.logprobs - another.logprobs).abs().max()) > 0
