@@ -59,6 +59,11 @@ class FoveationConfig(BaseModel):
         description="Most visual tokens that the whole image is seen in. Left out: as many as the localizer "
         "is shown (localizer.thumbnail_tokens), so that one view serves both.",
     )
+    rim_size: Literal["half", "full"] = Field(
+        default="half",
+        description="How large the vision tower sees the rim around a region: at 'half' the size where that "
+        "costs less, or at 'full' size as the region itself.",
+    )
     halo: int = Field(
         default=2,
         ge=0,

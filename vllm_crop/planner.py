@@ -168,8 +168,16 @@ class Planner:
             raise InvalidCropError("crop.pruning_rate", str(error)) from None
         pieces: tuple[Piece, ...] = ()
         if request.compression == "foveate" and tokens.compresses:
-            seen, halo = self.view_tokens(grid.num_tokens), self.config.foveation.halo
-            pieces = self.geometry.foveate(width, height, region, around, seen, halo)
+            foveation = self.config.foveation
+            pieces = self.geometry.foveate(
+                width,
+                height,
+                region,
+                around,
+                self.view_tokens(grid.num_tokens),
+                foveation.halo,
+                foveation.rim_size == "half",
+            )
         return ImagePlan(region, tokens, pieces)
 
     def view_tokens(self, full: int) -> int:

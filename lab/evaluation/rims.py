@@ -5,7 +5,6 @@ And what it is worth to prune in late layers alone where the localizer is not su
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -16,18 +15,16 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from lab.evaluation.offline_answers import LOCAL, UNPRUNED, OfflineAnswers, shown
 from lab.evaluation.questions import TestScene, make_test_set
 from lab.evaluation.regions import area, coverage
 from lab.evaluation.rim_regions import SOURCES, Asked, Regions
 from lab.tinyvqa.questions import Question
-from vllm_crop.localizers.settings import LocalizerConfig
 from vllm_crop.measuring.shares import Estimate, wilson
 from vllm_crop.request import CropParams, CropRequest, Found
 
-LOCAL = ("read", "relation", "compare")  # of which a region holds the answer
 RIMS = (0.0, 0.0625, 0.125, 0.1875, 0.25)
 LATE_LAYER = 7  # of twelve
-ANSWER_TOKENS = 4
 SCENES_AT_ONCE = 8  # their features stay in the cache for all conditions
 Key = tuple[str, float, float]  # source, pruning rate, rim
 app = typer.Typer(add_completion=False)
@@ -43,7 +40,7 @@ def rims(
     """Ask tinyvqa with regions from several sources, with rims of several widths."""
     console = Console(highlight=False)
     scenes = make_test_set(n, seed)
-    engine = _Engine()
+    engine = OfflineAnswers(eviction_layer=LATE_LAYER)
     study = _Study(engine, [float(rate) for rate in rates.split(",")])
     chunks = [scenes[start : start + SCENES_AT_ONCE] for start in range(0, len(scenes), SCENES_AT_ONCE)]
     for chunk in track(chunks, "scenes", console=console):
@@ -55,53 +52,10 @@ def rims(
     console.print(f"Numbers and picture: {out}", markup=False)
 
 
-class _Engine:
-    """Answers questions offline, all of a call at once."""
-
-    def __init__(self) -> None:
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        from transformers import AutoProcessor
-        from vllm import LLM
-
-        from lab.demo.setting import LOCALIZER, MODEL
-        from lab.evaluation.served.offline import ENGINE
-
-        crop = {"position_ids": "original", "localizer": LOCALIZER, "eviction_layers": [LATE_LAYER]}
-        self.llm: Any = LLM(model=str(MODEL), **ENGINE, additional_config={"crop": crop})
-        self.localizer = LocalizerConfig.model_validate(LOCALIZER)
-        self._processor = AutoProcessor.from_pretrained(MODEL)
-
-    def __call__(self, asked: Sequence[Asked], crops: Sequence[CropRequest]) -> list[bool]:
-        from vllm import SamplingParams
-
-        from vllm_crop.models.processor import REQUEST_KEY
-
-        pictures = {scene.scene.seed: scene.picture() for scene, _ in asked}
-        prompts = [
-            {
-                "prompt": self._prompt(question.text),
-                "multi_modal_data": {"image": [pictures[scene.scene.seed]]},
-                "mm_processor_kwargs": {REQUEST_KEY: crop},
-            }
-            for (scene, question), crop in zip(asked, crops, strict=True)
-        ]
-        sampling = SamplingParams(temperature=0, max_tokens=ANSWER_TOKENS)
-        outputs = self.llm.generate(prompts, sampling, use_tqdm=False)
-        return [
-            output.outputs[0].text.strip() == question.answer
-            for output, (_, question) in zip(outputs, asked, strict=True)
-        ]
-
-    def _prompt(self, text: str) -> str:
-        content = [{"type": "image"}, {"type": "text", "text": text}]
-        messages = [{"role": "user", "content": content}]
-        return str(self._processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-
-
 class _Study:
     """Answers by source, rate and rim, and what was found."""
 
-    def __init__(self, engine: _Engine, rates: Sequence[float]) -> None:
+    def __init__(self, engine: OfflineAnswers, rates: Sequence[float]) -> None:
         self.engine, self.rates = engine, rates
         self.regions = Regions(engine.llm, engine.localizer)
         self.right: dict[Key, list[bool]] = {}
@@ -116,10 +70,10 @@ class _Study:
         if unsure:
             late = CropRequest(CropParams(), found=(Found(late=True),), limited=False)
             self.late += self.engine(unsure, [late] * len(unsure))
-            self.unpruned["unsure"] += self.engine(unsure, [_OFF] * len(unsure))
+            self.unpruned["unsure"] += self.engine(unsure, [UNPRUNED] * len(unsure))
         places = [index for index, (_, question) in enumerate(asked) if question.family in LOCAL]
         local = [asked[index] for index in places]
-        self.unpruned["local"] += self.engine(local, [_OFF] * len(local))
+        self.unpruned["local"] += self.engine(local, [UNPRUNED] * len(local))
         for source in SOURCES:
             regions = [found[source][index] for index in places]
             self.found[source] += [
@@ -171,7 +125,7 @@ class _Study:
         whole = wilson(sum(self.unpruned["local"]), n)
         table = Table(
             title=f"right answers in % (95 %), {', '.join(LOCAL)}: n = {n}, seed {seed}; "
-            f"unpruned {_shown(whole)}"
+            f"unpruned {shown(whole)}"
         )
         for name in ("region", "covers", "area", "whole", "rate"):
             table.add_column(name)
@@ -181,7 +135,7 @@ class _Study:
             facts = [f"{100 * one:.1f}" for one in self.places(source)]
             for rate in self.rates:
                 table.add_row(
-                    source, *facts, f"{rate:g}", *(_shown(shares[source, rate, rim]) for rim in RIMS)
+                    source, *facts, f"{rate:g}", *(shown(shares[source, rate, rim]) for rim in RIMS)
                 )
         console.print(table)
         for source, meaning in SOURCES.items():
@@ -190,22 +144,15 @@ class _Study:
             late, unpruned = wilson(sum(self.late), len(self.late)), self.unpruned["unsure"]
             console.print(
                 f"The localizer was not sure of {len(self.late)} questions of all families. Whole: "
-                f"{_shown(wilson(sum(unpruned), len(unpruned)))} right; a tenth of the tokens from layer "
-                f"{LATE_LAYER} on: {_shown(late)}.",
+                f"{shown(wilson(sum(unpruned), len(unpruned)))} right; a tenth of the tokens from layer "
+                f"{LATE_LAYER} on: {shown(late)}.",
                 markup=False,
             )
-
-
-_OFF = CropRequest(CropParams(method="off"), limited=False)
 
 
 def without_late(found: Found) -> Found:
     """Without what is done in late layers: the rim study leaves such images whole."""
     return Found(found.region, found.warm)
-
-
-def _shown(share: Estimate) -> str:
-    return f"{100 * share.value:.1f} ({100 * share.low:.0f}-{100 * share.high:.0f})"
 
 
 def _draw(shares: Mapping[Key, Estimate], path: Path) -> None:

@@ -98,6 +98,13 @@ def test_a_rim_is_seen_at_half_the_size() -> None:
     assert describe_pieces((view, crop)) == "all of it as 16 x 12, 11 x 12 of 64 x 48"
 
 
+def test_a_rim_can_be_seen_at_full_size() -> None:
+    sharp = FoveationRule(VIEW, 2, half_rims=False)
+    view, crop = foveate(GRID, SMALL, SMALL.widened(0.125), sharp)
+    assert crop.scale == GRID
+    assert sources(GRID, (view, crop)).reshape(64, 48)[13, 16] >= view.num_tokens
+
+
 def test_boxes_beside_each_other_are_one_crop_and_distant_ones_two() -> None:
     left, right = Box(0.1, 0.1, 0.2, 0.2), Box(0.2, 0.1, 0.3, 0.2)
     far = Box(0.8, 0.8, 0.9, 0.9)

@@ -176,7 +176,14 @@ class LlavaGeometry:
         return self.image_side, self.image_side
 
     def foveate(
-        self, width: int, height: int, region: Region, around: Region | None, view_tokens: int, halo: int
+        self,
+        width: int,
+        height: int,
+        region: Region,
+        around: Region | None,
+        view_tokens: int,
+        halo: int,
+        half_rims: bool = True,
     ) -> tuple[Piece, ...]:
         """Nothing: see `why_no_foveation`."""
         return ()

@@ -246,7 +246,14 @@ class LlavaNextGeometry:
         return width, height
 
     def foveate(
-        self, width: int, height: int, region: Region, around: Region | None, view_tokens: int, halo: int
+        self,
+        width: int,
+        height: int,
+        region: Region,
+        around: Region | None,
+        view_tokens: int,
+        halo: int,
+        half_rims: bool = True,
     ) -> tuple[Piece, ...]:
         """Nothing: see `why_no_foveation`."""
         return ()

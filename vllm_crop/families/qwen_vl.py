@@ -158,13 +158,20 @@ class Qwen2_5VLGeometry:
         return grid.cols * side, grid.rows * side
 
     def foveate(
-        self, width: int, height: int, region: Region, around: Region | None, view_tokens: int, halo: int
+        self,
+        width: int,
+        height: int,
+        region: Region,
+        around: Region | None,
+        view_tokens: int,
+        halo: int,
+        half_rims: bool = True,
     ) -> tuple[Piece, ...]:
         """Small the whole image, and at full size what is around the region."""
         size = size_for_tokens(self, width, height, view_tokens)
         if size is None:
             return ()
-        rule = FoveationRule(self.grid(*size), halo, self.window_tokens)
+        rule = FoveationRule(self.grid(*size), halo, self.window_tokens, half_rims)
         return foveate(self.grid(width, height), region, around, rule)
 
     def position_span(self, grid: ImageTokens) -> int:

@@ -58,7 +58,14 @@ class VisionGeometry(Protocol):
         ...
 
     def foveate(
-        self, width: int, height: int, region: Region, around: Region | None, view_tokens: int, halo: int
+        self,
+        width: int,
+        height: int,
+        region: Region,
+        around: Region | None,
+        view_tokens: int,
+        halo: int,
+        half_rims: bool = True,
     ) -> tuple[Piece, ...]:
         """What the vision tower is to see of an image of this size, coarse pieces first.
 
@@ -66,6 +73,7 @@ class VisionGeometry(Protocol):
             region, around: in fractions of the view, as in `vllm_crop.planning.foveation.foveate`.
             view_tokens: about how many tokens the whole image is seen in.
             halo: tokens around what is used of a piece.
+            half_rims: whether what is around the region may be seen at half the size.
 
         Returns:
             Empty where the whole image at full size costs no more.

@@ -11,7 +11,7 @@
 A token of the region comes from the crop; it sees what is around the region through the halo, whose own
 features are thrown away. All other tokens come from the view: each is a copy of the view's token that shows
 its middle, so that the mean over a group of them weighs the view's tokens by their share of the group. Around
-regions that have a rim, a piece of half the size lies between the two.
+regions that have a rim, a piece of half the size lies between the two, or the crop reaches as far.
 """
 
 import math
@@ -103,11 +103,13 @@ class FoveationRule:
         view: the scale at which the whole picture is seen.
         halo: tokens around a region that are encoded with it and thrown away.
         align: windows begin and end at multiples of so many tokens, or at the picture's border.
+        half_rims: whether what is around a region may be seen at half the size, where that costs less.
     """
 
     view: TokenGrid
     halo: int
     align: int = 1
+    half_rims: bool = True
 
 
 def whole_piece(scale: TokenGrid) -> Piece:
@@ -148,7 +150,7 @@ def foveate(grid: TokenGrid, region: Region, around: Region | None, rule: Foveat
     wide = sharp if around is None else sharp + [grid.span(box) for box in around.boxes]
     half = TokenGrid(max(1, math.ceil(grid.rows / 2)), max(1, math.ceil(grid.cols / 2)))
     choices = [_crops(grid, wide, rule)]
-    if wide is not sharp and half.num_tokens > rule.view.num_tokens:
+    if rule.half_rims and wide is not sharp and half.num_tokens > rule.view.num_tokens:
         between, crops = (
             _crops(half, [_scaled(span, grid, half) for span in wide], rule),
             _crops(grid, sharp, rule),
