@@ -2,6 +2,7 @@
 """A Qwen2.5-VL of any size with random weights, scaled as in dummy_llava.py, for benchmark and tests."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,12 @@ VISION_START, IMAGE_PAD, VISION_END, VIDEO_PAD = (
 )
 SPECIAL_TOKENS = ("<s>", "</s>", "<pad>", VISION_START, IMAGE_PAD, VISION_END, VIDEO_PAD)
 TINY = DummySize(layers=8, branch_gain=0.6)
+# The tower's share of the work of a picture of 4,096 tokens is about that of the published 7B model, 0.3, and
+# as there one layer in eight looks at all of the picture and the others within windows of 4x4 tokens.
+BENCH = DummySize(
+    layers=12, hidden=768, heads=12, vision_layers=8, vision_hidden=256, max_positions=32768, branch_gain=0.6
+)
+BENCH_WINDOW, BENCH_MAX_TOKENS = 4, 16384
 PATCH, MERGE = 14, 2
 MAX_TOKENS = 640  # of an image
 CHAT_TEMPLATE = dummy_llava.CHAT_TEMPLATE.replace(
@@ -20,8 +27,8 @@ CHAT_TEMPLATE = dummy_llava.CHAT_TEMPLATE.replace(
 )
 
 
-def make_config(size: DummySize, tokenizer: Any) -> Any:
-    """The Qwen2_5_VLConfig; the vision tower's first layers look within windows of 2x2 tokens."""
+def make_config(size: DummySize, tokenizer: Any, window: int = 2) -> Any:
+    """The Qwen2_5_VLConfig; all but the tower's last layer look within windows of `window`^2 tokens."""
     from transformers import Qwen2_5_VLConfig
 
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
@@ -33,7 +40,7 @@ def make_config(size: DummySize, tokenizer: Any) -> Any:
         "out_hidden_size": size.hidden,
         "patch_size": PATCH,
         "spatial_merge_size": MERGE,
-        "window_size": 2 * PATCH * MERGE,
+        "window_size": window * PATCH * MERGE,
         "fullatt_block_indexes": [size.vision_layers - 1],
     }
     half = size.hidden // size.heads // 2  # frequencies of a head, shared out to time, rows and columns
@@ -75,6 +82,22 @@ def make_checkpoint(folder: Path, size: DummySize = TINY, seed: int = 0) -> Path
     )
 
 
+def make_bench_checkpoint(folder: Path, weights: bool = True) -> Path:
+    """The benchmark's model; without `weights` only what vLLM needs to make its own up."""
+    from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
+
+    return write_checkpoint(
+        folder,
+        BENCH,
+        0,
+        partial(make_config, window=BENCH_WINDOW),
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2_5_VLProcessor,
+        BENCH_MAX_TOKENS,
+        weights,
+    )
+
+
 def write_checkpoint(
     folder: Path,
     size: DummySize,
@@ -82,25 +105,32 @@ def write_checkpoint(
     config_of: Callable[[DummySize, Any], Any],
     model_class: Any,
     processor_class: Any,
+    max_tokens: int = MAX_TOKENS,
+    weights: bool = True,
 ) -> Path:
     """The same for any model of transformers with Qwen2-VL's image processor.
 
     Args:
         config_of: size and tokenizer -> the model's configuration.
+        max_tokens: of an image.
+        weights: whether to write any.
     """
     import torch
     from transformers import Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
     tokenizer = make_tokenizer(SPECIAL_TOKENS)
-    pixels = {"shortest_edge": 4 * (PATCH * MERGE) ** 2, "longest_edge": MAX_TOKENS * (PATCH * MERGE) ** 2}
+    pixels = {"shortest_edge": 4 * (PATCH * MERGE) ** 2, "longest_edge": max_tokens * (PATCH * MERGE) ** 2}
     processor = processor_class(
         image_processor=Qwen2VLImageProcessor(size=pixels),
         tokenizer=tokenizer,
         video_processor=Qwen2VLVideoProcessor(size=pixels),
         chat_template=CHAT_TEMPLATE,
     )
-    torch.manual_seed(seed)
-    model = scale_weights(model_class(config_of(size, tokenizer)), size)
-    model.save_pretrained(folder)
+    config = config_of(size, tokenizer)
+    if weights:
+        torch.manual_seed(seed)
+        scale_weights(model_class(config), size).save_pretrained(folder)
+    else:
+        config.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder

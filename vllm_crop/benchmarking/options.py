@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from vllm_crop.benchmarking.runs import LOCALIZED_MODES, LocalizedMode, Mode
 from vllm_crop.config import CropConfig
@@ -13,9 +13,10 @@ from vllm_crop.families.registry import VisionGeometry
 from vllm_crop.planner import Planner
 from vllm_crop.planning.budget import BudgetError, Method, check_eviction_layers, method_evicts
 from vllm_crop.planning.geometry import Region
-from vllm_crop.planning.plan import TokenPlan
+from vllm_crop.planning.plan import Compression, TokenPlan
 from vllm_crop.request import ImageRequest, InvalidCropError
 
+Dummy = Literal["llava", "qwen2_5_vl"]
 IMAGE_SIDE = 336  # LLaVA-1.5's own, for what times the dummy model only
 
 
@@ -25,6 +26,8 @@ class Options:
 
     Attributes:
         image_side: pixels, of the square random images.
+        dummy: which family's dummy model, without `model`.
+        compression: what "plc" does.
         localizers: modes in which the server finds regions, for the first of the methods.
         localizer_config: more settings of their localizers.
     """
@@ -43,6 +46,8 @@ class Options:
     serve_args: tuple[str, ...]
     folder: Path
     image_side: int = IMAGE_SIDE
+    dummy: Dummy = "llava"
+    compression: Compression = "pool"
     localizers: tuple[LocalizedMode, ...] = ()
     localizer_config: Mapping[str, Any] = field(default_factory=dict)
 
@@ -59,7 +64,7 @@ class Options:
 
     def crop_arguments(self, localizer: Mapping[str, Any] | None) -> tuple[str, ...]:
         """What asks for the plugin on the command line of `vllm serve`."""
-        settings: dict[str, Any] = {"eviction_layers": self.stages}
+        settings: dict[str, Any] = {"eviction_layers": self.stages, "compression": self.compression}
         if localizer is not None:
             settings["localizer"] = localizer
         return ("--plugin", "crop", "--crop-config", json.dumps(settings))
@@ -86,7 +91,7 @@ class Options:
         stages = self.stages if method_evicts(method) else ()
         if stages:
             check_eviction_layers(stages, geometry.num_layers, geometry.first_eviction_layer)
-        request = ImageRequest(region, self.pruning_rate, "pool", method, stages, CropConfig().rim)
+        request = ImageRequest(region, self.pruning_rate, self.compression, method, stages, CropConfig().rim)
         try:
             planner, side = Planner(CropConfig(), geometry), self.image_side
             return planner.plan_image(request, side, side).tokens

@@ -11,12 +11,14 @@ from typing import Any, Literal
 
 from rich.console import Console
 
+from vllm_crop.benchmarking import dummy_qwen2_5_vl
 from vllm_crop.benchmarking.dummy_llava import BENCH, make_checkpoint
 from vllm_crop.benchmarking.kv import KVCapacity
 from vllm_crop.benchmarking.load import Client
-from vllm_crop.benchmarking.options import Options
+from vllm_crop.benchmarking.options import Dummy, Options
 from vllm_crop.benchmarking.runs import Mode, Run
 from vllm_crop.eviction.grouping import KVGrouping
+from vllm_crop.families.checkpoint import load_geometry
 from vllm_crop.localizers.dialects import dialect_with
 from vllm_crop.localizers.settings import LocalizerConfig
 from vllm_crop.measuring.metrics import samples
@@ -76,7 +78,7 @@ def outcomes_by_mode(runs: Sequence[Run]) -> Mapping[str, Counter[str]]:
 
 # Both are polled several times a second.
 QUIET = ("--disable-access-log-for-endpoints", "/health,/metrics")
-MAX_MODEL_LEN = 2048
+MAX_MODEL_LEN, ROOM_FOR_TEXT = 2048, 1024
 CPU_KV_GIB = 2
 SHARE_OF_ALL = 0.9  # of the device's memory
 
@@ -108,8 +110,9 @@ def what_to_serve(options: Options, machine: Machine, client: Client) -> ToServe
         return ToServe(options.model, (*QUIET, *share, *options.serve_args), {})
     # vLLM's dummy weights give the same answer to all: no localizer may be made of them.
     scaled = bool(options.localizers)
-    model = str(client.call(make_checkpoint, options.folder / "model", BENCH, weights=scaled))
-    args = [*QUIET, "--max-model-len", str(MAX_MODEL_LEN)]
+    model = str(client.call(_make_dummy, options.folder / "model", options.dummy, scaled))
+    longest = load_geometry(model).grid(options.image_side, options.image_side).num_tokens + ROOM_FOR_TEXT
+    args = [*QUIET, "--max-model-len", str(max(MAX_MODEL_LEN, longest))]
     args += [] if scaled else ["--load-format", "dummy"]
     # The dummy's vocabulary is so small that random questions begin alike now and then. The prefix cache
     # would answer those beginnings, a larger share of the pruned prompts.
@@ -121,6 +124,13 @@ def what_to_serve(options: Options, machine: Machine, client: Client) -> ToServe
     args += ["--dtype", "float32", "--enforce-eager", "--block-size", "32"]
     env = {"VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", str(CPU_KV_GIB))}
     return ToServe(model, (*args, *options.serve_args), env)
+
+
+def _make_dummy(folder: Path, dummy: Dummy, weights: bool) -> Path:
+    """Write a dummy of a family. Called where transformers is loaded."""
+    if dummy == "qwen2_5_vl":
+        return dummy_qwen2_5_vl.make_bench_checkpoint(folder, weights)
+    return make_checkpoint(folder, BENCH, weights=weights)
 
 
 @contextmanager

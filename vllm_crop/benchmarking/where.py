@@ -42,12 +42,21 @@ WARM_UPS = 2
 
 @dataclass(frozen=True)
 class WhereOutcome:
-    """Medians over questions in milliseconds, by mode and part; `totals` of whole requests."""
+    """Medians over questions, by mode.
+
+    Attributes:
+        parts: milliseconds, by part.
+        totals: of whole requests.
+        tower_tokens: visual tokens that the vision tower made, a view's among them.
+        prompt_tokens: of the request itself.
+    """
 
     machine: Machine
     questions: int
     parts: Mapping[str, Mapping[str, float]]
     totals: Mapping[str, float]
+    tower_tokens: Mapping[str, float]
+    prompt_tokens: Mapping[str, float]
 
 
 def measure_where(options: Options) -> WhereOutcome:
@@ -55,7 +64,10 @@ def measure_where(options: Options) -> WhereOutcome:
     with Client(options.folder / "where.log", ENVIRONMENT) as client:
         machine = client.call(describe_machine)
         served = what_to_serve(options, machine, client)
-        crop = {"pruning_rate": options.pruning_rate, "localizer": own_localizer("attention", options)}
+        crop = {
+            **{"pruning_rate": options.pruning_rate, "localizer": own_localizer("attention", options)},
+            "compression": options.compression,
+        }
         crops: dict[str, dict[str, Any]] = {
             "off": {"method": "off"},
             "region": {"method": "plc", "regions": [options.region.as_lists()]},
@@ -75,8 +87,18 @@ def measure_where(options: Options) -> WhereOutcome:
         mode: {part: median(run.parts.get(part, 0.0) for run in of_mode) for part in PARTS}
         for mode, of_mode in runs.items()
     }
-    totals = {mode: median(run.total for run in of_mode) for mode, of_mode in runs.items()}
-    return WhereOutcome(machine, options.num_prompts, parts, totals)
+
+    def medians(number: Callable[[_Run], float]) -> dict[str, float]:
+        return {mode: median(map(number, of_mode)) for mode, of_mode in runs.items()}
+
+    return WhereOutcome(
+        machine,
+        options.num_prompts,
+        parts,
+        medians(lambda run: run.total),
+        medians(lambda run: run.tower_tokens),
+        medians(lambda run: run.prompt_tokens),
+    )
 
 
 def where_table(outcome: WhereOutcome) -> Table:
@@ -96,6 +118,14 @@ def where_table(outcome: WhereOutcome) -> Table:
     table.add_row("together", *(f"{outcome.totals[mode]:.1f}" for mode in MODES))
     unpruned = outcome.totals["off"]
     table.add_row("of unpruned", *(f"{outcome.totals[mode] / unpruned:.2f}x" for mode in MODES))
+    table.add_section()
+    for title, counts in (
+        ("tokens of the vision tower", outcome.tower_tokens),
+        ("tokens of the prompt", outcome.prompt_tokens),
+    ):
+        full = counts["off"]
+        cells = [f"{counts[mode]:.0f} ({counts[mode] / full:.2f}x)" for mode in MODES]
+        table.add_row(title, *cells)
     return table
 
 
@@ -104,6 +134,8 @@ class _Run:
     """One request."""
 
     total: float = 0.0
+    tower_tokens: int = 0
+    prompt_tokens: int = 0
     parts: dict[str, float] = field(default_factory=dict)
 
 
@@ -152,7 +184,8 @@ def ask_in_turn(
                     "multi_modal_data": {"image": [image]},
                     "mm_processor_kwargs": {"crop": dict(asked)},
                 }
-                llm.generate(prompt, sampling, use_tqdm=False)
+                (output,) = llm.generate(prompt, sampling, use_tqdm=False)
+                run.prompt_tokens = len(output.prompt_token_ids)
             if number >= WARM_UPS:
                 runs[mode].append(run)
     return runs
@@ -170,6 +203,7 @@ class _Clock:
         renderer = engine.renderer
         requests = renderer._localizing.localizer.requests
         self._on_device = torch.cuda.is_available()
+        self._encoder = model.crop_encoder
         self._run = _Run()
         self._of_view = False
         self._wrap(renderer.mm_processor, "apply", "process")
@@ -191,8 +225,9 @@ class _Clock:
     def request(self) -> Iterator[_Run]:
         """One request; what no part accounts for is the rest."""
         self._run = _Run()
-        start = time.perf_counter()
+        before, start = self._encoder.tokens_encoded, time.perf_counter()
         yield self._run
+        self._run.tower_tokens = self._encoder.tokens_encoded - before
         self._run.total = 1e3 * (time.perf_counter() - start)
         self._run.parts["rest"] = self._run.total - sum(self._run.parts.values())
 

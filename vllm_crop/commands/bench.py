@@ -6,13 +6,14 @@ import shlex
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 
 from vllm_crop.commands.region_options import (
     DEFAULTS,
+    CompressionOption,
     EvictionLayersOption,
     parse_regions,
     request_for_image,
@@ -69,6 +70,14 @@ def bench(
     image_side: Annotated[
         int, typer.Option(min=32, help="Pixels, of the square random images; more of them give more tokens.")
     ] = 336,
+    dummy: Annotated[
+        Literal["llava", "qwen2_5_vl"],
+        typer.Option(
+            help="Without --model: which family's dummy. The Qwen2.5-VL has a vision tower of its real share "
+            "of the work, and takes images of any size: --image-side 1792 has 4,096 tokens."
+        ),
+    ] = "llava",
+    compression: CompressionOption = DEFAULTS.compression,
     seed: Annotated[int, typer.Option(help="First seed of the random images and questions.")] = 0,
     stock: Annotated[
         bool,
@@ -138,6 +147,8 @@ def bench(
       vllm-crop bench --decode
     Where does the time to the first token go?
       vllm-crop bench --where
+    What does the vision tower spare that sees the region alone at full size?
+      vllm-crop bench --where --dummy qwen2_5_vl --image-side 1792 --compression foveate --num-prompts 4
     What does it cost the API process?
       vllm-crop bench --planning
       vllm-crop bench --api-cpu
@@ -166,7 +177,7 @@ def bench(
             for measured in measure_api_cpu():  # the largest pictures take most of it
                 console.print(api_cpu_table(measured))
         return
-    if num_prompts < max(concurrency):
+    if not where and num_prompts < max(concurrency):
         raise typer.BadParameter(
             f"{num_prompts} requests cannot keep {max(concurrency)} in flight", param_hint="--num-prompts"
         )
@@ -193,6 +204,8 @@ def bench(
         repeats=repeats,
         output_len=output_len,
         image_side=image_side,
+        dummy=dummy,
+        compression=compression,
         seed=seed,
         stock=stock,
         serve_args=tuple(shlex.split(serve_args)),
