@@ -16,7 +16,7 @@ regions that have a rim, a piece of half the size lies between the two, or the c
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -151,10 +151,10 @@ def foveate(grid: TokenGrid, region: Region, around: Region | None, rule: Foveat
     half = TokenGrid(max(1, math.ceil(grid.rows / 2)), max(1, math.ceil(grid.cols / 2)))
     choices = [_crops(grid, wide, rule)]
     if rule.half_rims and wide is not sharp and half.num_tokens > rule.view.num_tokens:
-        between, crops = (
-            _crops(half, [_scaled(span, grid, half) for span in wide], rule),
-            _crops(grid, sharp, rule),
-        )
+        # Of a rim too little is kept for a halo to be worth its price.
+        without = replace(rule, halo=0)
+        between = _crops(half, [_scaled(span, grid, half) for span in wide], without)
+        crops = _crops(grid, sharp, rule)
         choices.append(None if between is None or crops is None else between + crops)
     pieces = min((crops for crops in choices if crops is not None), key=tower_tokens, default=None)
     if pieces is None or view.num_tokens + tower_tokens(pieces) >= grid.num_tokens:
