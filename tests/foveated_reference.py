@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The exact reference for images that are seen in pieces: transformers' vision tower, piece by piece.
 
+Of families with tiles, those that are not seen are replaced after the tower, token by token.
 Each piece is cut out of the whole picture at its scale, token by token, with its place in it.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from PIL import Image
@@ -26,7 +29,7 @@ from vllm_crop.request import ImageRequest
 
 def foveating(reference: type[HfReference], checkpoint: Path, config: CropConfig) -> HfReference:
     """The reference of a family as `reference` makes it, but for what the tower sees of pruned images."""
-    assert issubclass(reference, HfQwen2_5VL)
+    gather = gathered if issubclass(reference, HfQwen2_5VL) else tiled
 
     class Foveating(reference):  # type: ignore[valid-type, misc]
         def plan(self, image: Image.Image, region: Any, *args: Any, **kwargs: Any) -> TokenPlan | None:
@@ -37,7 +40,7 @@ def foveating(reference: type[HfReference], checkpoint: Path, config: CropConfig
 
         def features_of(self, image: Image.Image, plan: TokenPlan) -> torch.Tensor:
             pieces = self.pieces.get(plan, ())
-            return gathered(self, image, plan.grid, pieces) if pieces else self.features(image)
+            return gather(self, image, plan.grid, pieces) if pieces else self.features(image)
 
     def pieces_of(hf: Any, image: Image.Image, region: Any, args: Any, kwargs: Any) -> tuple[Piece, ...]:
         names = ("pruning_rate", "compression", "method", "eviction_layers", "rim")
@@ -68,6 +71,39 @@ def gathered(hf: Any, image: Image.Image, grid: TokenGrid, pieces: Sequence[Piec
             else:
                 raise AssertionError(f"no piece shows token {row}, {col}")
     return torch.stack(rows)
+
+
+def tiled(hf: Any, image: Image.Image, _: Any, pieces: Sequence[Piece]) -> torch.Tensor:
+    """Tokens of unseen tiles are those of the whole image's tile that show their middle."""
+    (whole, *others), geometry = pieces, hf.geometry.tiling
+    side, pixels = whole.rows, geometry.tile_pixels
+    height, width = geometry.tiles(*image.size).resolution
+    scale = min(width / image.width, height / image.height)
+    shown = min(height, math.ceil(image.height * scale)), min(width, math.ceil(image.width * scale))
+    margins = (height - shown[0]) // 2, (width - shown[1]) // 2
+    seen = {(piece.window[0] // side, piece.window[2] // side) for piece in others}
+    stock = hf.model.model.pack_image_features
+
+    def pack(features: Any, *args: Any, **kwargs: Any) -> Any:
+        (tiles,) = features
+        tiles = tiles.clone()
+        for index in range(1, len(tiles)):
+            row, col = divmod(index - 1, width // pixels)
+            if row * pixels >= height or (row, col) in seen:
+                continue
+            for token in range(side * side):
+                y, x = divmod(token, side)
+                at = [
+                    ((tile * side + place + 0.5) * pixels / side - margin) / length * side
+                    for tile, place, margin, length in zip((row, col), (y, x), margins, shown, strict=True)
+                ]
+                down, right = (min(max(math.floor(one), 0), side - 1) for one in at)
+                tiles[index, token] = tiles[0, down * side + right]
+        return stock([tiles], *args, **kwargs)
+
+    with patch.object(hf.model.model, "pack_image_features", pack):
+        features: torch.Tensor = hf.features(image)
+    return features
 
 
 def view_features(hf: Any, image: Image.Image, view: Piece) -> torch.Tensor:

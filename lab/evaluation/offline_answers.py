@@ -33,7 +33,13 @@ class OfflineAnswers:
         from lab.evaluation.served.offline import ENGINE
 
         settings = {"position_ids": "original", "localizer": LOCALIZER, "eviction_layers": [eviction_layer]}
-        self.llm: Any = LLM(model=str(MODEL), **ENGINE, additional_config={"crop": settings | crop})
+        # The same picture in many ways: little of it is asked for twice.
+        self.llm: Any = LLM(
+            model=str(MODEL),
+            **ENGINE,
+            mm_processor_cache_gb=0.25,
+            additional_config={"crop": settings | crop},
+        )
         self.localizer = LocalizerConfig.model_validate(LOCALIZER)
         self._processor = AutoProcessor.from_pretrained(MODEL)
 

@@ -13,7 +13,7 @@ from PIL import Image
 from tests.conftest import CheckpointOf
 from tests.cpu.conftest import CHUNKED, Engine, Question, ReferenceFor, decided, reference_by
 from tests.cpu.test_parity import NOTICEABLE, TOLERANCE, TWO_BOXES, cells, difference
-from tests.families import QWEN2_5_VL, QWEN2_VL, QWEN3_VL, QWEN3_VL_MOE, Family
+from tests.families import LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_5_VL, QWEN2_VL, QWEN3_VL, QWEN3_VL_MOE, Family
 from tests.foveated_reference import foveating
 from tests.pictures import noise_image
 from vllm_crop.config import CropConfig
@@ -60,18 +60,38 @@ def reference_of(checkpoint_of: CheckpointOf) -> Callable[[Family], ReferenceFor
     )
 
 
+TILED = (LLAVA_NEXT, LLAVA_ONEVISION)
+TILED_SCENARIOS = {
+    "region": Question((noise_image(620, 500, 400),), {"regions": [cells(0, 0, 1, 1)]}),
+    "two tiles and a rim": Question((noise_image(621, 300, 420),), {"regions": [cells(2, 1, 5, 1)]}),
+    "two images": Question(
+        (noise_image(622, 500, 400), noise_image(623, 700, 200)),
+        {"regions": [cells(6, 6, 7, 7), cells(0, 0, 0, 7)]},
+    ),
+    "one of two images": Question(
+        (noise_image(624, 500, 400), noise_image(625, 420, 300)), {"regions": [None, cells(0, 0, 1, 1)]}
+    ),
+    "same image, two regions": Question(
+        (noise_image(626, 400, 400),) * 2, {"regions": [cells(0, 0, 1, 1), cells(6, 6, 7, 7)]}
+    ),
+    "seen whole": Question((noise_image(627, 500, 400),), {"regions": [cells(0, 0, 7, 7)]}),
+    "off": Question((noise_image(628, 500, 400),), {"regions": [HERE], "method": "off"}),
+}
+
+
 def pieces_of(engine: Engine, image: Image.Image, crop: Any) -> Any:
     return decided(engine.processor, image, crop).pieces
 
 
-@each_family
+@pytest.mark.parametrize("family", [*FAMILIES, *TILED], ids=str)
 def test_all_scenarios_in_one_batch(
     engine_of: Callable[[Family], Engine], reference_of: Callable[[Family], ReferenceFor], family: Family
 ) -> None:
     engine, reference_for = engine_of(family), reference_of(family)
     pooled = CropConfig.from_mapping({**CROP, "compression": "pool"})
-    answers = engine.ask(*SCENARIOS.values())
-    for (name, question), answer in zip(SCENARIOS.items(), answers, strict=True):
+    scenarios = TILED_SCENARIOS if family in TILED else SCENARIOS
+    answers = engine.ask(*scenarios.values())
+    for (name, question), answer in zip(scenarios.items(), answers, strict=True):
         reference = reference_for(question, engine.config)
         control = reference_for(question, pooled)
         error, change = difference(answer, reference), difference(control, reference)

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import CheckpointOf
+from tests.families import QWEN2_5_VL
 from vllm_crop.calibrating.report import write_calibration
 from vllm_crop.compat.patches.cli_flags import apply_options
 from vllm_crop.config import CropConfig
@@ -136,6 +138,18 @@ def engine_config(checkpoint: Path, crop: Any, **options: Any) -> Any:
 def test_what_does_not_go_together_is_refused(checkpoint: Path, options: Any, flag: str) -> None:
     with pytest.raises(ValueError, match=flag):
         engine_config(checkpoint, {}, **options)
+
+
+def test_a_tower_that_sees_whole_tiles_only_is_not_foveated(
+    checkpoint: Path, checkpoint_of: CheckpointOf
+) -> None:
+    foveate = {"compression": "foveate"}
+    with pytest.raises(ValueError, match="every image is one tile of a fixed size"):
+        engine_config(checkpoint, foveate)
+    qwen = checkpoint_of(QWEN2_5_VL, QWEN2_5_VL.shallow)
+    engine_config(qwen, foveate)
+    with pytest.raises(ValueError, match="--mm-encoder-tp-mode data"):
+        engine_config(qwen, foveate, mm_encoder_tp_mode="data")
 
 
 def test_the_rust_front_end_is_refused(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,10 +11,13 @@ import pytest
 
 from tests.conftest import STARTS, CheckpointOf
 from tests.families import LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_5_VL, QWEN3_VL, Family
+from tests.foveated_reference import foveating
 from tests.reference import HfReference
+from vllm_crop.config import CropConfig
 from vllm_crop.measuring import server as measuring
 from vllm_crop.measuring.metrics import metric_sum
 from vllm_crop.measuring.server import Server, get_text
+from vllm_crop.planning.plan import Compression
 
 API_KEY = "sekret-0123"
 MODEL = "tiny-llava"
@@ -95,6 +98,11 @@ def checked_server(logs: Path, request: pytest.FixtureRequest) -> Iterator[Serve
         yield running
 
 
+def compression_of(family: Family) -> Compression:
+    """How `family_server` compresses: one of them shows its vision tower parts of images."""
+    return "foveate" if family is QWEN3_VL else "pool"
+
+
 @pytest.fixture(scope="session", params=FAMILIES, ids=str)
 def family(request: pytest.FixtureRequest) -> Family:
     """The family of `family_server`; tests/selection.py leaves some out."""
@@ -105,7 +113,8 @@ def family(request: pytest.FixtureRequest) -> Family:
 @pytest.fixture(scope="session")
 def family_server(family: Family, checkpoint_of: CheckpointOf, logs: Path) -> Iterator[Server]:
     """A server that compresses and evicts, with vLLM's processor cache in shared memory."""
-    options = ("--crop-config", json.dumps(FAMILY_CROP), "--mm-processor-cache-type", "shm")
+    crop = FAMILY_CROP | {"compression": compression_of(family)}
+    options = ("--crop-config", json.dumps(crop), "--mm-processor-cache-type", "shm")
     checkpoint = checkpoint_of(family, family.deep)
     with serve(str(checkpoint), *options, *OPTIONS, log_path=logs / f"{family}.log") as running:
         yield running
@@ -114,4 +123,7 @@ def family_server(family: Family, checkpoint_of: CheckpointOf, logs: Path) -> It
 @pytest.fixture(scope="session")
 def family_hf(family: Family, checkpoint_of: CheckpointOf) -> HfReference:
     """What `family_server` must answer."""
-    return family.reference(checkpoint_of(family, family.deep))
+    checkpoint = checkpoint_of(family, family.deep)
+    if compression_of(family) == "foveate":
+        return foveating(family.reference, checkpoint, CropConfig(compression="foveate"))
+    return family.reference(checkpoint)

@@ -7,7 +7,7 @@ from typing import Any
 import openai
 import pytest
 
-from tests.e2e.conftest import FAMILY_CROP
+from tests.e2e.conftest import FAMILY_CROP, compression_of, metric
 from tests.e2e.test_serve import FIRST, SECOND, chat, expected
 from tests.families import LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_5_VL, QWEN3_VL, Family
 from tests.pictures import noise_image
@@ -36,7 +36,7 @@ def client(family_server: Server) -> openai.OpenAI:
 
 
 def test_all_methods_at_once_about_images_of_two_sizes(
-    family: Family, client: openai.OpenAI, family_hf: HfReference
+    family: Family, client: openai.OpenAI, family_hf: HfReference, family_server: Server
 ) -> None:
     def ask(method: Method) -> tuple[str, int]:
         crop = {"regions": [FIRST.as_lists(), SECOND.as_lists()], "method": method}
@@ -45,16 +45,26 @@ def test_all_methods_at_once_about_images_of_two_sizes(
         assert [image["tokens"] for image in facts["images"]] == TOKENS[family]
         share = facts["tokens_avg"] / sum(TOKENS[family])
         assert share == pytest.approx(1 if method == "off" else 1 - RATE, abs=0.01)
+        foveated = compression_of(family) == "foveate" and "plc" in method
+        assert any("pieces" in image for image in facts["images"]) == foveated
         completion = response.parse()
         return completion.choices[0].message.content, completion.usage.prompt_tokens
 
     with ThreadPoolExecutor(len(METHODS)) as pool:
         answers = list(pool.map(ask, METHODS))
+    seen = metric(family_server, "crop:tower_tokens_total")
+    assert (seen < metric(family_server, "crop:visual_tokens_total")) == (family is QWEN3_VL)
     for method, answer in zip(METHODS, answers, strict=True):
         regions = [None, None] if method == "off" else [FIRST, SECOND]
         stages = (2,) if "ilp" in method else ()
         assert answer == expected(
-            family_hf, [WIDE, TALL], regions, RATE, method=method, eviction_layers=stages
+            family_hf,
+            [WIDE, TALL],
+            regions,
+            RATE,
+            compression_of(family),
+            method=method,
+            eviction_layers=stages,
         )
 
 

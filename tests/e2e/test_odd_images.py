@@ -15,7 +15,7 @@ from PIL import Image
 from vllm.multimodal.media.image import ImageMediaIO
 
 from tests.conftest import CheckpointOf
-from tests.e2e.conftest import FAMILY_CROP, MODEL
+from tests.e2e.conftest import FAMILY_CROP, MODEL, compression_of
 from tests.e2e.test_serve import EVERY_TOKEN, FIRST, STEPS, TEXT, chat, expected
 from tests.families import Family
 from tests.pictures import noise_image
@@ -92,7 +92,12 @@ def ask(client: openai.OpenAI, file: bytes) -> Any:
 
 @pytest.mark.parametrize("name", ODD)
 def test_it_is_pruned_as_transformers_has_it_or_refused(
-    name: str, client: openai.OpenAI, family_server: Server, checkpoint: Path, family_hf: HfReference
+    name: str,
+    client: openai.OpenAI,
+    family: Family,
+    family_server: Server,
+    checkpoint: Path,
+    family_hf: HfReference,
 ) -> None:
     picture = ImageMediaIO().load_bytes(ODD[name]).media  # upright, RGB: what the model sees
     try:
@@ -107,7 +112,8 @@ def test_it_is_pruned_as_transformers_has_it_or_refused(
         completion = response.parse()
         answer = completion.choices[0].message.content, completion.usage.prompt_tokens
         stages = dict(method="plc+ilp", eviction_layers=(2,))
-        assert answer == expected(family_hf, [picture], [FIRST], FAMILY_CROP["pruning_rate"], **stages)  # type: ignore[arg-type]
+        compression, rate = compression_of(family), FAMILY_CROP["pruning_rate"]
+        assert answer == expected(family_hf, [picture], [FIRST], rate, compression, **stages)  # type: ignore[arg-type]
     assert get_text(f"{family_server.base_url}/health") == ""
 
 

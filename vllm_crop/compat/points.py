@@ -295,6 +295,30 @@ UPSTREAM_POINTS = (
         ("self", "grid_thw_list"),
         "gives pieces all but the places they have in the whole image",
     ),
+    UpstreamPoint(
+        "vllm.model_executor.models.llava_next",
+        "LlavaNextForConditionalGeneration._process_image_pixels",
+        ("self", "inputs"),
+        "encodes the tiles that are seen of an image",
+    ),
+    UpstreamPoint(
+        "vllm.model_executor.models.llava_next",
+        "LlavaNextForConditionalGeneration._merge_image_patch_embeddings",
+        ("self", "image_size", "patch_embeddings"),
+        "puts tiles together, those that were not seen from the whole image's",
+    ),
+    UpstreamPoint(
+        "vllm.model_executor.models.llava_onevision",
+        "LlavaOnevisionForConditionalGeneration._process_image_pixels",
+        ("self", "inputs"),
+        "encodes the tiles that are seen of an image",
+    ),
+    UpstreamPoint(
+        "vllm.model_executor.models.llava_onevision",
+        "LlavaOnevisionForConditionalGeneration._merge_image_patch_embeddings",
+        ("self", "image_size", "patch_embeddings"),
+        "puts tiles together, those that were not seen from the whole image's",
+    ),
 )
 
 # The V2 model runner's part of eviction and of heat maps.

@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from itertools import chain, product
 from typing import Any, ClassVar, Self
 
+import numpy as np
+from numpy.typing import NDArray
+
 from vllm_crop.errors import UnsupportedModelError
 from vllm_crop.families.llava import CLIP, SIGLIP
 from vllm_crop.families.text_layers import decoder_layers
-from vllm_crop.planning.foveation import Piece
+from vllm_crop.planning.foveation import Piece, whole_piece
 from vllm_crop.planning.geometry import Box, GridPart, ImageTokens, ImageView, Region, TokenGrid, TokenGrids
 
 _DECIMALS = 7  # upstream rounds the length of a side to these before it takes whole tokens
@@ -152,6 +155,11 @@ class AnyResolution:
         )
         return GridPart(grid, Box(x[0], y[0], x[1], y[1]), first, newlines=True)
 
+    def tiles(self, width: int, height: int) -> "Tiles":
+        """How an image of this size lies in the tiles that show it larger."""
+        resolution = self._resolution(width, height)
+        return Tiles(resolution, _fitted(width, height, resolution), self.tile_pixels, self.tile_tokens)
+
     def _unpadded(self, resolution: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of tokens of all tiles, before padding is cut off."""
         rows, cols = (side // self.tile_pixels * self.tile_tokens for side in resolution)
@@ -173,6 +181,68 @@ class AnyResolution:
             return shown, shown - resolution[0] * resolution[1]
 
         return max(self.resolutions, key=quality)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The tiles that show an image larger, their padding included.
+
+    Attributes:
+        resolution: height and width in pixels of all of them.
+        shown: those of the image in the middle of it.
+        tile_pixels, tile_tokens: along the side of one.
+    """
+
+    resolution: tuple[int, int]
+    shown: tuple[int, int]
+    tile_pixels: int
+    tile_tokens: int
+
+    @property
+    def scale(self) -> TokenGrid:
+        """Tokens of all of them."""
+        rows, cols = (side // self.tile_pixels * self.tile_tokens for side in self.resolution)
+        return TokenGrid(rows, cols)
+
+    def touched(self, region: Region) -> list[Piece]:
+        """The tiles that show some of the region, row by row."""
+        side = self.tile_tokens
+        pieces = []
+        for row, col in product(range(self.scale.rows // side), range(self.scale.cols // side)):
+            if any(self._touches(box, row, col) for box in region.boxes):
+                span = (row * side, (row + 1) * side, col * side, (col + 1) * side)
+                pieces.append(Piece(self.scale, span, span))
+        return pieces
+
+    def _touches(self, box: Box, row: int, col: int) -> bool:
+        sides = zip((row, col), ((box.y0, box.y1), (box.x0, box.x1)), self._margins, self.shown, strict=True)
+        return all(
+            index * self.tile_pixels < margin + end * shown
+            and margin + start * shown < (index + 1) * self.tile_pixels
+            for index, (start, end), margin, shown in sides
+        )
+
+    def places_in_whole(self) -> NDArray[np.int64]:
+        """For each token of the tiles, row by row, the one of the whole image's tile that shows its middle.
+
+        Padding gets what is nearest to it, which is cut away again.
+        """
+        side, counts = self.tile_tokens, (self.scale.rows, self.scale.cols)
+        rows, cols = (
+            np.clip(
+                # The middle's pixel in the image, in tokens of a tile that shows all of it.
+                ((2 * np.arange(count) + 1) * self.tile_pixels - 2 * margin * side) // (2 * shown),
+                0,
+                side - 1,
+            )
+            for count, margin, shown in zip(counts, self._margins, self.shown, strict=True)
+        )
+        return (rows[:, None] * side + cols).reshape(-1)
+
+    @property
+    def _margins(self) -> tuple[int, int]:
+        height, width = ((side - shown) // 2 for side, shown in zip(self.resolution, self.shown, strict=True))
+        return height, width
 
 
 def _pairs(pinpoints: Sequence[Sequence[int]]) -> tuple[tuple[int, int], ...]:
@@ -211,7 +281,7 @@ class LlavaNextGeometry:
     uses_mrope: ClassVar[bool] = False
     rotary_room: ClassVar[int] = 1
     first_eviction_layer: ClassVar[int] = 1
-    why_no_foveation: ClassVar[str] = "its tiles are encoded all or none"
+    why_no_foveation: ClassVar[str] = ""
 
     tiling: AnyResolution
     num_layers: int
@@ -255,8 +325,13 @@ class LlavaNextGeometry:
         halo: int,
         half_rims: bool = True,
     ) -> tuple[Piece, ...]:
-        """Nothing: see `why_no_foveation`."""
-        return ()
+        """The whole image in one tile, and of the other tiles those that show the region."""
+        tiles, side = self.tiling.tiles(width, height), self.tiling.tile_tokens
+        wanted = region if half_rims or around is None else Region((*region.boxes, *around.boxes))
+        touched = tiles.touched(wanted)
+        if len(touched) * side**2 == tiles.scale.num_tokens:
+            return ()
+        return (whole_piece(TokenGrid(side, side)), *touched)
 
     def position_span(self, grid: ImageTokens) -> int:
         """One per token."""

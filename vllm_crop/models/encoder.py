@@ -11,8 +11,7 @@ from vllm.multimodal.encoder_budget import MultiModalBudget
 
 from vllm_crop.config import CropConfig
 from vllm_crop.models.features import FeatureCache, ImageKey, compress
-from vllm_crop.planning.foveation import Piece, sources
-from vllm_crop.planning.geometry import TokenGrid
+from vllm_crop.planning.foveation import Piece
 
 Encode = Callable[[Sequence[int]], Iterable[torch.Tensor]]
 
@@ -30,22 +29,29 @@ class Part:
     piece: Piece | None = None
 
 
+# Pieces and their features -> rows `[any, hidden]`, and which of them are those of each of the image's
+# tokens, `[num_tokens]`; None if they are in order.
+Assemble = Callable[[Sequence[tuple[Piece, torch.Tensor]]], tuple[torch.Tensor, torch.Tensor | None]]
+
+
 @dataclass(frozen=True)
 class SeenImage:
     """An image of a batch.
 
     Attributes:
+        num_tokens: its visual tokens, unpruned.
         parts: a single one without a piece, or all pieces, coarse ones first.
-        grid: its tokens at full size, where it is seen in pieces.
+        assemble: how its features are made of those of its pieces.
     """
 
+    num_tokens: int
     parts: tuple[Part, ...]
-    grid: TokenGrid | None = None
+    assemble: Assemble | None = None
 
-    @property
-    def num_tokens(self) -> int:
-        """Visual tokens unpruned."""
-        return self.parts[0].num_tokens if self.grid is None else self.grid.num_tokens
+    @classmethod
+    def whole(cls, num_tokens: int) -> "SeenImage":
+        """One that is encoded as stock vLLM does it."""
+        return cls(num_tokens, (Part(num_tokens),))
 
 
 class CompressingEncoder:
@@ -157,9 +163,9 @@ def _assembled(
     image: SeenImage, seen: Sequence[tuple[Part, torch.Tensor]], assignment: torch.Tensor
 ) -> torch.Tensor:
     """The embeddings of an image, from the features of what it was seen in."""
-    if image.grid is None:
+    if image.assemble is None:
         ((_, features),) = seen
         return compress(features, assignment) if len(assignment) else features
-    pieces = [part.piece for part, _ in seen if part.piece is not None]
-    rows = torch.from_numpy(sources(image.grid, pieces))
-    return compress(torch.cat([features for _, features in seen]), assignment, rows)
+    pieces = [(part.piece, features) for part, features in seen if part.piece is not None]
+    features, rows = image.assemble(pieces)
+    return compress(features, assignment, rows)

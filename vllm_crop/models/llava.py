@@ -11,7 +11,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from vllm_crop.families.registry import geometry_from_configs
 from vllm_crop.models.base import PlainRopeMixin
-from vllm_crop.models.encoder import Encode, Part, SeenImage
+from vllm_crop.models.encoder import Encode, SeenImage
 from vllm_crop.models.processor import CropProcessorMixin
 
 
@@ -39,4 +39,4 @@ class LlavaForConditionalGeneration(PlainRopeMixin, stock.LlavaForConditionalGen
         def encode(picked: Sequence[int]) -> Any:
             return self.embed_stock(pixel_values=tiles[picked])
 
-        return [SeenImage((Part(self.tokens_per_image),))] * len(tiles), encode
+        return [SeenImage.whole(self.tokens_per_image)] * len(tiles), encode

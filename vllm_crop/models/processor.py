@@ -376,6 +376,18 @@ def _tensor(array: NDArray[np.int32]) -> torch.Tensor:
     return torch.from_numpy(array.copy())
 
 
+def piece_numbers(pieces: Sequence[Piece]) -> torch.Tensor:
+    """`[pieces, 10]`, as the worker gets them."""
+    return torch.tensor([piece.as_numbers() for piece in pieces], dtype=torch.int32).reshape(-1, 10)
+
+
+def pieces_of(kwargs: Mapping[str, Any], num_images: int) -> list[tuple[Piece, ...]]:
+    """What each image of a batch is seen in, in the worker; empty for those seen whole."""
+    if PIECES not in kwargs:
+        return [()] * num_images
+    return [tuple(map(Piece.from_numbers, numbers.tolist())) for numbers in kwargs[PIECES]]
+
+
 def image_key(image_hash: str) -> torch.Tensor:
     """`[1, 2]`, 64-bit words that name an image's pixels, or `[0, 2]` for an image not to be remembered."""
     if not image_hash:

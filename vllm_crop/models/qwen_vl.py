@@ -20,12 +20,18 @@ from vllm_crop.models.base import CropModelMixin, original_mrope_positions
 from vllm_crop.models.encoder import Encode, Part, SeenImage
 from vllm_crop.models.piece_pixels import pixels_of
 from vllm_crop.models.placed_pieces import metadata_of_pieces
-from vllm_crop.models.processor import IMAGE_KEY, PIECES, CropItems, CropProcessorMixin, image_key
+from vllm_crop.models.processor import (
+    IMAGE_KEY,
+    PIECES,
+    CropItems,
+    CropProcessorMixin,
+    image_key,
+    piece_numbers,
+    pieces_of,
+)
 from vllm_crop.planner import ImageDecision
-from vllm_crop.planning.foveation import Piece, whole_piece
+from vllm_crop.planning.foveation import Piece, sources, whole_piece
 from vllm_crop.planning.geometry import TokenGrid
-
-_NONE = torch.empty(0, 10, dtype=torch.int32)
 
 
 class CropQwenVLProcessorMixin(CropProcessorMixin):
@@ -65,7 +71,7 @@ class CropQwenVLProcessorMixin(CropProcessorMixin):
             [_grid_thw(one, merge) if one.pieces else next(grids) for one in decisions]
         )
         data["pixel_values"] = torch.cat(patches)
-        data[IMAGE_KEY], data[PIECES] = keys, [_numbers(one.pieces) for one in decisions]
+        data[IMAGE_KEY], data[PIECES] = keys, [piece_numbers(one.pieces) for one in decisions]
         return data
 
     def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]) -> Any:
@@ -124,11 +130,6 @@ class CropQwenVLProcessorMixin(CropProcessorMixin):
         return found
 
 
-def _numbers(pieces: Sequence[Piece]) -> torch.Tensor:
-    """`[pieces, 10]`; see Piece.from_numbers."""
-    return torch.tensor([piece.as_numbers() for piece in pieces], dtype=torch.int32).reshape(-1, 10)
-
-
 def _split(data: Any) -> list[torch.Tensor]:
     if "pixel_values" not in data:
         return []
@@ -143,8 +144,13 @@ def _grid_thw(decision: ImageDecision, merge: int) -> torch.Tensor:
 
 def _seen(grid: TokenGrid, pieces: tuple[Piece, ...]) -> SeenImage:
     if not pieces:
-        return SeenImage((Part(grid.num_tokens),))
-    return SeenImage(tuple(Part(piece.num_tokens, piece) for piece in pieces), grid)
+        return SeenImage.whole(grid.num_tokens)
+
+    def assemble(seen: Sequence[tuple[Piece, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = sources(grid, [piece for piece, _ in seen])
+        return torch.cat([features for _, features in seen]), torch.from_numpy(rows)
+
+    return SeenImage(grid.num_tokens, tuple(Part(piece.num_tokens, piece) for piece in pieces), assemble)
 
 
 class CropQwenVLMixin(CropModelMixin):
@@ -157,12 +163,9 @@ class CropQwenVLMixin(CropModelMixin):
         patches, grids = kwargs["pixel_values"], kwargs["image_grid_thw"]
         merge = self.visual.spatial_merge_size
         full = [TokenGrid(rows // merge, cols // merge) for _, rows, cols in grids.tolist()]
-        in_pieces = [
-            tuple(map(Piece.from_numbers, pieces.tolist()))
-            for pieces in kwargs.get(PIECES, [_NONE] * len(grids))
-        ]
+        in_pieces = pieces_of(kwargs, len(grids))
         if not any(in_pieces):
-            images = [SeenImage((Part(grid.num_tokens),)) for grid in full]
+            images = [SeenImage.whole(grid.num_tokens) for grid in full]
             return images, self._encode_whole(patches, grids)
         images = [_seen(grid, pieces) for grid, pieces in zip(full, in_pieces, strict=True)]
         encoded = [
