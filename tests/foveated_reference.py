@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from transformers import vision_utils
 
-from tests.reference import HfQwen2_5VL, HfReference
+from tests.reference import DEFAULT_RIM, HfQwen2_5VL, HfReference
 from vllm_crop.config import CropConfig
 from vllm_crop.families.view_size import size_for_tokens
 from vllm_crop.localizers.thumbnails import shrink
@@ -44,7 +44,8 @@ def foveating(reference: type[HfReference], checkpoint: Path, config: CropConfig
 
     def pieces_of(hf: Any, image: Image.Image, region: Any, args: Any, kwargs: Any) -> tuple[Piece, ...]:
         names = ("pruning_rate", "compression", "method", "eviction_layers", "rim")
-        request = ImageRequest(region, **dict(zip(names, args, strict=False)), **kwargs)
+        asked = {"rim": DEFAULT_RIM, **dict(zip(names, args, strict=False)), **kwargs}
+        request = ImageRequest(region, **asked)
         pieces: tuple[Piece, ...] = hf.planner.plan_image(request, *image.size).pieces
         return pieces
 
