@@ -250,3 +250,23 @@ def test_qwen3_evicts_after_its_deepstack_layers_only(tmp_path: Path) -> None:
     assert "from 3 to 35" in line
     assert "adds visual features after each of the first 3" in line
     assert "got [2, 16]" in line
+
+
+def test_a_foveated_plan_says_what_the_vision_tower_sees(tmp_path: Path, model: str) -> None:
+    qwen = write_qwen2_5_vl(tmp_path)
+    options = ("--model", qwen, "--image-size", "1792x1792", "--region", "0.25,0.25,0.5,0.5")
+    foveate = (*options, "--compression", "foveate")
+    pooled, foveated = plan_json(*options), plan_json(*foveate)
+    pieces, tower = foveated.pop("pieces"), foveated.pop("tower_tokens")
+    assert foveated == pooled
+    assert tower == sum(piece["tokens"] for piece in pieces) < 0.5 * 64 * 64
+    view, between, crop = pieces
+    assert (view["tokens"] <= 300, between["scale"], crop["scale"]) == (True, [32, 32], [64, 64])
+    assert crop["inner"] == [16, 32, 16, 32]
+    smaller = plan_json(*foveate, "--view-tokens", "64", "--halo", "0")
+    assert smaller["tower_tokens"] < tower
+    shown = run(*foveate).stdout
+    assert re.search(rf"vision tower +{tower} tokens: all of it as", shown), shown
+    assert "every image is one tile of a fixed size" in error_line(
+        "--model", model, "--image-size", SQUARE, "--compression", "foveate"
+    )

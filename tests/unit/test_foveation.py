@@ -10,6 +10,7 @@ from strategies import regions
 
 from tests.pictures import noise_image
 from vllm_crop.config import CropConfig
+from vllm_crop.families.llava_next import LLAVA_NEXT, AnyResolution, LlavaNextGeometry
 from vllm_crop.families.qwen_vl import Qwen2_5VLGeometry, Qwen2VLGeometry
 from vllm_crop.models.piece_pixels import pixels_of
 from vllm_crop.planner import ImagePlan, Planner
@@ -154,6 +155,49 @@ def test_windows_are_those_of_the_tower() -> None:
     for family, window in ((Qwen2_5VLGeometry, 4), (Qwen2VLGeometry, 1)):
         model = {"num_hidden_layers": 28, "vision_config": vision}
         assert family.from_configs(model, {}).window_tokens == window
+
+
+NEXT = LlavaNextGeometry(
+    AnyResolution(336, 24, LLAVA_NEXT.resolutions, None),
+    num_layers=32,
+)
+
+
+def test_only_tiles_that_the_region_touches_are_seen() -> None:
+    corner, middle = Region((Box(0.1, 0.1, 0.2, 0.2),)), Region((Box(0.4, 0.1, 0.6, 0.2),))
+    whole, tile = NEXT.foveate(672, 672, corner, None, 0, 0)
+    assert (whole, tile.scale, tile.window) == (
+        whole_piece(TokenGrid(24, 24)),
+        TokenGrid(48, 48),
+        (0, 24, 0, 24),
+    )
+    assert [piece.window for piece in NEXT.foveate(672, 672, middle, None, 0, 0)[1:]] == [
+        (0, 24, 0, 24),
+        (0, 24, 24, 48),
+    ]
+    assert NEXT.foveate(672, 672, Region.whole(), None, 0, 0) == ()
+    # A rim reaches into other tiles, if it is to be seen at full size.
+    wide = corner.widened(0.4)
+    assert len(NEXT.foveate(672, 672, corner, wide, 0, 0)) == 2
+    assert NEXT.foveate(672, 672, corner, wide, 0, 0, half_rims=False) == ()
+
+
+@pytest.mark.parametrize("size", [(672, 672), (500, 400), (300, 900), (1000, 100), (37, 2000)])
+def test_padding_of_tiles_is_followed(size: tuple[int, int]) -> None:
+    """A dot is in the tile that shows it, and so is its neighbourhood in the whole image's tile."""
+    layout = NEXT.tiling.tiles(*size)
+    height, width = layout.resolution
+    scale = min(width / size[0], height / size[1])
+    places = layout.places_in_whole().reshape(layout.scale.rows, layout.scale.cols)
+    for x, y in ((0.03, 0.03), (0.5, 0.4), (0.97, 0.9)):
+        across = (width - size[0] * scale) / 2 + x * size[0] * scale
+        down = (height - size[1] * scale) / 2 + y * size[1] * scale
+        (tile,) = layout.touched(Region((Box(x, y, x + 1e-9, y + 1e-9),)))
+        row, col = int(down / 336) * 24, int(across / 336) * 24
+        assert tile.window == (row, row + 24, col, col + 24)
+        seen_row, seen_col = divmod(int(places[int(down / 14), int(across / 14)]), 24)
+        assert abs(seen_row - y * 24) < 1 + 14 / (size[1] * scale) * 24
+        assert abs(seen_col - x * 24) < 1 + 14 / (size[0] * scale) * 24
 
 
 @pytest.mark.parametrize("size", [(560, 448), (601, 397), (2000, 3001), (100, 90)])

@@ -14,11 +14,12 @@ from typer.testing import CliRunner
 from tests.sample_picture import draw_sample_picture, sample_boxes
 from tests.slow_plan import embeddings_of
 from vllm_crop.commands.preview import assumed_llava, preview
-from vllm_crop.drawing.looks import Swatch, legend_of
+from vllm_crop.drawing.looks import PIECE_COLOUR, Swatch, legend_of
 from vllm_crop.drawing.preview import LONG_SIDE, as_rgb, draw_preview
 from vllm_crop.drawing.tokens import draw_tokens, shaded
 from vllm_crop.families.llava_next import LLAVA_NEXT, AnyResolution
 from vllm_crop.planning.budget import Method
+from vllm_crop.planning.foveation import Piece, whole_piece
 from vllm_crop.planning.geometry import Box, GridPart, ImageView, Region, TokenGrid, TokenGrids
 from vllm_crop.planning.plan import Compression, TokenPlan, make_plan, whole_image_plan
 from vllm_crop.planning.summary import PlanSummary
@@ -319,6 +320,19 @@ def test_command_refuses_what_it_cannot_read_or_write(street: Path, tmp_path: Pa
         result = run(*options, *(() if "-o" in options else ("-o", str(tmp_path / "out.png"))))
         assert result.exit_code == 2, result.output
         assert message in " ".join(result.output.split())
+
+
+def test_what_the_vision_tower_sees_larger_is_framed() -> None:
+    picture = draw_sample_picture(size=(480, 480))
+    pieces = (whole_piece(TokenGrid(6, 6)), Piece(GRID, (0, 10, 0, 10), (0, 6, 0, 6)))
+
+    def framed(*seen: Piece) -> int:
+        drawing = draw_preview(picture, WHOLE, plan_of("pool"), CORNER, pieces=seen)
+        found = dict((colour, count) for count, colour in drawing.getcolors(1 << 24) or [])
+        return found.get(PIECE_COLOUR, 0)
+
+    assert framed() == 0
+    assert framed(*pieces) > 100
 
 
 def test_the_sample_picture_is_the_same_every_time() -> None:
