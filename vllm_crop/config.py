@@ -60,16 +60,16 @@ class FoveationConfig(BaseModel):
         "is shown (localizer.thumbnail_tokens), so that one view serves both.",
     )
     rim_size: Literal["half", "full"] = Field(
-        default="half",
-        description="How large the vision tower sees the rim around a region: at 'half' the size where that "
-        "costs less, or at 'full' size as the region itself.",
+        default="full",
+        description="How large the vision tower sees the rim around a region: at 'full' size as the region "
+        "itself, or at 'half' the size where that costs less.",
     )
     halo: int = Field(
-        default=2,
+        default=0,
         ge=0,
         le=1024,
-        description="Visual tokens around a region that are encoded with it and then thrown away: what the "
-        "region's own tokens see of their neighbourhood.",
+        description="Visual tokens around a region and its rim that are encoded with them and thrown away: "
+        "what the outermost tokens see of their neighbourhood.",
     )
 
 

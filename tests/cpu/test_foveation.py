@@ -27,7 +27,7 @@ each_family = pytest.mark.parametrize("family", FAMILIES, ids=str)
 
 CROP: dict[str, Any] = {
     **{"compression": "foveate", "pruning_rate": 0.8, "method": "plc+ilp", "eviction_layers": [2]},
-    "foveation": {"view_tokens": 24, "halo": 1},
+    "foveation": {"view_tokens": 24, "halo": 1, "rim_size": "half"},
 }
 HERE, THERE = cells(2, 3, 3, 4), cells(5, 1, 6, 2)
 FIRST, SECOND, ODD = noise_image(600, 560, 448), noise_image(601, 512, 576), noise_image(602, 601, 397)

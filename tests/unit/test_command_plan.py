@@ -255,7 +255,7 @@ def test_qwen3_evicts_after_its_deepstack_layers_only(tmp_path: Path) -> None:
 def test_a_foveated_plan_says_what_the_vision_tower_sees(tmp_path: Path, model: str) -> None:
     qwen = write_qwen2_5_vl(tmp_path)
     options = ("--model", qwen, "--image-size", "1792x1792", "--region", "0.25,0.25,0.5,0.5")
-    foveate = (*options, "--compression", "foveate")
+    foveate = (*options, "--compression", "foveate", "--rim-size", "half", "--halo", "2")
     pooled, foveated = plan_json(*options), plan_json(*foveate)
     pieces, tower = foveated.pop("pieces"), foveated.pop("tower_tokens")
     assert foveated == pooled
@@ -263,7 +263,7 @@ def test_a_foveated_plan_says_what_the_vision_tower_sees(tmp_path: Path, model: 
     view, between, crop = pieces
     assert (view["tokens"] <= 300, between["scale"], crop["scale"]) == (True, [32, 32], [64, 64])
     assert crop["inner"] == [16, 32, 16, 32]
-    smaller = plan_json(*foveate, "--view-tokens", "64", "--halo", "0")
+    smaller = plan_json(*options, "--compression", "foveate", "--view-tokens", "64", "--rim-size", "half")
     assert smaller["tower_tokens"] < tower
     shown = run(*foveate).stdout
     assert re.search(rf"vision tower +{tower} tokens: all of it as", shown), shown

@@ -20,6 +20,7 @@ from vllm_crop.commands.region_options import (
     PruningRateOption,
     RegionOption,
     RimOption,
+    RimSizeOption,
     ViewTokensOption,
     geometry_of,
     parse_regions,
@@ -27,6 +28,7 @@ from vllm_crop.commands.region_options import (
     request_for_image,
     why_whole,
 )
+from vllm_crop.config import FoveationConfig
 from vllm_crop.planner import ImagePlan
 from vllm_crop.planning.foveation import describe_pieces
 from vllm_crop.planning.geometry import Region
@@ -53,6 +55,7 @@ def plan(
     eviction_layers: EvictionLayersOption = None,
     view_tokens: ViewTokensOption = None,
     halo: HaloOption = DEFAULTS.foveation.halo,
+    rim_size: RimSizeOption = DEFAULTS.foveation.rim_size,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """Show which visual tokens of an image are kept, pooled, evicted or left out by a server."""
@@ -60,7 +63,8 @@ def plan(
     asked = parse_regions(region, cells)
     request = request_for_image(asked, pruning_rate, compression, method, eviction_layers, rim)
     geometry = geometry_of(model)
-    planned = plan_for_image(geometry, width, height, request, view_tokens, halo)
+    foveation = FoveationConfig(view_tokens=view_tokens, halo=halo, rim_size=rim_size)
+    planned = plan_for_image(geometry, width, height, request, foveation)
     if as_json:
         typer.echo(json.dumps(planned.to_json(geometry.num_layers)))
         return

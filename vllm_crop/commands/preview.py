@@ -20,6 +20,7 @@ from vllm_crop.commands.region_options import (
     PruningRateOption,
     RegionOption,
     RimOption,
+    RimSizeOption,
     ViewTokensOption,
     geometry_of,
     parse_regions,
@@ -27,6 +28,7 @@ from vllm_crop.commands.region_options import (
     request_for_image,
     why_whole,
 )
+from vllm_crop.config import FoveationConfig
 from vllm_crop.families.registry import VisionGeometry, geometry_from_configs
 from vllm_crop.planner import ImagePlan
 from vllm_crop.planning.foveation import Piece, describe_pieces
@@ -153,6 +155,7 @@ def preview(
     eviction_layers: EvictionLayersOption = None,
     view_tokens: ViewTokensOption = None,
     halo: HaloOption = DEFAULTS.foveation.halo,
+    rim_size: RimSizeOption = DEFAULTS.foveation.rim_size,
     output: Annotated[Path, typer.Option("-o", "--output", help="Where to write the PNG.")] = Path(
         "preview.png"
     ),
@@ -191,7 +194,8 @@ def preview(
             eviction_layers = ",".join(map(str, served["eviction_layers"]))
     request = request_for_image(asked, pruning_rate, compression, method, eviction_layers, rim)
     geometry = geometry_of(model) if model is not None else assumed_llava()
-    planned = plan_for_image(geometry, *picture.size, request, view_tokens, halo)
+    foveation = FoveationConfig(view_tokens=view_tokens, halo=halo, rim_size=rim_size)
+    planned = plan_for_image(geometry, *picture.size, request, foveation)
     if answer is not None:
         planned = replace(planned, pieces=answer.pieces)
     view, num_layers = geometry.view(*picture.size), geometry.num_layers

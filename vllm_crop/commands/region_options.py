@@ -6,7 +6,7 @@ A server plans with the same Planner.
 
 import math
 import re
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -76,6 +76,10 @@ ViewTokensOption = Annotated[
 HaloOption = Annotated[
     int, typer.Option(min=0, help="With --compression foveate: as the server's foveation.halo.")
 ]
+RimSizeOption = Annotated[
+    Literal["half", "full"],
+    typer.Option(help="With --compression foveate: as the server's foveation.rim_size."),
+]
 MethodOption = Annotated[
     Method,
     typer.Option(help="Compress before the language model (plc), evict inside it (ilp), both, or neither."),
@@ -140,13 +144,12 @@ def plan_for_image(
     width: int,
     height: int,
     request: ImageRequest,
-    view_tokens: int | None = None,
-    halo: int = DEFAULTS.foveation.halo,
+    foveation: FoveationConfig = DEFAULTS.foveation,
 ) -> ImagePlan:
     """The plan a server makes for an image of this size in pixels.
 
     Args:
-        view_tokens, halo: as in the server's `foveation`.
+        foveation: the server's.
 
     Raises:
         typer.BadParameter: the model cannot evict at these layers, or they leave too little of the budget, or
@@ -157,7 +160,6 @@ def plan_for_image(
             f"'foveate' is not possible with this model: {geometry.why_no_foveation}",
             param_hint="--compression",
         )
-    foveation = FoveationConfig(view_tokens=view_tokens, halo=halo)
     planner = Planner(DEFAULTS.model_copy(update={"foveation": foveation}), geometry)
     try:
         if request.eviction_layers:
