@@ -17,6 +17,7 @@ from tests.families import LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_5_VL, QWEN2_VL, QW
 from tests.foveated_reference import foveating
 from tests.pictures import noise_image
 from vllm_crop.config import CropConfig
+from vllm_crop.localizers.thumbnails import Picture
 from vllm_crop.models.placed_pieces import metadata_of_pieces
 from vllm_crop.planning.foveation import tower_tokens, whole_piece
 from vllm_crop.planning.geometry import TokenGrid
@@ -152,3 +153,18 @@ def test_other_pixels_are_another_picture(engine_of: Callable[[Family], Engine])
     crop = {"regions": [cells(2, 2, 3, 3)], "rim": 0}
     one, another = engine.ask(Question((image,), crop), Question((other,), crop))
     assert float((one.logprobs - another.logprobs).abs().max()) > 0
+
+
+def test_the_localizers_view_is_the_images(checkpoint_of: CheckpointOf) -> None:
+    """What the tower has made of the view for the localizer, it does not make again."""
+    localizer = {"kind": "attention", "prompt": "{question}", "whole_below": 0, "thumbnail_tokens": 64}
+    crop = {"compression": "foveate", "pruning_rate": 0.8, "localizer": localizer}
+    engine = Engine(checkpoint_of(QWEN3_VL, QWEN3_VL.deep), crop, QWEN3_VL)
+    encoder, image = engine.model.crop_encoder, noise_image(630, 640, 512)
+    locate = engine.llm.llm_engine.renderer._localizing.localizer
+    region = locate.locate_now(Picture(lambda: image), "Where?").region
+    asked = {"regions": [region.as_lists()]}
+    view, *crops = pieces_of(engine, image, asked)
+    assert encoder.tokens_encoded == view.num_tokens
+    engine.ask(Question((image,), asked))
+    assert encoder.tokens_encoded == view.num_tokens + tower_tokens(crops)
