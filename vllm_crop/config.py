@@ -64,6 +64,12 @@ class FoveationConfig(BaseModel):
         description="How large the vision tower sees the rim around a region: at 'full' size as the region "
         "itself, or at 'half' the size where that costs less.",
     )
+    reuse: Literal["same", "larger"] = Field(
+        default="same",
+        description="Which cached features of a part of an image may answer: those of the 'same' part, or "
+        "also those of a 'larger' one that holds it, which spares the vision tower more, but lets an answer "
+        "depend a little on what others have asked about the same image before.",
+    )
     halo: int = Field(
         default=0,
         ge=0,

@@ -134,7 +134,9 @@ def test_another_question_encodes_only_its_crop(engine_of: Callable[[Family], En
     first, inside = {"regions": [cells(2, 2, 4, 4)], "rim": 0}, {"regions": [cells(3, 3, 3, 3)], "rim": 0}
     elsewhere = {"regions": [cells(6, 6, 7, 7)], "rim": 0}
     assert encoded(first) == (2, tower_tokens(pieces_of(engine, image, first)))
-    assert encoded(inside) == (0, 0)
+    assert encoded(first) == (0, 0)
+    _, crop = pieces_of(engine, image, inside)
+    assert encoded(inside) == (1, crop.num_tokens)
     _, crop = pieces_of(engine, image, elsewhere)
     assert encoded(elsewhere) == (1, crop.num_tokens)
     # The view is an image like others: sent by itself, it is known.
@@ -168,3 +170,40 @@ def test_the_localizers_view_is_the_images(checkpoint_of: CheckpointOf) -> None:
     assert encoder.tokens_encoded == view.num_tokens
     engine.ask(Question((image,), asked))
     assert encoder.tokens_encoded == view.num_tokens + tower_tokens(crops)
+
+
+def test_a_larger_part_may_answer_where_the_server_says_so(engine_of: Callable[[Family], Engine]) -> None:
+    engine = engine_of(QWEN3_VL)
+    encoder, image = engine.model.crop_encoder, noise_image(612, 640, 512)
+    large = Question((image,), {"regions": [cells(1, 1, 5, 5)], "rim": 0})
+    small = Question((image,), {"regions": [cells(2, 2, 2, 2)], "rim": 0})
+    engine.ask(large)
+    encoder.reuses_larger = True
+    try:
+        before = encoder.num_encoded
+        (answer,) = engine.ask(small)
+        assert encoder.num_encoded == before
+    finally:
+        encoder.reuses_larger = False
+    (own,) = engine.ask(Question((image,), {**(small.crop or {}), "pruning_rate": 0.79}))
+    assert encoder.num_encoded == before + 1
+    assert answer.num_prompt_tokens <= own.num_prompt_tokens
+
+
+def test_many_small_boxes_in_a_large_part_bring_it_along_once(engine_of: Callable[[Family], Engine]) -> None:
+    """What is put together for an image is never more than its pieces have."""
+    engine = engine_of(QWEN3_VL)
+    encoder, image = engine.model.crop_encoder, noise_image(613, 800, 768)
+    engine.ask(Question((image,), {"regions": [[0.02, 0.02, 0.85, 0.85]], "rim": 0}))
+    boxes = [[x / 4, y / 4, x / 4 + 0.01, y / 4 + 0.01] for x in range(4) for y in range(4)]
+    encoder.reuses_larger, rows = True, []
+    stock = encoder._features
+    encoder._features = lambda *args: rows.append(stock(*args)) or rows[-1]
+    try:
+        engine.ask(Question((image,), {"regions": [boxes], "rim": 0}))
+    finally:
+        encoder.reuses_larger, encoder._features = False, stock
+    (seen,) = rows
+    pieces = pieces_of(engine, image, {"regions": [boxes], "rim": 0})
+    assert len(pieces) > 2
+    assert [len(features) for features in seen] == [piece.num_tokens for piece in pieces]

@@ -195,3 +195,26 @@ def test_the_bound_is_held_in_memory_until_the_first_entry_replaces_it(num_rows:
     cache.store((1,), random_features(1))
     held = [v for v in vars(cache).values() if isinstance(v, torch.Tensor)]
     assert len(held) == (0 if num_rows else 1)
+
+
+def test_a_window_is_cut_out_of_a_larger_one_of_the_same_picture() -> None:
+    cache, features = cache_of(64), random_features(6 * 5)
+    stored = (1, 2, 10, 16, 20, 25)  # rows 10 to 16, columns 20 to 25
+    cache.store(stored, features)
+    found = cache.find_larger((1, 2, 11, 13, 22, 25))
+    assert found is not None
+    assert torch.equal(found, features.view(6, 5, -1)[1:3, 2:5].reshape(6, -1))
+    for other in ((1, 3, 11, 13, 22, 25), (1, 2, 9, 13, 22, 25), (1, 2, 11, 13, 22, 26)):
+        assert cache.find_larger(other) is None
+    cache.clear()
+    assert cache.find_larger(stored) is None
+    assert not cache._windows
+
+
+def test_windows_that_made_room_are_not_found() -> None:
+    cache = cache_of(8)
+    for start in range(0, 40, 4):
+        cache.store((1, 2, start, start + 2, 0, 2), random_features(4, seed=start))
+    assert len(cache._windows[1, 2]) == 2
+    assert cache.find_larger((1, 2, 0, 1, 0, 1)) is None
+    assert cache.find_larger((1, 2, 36, 37, 0, 1)) is not None

@@ -15,6 +15,7 @@ from vllm_crop.families.qwen_vl import Qwen2_5VLGeometry, Qwen2VLGeometry
 from vllm_crop.models.piece_pixels import pixels_of
 from vllm_crop.planner import ImagePlan, Planner
 from vllm_crop.planning.foveation import (
+    MAX_CROPS,
     FoveationRule,
     Piece,
     describe_pieces,
@@ -117,8 +118,13 @@ def test_what_costs_as_much_is_seen_whole() -> None:
     assert foveate(GRID, Region.whole(), None, rule()) == ()
     assert foveate(GRID, SMALL, None, rule(halo=64)) == ()
     assert foveate(GRID, SMALL, None, rule(view=GRID)) == ()
+
+
+def test_scattered_boxes_are_joined_where_that_costs_least() -> None:
     dots = tuple(Box(x / 8, y / 8, x / 8 + 0.01, y / 8 + 0.01) for x in range(8) for y in range(8))
-    assert foveate(TokenGrid(400, 400), Region(dots), None, rule()) == ()
+    pieces = foveate(TokenGrid(400, 400), Region(dots), None, rule())
+    assert len(pieces) == 1 + MAX_CROPS
+    assert tower_tokens(pieces) < 0.7 * 400 * 400
 
 
 @given(grids, st.data())
@@ -206,7 +212,9 @@ def test_pixels_are_those_of_the_whole_picture_resized(size: tuple[int, int], mo
     image, side = noise_image(700, *size).convert(mode), 28
     scale = TokenGrid(16, 20)
     piece = Piece(scale, (3, 9, 4, 20), (4, 8, 5, 19))
-    whole = image.convert("RGB").resize((20 * side, 16 * side), Image.Resampling.BICUBIC)
+    # As Pillow resizes a picture, along before down.
+    along = image.convert("RGB").resize((20 * side, size[1]), Image.Resampling.BICUBIC)
+    whole = along.resize((20 * side, 16 * side), Image.Resampling.BICUBIC)
     expected = whole.crop((4 * side, 3 * side, 20 * side, 9 * side))
     found = pixels_of(image, piece, side, Image.Resampling.BICUBIC)
     assert found.size == expected.size

@@ -74,7 +74,7 @@ ViewTokensOption = Annotated[
     ),
 ]
 HaloOption = Annotated[
-    int, typer.Option(min=0, help="With --compression foveate: as the server's foveation.halo.")
+    int, typer.Option(min=0, max=1024, help="With --compression foveate: as the server's foveation.halo.")
 ]
 RimSizeOption = Annotated[
     Literal["half", "full"],

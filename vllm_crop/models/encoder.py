@@ -2,7 +2,7 @@
 """From pixels and plans to compressed embeddings: the vision tower's batches and its feature cache."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from vllm.config import VllmConfig
@@ -70,6 +70,7 @@ class CompressingEncoder:
         self.num_encoded = 0
         self.tokens_encoded = 0
         self.cache = FeatureCache(config.vit_cache_mib << 20, vllm_config.device_config.device)
+        self.reuses_larger = config.foveation.reuse == "larger"
 
     def __call__(
         self,
@@ -90,7 +91,7 @@ class CompressingEncoder:
         """
         parts = [part for image in images for part in image.parts]
         keys = [
-            _cache_key(words, part)
+            _cache_key(words, part, is_first=part is image.parts[0])
             for key, image in zip(crop_image_key, images, strict=True)
             for words, part in zip(key.tolist() or [()] * len(image.parts), image.parts, strict=True)
         ]
@@ -107,8 +108,7 @@ class CompressingEncoder:
 
     def _features(
         self, parts: Sequence[Part], encode: Encode, keys: Sequence[ImageKey]
-    ) -> list[tuple[Part, torch.Tensor]]:
-        """What each part is seen in, itself or a larger one that is cached, with its features."""
+    ) -> list[torch.Tensor]:
         found = [self._cached(part, key) for part, key in zip(parts, keys, strict=True)]
         # Keyed parts that occur twice in the batch (two regions of one image) are encoded once.
         missing: dict[object, list[int]] = {}
@@ -123,20 +123,16 @@ class CompressingEncoder:
             for first, features in zip(batch, encode(batch), strict=True):
                 self.cache.store(keys[first], features)
                 for index in missing[keys[first] or first]:
-                    found[index] = parts[index], features
-        return [known for known in found if known is not None]
+                    found[index] = features
+        return [features for features in found if features is not None]
 
-    def _cached(self, part: Part, key: ImageKey) -> tuple[Part, torch.Tensor] | None:
+    def _cached(self, part: Part, key: ImageKey) -> torch.Tensor | None:
         if not key:
             return None
-        if part.piece is None or part.piece.is_whole:
-            features = self.cache.find(key)
-            return None if features is None else (part, features)
-        covering = self.cache.find_window(key)
-        if covering is None:
-            return None
-        window, features = covering
-        return Part(len(features), replace(part.piece, window=window)), features
+        features = self.cache.find(key)
+        if features is not None or part.piece is None or not self.reuses_larger or len(key) < _WINDOW_KEY:
+            return features
+        return self.cache.find_larger(key)
 
     def _batches(self, indices: Sequence[int], parts: Sequence[Part]) -> Iterator[list[int]]:
         """`indices` in order, cut into batches of at most `max_tokens`, or of a single part."""
@@ -150,22 +146,24 @@ class CompressingEncoder:
             yield batch
 
 
-def _cache_key(words: Sequence[int], part: Part) -> ImageKey:
-    """With the size of what is stored: nothing that names an image may bring features of another size."""
+_WINDOW_KEY = 6
+
+
+def _cache_key(words: Sequence[int], part: Part, is_first: bool) -> ImageKey:
+    """With the size of what is stored: nothing that names an image may bring features of another size.
+
+    All of a picture, the first of its parts, has the key of an image that is sent by itself.
+    """
     if not words:
         return ()
-    if part.piece is None or part.piece.is_whole:
-        return (*words, part.num_tokens)
-    return (*words, *part.piece.window)
+    return (*words, part.num_tokens) if part.piece is None or is_first else (*words, *part.piece.window)
 
 
-def _assembled(
-    image: SeenImage, seen: Sequence[tuple[Part, torch.Tensor]], assignment: torch.Tensor
-) -> torch.Tensor:
+def _assembled(image: SeenImage, seen: Sequence[torch.Tensor], assignment: torch.Tensor) -> torch.Tensor:
     """The embeddings of an image, from the features of what it was seen in."""
     if image.assemble is None:
-        ((_, features),) = seen
-        return compress(features, assignment) if len(assignment) else features
-    pieces = [(part.piece, features) for part, features in seen if part.piece is not None]
-    features, rows = image.assemble(pieces)
+        (whole,) = seen
+        return compress(whole, assignment) if len(assignment) else whole
+    parts = zip(image.parts, seen, strict=True)
+    features, rows = image.assemble([(part.piece, rows) for part, rows in parts if part.piece is not None])
     return compress(features, assignment, rows)

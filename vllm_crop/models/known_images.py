@@ -35,10 +35,12 @@ class KnownImage:
     Attributes:
         key: the hash of what it shows, as vLLM's caches of unpruned images have it.
         size: width and height in pixels.
+        is_picture: whether parts of it can be cut out; not of a tensor of pixels.
     """
 
     key: str
     size: tuple[int, int]
+    is_picture: bool = True
 
 
 class KnownImages:
@@ -166,7 +168,9 @@ def identify(
         size = images.get_image_size(index)
         sizes[index] = size.width, size.height
         if uuids[index] is not None:
-            named.append((names[index], KnownImage(keys[index], (size.width, size.height)), sent[index]))
+            image_size = size.width, size.height
+            known_image = KnownImage(keys[index], image_size, as_picture(image) is not None)
+            named.append((names[index], known_image, sent[index]))
     return RequestImages(hashes, tuple(keys), tuple(sizes), by_name, named)
 
 

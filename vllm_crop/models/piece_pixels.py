@@ -28,8 +28,10 @@ def pixels_of(image: Image.Image, piece: Piece, token_side: int, resample: Image
     part = image.crop((left, top, right, bottom))
     if part.mode != "RGB":  # a picture of another mode is converted as far as it is seen
         part = part.convert("RGB")
-    size = (piece.cols * token_side, piece.rows * token_side)
-    return part.resize(size, resample, box=(x0 - left, y0 - top, x1 - left, y1 - top))
+    width, height = piece.cols * token_side, piece.rows * token_side
+    # First along, then down: in one step Pillow chooses the order by sizes, which differ from the whole's.
+    narrow = part.resize((width, part.height), resample, box=(x0 - left, 0, x1 - left, part.height))
+    return narrow.resize((width, height), resample, box=(0, y0 - top, width, y1 - top))
 
 
 def _along(length: int, tokens: int, start: int, end: int, token_side: int) -> tuple[int, int, float, float]:

@@ -30,19 +30,29 @@ def metadata_of_pieces(tower: Any, pieces: Sequence[Piece]) -> dict[str, Any]:
     metadata: dict[str, Any] = dict(tower.prepare_encoder_metadata(grids))
     if all(piece.is_whole for piece in pieces):
         return metadata
-    places = torch.cat([_places(piece, merge) for piece in pieces])  # [patches, 2]
+    places = [_places(piece, merge) for piece in pieces]  # [patches, 2] each
+    at = torch.cat(places)
+    # What is whole stays as the tower has it, to the bit, whatever is beside it.
+    moved = torch.cat(
+        [torch.full((len(of),), not piece.is_whole) for piece, of in zip(pieces, places, strict=True)]
+    )
     if WINDOW_INDEX in metadata:
         # The tower runs windows one after another: whole tokens in another order.
-        order = metadata[WINDOW_INDEX].to(places.device)
-        places = places.unflatten(0, (-1, merge**2))[order].flatten(0, 1)
+        order = metadata[WINDOW_INDEX].to(at.device)
+        at, moved = (one.unflatten(0, (-1, merge**2))[order].flatten(0, 1) for one in (at, moved))
     longest = max(max(piece.scale.rows, piece.scale.cols) for piece in pieces) * merge
     for name, table in zip((COS, SIN), tower.rotary_pos_emb.get_cos_sin(longest), strict=True):
-        metadata[name] = table[places.to(table.device)].flatten(1).to(metadata[name])
+        rows = metadata[name].clone()  # the tower may keep its own for the next picture of this size
+        rows[moved.to(rows.device)] = table[at[moved].to(table.device)].flatten(1).to(rows)
+        metadata[name] = rows
     if EMBEDDINGS in metadata:
-        table = tower.pos_embed.weight
-        side = tower.num_grid_per_side
-        stretched = [_stretched(table, side, piece, _places(piece, merge), merge) for piece in pieces]
-        metadata[EMBEDDINGS] = torch.cat(stretched).to(metadata[EMBEDDINGS])
+        stock = metadata[EMBEDDINGS].split([len(of) for of in places])
+        metadata[EMBEDDINGS] = torch.cat(
+            [
+                own if piece.is_whole else _stretched(tower, piece, of).to(own)
+                for own, piece, of in zip(stock, pieces, places, strict=True)
+            ]
+        )
     return metadata
 
 
@@ -54,13 +64,12 @@ def _places(piece: Piece, merge: int) -> torch.Tensor:
     return places.unflatten(0, (-1, merge)).unflatten(2, (-1, merge)).transpose(1, 2).reshape(-1, 2)
 
 
-def _stretched(
-    table: torch.Tensor, side: int, piece: Piece, places: torch.Tensor, merge: int
-) -> torch.Tensor:
-    """A table of `side` x `side` embeddings stretched over the picture, where a piece is: `[patches, hidden]`
+def _stretched(tower: Any, piece: Piece, places: torch.Tensor) -> torch.Tensor:
+    """Stretch the tower's table of embeddings over the picture, `[patches, hidden]` where a piece is.
 
     The corners of the picture have those of the table; between them four neighbours are weighed.
     """
+    table, side, merge = tower.pos_embed.weight, tower.num_grid_per_side, tower.spatial_merge_size
     cells = table.view(side, side, -1)
     ends = torch.tensor([piece.scale.rows * merge - 1, piece.scale.cols * merge - 1]).clamp(min=1)
     at = places.to(torch.float32) * (side - 1) / ends

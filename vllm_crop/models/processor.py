@@ -25,6 +25,7 @@ from vllm.multimodal.processing.inputs import ProcessorInputs
 from vllm_crop.config import CropConfig
 from vllm_crop.eviction.markers import UNMARKED, EvictionSettings, Unmarked, embed_indices, write_markers
 from vllm_crop.families.registry import VisionGeometry, geometry_from_configs
+from vllm_crop.localizers.thumbnails import as_picture
 from vllm_crop.models.ahead import ImagesAhead
 from vllm_crop.models.known_images import KnownImages, RequestImages, identify
 from vllm_crop.models.sent import OnTheWay, newly_sent, withhold
@@ -125,7 +126,7 @@ class CropProcessorMixin(BaseMultiModalProcessor):
             embeddings = not isinstance(items, ImageProcessorItems)
             decisions = self.planner.plan(asked, images.sizes, embeddings, tuple(plain))
         if isinstance(items, ImageProcessorItems):
-            decisions = self._without_impossible_pieces(items, decisions)
+            decisions = self._without_impossible_pieces(items, images, decisions)
         if images.by_name and known is not None:
             inputs, decisions = self._with_images_of_names(inputs, images, known, asked, decisions)
         hashes = dict(images.hashes)
@@ -155,13 +156,18 @@ class CropProcessorMixin(BaseMultiModalProcessor):
         return processed
 
     def _without_impossible_pieces(
-        self, items: ImageProcessorItems, decisions: tuple[ImageDecision, ...]
+        self, items: ImageProcessorItems, images: RequestImages, decisions: tuple[ImageDecision, ...]
     ) -> tuple[ImageDecision, ...]:
-        """Images of kinds that cannot be cut are seen whole; a name alone is left as it is."""
+        """Images of kinds that cannot be cut are seen whole."""
+
+        def possible(index: int) -> bool:
+            if index in images.by_name:
+                return self.can_be_foveated(images.by_name[index].is_picture)
+            image = items.get(index)
+            return image is None or self.can_be_foveated(as_picture(image) is not None)
+
         return tuple(
-            replace(decision, pieces=())
-            if decision.pieces and (image := items.get(index)) is not None and not self.can_be_foveated(image)
-            else decision
+            replace(decision, pieces=()) if decision.pieces and not possible(index) else decision
             for index, decision in enumerate(decisions)
         )
 
@@ -262,8 +268,8 @@ class CropProcessorMixin(BaseMultiModalProcessor):
             data[IMAGE_KEY] = [image_key(image_hash) for image_hash in items.image_hashes]
         return data
 
-    def can_be_foveated(self, image: Any) -> bool:
-        """Whether the model can be given pieces of this image, as vLLM has it."""
+    def can_be_foveated(self, is_picture: bool) -> bool:
+        """Whether the model can be given pieces of an image, a picture or a tensor of pixels."""
         return False
 
     def images_processed(self, mm_items: Any, hf_kwargs: Mapping[str, object], items: CropItems) -> Any:

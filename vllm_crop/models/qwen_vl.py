@@ -5,6 +5,7 @@ Videos pass through untouched.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -41,9 +42,14 @@ class CropQwenVLProcessorMixin(CropProcessorMixin):
     stays that of the whole image, which position ids are made of.
     """
 
-    def can_be_foveated(self, image: Any) -> bool:
-        """Whether its pixels can be cut here."""
-        return as_picture(image) is not None
+    def can_be_foveated(self, is_picture: bool) -> bool:
+        """Pictures can: their pixels are cut here."""
+        return is_picture
+
+    @cached_property
+    def _resample(self) -> Image.Resampling:
+        """The image processor's, with the server's settings over it."""
+        return Image.Resampling(int(self.image_processor_settings()["resample"]))
 
     def images_processed(self, mm_items: Any, hf_kwargs: Mapping[str, object], items: CropItems) -> Any:
         """As the stock processor, which is given the pieces of images that are seen in pieces."""
@@ -94,8 +100,8 @@ class CropQwenVLProcessorMixin(CropProcessorMixin):
         hf_kwargs: Mapping[str, object],
     ) -> torch.Tensor:
         processor = self.info.get_image_processor()
-        side, resample = processor.patch_size * processor.merge_size, Image.Resampling(processor.resample)
-        cut = [pixels_of(image, piece, side, resample) for piece in pieces[1:]]
+        side = processor.patch_size * processor.merge_size
+        cut = [pixels_of(image, piece, side, self._resample) for piece in pieces[1:]]
         seen = self._processed([view], hf_kwargs)
         as_cut = self._processed(cut, {**hf_kwargs, "do_resize": False})
         grids = torch.cat([seen["image_grid_thw"], as_cut["image_grid_thw"]]) // processor.merge_size

@@ -31,7 +31,7 @@ from vllm_crop.planning.foveation import Piece
 class CropTiledProcessorMixin(CropProcessorMixin):
     """CropProcessorMixin for image processors that make tiles, the whole image first."""
 
-    def can_be_foveated(self, image: Any) -> bool:
+    def can_be_foveated(self, is_picture: bool) -> bool:
         """Tiles can be left out of whatever the image processor takes."""
         return True
 

@@ -26,8 +26,7 @@ from vllm_crop.planning.geometry import Box, Region, TokenGrid
 
 Span = tuple[int, int, int, int]  # row0, row1, col0, col1, half-open
 
-# More crops than these are so scattered that the whole picture is as cheap, or nearly.
-MAX_CROPS = 16
+MAX_CROPS = 16  # of one scale: more of them are joined where that costs least
 
 
 @dataclass(frozen=True)
@@ -154,10 +153,9 @@ def foveate(grid: TokenGrid, region: Region, around: Region | None, rule: Foveat
         # Of a rim too little is kept for a halo to be worth its price.
         without = replace(rule, halo=0)
         between = _crops(half, [_scaled(span, grid, half) for span in wide], without)
-        crops = _crops(grid, sharp, rule)
-        choices.append(None if between is None or crops is None else between + crops)
-    pieces = min((crops for crops in choices if crops is not None), key=tower_tokens, default=None)
-    if pieces is None or view.num_tokens + tower_tokens(pieces) >= grid.num_tokens:
+        choices.append(between + _crops(grid, sharp, rule))
+    pieces = min(choices, key=tower_tokens)
+    if view.num_tokens + tower_tokens(pieces) >= grid.num_tokens:
         return ()
     return (view, *pieces)
 
@@ -203,27 +201,29 @@ def _scaled(span: Span, grid: TokenGrid, to: TokenGrid) -> Span:
     )
 
 
-def _crops(scale: TokenGrid, spans: Sequence[Span], rule: FoveationRule) -> list[Piece] | None:
-    """Pieces for some places, joined where one costs no more than two; None where they are too scattered."""
+def _crops(scale: TokenGrid, spans: Sequence[Span], rule: FoveationRule) -> list[Piece]:
+    """Pieces for some places, joined where one costs no more than two, and where there are too many."""
     crops: list[Piece] = []
     for span in dict.fromkeys(spans):
         crop = _crop(scale, span, rule)
-        while (found := _cheaper_together(crop, crops, rule)) is not None:
-            index, crop = found
+        while crops:
+            cost, index, both = min(
+                (_joined(crop, other, index, rule) for index, other in enumerate(crops)),
+                key=lambda found: found[:2],
+            )
+            if cost > 0 and len(crops) < MAX_CROPS:
+                break
             del crops[index]
+            crop = both
         crops.append(crop)
-        if len(crops) > MAX_CROPS:
-            return None
     return crops
 
 
-def _cheaper_together(crop: Piece, others: Sequence[Piece], rule: FoveationRule) -> tuple[int, Piece] | None:
-    for index, other in enumerate(others):
-        (a0, a1, a2, a3), (b0, b1, b2, b3) = crop.inner, other.inner
-        both = _crop(crop.scale, (min(a0, b0), max(a1, b1), min(a2, b2), max(a3, b3)), rule)
-        if both.num_tokens <= crop.num_tokens + other.num_tokens:
-            return index, both
-    return None
+def _joined(crop: Piece, other: Piece, index: int, rule: FoveationRule) -> tuple[int, int, Piece]:
+    """How many more tokens a crop of both has than they have themselves; the index as given; the crop."""
+    (a0, a1, a2, a3), (b0, b1, b2, b3) = crop.inner, other.inner
+    both = _crop(crop.scale, (min(a0, b0), max(a1, b1), min(a2, b2), max(a3, b3)), rule)
+    return both.num_tokens - crop.num_tokens - other.num_tokens, index, both
 
 
 def _crop(scale: TokenGrid, inner: Span, rule: FoveationRule) -> Piece:
