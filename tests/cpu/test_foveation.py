@@ -6,9 +6,11 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import Qwen2VLImageProcessor
 
 from tests.conftest import CheckpointOf
 from tests.cpu.conftest import CHUNKED, Engine, Question, ReferenceFor, decided, reference_by
@@ -16,10 +18,12 @@ from tests.cpu.test_parity import NOTICEABLE, TOLERANCE, TWO_BOXES, cells, diffe
 from tests.families import LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_5_VL, QWEN2_VL, QWEN3_VL, QWEN3_VL_MOE, Family
 from tests.foveated_reference import foveating
 from tests.pictures import noise_image
+from tests.sample_picture import draw_sample_picture
 from vllm_crop.config import CropConfig
 from vllm_crop.localizers.thumbnails import Picture
+from vllm_crop.models.piece_pixels import pixels_of
 from vllm_crop.models.placed_pieces import metadata_of_pieces
-from vllm_crop.planning.foveation import tower_tokens, whole_piece
+from vllm_crop.planning.foveation import Piece, tower_tokens, whole_piece
 from vllm_crop.planning.geometry import TokenGrid
 
 pytestmark = pytest.mark.vllm_runtime
@@ -207,3 +211,19 @@ def test_many_small_boxes_in_a_large_part_bring_it_along_once(engine_of: Callabl
     pieces = pieces_of(engine, image, {"regions": [boxes], "rim": 0})
     assert len(pieces) > 2
     assert [len(features) for features in seen] == [piece.num_tokens for piece in pieces]
+
+
+@pytest.mark.parametrize("size", [(1281, 957), (1003, 777), (2500, 1900)])
+def test_cut_pixels_are_those_of_the_image_processor(size: tuple[int, int]) -> None:
+    """To one level of 255, on a picture with writing."""
+    picture, side = draw_sample_picture(size=size), 28
+    processor = Qwen2VLImageProcessor(size={"shortest_edge": 3136, "longest_edge": 12845056})
+    made = processor(picture, return_tensors="pt", do_normalize=False, do_rescale=False)
+    _, rows, cols = (made["image_grid_thw"][0] // 2).tolist()
+    # Tokens by row and column, patches in them likewise, channels, frames, pixels.
+    whole = made["pixel_values"].view(rows, cols, 2, 2, 3, 2, 14, 14)[..., 0, :, :]
+    whole = whole.permute(0, 2, 5, 1, 3, 6, 4).reshape(rows * side, cols * side, 3)
+    piece = Piece(TokenGrid(rows, cols), (2, rows - 2, 3, cols - 1), (2, 3, 3, 4))
+    cut = torch.tensor(np.asarray(pixels_of(picture, piece, side, Image.Resampling.BICUBIC)))
+    expected = whole[2 * side : (rows - 2) * side, 3 * side : (cols - 1) * side]
+    assert (cut - expected).abs().max() <= 1
