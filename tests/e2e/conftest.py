@@ -39,10 +39,15 @@ def metric(server: Server, name: str, **labels: str) -> float:
 
 @pytest.fixture(scope="package", autouse=True)
 def _servers_own_environment() -> Iterator[None]:
-    """Servers must not inherit what the in-process engine tests set for themselves."""
+    """Servers must not inherit how much the in-process engine tests log.
+
+    A server's only worker runs in its engine's process, as on a GPU. On the CPU vLLM would give it one of its
+    own, for which all is imported once more: a third of a start. Where there are two workers (the server of
+    test_eviction.py), each has its process all the same.
+    """
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL"):
-            patch.delenv(name, raising=False)
+        patch.delenv("VLLM_LOGGING_LEVEL", raising=False)
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         yield
 
 
@@ -75,9 +80,10 @@ def localizing_server(logs: Path) -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def checked_server(logs: Path, request: pytest.FixtureRequest) -> Iterator[Server]:
-    """The trained model, finding where to look by its attention, on two API server processes.
+    """The trained model, finding where to look by its attention.
 
-    Every pruned request is checked. In the whole product two engines answer (data parallel).
+    Every pruned request is checked. In the whole product two engines answer (data parallel), and two API
+    servers, which `server` and `localizing_server` always have.
     """
     from lab.demo.setting import LOCALIZER
     from tests.tinyvqa import CHECKPOINT, crop_options
@@ -85,10 +91,10 @@ def checked_server(logs: Path, request: pytest.FixtureRequest) -> Iterator[Serve
     # A limit that the localizer's own view is above: it is none of the clients'.
     limits, shadow = {"max_pruning_rate": 0.889}, {"rate": 1.0, "max_held": 4}
     crop = crop_options(LOCALIZER, eviction_layers=[1], limits=limits, shadow=shadow)
-    replicas = "2" if request.config.getoption("--all-families") else "1"
+    processes = "2" if request.config.getoption("--all-families") else "1"
     options = (
-        *("--api-server-count", "2", "--scheduling-policy", "priority"),
-        *("--data-parallel-size", replicas),
+        *("--api-server-count", processes, "--scheduling-policy", "priority"),
+        *("--data-parallel-size", processes),
     )
     page, log = {"VLLM_PLUGINS": "crop"}, logs / "checked.log"
     with serve(str(CHECKPOINT), *crop, *options, *OPTIONS, log_path=log, env=page) as running:
