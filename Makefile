@@ -10,7 +10,7 @@ ONE_BATCH := tests/cpu/test_eviction_parity.py::test_all_scenarios_in_one_batch
 V2_TESTS := $(addprefix tests/cpu/test_,runner.py parity.py caches.py image_names.py eviction_caches.py eviction_scheduling.py \
 	eviction_graphs.py heat.py soak.py qwen2_5_vl.py llava_next.py tinyvqa_served.py) \
 	"tests/cpu/test_foveation.py::test_all_scenarios_in_one_batch[qwen3_vl]" $(ONE_BATCH)
-TRAINED_TESTS := $(addprefix tests/e2e/test_,attention_localizer.py shadow.py monitoring.py engine_localizer.py playground.py compare.py remote_localizer.py hostile_requests.py)
+TRAINED_TESTS := $(addprefix tests/e2e/test_,attention_localizer.py shadow.py monitoring.py engine_localizer.py playground.py compare.py remote_localizer.py not_asked_for.py hostile_requests.py)
 # Another vLLM than setup installs: each family compresses and evicts in one batch, on both runners; start; a server.
 OTHER_TESTS := tests/cpu/test_start.py tests/cpu/test_grouping_matches_vllm.py tests/e2e/test_eviction.py
 # Two lanes side by side on two cores, those with one process each first: a thread for each process, which vLLM must not bind to a core.

@@ -22,6 +22,14 @@ OPTIONS = (
     *("--served-model-name", MODEL, "--dtype", "float32", "--max-model-len", "2048", "--enforce-eager"),
     *("--block-size", "32", "--limit-mm-per-prompt", '{"image": 8}', "--max-num-batched-tokens", "2048"),
 )
+# What an operator may well set; none of it may reach the localizer's own requests.
+OPERATORS = (
+    *("--trust-request-mm-kwargs", "--enable-mm-embeds"),
+    *("--reasoning-parser", "qwen3", "--default-chat-template-kwargs", '{"enable_thinking": false}'),
+)
+REMOTE_MODEL = "localizer"  # what a server that finds regions for another one calls its model
+# Its two names take the place of the one in OPTIONS.
+STOCK_OPTIONS = (*OPTIONS, *OPERATORS, "--served-model-name", MODEL, REMOTE_MODEL)
 FAMILIES = (LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_5_VL, QWEN3_VL)
 FAMILY_CROP = {"method": "plc+ilp", "eviction_layers": [2], "pruning_rate": 0.667}
 
@@ -70,9 +78,11 @@ def localizing_server(logs: Path) -> Iterator[Server]:
     """The trained model, finding regions itself, on two API server processes, with the page."""
     from tests.tinyvqa import CHECKPOINT, ENGINE, crop_options
 
-    # A processor cache that is full soon: memory can be watched.
+    # A processor cache that is full soon: memory can be watched. A picture that is gone is fetched once: the
+    # waits between three attempts are vLLM's.
     options = ("--api-server-count", "2", "--api-key", API_KEY, "--mm-processor-cache-gb", "0.05")
-    crop, env = crop_options(ENGINE, eviction_layers=[1]), {"VLLM_PLUGINS": "crop"}
+    env = {"VLLM_PLUGINS": "crop", "VLLM_MEDIA_FETCH_MAX_RETRIES": "1"}
+    crop = crop_options(ENGINE, eviction_layers=[1])
     log = logs / "localizing.log"
     with serve(str(CHECKPOINT), *crop, *options, *OPTIONS, log_path=log, env=env) as running:
         yield running
@@ -98,6 +108,17 @@ def checked_server(logs: Path, request: pytest.FixtureRequest) -> Iterator[Serve
     )
     page, log = {"VLLM_PLUGINS": "crop"}, logs / "checked.log"
     with serve(str(CHECKPOINT), *crop, *options, *OPTIONS, log_path=log, env=page) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def stock_server(logs: Path) -> Iterator[Server]:
+    """The trained model, the plugin installed but not asked for: others are compared with it, and one finds
+    regions there.
+    """
+    from tests.tinyvqa import CHECKPOINT
+
+    with serve(str(CHECKPOINT), *STOCK_OPTIONS, log_path=logs / "stock.log") as running:
         yield running
 
 
