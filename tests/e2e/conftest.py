@@ -64,11 +64,17 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("logs")
 
 
+@pytest.fixture(scope="session")
+def processes(request: pytest.FixtureRequest) -> str:
+    """How many API servers share a port: two in the whole product, and always in `localizing_server`."""
+    return "2" if request.config.getoption("--all-families") else "1"
+
+
 @pytest.fixture(scope="module")
-def server(checkpoint: Path, logs: Path) -> Iterator[Server]:
-    """Two API server processes behind one port, an API key, pooling to 96 tokens."""
+def server(checkpoint: Path, logs: Path, processes: str) -> Iterator[Server]:
+    """An API key, pooling to 96 tokens."""
     crop = ("--plugin", "crop", "--crop-config", '{"pruning_rate": 0.8333}')
-    options = ("--api-server-count", "2", "--api-key", API_KEY)
+    options = ("--api-server-count", processes, "--api-key", API_KEY)
     with serve(str(checkpoint), *crop, *options, *OPTIONS, log_path=logs / "crop.log") as running:
         yield running
 
@@ -89,11 +95,10 @@ def localizing_server(logs: Path) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="session")
-def checked_server(logs: Path, request: pytest.FixtureRequest) -> Iterator[Server]:
+def checked_server(logs: Path, processes: str) -> Iterator[Server]:
     """The trained model, finding where to look by its attention.
 
-    Every pruned request is checked. In the whole product two engines answer (data parallel), and two API
-    servers, which `server` and `localizing_server` always have.
+    Every pruned request is checked. In the whole product two engines answer (data parallel).
     """
     from lab.demo.setting import LOCALIZER
     from tests.tinyvqa import CHECKPOINT, crop_options
@@ -101,7 +106,6 @@ def checked_server(logs: Path, request: pytest.FixtureRequest) -> Iterator[Serve
     # A limit that the localizer's own view is above: it is none of the clients'.
     limits, shadow = {"max_pruning_rate": 0.889}, {"rate": 1.0, "max_held": 4}
     crop = crop_options(LOCALIZER, eviction_layers=[1], limits=limits, shadow=shadow)
-    processes = "2" if request.config.getoption("--all-families") else "1"
     options = (
         *("--api-server-count", processes, "--scheduling-policy", "priority"),
         *("--data-parallel-size", processes),
