@@ -4,7 +4,8 @@
 A scenario runs alone for a family with plain RoPE and for one with M-RoPE and deepstack, and for one more, in
 turn, where an engine of it runs anyway. All of them run in one batch for every family, on an engine that
 compresses and evicts at two layers: whatever a family does of its own, it does there. On the slow runner that
-engine answers for the one that evicts at one layer, too.
+engine answers for the one that evicts at one layer, too, and a family whose model class has no line of its
+own is left to the other runner. Over HTTP one family answers: for LLaVA, test_eviction.py's server does.
 """
 
 from collections.abc import Iterable
@@ -18,7 +19,7 @@ SELECTED = (
     "test_eviction_compiled",
     "test_heat",
 )
-SELECTED_SERVERS = ("test_odd_images", "test_families")
+SELECTED_SERVERS, SERVED = ("test_odd_images", "test_families"), "qwen3_vl"
 BATCHES = (
     "test_all_scenarios_in_one_batch",
     "test_vision_tower_batches_hold_no_more_tokens_than_profiled",
@@ -29,7 +30,8 @@ LEFT_OUT = {
     "test_eviction_compiled": {"llava"},
 }
 LEFT_OUT_INTERPRETED = {
-    "test_eviction_parity": {"evicting"},
+    # Qwen2.5-VL's and Qwen3-VL's mixins make all of the two classes.
+    "test_eviction_parity": {"evicting", "qwen2_vl", "qwen3_vl_moe"},
     "test_eviction_scheduling": {"evicting_engine"},
     "test_eviction_caches": {"evicting_engine"},
     "test_heat": {"False"},  # without eviction
@@ -58,6 +60,8 @@ def _is_selected(item: Any, scenarios: list[Any], others: list[str], interpreted
         return False
     if module not in (*SELECTED, *SELECTED_SERVERS) or family is None:
         return True
+    if module in SELECTED_SERVERS:
+        return family == SERVED
     if family in ALONE:
         return not interpreted or _is_alone_interpreted(item)
     if _setting(item) not in (EVERYWHERE_INTERPRETED if interpreted else EVERYWHERE):

@@ -107,19 +107,19 @@ def test_chunks_of_evicted_tokens_only(
     asked, others = pruned(300), {"text": TEXT_ONLY, "pruned": pruned(301, LOW)}
     if company == "after others":
         for name, question in others.items():
-            engine.add(name, question, steps=24)
+            engine.add(name, question, steps=14)
         answer_some(engine, "pruned", 1)  # they decode
     engine.add("asked", asked)
     begin, end = first_run(engine, "asked", stage=1)
     step_through(engine, "asked", [begin])
     if company == "before others":
         for name, question in others.items():
-            engine.add(name, question, steps=24)
+            engine.add(name, question, steps=14)
     step_through(engine, "asked", [begin + 1, begin + 2, end - 1, end, end + 1, min(end + 2, begin + 200)])
     answers = engine.finish()
     check(answers.pop("asked"), deep_reference_for(asked, engine.config))
     for name, answer in answers.items():
-        check(answer, deep_reference_for(others[name], engine.config, steps=24))
+        check(answer, deep_reference_for(others[name], engine.config, steps=14))
 
 
 def test_chunks_of_one_token_each(engine: Engine, deep_reference_for: ReferenceFor) -> None:

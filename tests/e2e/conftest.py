@@ -25,6 +25,14 @@ OPTIONS = (
     *("--served-model-name", MODEL, "--dtype", "float32", "--max-model-len", "2048", "--enforce-eager"),
     *("--block-size", "32", "--limit-mm-per-prompt", '{"image": 8}', "--max-num-batched-tokens", "2048"),
 )
+# What an operator may well set; none of it may reach the localizer's own requests.
+OPERATORS = (
+    *("--trust-request-mm-kwargs", "--enable-mm-embeds"),
+    *("--reasoning-parser", "qwen3", "--default-chat-template-kwargs", '{"enable_thinking": false}'),
+)
+REMOTE_MODEL = "localizer"  # what a server that finds regions for another one calls its model
+# Its two names take the place of the one in OPTIONS.
+STOCK_OPTIONS = (*OPTIONS, *OPERATORS, "--served-model-name", MODEL, REMOTE_MODEL)
 FAMILIES = (LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_5_VL, QWEN3_VL)
 FAMILY_CROP = {"method": "plc+ilp", "eviction_layers": [2], "pruning_rate": 0.667}
 
@@ -42,10 +50,15 @@ def metric(server: Server, name: str, **labels: str) -> float:
 
 @pytest.fixture(scope="package", autouse=True)
 def _servers_own_environment() -> Iterator[None]:
-    """Servers must not inherit what the in-process engine tests set for themselves."""
+    """Servers must not inherit how much the in-process engine tests log.
+
+    A server's only worker runs in its engine's process, as on a GPU. On the CPU vLLM would give it one of its
+    own, for which all is imported once more: a third of a start. Where there are two workers (the server of
+    test_eviction.py), each has its process all the same.
+    """
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL"):
-            patch.delenv(name, raising=False)
+        patch.delenv("VLLM_LOGGING_LEVEL", raising=False)
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         yield
 
 
@@ -54,11 +67,17 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("logs")
 
 
+@pytest.fixture(scope="session")
+def processes(request: pytest.FixtureRequest) -> str:
+    """How many API servers share a port: two in the whole product, and always in `localizing_server`."""
+    return "2" if request.config.getoption("--all-families") else "1"
+
+
 @pytest.fixture(scope="module")
-def server(checkpoint: Path, logs: Path) -> Iterator[Server]:
-    """Two API server processes behind one port, an API key, pooling to 96 tokens."""
+def server(checkpoint: Path, logs: Path, processes: str) -> Iterator[Server]:
+    """An API key, pooling to 96 tokens."""
     crop = ("--plugin", "crop", "--crop-config", '{"pruning_rate": 0.8333}')
-    options = ("--api-server-count", "2", "--api-key", API_KEY)
+    options = ("--api-server-count", processes, "--api-key", API_KEY)
     with serve(str(checkpoint), *crop, *options, *OPTIONS, log_path=logs / "crop.log") as running:
         yield running
 
@@ -68,17 +87,19 @@ def localizing_server(logs: Path) -> Iterator[Server]:
     """The trained model, finding regions itself, on two API server processes, with the page."""
     from tests.tinyvqa import CHECKPOINT, ENGINE, crop_options
 
-    # A processor cache that is full soon: memory can be watched.
+    # A processor cache that is full soon: memory can be watched. A picture that is gone is fetched once: the
+    # waits between three attempts are vLLM's.
     options = ("--api-server-count", "2", "--api-key", API_KEY, "--mm-processor-cache-gb", "0.05")
-    crop, env = crop_options(ENGINE, eviction_layers=[1]), {"VLLM_PLUGINS": "crop"}
+    env = {"VLLM_PLUGINS": "crop", "VLLM_MEDIA_FETCH_MAX_RETRIES": "1"}
+    crop = crop_options(ENGINE, eviction_layers=[1])
     log = logs / "localizing.log"
     with serve(str(CHECKPOINT), *crop, *options, *OPTIONS, log_path=log, env=env) as running:
         yield running
 
 
 @pytest.fixture(scope="session")
-def checked_server(logs: Path, request: pytest.FixtureRequest) -> Iterator[Server]:
-    """The trained model, finding where to look by its attention, on two API server processes.
+def checked_server(logs: Path, processes: str) -> Iterator[Server]:
+    """The trained model, finding where to look by its attention.
 
     Every pruned request is checked. In the whole product two engines answer (data parallel).
     """
@@ -88,10 +109,9 @@ def checked_server(logs: Path, request: pytest.FixtureRequest) -> Iterator[Serve
     # A limit that the localizer's own view is above: it is none of the clients'.
     limits, shadow = {"max_pruning_rate": 0.889}, {"rate": 1.0, "max_held": 4}
     crop = crop_options(LOCALIZER, eviction_layers=[1], limits=limits, shadow=shadow)
-    replicas = "2" if request.config.getoption("--all-families") else "1"
     options = (
-        *("--api-server-count", "2", "--scheduling-policy", "priority"),
-        *("--data-parallel-size", replicas),
+        *("--api-server-count", processes, "--scheduling-policy", "priority"),
+        *("--data-parallel-size", processes),
     )
     page, log = {"VLLM_PLUGINS": "crop"}, logs / "checked.log"
     with serve(str(CHECKPOINT), *crop, *options, *OPTIONS, log_path=log, env=page) as running:
@@ -101,6 +121,17 @@ def checked_server(logs: Path, request: pytest.FixtureRequest) -> Iterator[Serve
 def compression_of(family: Family) -> Compression:
     """How `family_server` compresses: one of them shows its vision tower parts of images."""
     return "foveate" if family is QWEN3_VL else "pool"
+
+
+@pytest.fixture(scope="session")
+def stock_server(logs: Path) -> Iterator[Server]:
+    """The trained model, the plugin installed but not asked for: others are compared with it, and one finds
+    regions there.
+    """
+    from tests.tinyvqa import CHECKPOINT
+
+    with serve(str(CHECKPOINT), *STOCK_OPTIONS, log_path=logs / "stock.log") as running:
+        yield running
 
 
 @pytest.fixture(scope="session", params=FAMILIES, ids=str)

@@ -268,6 +268,20 @@ def test_known_regions_are_not_asked_for_again_and_metrics_add_up(
     assert (asked, timed) == (12, 12 - hits)
 
 
+def test_metrics_add_up_over_both_api_servers(server: Server, client: openai.OpenAI) -> None:
+    names = ("crop:visual_tokens_total", "crop:visual_tokens_retained_total")
+    before = [metric(server, name, model_name=MODEL) for name in names]
+    pruned = metric(server, "crop:requests_total", outcome="pruned")
+    scene, question = LOCAL[3]
+    for _ in range(12):  # new connections, so that both processes get some
+        fresh = openai.OpenAI(base_url=client.base_url, api_key=API_KEY)
+        ask(fresh, scene.picture(), question, {"regions": [[[0.25, 0.25, 0.5, 0.5]]]})
+        fresh.close()
+    after = [metric(server, name, model_name=MODEL) for name in names]
+    assert [b - a for a, b in zip(before, after, strict=True)] == [12 * 576, 12 * 64]
+    assert metric(server, "crop:requests_total", outcome="pruned") == pruned + 12
+
+
 async def leave_early(client: openai.AsyncOpenAI, scene: TestScene, question: str, number: int) -> bool:
     """Stream an answer; every third client goes away while it is localized or answered."""
     stream = client.chat.completions.create(

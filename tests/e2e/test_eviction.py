@@ -1,43 +1,69 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A server prepared to evict: two tensor-parallel workers, the shared-memory image cache, prefix caching."""
+"""A server configured by a YAML file alone: prepared to evict, finding regions where the model looks, on two
+tensor-parallel workers, with the shared-memory image cache, prefix caching and no API key."""
 
-import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import openai
 import pytest
 
 from tests.e2e.conftest import MODEL, OPTIONS, metric, serve
-from tests.e2e.test_serve import EVERY_TOKEN, FIRST, SECOND, SQUARE, STEPS, WIDE, chat, expected, messages
+from tests.e2e.test_serve import (
+    EVERY_TOKEN,
+    FIRST,
+    SECOND,
+    SQUARE,
+    STEPS,
+    TEXT,
+    WIDE,
+    chat,
+    expected,
+    messages,
+)
 from tests.reference import HfLlava
 from vllm_crop.client import facts_of
+from vllm_crop.heat.request import NOWHERE
+from vllm_crop.localizers.heat import HeatMap, heat_grid
+from vllm_crop.localizers.settings import LocalizerConfig
 from vllm_crop.measuring.server import Server
 from vllm_crop.planning.budget import Method, retained_per_stage
+from vllm_crop.planning.geometry import Region
 
 pytestmark = pytest.mark.e2e
 
 RATE = 0.667
-CROP = {"method": "ilp", "eviction_layers": [2], "pruning_rate": RATE}
+# The model looks in a layer that sees every token and in one that would see some.
+LAYERS = [1, 5]
+SETTINGS = f"""
+plugin: crop
+crop-config:
+  method: ilp
+  eviction_layers: [2]
+  pruning_rate: {RATE}
+  compression: prune
+  localizer: {{kind: attention, layers: {LAYERS}, prompt: "{{question}}", whole_below: 0, timeout_s: 60}}
+tensor-parallel-size: 2
+mm-processor-cache-type: shm
+max-num-batched-tokens: 512
+"""
 METHODS: tuple[Method, ...] = ("off", "plc", "ilp", "plc+ilp")
 
 
 @pytest.fixture(scope="module")
-def server(deep_checkpoint: Path, logs: Path) -> Iterator[Server]:
+def server(deep_checkpoint: Path, logs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    file = tmp_path_factory.mktemp("settings") / "serve.yaml"
+    file.write_text(SETTINGS)
     cores = sorted(os.sched_getaffinity(0))[:2]
     one_core_each = {"VLLM_CPU_OMP_THREADS_BIND": "|".join(str(core) for core in cores)}
-    options = (
-        *("--crop-config", json.dumps(CROP), "--tensor-parallel-size", "2"),
-        *("--mm-processor-cache-type", "shm", "--max-num-batched-tokens", "512"),
-    )
     options_without_budget = OPTIONS[: OPTIONS.index("--max-num-batched-tokens")]
+    options = ("--config", str(file), *options_without_budget)
     log_path = logs / "evicting.log"
-    with serve(
-        str(deep_checkpoint), *options, *options_without_budget, log_path=log_path, env=one_core_each
-    ) as running:
+    with serve(str(deep_checkpoint), *options, log_path=log_path, env=one_core_each) as running:
         yield running
         # Before it is stopped: a worker may complain of a leader that is gone.
         assert "Traceback" not in log_path.read_text()
@@ -53,11 +79,17 @@ def hf(deep_checkpoint: Path) -> HfLlava:
     return HfLlava(deep_checkpoint)
 
 
+ANSWERS: dict[Any, str] = {}
+
+
 def answer_of(hf: HfLlava, image: Any, region: Any, method: Method) -> str:
-    """What must be served."""
-    pruned = None if method == "off" else region
-    stages = (2,) if "ilp" in method else ()
-    return expected(hf, [image], [pruned], RATE, method=method, eviction_layers=stages)[0]
+    """What must be served; each is worked out once."""
+    key = id(image), region, method
+    if key not in ANSWERS:
+        pruned = None if method == "off" else region
+        stages = (2,) if "ilp" in method else ()
+        ANSWERS[key] = expected(hf, [image], [pruned], RATE, "prune", method, stages)[0]
+    return ANSWERS[key]
 
 
 def test_the_server_says_what_eviction_saves(server: Server) -> None:
@@ -124,6 +156,55 @@ def test_names_of_images_decide_nothing(client: openai.OpenAI, hf: HfLlava, meth
     for images in ((SQUARE, WIDE), (WIDE, SQUARE)):
         with pytest.raises(openai.BadRequestError, match="stands for two different images"):
             ask(named(*images), regions=2)
+
+
+def test_requests_choose_method_and_rate(client: openai.OpenAI, hf: HfLlava, server: Server) -> None:
+    """Not how tokens are compressed: that is the file's."""
+    retained = metric(server, "crop:visual_tokens_retained_total")
+    for regions in ([FIRST], [SECOND], [FIRST, SECOND], [FIRST]):
+        images = [SQUARE] * len(regions)
+        crop = {"regions": [one.as_lists() for one in regions], "method": "plc", "pruning_rate": 0.889}
+        response = chat(client, images, crop)
+        text, num_prompt_tokens = expected(hf, images, regions, 0.889, "prune")
+        completion = response.parse()
+        assert facts_of(response.headers)["tokens_after_plc"] == 64 * len(regions)
+        assert completion.usage.prompt_tokens == num_prompt_tokens
+        assert completion.choices[0].message.content == text
+    assert metric(server, "crop:visual_tokens_retained_total") == retained + 5 * 64
+
+
+def test_two_workers_look_where_the_whole_model_does(client: openai.OpenAI, hf: HfLlava) -> None:
+    """Each of them sees some of the heads."""
+    wanted, confidence = looked_at(hf, LAYERS)
+    for _ in range(2):  # alone, and as it is remembered
+        (image,) = facts_of(chat(client, [SQUARE]).headers)["images"]
+        assert image["source"] == "attention"
+        assert image["region"] == [[pytest.approx(side) for side in box] for box in wanted.as_lists()]
+        assert image["localizer"]["confidence"] == pytest.approx(confidence, abs=1e-4)
+        assert image["tokens_avg"] < image["tokens_after_plc"] == 576
+    for layer in LAYERS:
+        assert looked_at(hf, [layer])[1] != pytest.approx(confidence, abs=1e-4)
+
+
+def looked_at(hf: HfLlava, layers: list[int]) -> tuple[Region, float]:
+    """Region and confidence that transformers' attention gives, by the rule of docs/localization.md."""
+    settings = LocalizerConfig(kind="attention")
+    full = hf.geometry.grid(*SQUARE.size)
+    count = settings.view_tokens(full.num_tokens)
+    view = hf.plan(SQUARE, Region.whole(), 1 - count / full.num_tokens, "prune")
+    assert view is not None
+    ids = hf.processor.tokenizer.encode(f"USER: {hf.image}\n{TEXT}\nASSISTANT:", add_special_tokens=False)
+    start = ids.index(hf.image_token_id)
+    grid = heat_grid(full, view.assignment)
+    where = np.array(grid.cells)
+    attention = hf.attention(hf.embed(ids, [SQUARE], [view]))[layers, start : start + count].numpy()
+    heat = (attention / attention[:, where != NOWHERE].sum(-1, keepdims=True)).max(0)
+    cells = [heat[where == cell].mean() if (where == cell).any() else 0 for cell in range(grid.num_cells)]
+    found = HeatMap.of(grid, np.array(cells))
+    region = found.region(settings.window, settings.max_windows, settings.further_window)
+    shown = hf.geometry.view(*SQUARE.size).unproject(region)
+    assert shown is not None
+    return shown, found.within(region)
 
 
 def test_clients_that_hang_up_leave_nothing_behind(

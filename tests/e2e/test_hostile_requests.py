@@ -25,7 +25,7 @@ from PIL import Image
 from vllm.utils.serial_utils import tensor2base64
 
 from lab.evaluation.questions import make_test_set
-from tests.e2e.conftest import MODEL, OPTIONS, metric, serve
+from tests.e2e.conftest import MODEL, OPERATORS, OPTIONS, metric, serve
 from tests.tinyvqa import CHECKPOINT, ENGINE, ask, crop_options, facts, found
 from vllm_crop.client import data_url, question_about
 from vllm_crop.measuring.server import Server, get_text
@@ -35,12 +35,6 @@ pytestmark = pytest.mark.e2e
 
 SCENES = make_test_set(8, seed=11)
 LOCAL = [(scene, q.text) for scene in SCENES for q in scene.questions if q.boxes]
-# What an operator may well set; none of it may reach the localizer's own requests.
-COMMON = (
-    *OPTIONS,
-    *("--trust-request-mm-kwargs", "--enable-mm-embeds"),
-    *("--reasoning-parser", "qwen3", "--default-chat-template-kwargs", '{"enable_thinking": false}'),
-)
 BOX, OTHER = [0.1, 0.1, 0.4, 0.4], [0.2, 0.2, 0.6, 0.6]
 SLOWEST_HEALTH_S = 1.0
 
@@ -50,14 +44,13 @@ def server(logs: Path) -> Iterator[Server]:
     """Finds regions itself, is prepared to evict, has limits for clients."""
     limits = {"max_pruning_rate": 0.9}
     crop = crop_options(ENGINE, eviction_layers=[1], compression="prune", limits=limits)
-    with serve(str(CHECKPOINT), *crop, *COMMON, log_path=logs / "hostile.log") as running:
+    with serve(str(CHECKPOINT), *crop, *OPTIONS, *OPERATORS, log_path=logs / "hostile.log") as running:
         yield running
 
 
-@pytest.fixture(scope="module")
-def stock(logs: Path) -> Iterator[Server]:
-    with serve(str(CHECKPOINT), *COMMON, log_path=logs / "hostile_stock.log") as running:
-        yield running
+@pytest.fixture
+def stock(stock_server: Server) -> Server:
+    return stock_server
 
 
 @pytest.fixture(scope="module")

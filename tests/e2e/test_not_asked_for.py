@@ -6,8 +6,7 @@ Work is CPU time of all of a server's threads, which says the same while other t
 
 import os
 import time
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -15,8 +14,9 @@ from typing import Any
 import openai
 import pytest
 
-from tests.e2e.conftest import MODEL, OPTIONS, serve
+from tests.e2e.conftest import MODEL, STOCK_OPTIONS, serve
 from tests.pictures import noise_image
+from tests.tinyvqa import CHECKPOINT
 from vllm_crop.benchmarking.api_cpu import cpu_ms
 from vllm_crop.client import data_url
 from vllm_crop.measuring.server import Server
@@ -61,16 +61,12 @@ def ask(server: Server, seed: int) -> tuple[Any, float]:
 
 
 def test_outputs_and_work_equal_stock_vllm(
-    checkpoint: Path, logs: Path, capsys: pytest.CaptureFixture[str]
+    stock_server: Server, logs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Two servers side by side, asked in turn: one that does not load the plugin, one that does."""
-    without_plugin = {"VLLM_PLUGINS": ""}
-    with ExitStack() as servers, ThreadPoolExecutor(2) as pool:
-        starts = (
-            serve(str(checkpoint), *OPTIONS, log_path=logs / "stock.log", env=without_plugin),
-            serve(str(checkpoint), *OPTIONS, log_path=logs / "installed.log"),
-        )
-        stock, installed = pool.map(servers.enter_context, starts)
+    installed, without_plugin = stock_server, {"VLLM_PLUGINS": ""}
+    log_path = logs / "without_plugin.log"
+    with serve(str(CHECKPOINT), *STOCK_OPTIONS, log_path=log_path, env=without_plugin) as stock:
         for server in (stock, installed):
             ask(server, 0)
         ratios = []

@@ -17,7 +17,7 @@ import pytest
 
 from lab.evaluation.questions import make_test_set
 from lab.tinyvqa.drawing import THUMBNAIL
-from tests.e2e.conftest import MODEL, OPTIONS, metric, serve
+from tests.e2e.conftest import MODEL, OPTIONS, REMOTE_MODEL, metric, serve
 from tests.tinyvqa import CHECKPOINT, ask, crop_options, found, said_of_thumbnail
 from vllm_crop.measuring.server import HOST, Server, free_port, get_text
 
@@ -168,7 +168,7 @@ def served(relay: Relay, logs: Path) -> Iterator[tuple[Server, openai.OpenAI]]:
     settings = {
         "kind": "openai",
         "base_url": relay.url,
-        "model": "localizer",
+        "model": REMOTE_MODEL,
         "prompt": "where:{question}",
         "thumbnail_side": 8 * THUMBNAIL,
         "timeout_s": DEADLINE_S,
@@ -181,23 +181,14 @@ def served(relay: Relay, logs: Path) -> Iterator[tuple[Server, openai.OpenAI]]:
         yield running, openai.OpenAI(base_url=f"{running.base_url}/v1", api_key="unused", max_retries=0)
 
 
-@pytest.fixture(scope="module")
-def localizer(logs: Path) -> Iterator[Server]:
-    """A `vllm serve` of the same checkpoint, without the plugin."""
-    options = ("--served-model-name", "localizer", "--api-key", KEY, "--dtype", "float32", "--enforce-eager")
-    log = logs / "localizer.log"
-    with serve(str(CHECKPOINT), *options, "--max-model-len", "2048", log_path=log) as running:
-        yield running
-
-
 def test_right_regions_gone_and_back(
-    served: tuple[Server, openai.OpenAI], localizer: Server, relay: Relay
+    served: tuple[Server, openai.OpenAI], stock_server: Server, relay: Relay
 ) -> None:
     server, client = served
-    port = int(localizer.base_url.rsplit(":", 1)[1])
+    port = int(stock_server.base_url.rsplit(":", 1)[1])
     scene, question = LOCAL[0]
-    direct = openai.OpenAI(base_url=f"{localizer.base_url}/v1", api_key=KEY)
-    said_of_thumbnail(direct, scene.picture(), question, "localizer")  # the first time takes seconds
+    direct = openai.OpenAI(base_url=f"{stock_server.base_url}/v1", api_key="unused")
+    said_of_thumbnail(direct, scene.picture(), question, REMOTE_MODEL)  # the first time takes seconds
     relay.to(port)
     first = [found(ask(client, scene.picture(), question)) for scene, question in LOCAL]
     for image, (_, text) in zip(first, LOCAL, strict=True):

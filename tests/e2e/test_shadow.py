@@ -15,6 +15,7 @@ from lab.evaluation.questions import make_test_set
 from tests.e2e.conftest import API_KEY, MODEL, metric
 from tests.tinyvqa import ask
 from vllm_crop.client import question_about
+from vllm_crop.measuring.metrics import metric_sum
 from vllm_crop.measuring.server import Server, get_text
 from vllm_crop.request import FACTS_HEADER
 
@@ -55,8 +56,7 @@ class Watched:
     def __init__(self, server: Server) -> None:
         self.server = server
         self.wait_until_idle()
-        self.before: dict[Any, float] = {}
-        self.before = {key: self._read(key) for key in self._keys()}
+        self.before = self._read()
 
     def _keys(self) -> list[tuple[str, str, str]]:
         outcomes = [
@@ -65,15 +65,19 @@ class Watched:
         agreement = [(FIRST, "agreement", one) for one in ("same", "different")]
         return [*outcomes, *agreement, (f"{LOST}_sum", "", ""), (f"{LOST}_count", "", "")]
 
-    def _read(self, key: tuple[str, str, str]) -> float:
-        name, label, value = key
-        return metric(self.server, name, **({label: value} if label else {}))
+    def _read(self) -> dict[tuple[str, str, str], float]:
+        """All from one page: to show it is work for the server."""
+        page = get_text(f"{self.server.base_url}/metrics")
+        return {
+            (name, label, value): metric_sum(page, name, **({label: value} if label else {}))
+            for name, label, value in self._keys()
+        }
 
     def now(self) -> dict[str, float]:
         """Differences, by the label's value or the name's end."""
         return {
-            key[2] or key[0].removeprefix(f"{LOST}_"): self._read(key) - self.before[key]
-            for key in self._keys()
+            key[2] or key[0].removeprefix(f"{LOST}_"): value - self.before[key]
+            for key, value in self._read().items()
         }
 
     def wait_until_idle(self) -> None:
