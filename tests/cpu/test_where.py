@@ -41,8 +41,12 @@ def test_the_table_has_all_of_it() -> None:
     parts = {mode: dict.fromkeys(PARTS, 1.25) for mode in MODES}
     totals = {"off": 200.0, "region": 50.0, "attention": 80.0}
     console = Console(width=120, record=True, file=io.StringIO())
-    console.print(where_table(WhereOutcome(Machine("a device", True, 2, 0.0), 8, parts, totals)))
+    tower, prompt = {"off": 400, "region": 90, "attention": 100}, {"off": 440, "region": 80, "attention": 80}
+    outcome = WhereOutcome(Machine("a device", True, 2, 0.0), 8, parts, totals, tower, prompt)
+    console.print(where_table(outcome))
     said = console.export_text()
     assert "0.25x" in said
     assert "0.40x" in said
+    assert "100 (0.25x)" in said
+    assert "80 (0.18x)" in said
     assert all(title in said for title in PARTS.values())

@@ -176,10 +176,13 @@ class TestOptions:
     def test_modes_and_what_the_server_prepares_for(self, tmp_path: Path) -> None:
         options = make_options(tmp_path)
         assert options.modes == ("stock", "off", "plc", "ilp")
-        assert json.loads(options.crop_arguments(None)[-1]) == {"eviction_layers": [2]}
+        pool = {"compression": "pool"}
+        assert json.loads(options.crop_arguments(None)[-1]) == {"eviction_layers": [2], **pool}
         alone = make_options(tmp_path, methods=("plc",), stock=False)
         assert alone.modes == ("off", "plc")
-        assert json.loads(alone.crop_arguments(None)[-1]) == {"eviction_layers": []}
+        assert json.loads(alone.crop_arguments(None)[-1]) == {"eviction_layers": [], **pool}
+        foveated = replace(options, compression="foveate")
+        assert json.loads(foveated.crop_arguments(None)[-1])["compression"] == "foveate"
 
     def test_plans_meet_one_budget_by_different_layers(self, tmp_path: Path) -> None:
         options, geometry = make_options(tmp_path, methods=("plc", "ilp", "plc+ilp")), llava_of(12)
