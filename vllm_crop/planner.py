@@ -9,7 +9,7 @@ from vllm_crop.config import CropConfig
 from vllm_crop.errors import UnsupportedImageError
 from vllm_crop.families.registry import VisionGeometry
 from vllm_crop.planning.budget import BudgetError
-from vllm_crop.planning.foveation import Piece, tower_tokens
+from vllm_crop.planning.foveation import Piece, Sight, tower_tokens
 from vllm_crop.planning.geometry import Region
 from vllm_crop.planning.plan import TokenPlan, make_plan, whole_image_plan
 from vllm_crop.request import CropRequest, Found, ImageRequest, InvalidCropError
@@ -168,16 +168,9 @@ class Planner:
             raise InvalidCropError("crop.pruning_rate", str(error)) from None
         pieces: tuple[Piece, ...] = ()
         if request.compression == "foveate" and tokens.compresses:
-            foveation = self.config.foveation
-            pieces = self.geometry.foveate(
-                width,
-                height,
-                region,
-                around,
-                self.view_tokens(grid.num_tokens),
-                foveation.halo,
-                foveation.rim_size == "half",
-            )
+            halo, rim_size = self.config.foveation.halo, self.config.foveation.rim_size
+            sight = Sight(self.view_tokens(grid.num_tokens), halo, half_rims=rim_size == "half")
+            pieces = self.geometry.foveate(width, height, region, around, sight)
         return ImagePlan(region, tokens, pieces)
 
     def view_tokens(self, full: int) -> int:

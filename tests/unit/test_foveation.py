@@ -18,6 +18,7 @@ from vllm_crop.planning.foveation import (
     MAX_CROPS,
     FoveationRule,
     Piece,
+    Sight,
     describe_pieces,
     foveate,
     sources,
@@ -171,21 +172,21 @@ NEXT = LlavaNextGeometry(
 
 def test_only_tiles_that_the_region_touches_are_seen() -> None:
     corner, middle = Region((Box(0.1, 0.1, 0.2, 0.2),)), Region((Box(0.4, 0.1, 0.6, 0.2),))
-    whole, tile = NEXT.foveate(672, 672, corner, None, 0, 0)
+    whole, tile = NEXT.foveate(672, 672, corner, None, Sight(0, half_rims=True))
     assert (whole, tile.scale, tile.window) == (
         whole_piece(TokenGrid(24, 24)),
         TokenGrid(48, 48),
         (0, 24, 0, 24),
     )
-    assert [piece.window for piece in NEXT.foveate(672, 672, middle, None, 0, 0)[1:]] == [
+    assert [piece.window for piece in NEXT.foveate(672, 672, middle, None, Sight(0, half_rims=True))[1:]] == [
         (0, 24, 0, 24),
         (0, 24, 24, 48),
     ]
-    assert NEXT.foveate(672, 672, Region.whole(), None, 0, 0) == ()
+    assert NEXT.foveate(672, 672, Region.whole(), None, Sight(0, half_rims=True)) == ()
     # A rim reaches into other tiles, if it is to be seen at full size.
     wide = corner.widened(0.4)
-    assert len(NEXT.foveate(672, 672, corner, wide, 0, 0)) == 2
-    assert NEXT.foveate(672, 672, corner, wide, 0, 0, half_rims=False) == ()
+    assert len(NEXT.foveate(672, 672, corner, wide, Sight(0, half_rims=True))) == 2
+    assert NEXT.foveate(672, 672, corner, wide, Sight(0)) == ()
 
 
 @pytest.mark.parametrize("size", [(672, 672), (500, 400), (300, 900), (1000, 100), (37, 2000)])

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 
 from vllm_crop.errors import UnsupportedModelError
 from vllm_crop.families.text_layers import decoder_layers
-from vllm_crop.planning.foveation import Piece
+from vllm_crop.planning.foveation import Piece, Sight
 from vllm_crop.planning.geometry import Box, ImageTokens, ImageView, Region, TokenGrid
 
 
@@ -176,14 +176,7 @@ class LlavaGeometry:
         return self.image_side, self.image_side
 
     def foveate(
-        self,
-        width: int,
-        height: int,
-        region: Region,
-        around: Region | None,
-        view_tokens: int,
-        halo: int,
-        half_rims: bool = True,
+        self, width: int, height: int, region: Region, around: Region | None, sight: Sight
     ) -> tuple[Piece, ...]:
         """Nothing: see `why_no_foveation`."""
         return ()

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from vllm_crop.errors import UnsupportedModelError
 from vllm_crop.families.llava import CLIP, SIGLIP
 from vllm_crop.families.text_layers import decoder_layers
-from vllm_crop.planning.foveation import Piece, whole_piece
+from vllm_crop.planning.foveation import Piece, Sight, whole_piece
 from vllm_crop.planning.geometry import Box, GridPart, ImageTokens, ImageView, Region, TokenGrid, TokenGrids
 
 _DECIMALS = 7  # upstream rounds the length of a side to these before it takes whole tokens
@@ -316,18 +316,11 @@ class LlavaNextGeometry:
         return width, height
 
     def foveate(
-        self,
-        width: int,
-        height: int,
-        region: Region,
-        around: Region | None,
-        view_tokens: int,
-        halo: int,
-        half_rims: bool = True,
+        self, width: int, height: int, region: Region, around: Region | None, sight: Sight
     ) -> tuple[Piece, ...]:
         """The whole image in one tile, and of the other tiles those that show the region."""
         tiles, side = self.tiling.tiles(width, height), self.tiling.tile_tokens
-        wanted = region if half_rims or around is None else Region((*region.boxes, *around.boxes))
+        wanted = region if sight.half_rims or around is None else Region((*region.boxes, *around.boxes))
         touched = tiles.touched(wanted)
         if len(touched) * side**2 == tiles.scale.num_tokens:
             return ()

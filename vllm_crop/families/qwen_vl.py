@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Self
 from vllm_crop.errors import UnsupportedImageError, UnsupportedModelError
 from vllm_crop.families.text_layers import decoder_layers
 from vllm_crop.families.view_size import size_for_tokens
-from vllm_crop.planning.foveation import FoveationRule, Piece, foveate
+from vllm_crop.planning.foveation import FoveationRule, Piece, Sight, foveate
 from vllm_crop.planning.geometry import Box, ImageTokens, ImageView, Region, TokenGrid
 
 _MAX_ASPECT_RATIO = 200
@@ -158,20 +158,13 @@ class Qwen2_5VLGeometry:
         return grid.cols * side, grid.rows * side
 
     def foveate(
-        self,
-        width: int,
-        height: int,
-        region: Region,
-        around: Region | None,
-        view_tokens: int,
-        halo: int,
-        half_rims: bool = True,
+        self, width: int, height: int, region: Region, around: Region | None, sight: Sight
     ) -> tuple[Piece, ...]:
         """Small the whole image, and at full size what is around the region."""
-        size = size_for_tokens(self, width, height, view_tokens)
+        size = size_for_tokens(self, width, height, sight.view_tokens)
         if size is None:
             return ()
-        rule = FoveationRule(self.grid(*size), halo, self.window_tokens, half_rims)
+        rule = FoveationRule(self.grid(*size), sight.halo, self.window_tokens, sight.half_rims)
         return foveate(self.grid(width, height), region, around, rule)
 
     def position_span(self, grid: ImageTokens) -> int:

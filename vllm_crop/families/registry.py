@@ -13,7 +13,7 @@ from vllm_crop.errors import UnsupportedModelError
 from vllm_crop.families.llava import LlavaGeometry
 from vllm_crop.families.llava_next import LlavaNextGeometry, LlavaOnevisionGeometry
 from vllm_crop.families.qwen_vl import Qwen2_5VLGeometry, Qwen2VLGeometry, Qwen3VLGeometry
-from vllm_crop.planning.foveation import Piece
+from vllm_crop.planning.foveation import Piece, Sight
 from vllm_crop.planning.geometry import ImageTokens, ImageView, Region
 
 
@@ -58,22 +58,12 @@ class VisionGeometry(Protocol):
         ...
 
     def foveate(
-        self,
-        width: int,
-        height: int,
-        region: Region,
-        around: Region | None,
-        view_tokens: int,
-        halo: int,
-        half_rims: bool = True,
+        self, width: int, height: int, region: Region, around: Region | None, sight: Sight
     ) -> tuple[Piece, ...]:
         """What the vision tower is to see of an image of this size, coarse pieces first.
 
         Args:
             region, around: in fractions of the view, as in `vllm_crop.planning.foveation.foveate`.
-            view_tokens: about how many tokens the whole image is seen in.
-            halo: tokens around what is used of a piece.
-            half_rims: whether what is around the region may be seen at half the size.
 
         Returns:
             Empty where the whole image at full size costs no more.

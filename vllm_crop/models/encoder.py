@@ -109,7 +109,7 @@ class CompressingEncoder:
     def _features(
         self, parts: Sequence[Part], encode: Encode, keys: Sequence[ImageKey]
     ) -> list[torch.Tensor]:
-        found = [self._cached(part, key) for part, key in zip(parts, keys, strict=True)]
+        found = [self._cached(key) for key in keys]
         # Keyed parts that occur twice in the batch (two regions of one image) are encoded once.
         missing: dict[object, list[int]] = {}
         for index, known in enumerate(found):
@@ -126,13 +126,11 @@ class CompressingEncoder:
                     found[index] = features
         return [features for features in found if features is not None]
 
-    def _cached(self, part: Part, key: ImageKey) -> torch.Tensor | None:
+    def _cached(self, key: ImageKey) -> torch.Tensor | None:
         if not key:
             return None
         features = self.cache.find(key)
-        if features is not None or part.piece is None or not self.reuses_larger or len(key) < _WINDOW_KEY:
-            return features
-        return self.cache.find_larger(key)
+        return self.cache.find_larger(key) if features is None and self.reuses_larger else features
 
     def _batches(self, indices: Sequence[int], parts: Sequence[Part]) -> Iterator[list[int]]:
         """`indices` in order, cut into batches of at most `max_tokens`, or of a single part."""
@@ -144,9 +142,6 @@ class CompressingEncoder:
             batch.append(index)
         if batch:
             yield batch
-
-
-_WINDOW_KEY = 6
 
 
 def _cache_key(words: Sequence[int], part: Part, is_first: bool) -> ImageKey:

@@ -39,8 +39,11 @@ class FeatureCache(LRUCache[ImageKey, torch.Tensor]):
         before.
 
         Args:
-            key: two words that name the picture at one scale, then the window, `row0, row1, col0, col1`.
+            key: two words that name the picture at one scale, then the window, `row0, row1, col0, col1`; None
+                is found under keys of other kinds.
         """
+        if len(key) != _WINDOW_KEY:
+            return None
         row0, row1, col0, col1 = key[2:]
         for stored in self._windows.get(key[:2], ()):
             top, bottom, left, right = stored[2:]

@@ -382,6 +382,12 @@ def _tensor(array: NDArray[np.int32]) -> torch.Tensor:
     return torch.from_numpy(array.copy())
 
 
+def piece_keys(image_hash: str, pieces: Sequence[Piece]) -> torch.Tensor:
+    """`[pieces, 2]`, words that name an image at the scale of each piece; not its window."""
+    names = (f"{image_hash} at {piece.scale.rows} x {piece.scale.cols}" for piece in pieces)
+    return torch.cat([image_key(name) for name in names])
+
+
 def piece_numbers(pieces: Sequence[Piece]) -> torch.Tensor:
     """`[pieces, 10]`, as the worker gets them."""
     return torch.tensor([piece.as_numbers() for piece in pieces], dtype=torch.int32).reshape(-1, 10)

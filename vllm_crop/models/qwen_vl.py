@@ -27,6 +27,7 @@ from vllm_crop.models.processor import (
     CropItems,
     CropProcessorMixin,
     image_key,
+    piece_keys,
     piece_numbers,
     pieces_of,
 )
@@ -117,8 +118,7 @@ class CropQwenVLProcessorMixin(CropProcessorMixin):
 
     def _keys_of(self, view: Image.Image, pieces: Sequence[Piece], image_hash: str) -> torch.Tensor:
         """Names of what each piece shows; the view's is that of the same small image sent by itself."""
-        names = [f"{image_hash} at {piece.scale.rows} x {piece.scale.cols}" for piece in pieces[1:]]
-        return torch.cat([image_key(name) for name in (self._hash_of(view), *names)])
+        return torch.cat([image_key(self._hash_of(view)), piece_keys(image_hash, pieces[1:])])
 
     def _processed(
         self, images: Sequence[Any], hf_kwargs: Mapping[str, object], others: Mapping[str, Any] | None = None

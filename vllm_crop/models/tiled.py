@@ -22,6 +22,7 @@ from vllm_crop.models.processor import (
     CropItems,
     CropProcessorMixin,
     image_key,
+    piece_keys,
     piece_numbers,
     pieces_of,
 )
@@ -46,8 +47,7 @@ class CropTiledProcessorMixin(CropProcessorMixin):
                 continue
             tiles[index] = tiles[index][_places(decision.pieces)]
             if image_hash := items.image_hashes[index]:
-                names = (f"{image_hash} at {one.scale}" for one in decision.pieces)
-                keys[index] = torch.cat([image_key(name) for name in names])
+                keys[index] = piece_keys(image_hash, decision.pieces)
         data["pixel_values"], data[IMAGE_KEY] = tiles, keys
         data[PIECES] = [piece_numbers(decision.pieces) for decision in decisions]
         return data

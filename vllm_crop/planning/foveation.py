@@ -95,6 +95,20 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class Sight:
+    """How a server lets its vision tower see pictures.
+
+    Attributes:
+        view_tokens: about how many tokens all of a picture is seen in.
+        halo, half_rims: as of FoveationRule.
+    """
+
+    view_tokens: int
+    halo: int = 0
+    half_rims: bool = False
+
+
+@dataclass(frozen=True)
 class FoveationRule:
     """How pieces are cut.
 
