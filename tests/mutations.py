@@ -20,11 +20,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # Tests without an engine, by the room of the mistake.
 QUICK = {
-    "planning": "budget plan geometry plan_arrays token_grids",
+    "planning": "budget plan geometry plan_arrays token_grids foveation",
     "families": "llava_next_geometry smart_resize token_grids vision_geometry",
     "request.py": "request",
     "planner.py": "planner request",
-    "models": "compression ahead",
+    "models": "compression ahead foveation",
     "eviction": "markers stage_inputs prompt_eviction grouping",
     "localizers": "localizers localization_service",
     "frontend": "localization_service facts_header metrics shadow",
@@ -42,6 +42,8 @@ NAMES = "tests/cpu/test_image_names.py"
 CACHES = "tests/cpu/test_caches.py"
 LOCALIZER = "tests/cpu/test_localizer_offline.py"
 HEAT = "tests/cpu/test_heat.py -k llava-evicting"
+FOVEATION = "tests/cpu/test_foveation.py -k not larger_part and not localizers_view"
+FOVEATED = "tests/cpu/test_foveation.py::test_all_scenarios_in_one_batch"
 V2 = "-p tests.v2_runner "
 
 
@@ -70,8 +72,8 @@ MUTATIONS = (
     Mutation(
         "context before region",
         "planning/plan.py",
-        "    within = inside[tokens]",
-        "    within = ~inside[tokens]",
+        "    within = zones.inside[tokens]",
+        "    within = ~zones.inside[tokens]",
     ),
     Mutation(
         "region a row short",
@@ -94,8 +96,8 @@ MUTATIONS = (
     Mutation(
         "plans are kept without the compression",
         "planning/plan.py",
-        "return (grid, np.packbits(inside).tobytes(), *rest)",
-        "return (grid, np.packbits(inside).tobytes(), rest[0], *rest[2:])",
+        "(np.packbits(zone).tobytes() for zone in zones), *rest)",
+        "(np.packbits(zone).tobytes() for zone in zones), rest[0], *rest[2:])",
     ),
     Mutation(
         "evicted from the layer after",
@@ -108,15 +110,15 @@ MUTATIONS = (
     Mutation(
         "cache key without the region",
         "request.py",
-        "self.method, boxes, repr(self.pruning_rate)",
-        "self.method, repr(self.pruning_rate)",
+        "self.method, boxes, *numbers",
+        "self.method, *numbers",
         (CACHES,),
     ),
     Mutation(
         "cache key without the compression",
         "request.py",
-        "repr(self.pruning_rate), self.compression, self",
-        "repr(self.pruning_rate), self",
+        "*numbers, self.compression, self",
+        "*numbers, self",
     ),
     Mutation(
         "limits hold for the localizer too",
@@ -154,8 +156,8 @@ MUTATIONS = (
     Mutation(
         "hash without the image",
         "models/processor.py",
-        "key = repr((image_hash, request_key, position_ids))",
-        "key = repr((request_key, position_ids))",
+        "key = repr((image_hash, request_key, position_ids, seen))",
+        "key = repr((request_key, position_ids, seen))",
         (CACHES,),
     ),
     Mutation(
@@ -168,8 +170,8 @@ MUTATIONS = (
     Mutation(
         "features of the other images",
         "models/encoder.py",
-        "for image, image_features in zip(batch, encode(batch), strict=True):",
-        "for image, image_features in zip(batch, reversed(list(encode(batch))), strict=True):",
+        "for first, features in zip(batch, encode(batch), strict=True):",
+        "for first, features in zip(batch, reversed(list(encode(batch))), strict=True):",
         ("tests/cpu/test_parity.py -k vision_tower and qwen3_vl and not moe",),
     ),
     Mutation(
@@ -192,6 +194,69 @@ MUTATIONS = (
         "eviction.run(evicting, inputs_embeds, positions, added)",
         "eviction.run(evicting, inputs_embeds, positions, added if evicting is None else None)",
         (QWEN3,),
+    ),
+    # what the vision tower sees
+    Mutation(
+        "a middle is taken for the corner",
+        "planning/foveation.py",
+        "places = (2 * tokens + 1) * scale",
+        "places = 2 * tokens * scale",
+        (FOVEATED,),
+    ),
+    Mutation(
+        "halos are used",
+        "planning/foveation.py",
+        "_middles(grid.rows, piece.scale.rows, inner[0], inner[1])",
+        "_middles(grid.rows, piece.scale.rows, *piece.window[:2])",
+        (FOVEATED,),
+    ),
+    Mutation(
+        "a crop is where a picture begins",
+        "models/placed_pieces.py",
+        "row0, row1, col0, col1 = (side * merge for side in piece.window)",
+        "row0, row1, col0, col1 = 0, piece.rows * merge, 0, piece.cols * merge",
+        (FOVEATED,),
+    ),
+    Mutation(
+        "windows in the order of the picture",
+        "models/placed_pieces.py",
+        "    if WINDOW_INDEX in metadata:",
+        "    if False:",
+        (FOVEATED,),
+    ),
+    Mutation(
+        "a table of embeddings stretched over a crop",
+        "models/placed_pieces.py",
+        "own if piece.is_whole else _stretched",
+        "own if True else _stretched",
+        (FOVEATED,),
+    ),
+    Mutation(
+        "crops of a picture share a key",
+        "models/encoder.py",
+        "else (*words, *part.piece.window)",
+        "else (*words, part.num_tokens)",
+        (FOVEATION,),
+    ),
+    Mutation(
+        "a picture has one key at every scale",
+        "models/processor.py",
+        'f"{image_hash} at {piece.scale.rows} x {piece.scale.cols}"',
+        "image_hash",
+        (FOVEATION,),
+    ),
+    Mutation(
+        "the tile beside",
+        "models/tiled.py",
+        "1 + row * in_row + col for",
+        "1 + col * in_row + row for",
+        (FOVEATED,),
+    ),
+    Mutation(
+        "filters see no further than the cut",
+        "models/piece_pixels.py",
+        "reach = _SUPPORT * max(1.0, scale / token_side) + 1",
+        "reach = 0",
     ),
     # eviction
     Mutation(
@@ -476,6 +541,9 @@ def main() -> None:
     """Plant the mistakes, print who notices."""
     words = sys.argv[1:]
     chosen = [one for one in MUTATIONS if not words or any(word in one.name for word in words)]
+    for mutation in chosen:  # before an hour is spent on the others
+        places = (ROOT / "vllm_crop" / mutation.file).read_text().count(mutation.old)
+        assert places == 1, f"{mutation.name}: {places} places to plant it"
     survived = 0
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy"
@@ -496,7 +564,6 @@ def try_out(copy: Path, mutation: Mutation) -> str | None:
     """The first test that fails with this mistake, None if all pass."""
     path = copy / "vllm_crop" / mutation.file
     right = path.read_text()
-    assert right.count(mutation.old) == 1, f"{mutation.name}: {right.count(mutation.old)} places to plant it"
     path.write_text(right.replace(mutation.old, mutation.new))
     try:
         quick = " ".join(f"tests/unit/test_{name}.py" for name in QUICK[mutation.file.split("/")[0]].split())
