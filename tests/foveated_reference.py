@@ -20,7 +20,7 @@ from vllm_crop.config import CropConfig
 from vllm_crop.families.view_size import size_for_tokens
 from vllm_crop.localizers.thumbnails import shrink
 from vllm_crop.models.piece_pixels import pixels_of
-from vllm_crop.planner import Planner
+from vllm_crop.planner import ImagePlan, Planner
 from vllm_crop.planning.foveation import Piece
 from vllm_crop.planning.geometry import TokenGrid
 from vllm_crop.planning.plan import TokenPlan
@@ -29,25 +29,30 @@ from vllm_crop.request import ImageRequest
 
 def foveating(reference: type[HfReference], checkpoint: Path, config: CropConfig) -> HfReference:
     """The reference of a family as `reference` makes it, but for what the tower sees of pruned images."""
+    leaves_out = config.foveation.unseen_tiles == "left_out"  # tests/unit/test_foveation.py says which
     gather = gathered if issubclass(reference, HfQwen2_5VL) else tiled
 
     class Foveating(reference):  # type: ignore[valid-type, misc]
         def plan(self, image: Image.Image, region: Any, *args: Any, **kwargs: Any) -> TokenPlan | None:
             plan = super().plan(image, region, *args, **kwargs)
-            if plan is not None:
-                self.pieces[plan] = pieces_of(self, image, region, args, kwargs)
+            if plan is None:
+                return None
+            planned = planned_for(self, image, region, args, kwargs)
+            if leaves_out:
+                plan = planned.tokens
+            self.pieces[plan] = planned.pieces
             return plan
 
         def features_of(self, image: Image.Image, plan: TokenPlan) -> torch.Tensor:
             pieces = self.pieces.get(plan, ())
             return gather(self, image, plan.grid, pieces) if pieces else self.features(image)
 
-    def pieces_of(hf: Any, image: Image.Image, region: Any, args: Any, kwargs: Any) -> tuple[Piece, ...]:
+    def planned_for(hf: Any, image: Image.Image, region: Any, args: Any, kwargs: Any) -> ImagePlan:
         names = ("pruning_rate", "compression", "method", "eviction_layers", "rim")
         asked = {"rim": DEFAULT_RIM, **dict(zip(names, args, strict=False)), **kwargs}
         request = ImageRequest(region, **asked)
-        pieces: tuple[Piece, ...] = hf.planner.plan_image(request, *image.size).pieces
-        return pieces
+        planned: ImagePlan = hf.planner.plan_image(request, *image.size)
+        return planned
 
     found = Foveating(checkpoint)
     found.pieces, found.planner = {}, Planner(config, found.geometry)

@@ -156,8 +156,8 @@ MUTATIONS = (
     Mutation(
         "hash without the image",
         "models/processor.py",
-        "key = repr((image_hash, request_key, position_ids, seen))",
-        "key = repr((request_key, position_ids, seen))",
+        "key = repr((image_hash, request_key, settings, seen))",
+        "key = repr((request_key, settings, seen))",
         (CACHES,),
     ),
     Mutation(

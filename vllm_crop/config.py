@@ -70,6 +70,12 @@ class FoveationConfig(BaseModel):
         "also those of a 'larger' one that holds it, which spares the vision tower more, but lets an answer "
         "depend a little on what others have asked about the same image before.",
     )
+    unseen_tiles: Literal["from_whole", "left_out"] = Field(
+        default="from_whole",
+        description="LLaVA-NeXT and OneVision: what becomes of the tokens of tiles that do not show the "
+        "region. They are taken 'from_whole', the tile of the whole image, and an image has as many "
+        "embeddings as with 'pool'; or 'left_out': the budget is spent on what is seen, at most all of it.",
+    )
     halo: int = Field(
         default=0,
         ge=0,

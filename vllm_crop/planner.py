@@ -8,7 +8,7 @@ from typing import Any, Literal
 from vllm_crop.config import CropConfig
 from vllm_crop.errors import UnsupportedImageError
 from vllm_crop.families.registry import VisionGeometry
-from vllm_crop.planning.budget import BudgetError
+from vllm_crop.planning.budget import BudgetError, Method, retained_count
 from vllm_crop.planning.foveation import Piece, Sight, tower_tokens
 from vllm_crop.planning.geometry import Region
 from vllm_crop.planning.plan import TokenPlan, make_plan, whole_image_plan
@@ -153,6 +153,8 @@ class Planner:
         if region is None:
             return ImagePlan(None, whole_image_plan(grid, request.pruning_rate))
         around = view.project(request.around) if request.around else None
+        pieces = self._pieces(request, width, height, region, around)
+        leaves_out = self.config.foveation.unseen_tiles == "left_out"
         try:
             tokens = make_plan(
                 grid,
@@ -163,19 +165,34 @@ class Planner:
                 self.geometry.num_layers,
                 request.eviction_layers,
                 around,
+                self.geometry.unseen(width, height, pieces) if leaves_out else None,
             )
         except BudgetError as error:
             raise InvalidCropError("crop.pruning_rate", str(error)) from None
-        pieces: tuple[Piece, ...] = ()
-        if request.compression == "foveate" and tokens.compresses:
-            halo, rim_size = self.config.foveation.halo, self.config.foveation.rim_size
-            sight = Sight(self.view_tokens(grid.num_tokens), halo, half_rims=rim_size == "half")
-            pieces = self.geometry.foveate(width, height, region, around, sight)
-        return ImagePlan(region, tokens, pieces)
+        return ImagePlan(region, tokens, pieces if tokens.compresses else ())
+
+    def _pieces(
+        self, request: ImageRequest, width: int, height: int, region: Region, around: Region | None
+    ) -> tuple[Piece, ...]:
+        """What the vision tower sees of an image whose embeddings are compressed; empty for all of it."""
+        if request.compression != "foveate" or request.method == "ilp":
+            return ()
+        settings, full = self.config.foveation, self.geometry.grid(width, height).num_tokens
+        sight = Sight(self.view_tokens(full), settings.halo, half_rims=settings.rim_size == "half")
+        return self.geometry.foveate(width, height, region, around, sight)
 
     def view_tokens(self, full: int) -> int:
         """Most visual tokens that a foveated image with `full` of them is seen in as a whole."""
         return self.config.foveation.view_tokens or self.config.localizer.view_tokens(full)
+
+    def fewest_embeddings(self, full: int, pruning_rate: float, method: Method) -> int:
+        """The fewest that an image with `full` visual tokens can take in the prompt, whatever its region."""
+        if method == "ilp":
+            return full
+        settings = self.config
+        if settings.compression == "foveate" and settings.foveation.unseen_tiles == "left_out":
+            return 1
+        return retained_count(full, pruning_rate)
 
     def _pruned_late(self, request: ImageRequest) -> ImageRequest:
         """All of the image alike, from the last eviction layer on, if that is late enough; else as it is."""

@@ -106,6 +106,25 @@ def test_all_scenarios_in_one_batch(
         assert (change <= TOLERANCE) if name in SEEN_WHOLE else (change > NOTICEABLE), name
 
 
+def test_unseen_tiles_can_be_left_out(checkpoint_of: CheckpointOf) -> None:
+    """Where what is seen is less than the budget, the image takes no more."""
+    crop = {**CROP, "pruning_rate": 0.3, "foveation": {"unseen_tiles": "left_out"}}
+    checkpoint = checkpoint_of(LLAVA_NEXT, LLAVA_NEXT.deep)
+    engine = Engine(checkpoint, crop, LLAVA_NEXT, **CHUNKED)
+    of_plans, used_up = (
+        reference_by(foveating(LLAVA_NEXT.reference, checkpoint, config))
+        for config in (engine.config, CropConfig.from_mapping({**crop, "foveation": {}}))
+    )
+    answers = engine.ask(*TILED_SCENARIOS.values())
+    for (name, question), answer in zip(TILED_SCENARIOS.items(), answers, strict=True):
+        reference, control = of_plans(question, engine.config), used_up(question, engine.config)
+        print(f"{name}: {difference(answer, reference):.1e}; {difference(answer, control):.1e}")
+        assert difference(answer, reference) <= TOLERANCE, name
+        assert (difference(answer, control) <= TOLERANCE) == (name in SEEN_WHOLE), name
+        fewer = answer.num_prompt_tokens < control.num_prompt_tokens
+        assert fewer == (name not in SEEN_WHOLE), name
+
+
 @each_family
 def test_pieces_that_are_whole_have_the_places_of_the_picture(
     engine_of: Callable[[Family], Engine], family: Family

@@ -117,7 +117,10 @@ def test_defaults_are_plc_at_128_llava_tokens() -> None:
         "rim": 0.125,
         "position_ids": None,
         "vit_cache_mib": 256,
-        "foveation": {"view_tokens": None, "rim_size": "full", "reuse": "same", "halo": 0},
+        "foveation": {
+            **{"view_tokens": None, "rim_size": "full", "reuse": "same"},
+            **{"unseen_tiles": "from_whole", "halo": 0},
+        },
         "limits": {"max_pruning_rate": 0.99, "max_boxes_per_image": 16, "named_images_mib": 128},
         "localizer": LocalizerConfig().model_dump(),
         "shadow": {"rate": 0.0, "max_running": 1, "max_held": 16, "timeout_s": 30.0},

@@ -14,6 +14,7 @@ from vllm_crop.families.llava_next import LLAVA_NEXT, AnyResolution, LlavaNextGe
 from vllm_crop.families.qwen_vl import Qwen2_5VLGeometry, Qwen2VLGeometry
 from vllm_crop.models.piece_pixels import pixels_of
 from vllm_crop.planner import ImagePlan, Planner
+from vllm_crop.planning.budget import retained_count
 from vllm_crop.planning.foveation import (
     MAX_CROPS,
     FoveationRule,
@@ -187,6 +188,60 @@ def test_only_tiles_that_the_region_touches_are_seen() -> None:
     wide = corner.widened(0.4)
     assert len(NEXT.foveate(672, 672, corner, wide, Sight(0, half_rims=True))) == 2
     assert NEXT.foveate(672, 672, corner, wide, Sight(0)) == ()
+
+
+@pytest.mark.parametrize("size", [(672, 672), (500, 400), (300, 900), (1000, 100), (37, 2000)])
+@pytest.mark.parametrize("corner", [(0.05, 0.05), (0.9, 0.9), (0.45, 0.55)])
+def test_what_is_left_out_shows_neither_the_region_nor_all(
+    size: tuple[int, int], corner: tuple[float, float]
+) -> None:
+    region = Region((Box(*corner, corner[0] + 0.04, corner[1] + 0.04),))
+    pieces = NEXT.foveate(*size, region, None, Sight(0))
+    unseen = NEXT.unseen(*size, pieces)
+    if not pieces:
+        assert unseen is None
+        return
+    assert unseen is not None
+    whole, tiles = NEXT.grid(*size).parts  # type: ignore[union-attr]
+    assert not unseen[: whole.num_tokens].any()
+    layout = NEXT.tiling.tiles(*size)
+    scale = min(layout.resolution[1] / size[0], layout.resolution[0] / size[1])
+    pixels = [
+        ((length - side * scale) / 2, side * scale)
+        for length, side in zip(reversed(layout.resolution), size, strict=True)
+    ]
+    seen = {(piece.window[0] // 24, piece.window[2] // 24) for piece in pieces[1:]}
+    rows = unseen[whole.num_tokens :].reshape(tiles.grid.rows, tiles.row_length)
+    for (row, col), hidden in np.ndenumerate(rows[:, : tiles.grid.cols]):
+        at = [
+            margin + length * (start + (place + 0.5) / count * (end - start))
+            for (margin, length), (start, end), place, count in zip(
+                pixels,
+                ((tiles.window.x0, tiles.window.x1), (tiles.window.y0, tiles.window.y1)),
+                (col, row),
+                (tiles.grid.cols, tiles.grid.rows),
+                strict=True,
+            )
+        ]
+        assert hidden == ((int(at[1] / 336), int(at[0] / 336)) not in seen)
+    assert (rows[:, -1] == rows[:, :-1].all(axis=1)).all()
+    assert not (unseen & NEXT.grid(*size).mask(region))[whole.num_tokens :].any()
+
+
+def test_the_budget_is_spent_on_what_is_seen() -> None:
+    region = Region((Box(0.1, 0.1, 0.2, 0.2),))
+    crop = {"compression": "foveate", "foveation": {"unseen_tiles": "left_out"}}
+    for rate, expected in ((0.889, 325), (0.3, 2 * 576 + 24)):
+        config = CropConfig.from_mapping({**crop, "pruning_rate": rate})
+        plans = Planner(config, NEXT), Planner(CropConfig.from_mapping({**crop, "foveation": {}}), NEXT)
+        request = ImageRequest(region, rate, "foveate", rim=0.125)
+        left_out, stock = (planner.plan_image(request, 672, 672).tokens for planner in plans)
+        assert left_out.num_embeddings == expected
+        assert stock.num_embeddings == retained_count(stock.grid.num_tokens, rate) >= expected
+        unseen = NEXT.unseen(672, 672, Planner(config, NEXT).plan_image(request, 672, 672).pieces)
+        assert unseen is not None
+        assert ((left_out.assignment < 0) == unseen).all()
+        assert not (stock.assignment < 0).any()
 
 
 @pytest.mark.parametrize("size", [(672, 672), (500, 400), (300, 900), (1000, 100), (37, 2000)])

@@ -5,7 +5,7 @@ The image processor's steps follow transformers' LlavaImageProcessor and CLIPIma
 centre crop.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -180,6 +180,9 @@ class LlavaGeometry:
     ) -> tuple[Piece, ...]:
         """Nothing: see `why_no_foveation`."""
         return ()
+
+    def unseen(self, width: int, height: int, pieces: Sequence[Piece]) -> None:
+        """None: the whole image is seen at one size in the prompt."""
 
     def position_span(self, grid: ImageTokens) -> int:
         """One per token."""

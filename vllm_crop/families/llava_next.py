@@ -18,7 +18,16 @@ from vllm_crop.errors import UnsupportedModelError
 from vllm_crop.families.llava import CLIP, SIGLIP
 from vllm_crop.families.text_layers import decoder_layers
 from vllm_crop.planning.foveation import Piece, Sight, whole_piece
-from vllm_crop.planning.geometry import Box, GridPart, ImageTokens, ImageView, Region, TokenGrid, TokenGrids
+from vllm_crop.planning.geometry import (
+    Box,
+    GridPart,
+    ImageTokens,
+    ImageView,
+    Mask,
+    Region,
+    TokenGrid,
+    TokenGrids,
+)
 
 _DECIMALS = 7  # upstream rounds the length of a side to these before it takes whole tokens
 _MOST_SCALED = 1.1  # how much longer than allowed the sides of a grid may be before it is scaled down
@@ -155,6 +164,24 @@ class AnyResolution:
         )
         return GridPart(grid, Box(x[0], y[0], x[1], y[1]), first, newlines=True)
 
+    def unseen(self, width: int, height: int, seen: Sequence[Piece]) -> Mask:
+        """Tokens of the grid of tiles whose middle is in none that is `seen`, `[num_tokens]`.
+
+        So are newlines of rows without a token that is seen.
+        """
+        tokens, tiles = self.tokens(width, height), self.tiles(width, height)
+        unseen = np.zeros(tokens.num_tokens, dtype=bool)
+        for part in tokens.parts[1:]:
+            rows, cols = tiles.tiles_of(part)
+            shown = np.zeros((rows.max() + 1, cols.max() + 1), dtype=bool)
+            for piece in seen:
+                row, col = piece.window[0] // self.tile_tokens, piece.window[2] // self.tile_tokens
+                shown[row : row + 1, col : col + 1] = True
+            hidden = ~shown[np.ix_(rows, cols)]
+            newlines = np.repeat(hidden.all(axis=1, keepdims=True), part.newlines, axis=1)
+            unseen[part.first :] = np.concatenate([hidden, newlines], axis=1).reshape(-1)
+        return unseen
+
     def tiles(self, width: int, height: int) -> "Tiles":
         """How an image of this size lies in the tiles that show it larger."""
         resolution = self._resolution(width, height)
@@ -213,6 +240,19 @@ class Tiles:
                 span = (row * side, (row + 1) * side, col * side, (col + 1) * side)
                 pieces.append(Piece(self.scale, span, span))
         return pieces
+
+    def tiles_of(self, part: GridPart) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """In which row and which column of tiles the middles of a grid's rows and columns are."""
+        window, (down, across) = part.window, self._margins
+        rows = self._tiles_along(window.y0, window.y1, part.grid.rows, down, self.shown[0])
+        cols = self._tiles_along(window.x0, window.x1, part.grid.cols, across, self.shown[1])
+        return rows, cols
+
+    def _tiles_along(
+        self, start: float, end: float, count: int, margin: int, shown: int
+    ) -> NDArray[np.int64]:
+        middles = start + (np.arange(count) + 0.5) / count * (end - start)
+        return ((margin + middles * shown) // self.tile_pixels).astype(np.int64)
 
     def _touches(self, box: Box, row: int, col: int) -> bool:
         sides = zip((row, col), ((box.y0, box.y1), (box.x0, box.x1)), self._margins, self.shown, strict=True)
@@ -325,6 +365,10 @@ class LlavaNextGeometry:
         if len(touched) * side**2 == tiles.scale.num_tokens:
             return ()
         return (whole_piece(TokenGrid(side, side)), *touched)
+
+    def unseen(self, width: int, height: int, pieces: Sequence[Piece]) -> Mask | None:
+        """The tokens of tiles that are none of the pieces, and newlines of rows that have only such."""
+        return self.tiling.unseen(width, height, pieces[1:]) if pieces else None
 
     def position_span(self, grid: ImageTokens) -> int:
         """One per token."""

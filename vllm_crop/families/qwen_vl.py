@@ -5,7 +5,7 @@ Sizes follow transformers' Qwen2VLImageProcessor and its smart_resize.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -166,6 +166,9 @@ class Qwen2_5VLGeometry:
             return ()
         rule = FoveationRule(self.grid(*size), sight.halo, self.window_tokens, sight.half_rims)
         return foveate(self.grid(width, height), region, around, rule)
+
+    def unseen(self, width: int, height: int, pieces: Sequence[Piece]) -> None:
+        """None: the whole image is seen at one size in the prompt."""
 
     def position_span(self, grid: ImageTokens) -> int:
         """As many as the longer side has tokens."""

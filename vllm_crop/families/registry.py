@@ -5,7 +5,7 @@ FAMILIES has a row for each architecture, this folder a class for each geometry.
 `vllm-crop plan` build the same objects, so they make the same plans.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -14,7 +14,7 @@ from vllm_crop.families.llava import LlavaGeometry
 from vllm_crop.families.llava_next import LlavaNextGeometry, LlavaOnevisionGeometry
 from vllm_crop.families.qwen_vl import Qwen2_5VLGeometry, Qwen2VLGeometry, Qwen3VLGeometry
 from vllm_crop.planning.foveation import Piece, Sight
-from vllm_crop.planning.geometry import ImageTokens, ImageView, Region
+from vllm_crop.planning.geometry import ImageTokens, ImageView, Mask, Region
 
 
 class VisionGeometry(Protocol):
@@ -67,6 +67,14 @@ class VisionGeometry(Protocol):
 
         Returns:
             Empty where the whole image at full size costs no more.
+        """
+        ...
+
+    def unseen(self, width: int, height: int, pieces: Sequence[Piece]) -> Mask | None:
+        """Tokens that are shown by the piece of the whole image alone and in its prompt once more.
+
+        Returns:
+            `[num_tokens]`, or None where a token is in no prompt twice.
         """
         ...
 

@@ -34,7 +34,7 @@ from vllm_crop.models.processor import (
 )
 from vllm_crop.models.sent import OnTheWay, newly_sent
 from vllm_crop.planner import ImageDecision
-from vllm_crop.planning.budget import method_evicts, retained_count
+from vllm_crop.planning.budget import method_evicts
 from vllm_crop.planning.groups import use_compiled
 from vllm_crop.request import CropParams, CropRequest, Found, image_requests
 
@@ -282,7 +282,7 @@ class CropRenderer(HfRenderer):
                 tokens = processor.geometry.grid(*size).num_tokens
             except CropError:
                 return  # the image processor says so
-            least += tokens if method == "ilp" else retained_count(tokens, rate)
+            least += processor.planner.fewest_embeddings(tokens, rate, method)
         if least >= most:
             raise VLLMValidationError(
                 f"Input length (at least {least}) exceeds model's maximum context length ({most})."

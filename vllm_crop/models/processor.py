@@ -223,9 +223,9 @@ class CropProcessorMixin(BaseMultiModalProcessor):
     def _hashes_with_requests(
         self, image_hashes: Sequence[str], decisions: Sequence[ImageDecision]
     ) -> list[str]:
-        position_ids = self.crop_config.position_ids
+        settings = self.crop_config.position_ids, self.crop_config.foveation.unseen_tiles
         return [
-            hash_with_request(image_hash, decision.request, position_ids, decision.pieces)
+            hash_with_request(image_hash, decision.request, settings, decision.pieces)
             if decision.compression is not None
             else image_hash
             for image_hash, decision in zip(image_hashes, decisions, strict=True)
@@ -353,17 +353,19 @@ _NOTHING, _NO_KEY = torch.empty(0, dtype=torch.int32), torch.empty(0, 2, dtype=t
 
 
 def hash_with_request(
-    image_hash: str, request: ImageRequest, position_ids: str | None, pieces: Sequence[Piece] = ()
+    image_hash: str, request: ImageRequest, settings: tuple[str | None, ...], pieces: Sequence[Piece]
 ) -> str:
     """Images not compressed keep the hash stock vLLM gives them; any region gets a key of its own.
 
-    Position ids do not change an image's embeddings, but the KV entries that are found by this hash.
+    Args:
+        settings: the server's that change what is found by the hash, where KV entries are kept longer than
+            it runs: position ids change them, if not the image's embeddings.
     """
     request_key = request.cache_key()
     if request_key is None:
         return image_hash
     seen = tuple(piece.as_numbers() for piece in pieces)
-    key = repr((image_hash, request_key, position_ids, seen))
+    key = repr((image_hash, request_key, settings, seen))
     return hashlib.blake2b(key.encode(), digest_size=32).hexdigest()
 
 

@@ -147,6 +147,7 @@ def make_plan(
     num_layers: int = 1,
     eviction_layers: tuple[int, ...] = (),
     around: Region | None = None,
+    unseen: Mask | None = None,
 ) -> TokenPlan:
     """Spend the budget on the region first, the rest of it on the context (CROP section 3.2).
 
@@ -166,14 +167,19 @@ def make_plan(
         num_layers: decoder layers; the average over them is what the rate is about.
         eviction_layers: strictly ascending, in 1..num_layers-1; without meaning for "plc".
         around: the region with its rim; None for a region without one.
+        unseen: tokens that are left out whatever the budget leaves room for, but for those of the region and
+            its rim, `[num_tokens]`.
 
     Raises:
         BudgetError: the pruning rate cannot be met with these eviction layers.
     """
     inside = grid.mask(region)
     rim = np.zeros_like(inside) if around is None else grid.mask(around) & ~inside
+    left_out = np.zeros_like(inside) if unseen is None else unseen & ~(inside | rim)
     counts = retained_per_stage(grid.num_tokens, pruning_rate, method, num_layers, eviction_layers)
-    return _plan_counts(grid, Zones(inside, rim), pruning_rate, compression, counts, eviction_layers)
+    return _plan_counts(
+        grid, Zones(inside, rim, left_out), pruning_rate, compression, counts, eviction_layers
+    )
 
 
 class Zones(NamedTuple):
@@ -182,10 +188,12 @@ class Zones(NamedTuple):
     Attributes:
         inside: the tokens of the region, `[num_tokens]`.
         rim: those next to it, none of the region's, `[num_tokens]`.
+        left_out: those that get nothing, none of the others, `[num_tokens]`.
     """
 
     inside: Mask
     rim: Mask
+    left_out: Mask
 
 
 def _held_bytes(plan: TokenPlan) -> int:
@@ -215,7 +223,7 @@ def _plan_counts(
     left = position
     for layer, count in zip(eviction_layers, later, strict=False):
         leaves_at[left] = layer
-        left = _region_first(places, zones, left, count)
+        left = _region_first(places, zones, left, min(count, len(left)))
         leaves_at[left] = NEVER
     return TokenPlan(grid, pruning_rate, assignment, position.astype(np.int32), leaves_at[position])
 
@@ -232,14 +240,15 @@ def _compressed(
     places: Places, zones: Zones, count: int, compression: Compression
 ) -> tuple[NDArray[np.int32], Indices]:
     """The assignment, and the positions of the `count` embeddings the language model receives."""
-    tokens = np.arange(len(zones.inside))
-    assignment = np.full(len(tokens), -1, dtype=np.int32)
+    tokens = np.flatnonzero(~zones.left_out)
+    count = min(count, len(tokens))
+    assignment = np.full(len(zones.inside), -1, dtype=np.int32)
     region = zones.inside.nonzero()[0]
     if compression == "prune" or len(region) >= count:
         position = _region_first(places, zones, tokens, count)
         assignment[position] = np.arange(count)
         return assignment, position
-    groups = _context(places, zones.rim, (~zones.inside).nonzero()[0], count - len(region))
+    groups = _context(places, zones.rim, tokens[~zones.inside[tokens]], count - len(region))
     middle = middles(places, groups)
     position = np.sort(np.concatenate([region, middle]))
     assignment[position] = np.arange(count)
