@@ -18,6 +18,7 @@ except ImportError as error:
 
 ANSWER_MS = 120_000  # on a busy machine, the first compiled step included
 REGION_PIXEL = [255, 45, 120, 255]
+PIECE_PIXEL = [0, 190, 220, 255]
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.checkpoints import llava_next, llava_onevision, qwen2_vl, qwen3_vl, qwen3_vl_moe
+from tests.checkpoints import llava_onevision, qwen2_vl, qwen3_vl, qwen3_vl_moe
 from tests.reference import (
     HfLlava,
     HfLlavaNext,
@@ -17,6 +17,7 @@ from tests.reference import (
     HfReference,
 )
 from vllm_crop.benchmarking import dummy_llava, dummy_qwen2_5_vl
+from vllm_crop.benchmarking import dummy_llava_next as llava_next
 from vllm_crop.benchmarking.dummy_llava import DEEP, TINY, DummySize
 
 

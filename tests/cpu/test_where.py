@@ -20,7 +20,7 @@ def test_every_part_is_timed_where_it_happens(deep_checkpoint: Path) -> None:
         "attention": {"question": "What is it?"},
     }
     runs = ask_in_turn(
-        deep_checkpoint, crop, crops, 3, 336, is_cpu=True, serve_args=["--load-format", "dummy"]
+        deep_checkpoint, crop, crops, 3, 336, 2048, is_cpu=True, serve_args=["--load-format", "dummy"]
     )
     assert set(runs) == set(MODES)
     for mode, of_mode in runs.items():
@@ -42,11 +42,14 @@ def test_the_table_has_all_of_it() -> None:
     totals = {"off": 200.0, "region": 50.0, "attention": 80.0}
     console = Console(width=120, record=True, file=io.StringIO())
     tower, prompt = {"off": 400, "region": 90, "attention": 100}, {"off": 440, "region": 80, "attention": 80}
-    outcome = WhereOutcome(Machine("a device", True, 2, 0.0), 8, parts, totals, tower, prompt)
+    spans, cpu = dict.fromkeys(MODES, (40.0, 240.0)), {"off": 400.0, "region": 60.0, "attention": 120.0}
+    outcome = WhereOutcome(Machine("a device", True, 2, 0.0), 8, parts, totals, spans, cpu, tower, prompt)
     console.print(where_table(outcome))
     said = console.export_text()
     assert "0.25x" in said
     assert "0.40x" in said
+    assert "40 to 240" in said
+    assert "0.15x" in said  # of the CPU time
     assert "100 (0.25x)" in said
     assert "80 (0.18x)" in said
     assert all(title in said for title in PARTS.values())

@@ -143,11 +143,15 @@ def family(request: pytest.FixtureRequest) -> Family:
 
 @pytest.fixture(scope="session")
 def family_server(family: Family, checkpoint_of: CheckpointOf, logs: Path) -> Iterator[Server]:
-    """A server that compresses and evicts, with vLLM's processor cache in shared memory."""
+    """A server that compresses and evicts, with the page and vLLM's processor cache in shared memory."""
     crop = FAMILY_CROP | {"compression": compression_of(family)}
     options = ("--crop-config", json.dumps(crop), "--mm-processor-cache-type", "shm")
-    checkpoint = checkpoint_of(family, family.deep)
-    with serve(str(checkpoint), *options, *OPTIONS, log_path=logs / f"{family}.log") as running:
+    checkpoint, log, page = (
+        checkpoint_of(family, family.deep),
+        logs / f"{family}.log",
+        {"VLLM_PLUGINS": "crop"},
+    )
+    with serve(str(checkpoint), *options, *OPTIONS, log_path=log, env=page) as running:
         yield running
 
 

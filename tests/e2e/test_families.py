@@ -2,11 +2,14 @@
 """`vllm serve` of each family, prepared to evict, asked through the `openai` client."""
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+from playwright.sync_api import expect
 
+from tests.browser import PIECE_PIXEL, Reader, chromium
 from tests.e2e.conftest import FAMILY_CROP, compression_of, metric
 from tests.e2e.test_serve import FIRST, SECOND, chat, expected
 from tests.families import LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_5_VL, QWEN3_VL, Family
@@ -66,6 +69,36 @@ def test_all_methods_at_once_about_images_of_two_sizes(
             method=method,
             eviction_layers=stages,
         )
+
+
+def test_the_page_frames_what_the_vision_tower_sees(
+    family: Family, family_server: Server, tmp_path: Path
+) -> None:
+    if compression_of(family) != "foveate":
+        pytest.skip("it sees all of an image at one size")
+    WIDE.save(tmp_path / "wide.png")
+    with chromium() as browser:
+        reader = Reader(browser, family_server.base_url)
+        reader.open("")
+        reader.prepare(tmp_path / "wide.png", "What is it?")
+        reader.page.mouse.move(*reader.place(0.3, 0.3))
+        reader.page.mouse.down()
+        reader.page.mouse.move(*reader.place(0.45, 0.5), steps=4)
+        reader.page.mouse.up()
+        expect(reader["legend"]).to_contain_text("seen larger than the rest")
+        pruned, full = reader.ask()
+        (image,) = pruned["images"]
+        view, *crops = image["pieces"]
+        assert sum(piece["tokens"] for piece in (view, *crops)) == image["tower_tokens"]
+        assert "pieces" not in full["images"][0]
+        expect(reader["legend"]).to_contain_text(f"({image['tower_tokens']} tokens in all)")
+        for crop in crops:
+            (rows, cols), (row0, row1, col0, col1) = crop["scale"], crop["window"]
+            top, bottom, left, right = row0 / rows, row1 / rows, col0 / cols, col1 / cols
+            for x, y in ((left, (top + bottom) / 2), ((left + right) / 2, bottom)):
+                assert reader.pixel(x, y) == PIECE_PIXEL
+            assert reader.pixel((left + right) / 2, (top + bottom) / 2) != PIECE_PIXEL
+        reader.check_quiet()
 
 
 def test_a_bad_region_is_named_and_the_server_lives_on(client: openai.OpenAI) -> None:

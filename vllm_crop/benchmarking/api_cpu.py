@@ -76,7 +76,7 @@ def measure_api_cpu(sizes: Mapping[tuple[int, int], int] = SIZES) -> Iterator[Ap
     """
     with tempfile.TemporaryDirectory() as name, ExitStack() as servers:
         folder = Path(name)
-        model = str(_make_checkpoint(folder / "model"))
+        model = str(make_checkpoint(folder / "model"))
         plugin = ("--plugin", "crop", "--crop-config", json.dumps(CROP))
         without = {"VLLM_PLUGINS": ""}
         stock = servers.enter_context(serve(model, *SERVED, log_path=folder / "stock.log", env=without))
@@ -91,7 +91,7 @@ def measure_api_cpu(sizes: Mapping[tuple[int, int], int] = SIZES) -> Iterator[Ap
                     # In turn, or the server asked less often would have forgotten more: of memory, caches.
                     asked = [(stock, None), (ours, {**crop, **rate})]
                     took = {
-                        server.base_url: _ask_ms(server, _picture(size, next(seeds)), wanted)
+                        server.base_url: _ask_ms(server, new_picture(size, next(seeds)), wanted)
                         for server, wanted in (asked if run % 2 else reversed(asked))
                     }
                     if run >= 0:
@@ -120,12 +120,12 @@ def api_cpu_table(one: ApiTimes) -> Table:
     return table
 
 
-def _make_checkpoint(folder: Path) -> Path:
+def make_checkpoint(folder: Path) -> Path:
     """A tiny Qwen2.5-VL whose pictures may be as large as the published one's; it sees windows only."""
+    from vllm_crop.benchmarking import dummy_qwen2_5_vl
     from vllm_crop.benchmarking.dummy_llava import DummySize
-    from vllm_crop.benchmarking.dummy_qwen2_5_vl import make_checkpoint
 
-    make_checkpoint(folder, DummySize(layers=8, max_positions=40_000))
+    dummy_qwen2_5_vl.make_checkpoint(folder, DummySize(layers=8, max_positions=40_000))
     config_path = folder / "config.json"
     config = json.loads(config_path.read_text())
     config["vision_config"]["fullatt_block_indexes"] = []
@@ -139,7 +139,7 @@ def _make_checkpoint(folder: Path) -> Path:
     return folder
 
 
-def _picture(size: tuple[int, int], seed: int) -> str:
+def new_picture(size: tuple[int, int], seed: int) -> str:
     """A JPEG as the data URL of a request."""
     picture = Image.effect_mandelbrot(size, (-2.0, -1.0, 1.0, 1.0), 100).convert("RGB")
     for place in range(4):  # in steps that JPEG keeps: no two are the same

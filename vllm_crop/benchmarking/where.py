@@ -20,7 +20,8 @@ from rich.table import Table
 from vllm_crop.benchmarking.decode_engine import ENVIRONMENT, QUESTION
 from vllm_crop.benchmarking.load import Client
 from vllm_crop.benchmarking.options import Options
-from vllm_crop.benchmarking.targets import own_localizer, what_to_serve
+from vllm_crop.benchmarking.targets import MAX_MODEL_LEN, ROOM_FOR_TEXT, own_localizer, what_to_serve
+from vllm_crop.families.checkpoint import load_geometry
 from vllm_crop.measuring.provenance import Machine, describe_machine
 
 # In the order they happen; "view" is the localizer's part of the work.
@@ -47,6 +48,8 @@ class WhereOutcome:
     Attributes:
         parts: milliseconds, by part.
         totals: of whole requests.
+        spans: the shortest and the longest of them.
+        cpu: CPU milliseconds of the process, all of its threads.
         tower_tokens: visual tokens that the vision tower made, a view's among them.
         prompt_tokens: of the request itself.
     """
@@ -55,6 +58,8 @@ class WhereOutcome:
     questions: int
     parts: Mapping[str, Mapping[str, float]]
     totals: Mapping[str, float]
+    spans: Mapping[str, tuple[float, float]]
+    cpu: Mapping[str, float]
     tower_tokens: Mapping[str, float]
     prompt_tokens: Mapping[str, float]
 
@@ -73,6 +78,7 @@ def measure_where(options: Options) -> WhereOutcome:
             "region": {"method": "plc", "regions": [options.region.as_lists()]},
             "attention": {"method": "plc", "question": QUESTION.strip()},
         }
+        longest = load_geometry(served.model).grid(options.image_side, options.image_side).num_tokens
         runs = client.call(
             ask_in_turn,
             Path(served.model),
@@ -80,6 +86,7 @@ def measure_where(options: Options) -> WhereOutcome:
             crops,
             options.num_prompts,
             options.image_side,
+            max(MAX_MODEL_LEN, longest + ROOM_FOR_TEXT),
             machine.is_cpu,
             options.serve_args,
         )
@@ -96,6 +103,11 @@ def measure_where(options: Options) -> WhereOutcome:
         options.num_prompts,
         parts,
         medians(lambda run: run.total),
+        {
+            mode: (min(run.total for run in of_mode), max(run.total for run in of_mode))
+            for mode, of_mode in runs.items()
+        },
+        medians(lambda run: run.cpu),
         medians(lambda run: run.tower_tokens),
         medians(lambda run: run.prompt_tokens),
     )
@@ -116,8 +128,9 @@ def where_table(outcome: WhereOutcome) -> Table:
         table.add_row(title, *(f"{value:.1f}" if value >= 0.05 else "-" for value in shown))
     table.add_section()
     table.add_row("together", *(f"{outcome.totals[mode]:.1f}" for mode in MODES))
-    unpruned = outcome.totals["off"]
-    table.add_row("of unpruned", *(f"{outcome.totals[mode] / unpruned:.2f}x" for mode in MODES))
+    table.add_row("least to most", *("{:.0f} to {:.0f}".format(*outcome.spans[mode]) for mode in MODES))
+    for title, times in (("of unpruned", outcome.totals), ("CPU time of unpruned", outcome.cpu)):
+        table.add_row(title, *(f"{times[mode] / times['off']:.2f}x" for mode in MODES))
     table.add_section()
     for title, counts in (
         ("tokens of the vision tower", outcome.tower_tokens),
@@ -134,6 +147,7 @@ class _Run:
     """One request."""
 
     total: float = 0.0
+    cpu: float = 0.0
     tower_tokens: int = 0
     prompt_tokens: int = 0
     parts: dict[str, float] = field(default_factory=dict)
@@ -145,6 +159,7 @@ def ask_in_turn(
     crops: Mapping[str, Mapping[str, Any]],
     questions: int,
     side: int,
+    max_model_len: int,
     is_cpu: bool,
     serve_args: Sequence[str] = (),
 ) -> dict[str, list[_Run]]:
@@ -154,6 +169,7 @@ def ask_in_turn(
         crop: the plugin's settings, with a localizer of kind 'attention'.
         crops: per mode the field `crop` of its requests.
         side: of the square pictures, in pixels.
+        max_model_len: of the engine.
         serve_args: options of `vllm serve` that are the engine's; they win over the benchmark's own.
     """
     from vllm import LLM, SamplingParams
@@ -162,7 +178,7 @@ def ask_in_turn(
     options: dict[str, Any] = {"dtype": "float32", "enforce_eager": True, "block_size": 32} if is_cpu else {}
     given = _engine_options(serve_args)
     options |= {
-        "max_model_len": 8192 if side > 700 else 2048,
+        "max_model_len": max_model_len,
         "kv_cache_memory_bytes": 1 << 30,
         "enable_prefix_caching": False,
         **given,
@@ -225,10 +241,11 @@ class _Clock:
     def request(self) -> Iterator[_Run]:
         """One request; what no part accounts for is the rest."""
         self._run = _Run()
-        before, start = self._encoder.tokens_encoded, time.perf_counter()
+        before, cpu, start = self._encoder.tokens_encoded, time.process_time(), time.perf_counter()
         yield self._run
         self._run.tower_tokens = self._encoder.tokens_encoded - before
         self._run.total = 1e3 * (time.perf_counter() - start)
+        self._run.cpu = 1e3 * (time.process_time() - cpu)
         self._run.parts["rest"] = self._run.total - sum(self._run.parts.values())
 
     @contextmanager

@@ -71,10 +71,11 @@ def bench(
         int, typer.Option(min=32, help="Pixels, of the square random images; more of them give more tokens.")
     ] = 336,
     dummy: Annotated[
-        Literal["llava", "qwen2_5_vl"],
+        Literal["llava", "llava_next", "qwen2_5_vl"],
         typer.Option(
-            help="Without --model: which family's dummy. The Qwen2.5-VL has a vision tower of its real share "
-            "of the work, and takes images of any size: --image-side 1792 has 4,096 tokens."
+            help="Without --model: which family's dummy. Those of Qwen2.5-VL and LLaVA-NeXT have vision "
+            "towers of their real share of the work: --image-side 1792 has 4,096 tokens on the one, "
+            "--image-side 672 has 2,928 on the other."
         ),
     ] = "llava",
     compression: CompressionOption = DEFAULTS.compression,
@@ -123,6 +124,13 @@ def bench(
             help="Measure what the plugin adds to the API process instead, in CPU time per request; Linux.",
         ),
     ] = False,
+    api_memory: Annotated[
+        bool,
+        typer.Option(
+            "--api-memory",
+            help="Measure instead what memory the API process takes for pictures of 20 megapixels; Linux.",
+        ),
+    ] = False,
     serve_args: Annotated[
         str, typer.Option(metavar="ARGS", help="More options for `vllm serve`, as one quoted string.")
     ] = "",
@@ -152,6 +160,7 @@ def bench(
     What does it cost the API process?
       vllm-crop bench --planning
       vllm-crop bench --api-cpu
+      vllm-crop bench --api-memory
     Is it still faster if the server finds the region itself?
       vllm-crop bench --method plc --localizer engine --localizer remote
     Your own model; its speed needs no weights, but both servers must fit:
@@ -176,6 +185,12 @@ def bench(
         with console.status("two servers start, and are asked in turn: about ten minutes"):
             for measured in measure_api_cpu():  # the largest pictures take most of it
                 console.print(api_cpu_table(measured))
+        return
+    if api_memory:
+        from vllm_crop.benchmarking.api_memory import api_memory_table, measure_api_memory
+
+        with console.status("three servers, one after another, get 20 pictures: about ten minutes"):
+            console.print(api_memory_table(list(measure_api_memory())))
         return
     if not where and num_prompts < max(concurrency):
         raise typer.BadParameter(
