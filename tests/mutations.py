@@ -83,7 +83,7 @@ MUTATIONS = (
     ),
     Mutation(
         "middle: the last of equals (compiled)",
-        "planning/compiled_groups.py",
+        "planning/compiled_plan.py",
         "distance == best and token < nearest",
         "distance == best and token > nearest",
     ),

@@ -18,7 +18,6 @@ from tests.slow_plan import embeddings_of, place_of, slow_plan, tokens_in
 from tests.slow_plan import even_groups as slowly_split
 from tests.slow_plan import retained_per_stage as all_bisections
 from vllm_crop.families.llava_next import LLAVA_NEXT, LLAVA_ONEVISION, AnyResolution
-from vllm_crop.planning import groups
 from vllm_crop.planning import plan as planning
 from vllm_crop.planning.budget import BudgetError, Method, retained_per_stage
 from vllm_crop.planning.geometry import Box, GridPart, ImageTokens, Region, TokenGrid, TokenGrids
@@ -50,10 +49,10 @@ rates = st.one_of(st.floats(0, 0.999), st.sampled_from([0.5, 0.667, 0.778, 0.889
 def split_by(request: pytest.FixtureRequest) -> Iterator[str]:
     """How tokens are split; plans that were made otherwise are forgotten."""
     with pytest.MonkeyPatch.context() as changed:
-        changed.setattr(groups, "_compiled", None)
+        changed.setattr(planning, "_compiled", None)
         if request.param == "compiled":
             pytest.importorskip("numba")
-            assert groups.use_compiled()
+            assert planning.use_compiled()
         planning._plan_counts.cache.clear()
         yield request.param
 
@@ -208,6 +207,38 @@ def test_plans_kept_stay_within_their_bytes() -> None:
     assert cache.currsize <= CACHE_BYTES
 
 
+@given(st.data(), regions(), rates, st.sampled_from(sorted(METHODS)))
+def test_what_is_left_out_has_no_embedding(
+    data: st.DataObject, region: Region, rate: float, method: str
+) -> None:
+    """Compiled as by numpy."""
+    grid: ImageTokens = data.draw(st.sampled_from([TokenGrid(9, 7), TokenGrid(1, 30), NEXT]))
+    seed, share = data.draw(st.integers(0, 999)), data.draw(st.floats(0, 1))
+    unseen = np.random.default_rng(seed).random(grid.num_tokens) < share
+    compression, name, layers = METHODS[method]
+    around = region.widened(data.draw(st.sampled_from([0.0, 0.1])))
+    visible = ~unseen | grid.mask(around)
+    plans = []
+    with pytest.MonkeyPatch.context() as changed:
+        for compiled in (False, True):
+            changed.setattr(planning, "_compiled", None)
+            assert not compiled or planning.use_compiled()
+            planning._plan_counts.cache.clear()
+            try:
+                plan = make_plan(grid, region, rate, compression, name, 32, layers, around, unseen)
+            except BudgetError:
+                return
+            finally:
+                planning._plan_counts.cache.clear()
+            plans.append(plan)
+    counts = retained_per_stage(grid.num_tokens, rate, name, 32, layers)
+    expected = [min(count, int(visible.sum())) for count in counts]
+    assert plans[0].num_embeddings == expected[0]
+    assert plans[0].tokens_per_layer(32)[-1] == expected[-1]
+    assert (plans[0].assignment[~visible] == -1).all()
+    assert plans[0] == plans[1]
+
+
 def cpu_ms(call: Callable[[], object], repeats: int) -> float:
     """The quickest of several calls, in CPU time: what else the machine does matters little."""
     times = []
@@ -239,11 +270,11 @@ def test_planning_is_quicker_than_token_by_token() -> None:
 def test_without_numba_plans_are_made_by_numpy(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(groups, "_compiled", None)
-    monkeypatch.delitem(sys.modules, "vllm_crop.planning.compiled_groups", raising=False)
+    monkeypatch.setattr(planning, "_compiled", None)
+    monkeypatch.delitem(sys.modules, "vllm_crop.planning.compiled_plan", raising=False)
     monkeypatch.setitem(sys.modules, "numba", None)
     with caplog.at_level("INFO", "vllm.plugins.crop"):
-        assert not groups.use_compiled()
+        assert not planning.use_compiled()
     assert [record.levelname for record in caplog.records] == ["INFO"]
     assert "by numpy" in caplog.text
     assert make_plan(TokenGrid(8, 8), MIDDLE, 0.51, "pool").num_embeddings == 31
@@ -252,7 +283,7 @@ def test_without_numba_plans_are_made_by_numpy(
 def test_objects_of_the_compiler_have_attributes_that_vllm_can_look_through() -> None:
     """As vllm/triton_utils/dispatcher.py does when a CPU worker starts; it ends at the first that has not."""
     pytest.importorskip("numba")
-    assert groups.use_compiled()
+    assert planning.use_compiled()
     compiler = [module for name, module in sys.modules.items() if name.startswith(("numba", "llvmlite"))]
     assert len(compiler) > 100
     for module in compiler:
@@ -265,8 +296,8 @@ def test_compiled_code_is_not_kept_where_no_folder_can_be_written_to() -> None:
     pytest.importorskip("numba")
     program = (
         "from unittest import mock; from numba.core import caching\n"
-        "from vllm_crop.planning import groups\n"
-        "with mock.patch.object(caching.CacheImpl, '_locator_classes', []): assert groups.use_compiled()"
+        "from vllm_crop.planning import plan as planning\n"
+        "with mock.patch.object(caching.CacheImpl, '_locator_classes', []): assert planning.use_compiled()"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 

@@ -16,6 +16,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from random import Random
 from statistics import median
 from typing import Any
 
@@ -37,9 +38,9 @@ REGION = [0.375, 0.375, 0.625, 0.625]
 MODES: dict[str, Mapping[str, Any]] = {
     "no region": {},
     "off": {"method": "off"},
-    "plc": {"method": "plc", "regions": [REGION]},
-    "ilp": {"method": "ilp", "regions": [REGION]},
-    "plc+ilp": {"method": "plc+ilp", "regions": [REGION]},
+    "plc": {"method": "plc", "regions": [REGION], "pruning_rate": RATE},
+    "ilp": {"method": "ilp", "regions": [REGION], "pruning_rate": RATE},
+    "plc+ilp": {"method": "plc+ilp", "regions": [REGION], "pruning_rate": RATE},
 }
 SERVED = (
     *("--served-model-name", "m", "--dtype", "float32", "--load-format", "dummy", "--enforce-eager"),
@@ -83,13 +84,11 @@ def measure_api_cpu(sizes: Mapping[tuple[int, int], int] = SIZES) -> Iterator[Ap
         ours = servers.enter_context(serve(model, *SERVED, *plugin, log_path=folder / "crop.log"))
         for size, repeats in sizes.items():
             pairs: dict[str, list[tuple[float, float]]] = {mode: [] for mode in MODES}
-            seeds = count()
+            seeds, random = count(), Random(0)
             for run in range(-WARM_UPS, repeats):
                 for mode, crop in MODES.items():
-                    # A digit that changes no plan, or one would be remembered.
-                    rate = {"pruning_rate": RATE + run * 1e-9} if "regions" in crop else {}
                     # In turn, or the server asked less often would have forgotten more: of memory, caches.
-                    asked = [(stock, None), (ours, {**crop, **rate})]
+                    asked = [(stock, None), (ours, _elsewhere(crop, random))]
                     took = {
                         server.base_url: _ask_ms(server, new_picture(size, next(seeds)), wanted)
                         for server, wanted in (asked if run % 2 else reversed(asked))
@@ -137,6 +136,15 @@ def make_checkpoint(folder: Path) -> Path:
             settings.get("image_processor", settings)["size"] = PUBLISHED_PIXELS
             path.write_text(json.dumps(settings))
     return folder
+
+
+def _elsewhere(crop: Mapping[str, Any], random: Random) -> Mapping[str, Any]:
+    """The same with a region of its size anywhere: plans of one that was seen before are remembered."""
+    if "regions" not in crop:
+        return crop
+    x0, y0, x1, y1 = REGION
+    left, top = random.uniform(0, 1 + x0 - x1), random.uniform(0, 1 + y0 - y1)
+    return {**crop, "regions": [[left, top, left + x1 - x0, top + y1 - y0]]}
 
 
 def new_picture(size: tuple[int, int], seed: int) -> str:

@@ -13,8 +13,7 @@ from rich.table import Table
 from vllm_crop.families.llava_next import LLAVA_NEXT, LLAVA_ONEVISION, AnyResolution
 from vllm_crop.planning.budget import BudgetError, Method
 from vllm_crop.planning.geometry import Box, ImageTokens, Region, TokenGrid
-from vllm_crop.planning.groups import use_compiled
-from vllm_crop.planning.plan import Compression, make_plan
+from vllm_crop.planning.plan import Compression, make_plan, use_compiled
 
 NUM_LAYERS = 32
 SIZES: dict[str, ImageTokens] = {

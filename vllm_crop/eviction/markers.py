@@ -65,7 +65,7 @@ def write_markers(
     Raises:
         ValueError: there are not as many of these as of those.
     """
-    indices, stages = np.asarray(token_indices, dtype=np.int64), np.asarray(leaves_at, dtype=np.int64)
+    indices, stages = np.asarray(token_indices), np.asarray(leaves_at)
     if len(indices) != len(stages):
         raise ValueError(f"{len(stages)} embeddings leave or stay, the prompt has room for {len(indices)}")
     last = len(prompt_token_ids) - 1  # its row gives the first answer token: it stays in all layers
@@ -130,8 +130,10 @@ class EvictionSettings:
         stages = np.zeros(len(layers), dtype=np.int64)
         for stage, layer in enumerate(self.stages, start=1):
             stages[layers == layer] = stage
-        if strangers := set(layers[stages == 0].tolist()) - {NEVER}:
-            raise ValueError(f"layers {sorted(strangers)} are none of the stages {list(self.stages)}")
+        strangers = layers[(stages == 0) & (layers != NEVER)]
+        if len(strangers):
+            named = sorted(set(strangers.tolist()))
+            raise ValueError(f"layers {named} are none of the stages {list(self.stages)}")
         return stages
 
 

@@ -35,7 +35,7 @@ from vllm_crop.models.processor import (
 from vllm_crop.models.sent import OnTheWay, newly_sent
 from vllm_crop.planner import ImageDecision
 from vllm_crop.planning.budget import method_evicts
-from vllm_crop.planning.groups import use_compiled
+from vllm_crop.planning.plan import use_compiled
 from vllm_crop.request import CropParams, CropRequest, Found, image_requests
 
 MESSAGES = "crop_messages"  # in a prompt on its way through the renderer

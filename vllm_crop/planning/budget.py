@@ -7,6 +7,7 @@ with fewer tokens later.
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import pairwise
 from operator import mul
 from typing import Literal
@@ -56,8 +57,9 @@ def check_eviction_layers(eviction_layers: Sequence[int], num_layers: int, first
         )
 
 
+@lru_cache(maxsize=256)  # a server prunes most pictures at one rate, and many are of one size
 def retained_per_stage(
-    num_tokens: int, pruning_rate: float, method: Method, num_layers: int, eviction_layers: Sequence[int]
+    num_tokens: int, pruning_rate: float, method: Method, num_layers: int, eviction_layers: tuple[int, ...]
 ) -> tuple[int, ...]:
     """How many embeddings are left before the first eviction, and from each eviction layer on.
 

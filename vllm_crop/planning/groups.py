@@ -5,13 +5,11 @@ A set of tokens that is to become `count` groups is cut in two across its longer
 share of them, and is cut again. Sets of the same depth do not depend on each other, so all of them are cut at
 once: a plan of thousands of groups takes a dozen steps over arrays and not thousands of calls.
 
-A server does without these steps: `use_compiled` puts compiled_groups.py in their place, the only part of
-planning that needs a compiler, and only when called. Groups are the same either way.
+A server does without these steps: `vllm_crop.planning.plan.use_compiled`.
 """
 
-import logging
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -19,8 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllm_crop.planning.geometry import Indices, Places
-
-logger = logging.getLogger("vllm.plugins.crop")
 
 SIMILAR = 1.2  # how much larger the groups on one side of a cut may be, on average
 
@@ -33,16 +29,6 @@ _NO_SET = int(np.iinfo(np.uint16).max)
 _NO_CUT = int(np.iinfo(np.int32).max)
 
 
-class _Compiled(NamedTuple):
-    """`vllm_crop.planning.compiled_groups`; see use_compiled."""
-
-    split: Callable[[NDArray[np.int32], NDArray[np.int32], Indices, Indices], tuple[Indices, Indices]]
-    middles: Callable[[NDArray[np.int32], NDArray[np.int32], Indices, Indices], Indices]
-
-
-_compiled: _Compiled | None = None
-
-
 class Groups(NamedTuple):
     """Tokens by group.
 
@@ -53,26 +39,6 @@ class Groups(NamedTuple):
 
     tokens: Indices
     sizes: Indices
-
-
-def use_compiled() -> bool:
-    """Split by compiled code from now on, in this process, if numba is there to compile it.
-
-    For processes that make plan after plan: the first call takes some hundred milliseconds, seconds where
-    nothing was compiled before, later ones nothing. Never fails: without numba plans stay as they are.
-
-    Returns:
-        Whether it is compiled code.
-    """
-    global _compiled
-    if _compiled is None:
-        try:
-            from vllm_crop.planning.compiled_groups import middles, split
-        except Exception as error:  # numba refuses numpy versions, platforms and folders in many ways
-            logger.info("Plans are made by numpy, compiled code would be quicker: %s", error)
-        else:
-            _compiled = _Compiled(split, middles)
-    return _compiled is not None
 
 
 def even_groups(places: Places, tokens: Indices, count: int) -> Groups:
@@ -96,8 +62,7 @@ def even_groups(places: Places, tokens: Indices, count: int) -> Groups:
             tokens, totals, counts = tokens[wanted.repeat(totals)], totals[wanted], counts[wanted]
     else:  # all are of the first part
         totals, counts = np.array([len(tokens)]), np.array([count])
-    split = _split if _compiled is None else _compiled.split
-    order, sizes = split(places.row[tokens], places.col[tokens], totals, counts)
+    order, sizes = _split(places.row[tokens], places.col[tokens], totals, counts)
     return Groups(tokens[order], sizes)
 
 
@@ -106,8 +71,6 @@ def middles(places: Places, groups: Groups) -> Indices:
     tokens, sizes = groups
     if len(tokens) == len(sizes):
         return tokens
-    if _compiled is not None:
-        return _compiled.middles(places.row, places.col, tokens, sizes)
     starts = sizes.cumsum() - sizes
     distances = np.zeros(len(tokens))
     for axis in (places.row[tokens], places.col[tokens]):

@@ -5,7 +5,8 @@ Follows the contract of vllm/multimodal/video_prune: the count is known before a
 (`vllm_crop.planning.budget`), and the plan delivers exactly that count.
 """
 
-from collections.abc import Hashable
+import logging
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from threading import Lock
@@ -18,6 +19,8 @@ from numpy.typing import NDArray
 from vllm_crop.planning.budget import Method, retained_per_stage, rim_count
 from vllm_crop.planning.geometry import ImageTokens, Indices, Mask, Places, Region
 from vllm_crop.planning.groups import Groups, even_groups, middles
+
+logger = logging.getLogger("vllm.plugins.crop")
 
 Compression = Literal["pool", "prune", "foveate"]
 
@@ -182,6 +185,31 @@ def make_plan(
     )
 
 
+# `vllm_crop.planning.compiled_plan.plan`; see use_compiled.
+_compiled: Callable[..., tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]] | None = None
+
+
+def use_compiled() -> bool:
+    """Make plans by compiled code from now on, in this process, if numba is there to compile it.
+
+    For processes that make plan after plan: the first call takes some hundred milliseconds, seconds where
+    nothing was compiled before, later ones nothing. Plans are the same either way. Never fails: without numba
+    they are made by numpy.
+
+    Returns:
+        Whether it is compiled code.
+    """
+    global _compiled
+    if _compiled is None:
+        try:
+            from vllm_crop.planning.compiled_plan import plan
+        except Exception as error:  # numba refuses numpy versions, platforms and folders in many ways
+            logger.info("Plans are made by numpy, compiled code would be quicker: %s", error)
+        else:
+            _compiled = plan
+    return _compiled is not None
+
+
 class Zones(NamedTuple):
     """The parts of an image that get different shares of the budget; what is in neither is far away.
 
@@ -194,6 +222,11 @@ class Zones(NamedTuple):
     inside: Mask
     rim: Mask
     left_out: Mask
+
+    def codes(self) -> NDArray[np.uint8]:
+        """Of each token its zone as compiled_plan.py knows it, `[num_tokens]`."""
+        inside, rim, left_out = (zone.view(np.uint8) for zone in self)
+        return inside + 2 * rim + 3 * left_out
 
 
 def _held_bytes(plan: TokenPlan) -> int:
@@ -216,8 +249,12 @@ def _plan_counts(
     eviction_layers: tuple[int, ...],
 ) -> TokenPlan:
     """Make a plan for counts that are known: of all embeddings, then after each eviction."""
-    first, *later = counts
     places = _places(grid)
+    if _compiled is not None:
+        pools = compression != "prune"
+        planned = _compiled(places, zones.codes(), pools, counts, eviction_layers, NEVER)
+        return TokenPlan(grid, pruning_rate, *planned)
+    first, *later = counts
     assignment, position = _compressed(places, zones, first, compression)
     leaves_at = np.full(grid.num_tokens, NEVER, dtype=np.int32)
     left = position

@@ -32,13 +32,13 @@ def patch(input_processor: Any) -> None:
         return
     setattr(input_processor, _MARK, True)
     process_inputs = input_processor.process_inputs
-    arguments = inspect.signature(process_inputs)
+    place = list(inspect.signature(process_inputs).parameters).index("prompt") - 1  # behind self
 
     @functools.wraps(process_inputs)  # its signature is checked again by every engine of this process
     def process_inputs_with_crop(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not hasattr(self.model_config.hf_config, "crop"):  # a server that does not prune
             return process_inputs(self, *args, **kwargs)
-        prompt = arguments.bind(self, *args, **kwargs).arguments["prompt"]
+        prompt = kwargs["prompt"] if "prompt" in kwargs else args[place]
         sent = newly_sent(prompt)
         try:
             request = process_inputs(self, *args, **kwargs)
