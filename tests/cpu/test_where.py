@@ -17,6 +17,7 @@ def test_every_part_is_timed_where_it_happens(deep_checkpoint: Path) -> None:
     crops = {
         "off": {"method": "off"},
         "region": {"regions": [[[0.2, 0.2, 0.4, 0.4]]]},
+        "again": {"regions": [[[0.4, 0.2, 0.6, 0.4]]]},
         "attention": {"question": "What is it?"},
     }
     runs = ask_in_turn(
@@ -29,6 +30,7 @@ def test_every_part_is_timed_where_it_happens(deep_checkpoint: Path) -> None:
             seen = {part for part, took in run.parts.items() if took > 0}
             of_view = {part for part in PARTS if part.startswith("view")}
             assert seen == set(PARTS) - (set() if mode == "attention" else of_view)
+            assert (run.tower_tokens == 0) == (mode == "again"), "its features are kept"
             assert sum(run.parts.values()) == pytest.approx(run.total)
     for run in runs["attention"]:
         # The view is the picture itself: its features are found again.
@@ -39,10 +41,16 @@ def test_the_table_has_all_of_it() -> None:
     from rich.console import Console
 
     parts = {mode: dict.fromkeys(PARTS, 1.25) for mode in MODES}
-    totals = {"off": 200.0, "region": 50.0, "attention": 80.0}
+    totals = {"off": 200.0, "region": 50.0, "again": 50.0, "attention": 80.0}
     console = Console(width=120, record=True, file=io.StringIO())
-    tower, prompt = {"off": 400, "region": 90, "attention": 100}, {"off": 440, "region": 80, "attention": 80}
-    spans, cpu = dict.fromkeys(MODES, (40.0, 240.0)), {"off": 400.0, "region": 60.0, "attention": 120.0}
+    tower, prompt = (
+        {"off": 400, "region": 90, "again": 20, "attention": 100},
+        {"off": 440, "region": 80, "again": 80, "attention": 80},
+    )
+    spans, cpu = (
+        dict.fromkeys(MODES, (40.0, 240.0)),
+        {"off": 400.0, "region": 60.0, "again": 60.0, "attention": 120.0},
+    )
     outcome = WhereOutcome(Machine("a device", True, 2, 0.0), 8, parts, totals, spans, cpu, tower, prompt)
     console.print(where_table(outcome))
     said = console.export_text()

@@ -23,6 +23,7 @@ from vllm_crop.benchmarking.options import Options
 from vllm_crop.benchmarking.targets import MAX_MODEL_LEN, ROOM_FOR_TEXT, own_localizer, what_to_serve
 from vllm_crop.families.checkpoint import load_geometry
 from vllm_crop.measuring.provenance import Machine, describe_machine
+from vllm_crop.planning.geometry import Box, Region
 
 # In the order they happen; "view" is the localizer's part of the work.
 PARTS = {
@@ -36,8 +37,14 @@ PARTS = {
     "model": "language model",
     "rest": "the rest: prompt, scheduler, sampler",
 }
-MODES = ("off", "region", "attention")
-TITLES = {"off": "unpruned", "region": "client's region", "attention": "kind attention"}
+AGAIN = "again"
+MODES = ("off", "region", AGAIN, "attention")
+TITLES = {
+    "off": "unpruned",
+    "region": "client's region",
+    AGAIN: "another of it",
+    "attention": "kind attention",
+}
 WARM_UPS = 2
 
 
@@ -76,6 +83,7 @@ def measure_where(options: Options) -> WhereOutcome:
         crops: dict[str, dict[str, Any]] = {
             "off": {"method": "off"},
             "region": {"method": "plc", "regions": [options.region.as_lists()]},
+            AGAIN: {"method": "plc", "regions": [_beside(options.region).as_lists()]},
             "attention": {"method": "plc", "question": QUESTION.strip()},
         }
         longest = load_geometry(served.model).grid(options.image_side, options.image_side).num_tokens
@@ -167,7 +175,7 @@ def ask_in_turn(
 
     Args:
         crop: the plugin's settings, with a localizer of kind 'attention'.
-        crops: per mode the field `crop` of its requests.
+        crops: per mode the field `crop` of its requests; "again" is about the picture of the one before.
         side: of the square pictures, in pixels.
         max_model_len: of the engine.
         serve_args: options of `vllm serve` that are the engine's; they win over the benchmark's own.
@@ -189,9 +197,11 @@ def ask_in_turn(
     template, sampling = _template(llm), SamplingParams(temperature=0, max_tokens=1)
     random = np.random.default_rng(0)
     runs: dict[str, list[_Run]] = {mode: [] for mode in crops}
+    sent = b""
     for number in range(WARM_UPS + questions):
         for mode, asked in crops.items():
-            sent = _encoded(random.integers(0, 256, (side, side, 3), dtype=np.uint8))
+            if mode != AGAIN:
+                sent = _encoded(random.integers(0, 256, (side, side, 3), dtype=np.uint8))
             with clock.request() as run:
                 with clock.part("decode"):
                     image = ImageMediaIO().load_bytes(sent)
@@ -273,6 +283,15 @@ class _Clock:
                 return stock(*args, **kwargs)
 
         setattr(owner, method, timed)
+
+
+def _beside(region: Region) -> Region:
+    """Every box moved by its width, to the left where there is room."""
+    boxes = []
+    for x0, y0, x1, y1 in region.as_lists():
+        by = x0 - x1 if x0 >= x1 - x0 else min(x1 - x0, 1 - x1)
+        boxes.append(Box(x0 + by, y0, x1 + by, y1))
+    return Region(tuple(boxes))
 
 
 def _engine_options(serve_args: Sequence[str]) -> dict[str, Any]:
