@@ -49,7 +49,7 @@ endif
 
 test-all: setup  ## the same with every scenario for every model family, one after the other: over an hour
 	@SOAK_REQUESTS=500 $(BIN)/python -m pytest --all-families $(PYTEST_ARGS)
-	@$(BIN)/python -m pytest -p tests.v2_runner --all-families $(V2_TESTS) $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -p tests.v2_runner --all-families $(V2_TESTS) tests/cpu/test_foveation.py $(PYTEST_ARGS)
 
 lane-other-v1:
 	@$(LANE) $(OTHER_TESTS) $(ONE_BATCH) $(PYTEST_ARGS) | sed -u 's/^/V1      /'

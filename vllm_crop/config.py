@@ -211,6 +211,16 @@ class CropConfig(BaseModel):
             )
         return limits
 
+    @model_validator(mode="after")
+    def _check_foveation(self) -> Self:
+        for name, field in FoveationConfig.model_fields.items():
+            if self.compression != "foveate" and getattr(self.foveation, name) != field.default:
+                raise ValueError(
+                    f"foveation.{name} belongs to compression 'foveate', and the compression is "
+                    f"{self.compression!r}"
+                )
+        return self
+
     @property
     def stages(self) -> tuple[int, ...]:
         """The eviction layers the server prepares for; empty if it serves no eviction."""

@@ -3,7 +3,9 @@
 
 import json
 import os
+import shlex
 import time
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
@@ -35,7 +37,7 @@ def main(
     try:
         with serve(str(MODEL), *SERVER_OPTIONS, log_path=log_path, env=env) as server:
             if leave_running:
-                wait_for_interrupt(server)
+                wait_for_interrupt(server, env)
                 return
             measured = measure(Client(server.base_url, server.model), console)
     except ServerError as error:
@@ -44,7 +46,7 @@ def main(
     report(measured, console)
 
 
-def wait_for_interrupt(server: Server) -> None:
+def wait_for_interrupt(server: Server, env: Mapping[str, str]) -> None:
     """Tell how to ask, then wait for Ctrl-C."""
     request, scene = BUILD / "request.json", make_test_set(2)[0]
     request.write_text(json.dumps(example_request(server.model)))
@@ -52,6 +54,8 @@ def wait_for_interrupt(server: Server) -> None:
     url = f"{server.base_url}/v1/chat/completions"
     console.print(f"Serving at {server.base_url} (log: {server.log_path}).")
     console.print(f"The playground is at {server.base_url}/plugins/crop/", soft_wrap=True)
+    started = shlex.join([*(f"{name}={value}" for name, value in env.items()), *server.command])
+    console.print(f"Started with:\n\n  {started}\n", soft_wrap=True, markup=False)
     console.print("Ask it there, or for example with:\n")
     console.print(f"  curl -i {url} -H 'Content-Type: application/json' -d @{request}\n", soft_wrap=True)
     console.print(

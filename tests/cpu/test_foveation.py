@@ -44,6 +44,8 @@ SCENARIOS = {
     "two images": Question((FIRST, SECOND), {"regions": [HERE, THERE]}),
     "one of two images": Question((FIRST, SECOND), {"regions": [None, THERE]}),
     "same image, two regions": Question((FIRST, FIRST), {"regions": [HERE, THERE]}),
+    # The one's crop is where the other's half-size rim is, each in tokens of its own scale.
+    "same window, two scales": Question((FIRST, FIRST), {"regions": [cells(0, 0, 0, 0), cells(0, 0, 1, 1)]}),
     "of no whole tokens": Question((ODD,), {"regions": [HERE], "method": "plc"}),
     "larger than the budget": Question((FIRST,), {"regions": [cells(1, 1, 4, 5)], "rim": 0}),
     "seen whole": Question((FIRST,), {"regions": [cells(0, 0, 7, 7)]}),

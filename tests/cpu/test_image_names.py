@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Names that clients give images (`uuid`) never decide what a request is answered from."""
 
+import copy
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 from PIL import Image
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
+from vllm.multimodal.cache.lru import LruKeyReplicatedSenderCache
 
 from tests.conftest import CheckpointOf
 from tests.cpu.conftest import (
@@ -163,3 +166,24 @@ def test_a_name_nobody_knows_is_vllms_cache_miss(engine: Engine, region: Any) ->
     for name in ("never seen", key):
         with pytest.raises(ValueError, match="data is not provided"):
             named(engine, question, [name], [False])
+
+
+def test_what_is_refused_late_is_not_taken_for_sent(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the cache that vLLM has where its engine is another process: it remembers what the engine has."""
+    renderer, own = engine.llm.llm_engine.renderer, engine.llm.llm_engine.input_processor
+    cache = LruKeyReplicatedSenderCache(engine.llm.model_config)
+    monkeypatch.setattr(renderer, "mm_processor_cache", cache)
+    prompt = Question((picture(140, LARGE),), crop_of("ilp", [FIRST])).prompt(engine.image)
+
+    def comes_with_data(**refused_for: int) -> bool:
+        processed = engine.llm._preprocess_cmpl_one(copy.deepcopy(prompt))
+        sampling = SamplingParams(temperature=0, max_tokens=1, **refused_for)
+        with pytest.raises(VLLMValidationError) if refused_for else nullcontext():
+            own.process_inputs("late", processed, sampling, supported_tasks=("generate",))
+        return bool(processed["mm_kwargs"]["image"] != [None])
+
+    assert comes_with_data(prompt_logprobs=1)
+    assert comes_with_data(prompt_logprobs=1), "it was not sent"
+    assert comes_with_data()
+    assert not comes_with_data(prompt_logprobs=1), "the engine has it"
+    assert not comes_with_data(), "and keeps it"

@@ -174,7 +174,7 @@ def test_the_facts_say_where_the_model_looked(client: openai.OpenAI) -> None:
     unsure = [image for image in asked if image["localizer"]["outcome"] == "low_confidence"]
     assert unsure
     for image in unsure:
-        assert image["localizer"]["reason"].endswith("is less than 0.3")
+        assert image["localizer"]["reason"].endswith("is less than whole_below, 0.3")
         assert image["localizer"]["spread"] > said["spread"]
         assert image["tokens_avg"] == image["tokens"]
 

@@ -107,7 +107,11 @@ def test_what_is_no_better_than_chance_is_told_from_what_is() -> None:
     assert found.beats_chance() is False
     found.rows[CHOSEN].hits = found.rows[RANDOM].hits = [True] * 6
     assert found.beats_chance() is False
-    assert outcome(Asked("where?", None)).beats_chance() is None
+    assert found.too_few, "of six"
+    assert not outcome(*places, *places).too_few
+    without_boxes = outcome(Asked("where?", None))
+    assert without_boxes.beats_chance() is None
+    assert not without_boxes.too_few
 
 
 def test_the_file_has_settings_scores_and_where_they_are_from(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from checkpoint_json import QWEN2_5_VL, QWEN3_VL, write_qwen2_5_vl, write_qwen3_vl
 
-from vllm_crop.compat.diagnosis import describe_calibration
+from vllm_crop.compat.diagnosis import judge_settings
 from vllm_crop.config import CropConfig
 from vllm_crop.errors import CropError, InvalidConfigError
 from vllm_crop.families.text_layers import full_attention_layers
@@ -141,7 +141,7 @@ class TestFit:
 class TestCheck:
     def test_says_that_it_fits(self, tmp_path: Path) -> None:
         path = write(tmp_path, calibration())
-        found = describe_calibration(json.dumps(crop(path, whole_below=0.4)), write_qwen2_5_vl(tmp_path))
+        found = judge_settings(json.dumps(crop(path, whole_below=0.4)), write_qwen2_5_vl(tmp_path))
         assert found is not None
         assert found["fits"].startswith("yes")
         assert found["made for"] == "Qwen/Qwen2.5-VL-7B-Instruct"
@@ -151,18 +151,18 @@ class TestCheck:
     def test_says_that_it_does_not(self, tmp_path: Path) -> None:
         path = write(tmp_path, calibration())
         with pytest.raises(CalibrationError, match="made for another model"):
-            describe_calibration(json.dumps(crop(path)), write_qwen3_vl(tmp_path))
+            judge_settings(json.dumps(crop(path)), write_qwen3_vl(tmp_path))
 
     def test_without_a_model_nothing_is_compared(self, tmp_path: Path) -> None:
-        found = describe_calibration(json.dumps(crop(write(tmp_path, calibration()))), None)
+        found = judge_settings(json.dumps(crop(write(tmp_path, calibration()))), None)
         assert found is not None
         assert "give --model" in found["fits"]
-        assert describe_calibration("{}", None) is None
+        assert judge_settings("{}", None) is None
 
     @pytest.mark.parametrize("wrong", ["{", "[]", '{"localizer": {"layer": 3}}'])
     def test_wrong_settings_are_named(self, wrong: str) -> None:
         with pytest.raises(CropError):
-            describe_calibration(wrong, None)
+            judge_settings(wrong, None)
 
 
 def test_layers_without_full_attention_are_left_out() -> None:

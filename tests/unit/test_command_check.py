@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import typer
-from checkpoint_json import write_json, write_llava, write_llava_next
+from checkpoint_json import write_json, write_llava, write_llava_next, write_qwen3_vl
 from typer.testing import CliRunner
 
 import vllm_crop
@@ -195,6 +195,38 @@ def test_a_supported_checkpoint(tmp_path: Path) -> None:
     assert described["supported"]
     assert described["tokens_per_image"] == 576
     assert "supported: 576 tokens" in run("--model", model).stdout
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"localizer": {"kind": "attention", "layers": [40]}}, "decoder layers are 0 to"),
+        ({"localizer": {"kind": "attention", "when_unsure": "late"}}, "needs eviction_layers whose last one"),
+        ({"compression": "foveate"}, "one tile of a fixed size"),
+        ({"method": "ilp", "pruning_rate": 0.99}, "pruning_rate of at most"),
+    ],
+)
+def test_settings_that_do_not_suit_the_checkpoint(
+    tmp_path: Path, settings: dict[str, Any], reason: str
+) -> None:
+    model, given = write_llava(tmp_path), ("--crop-config", json.dumps(settings))
+    (problem,) = report(1, "--model", model, *given)["problems"]
+    assert reason in problem
+    assert report(0, *given)["ok"], "without a model nobody can say so"
+
+
+def test_what_can_start_is_said_as_it_is_started(tmp_path: Path) -> None:
+    given = json.dumps({"compression": "foveate", "localizer": {"kind": "attention"}})
+    said = run("--model", write_qwen3_vl(tmp_path), "--crop-config", given).stdout
+    assert said.rstrip().endswith(f"vllm serve {tmp_path} --plugin crop --crop-config '{given}'")
+
+
+def test_settings_alone() -> None:
+    listed = json.loads(run("--settings", "--json").stdout)
+    assert listed == report(0)["config"]
+    said = run("--settings").stdout
+    assert "localizer.whole_below" in said
+    assert "Versions" not in said
 
 
 def test_what_a_checkpoint_would_save(tmp_path: Path) -> None:

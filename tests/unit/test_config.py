@@ -86,6 +86,17 @@ REFUSED: list[tuple[dict[Any, Any], list[str]]] = [
     ({"localizer": {"kind": "psychic"}}, [".localizer.kind:", "'engine'", "got 'psychic'"]),
     ({"localizer": {"kind": "openai"}}, [".localizer:", "localizer.base_url", "localizer.model"]),
     ({"localizer": {"prompt": "Where?"}}, [".localizer:", "{question}"]),
+    (
+        {"localizer": {"layers": [3]}},
+        [".localizer:", "localizer.layers belongs to", "'attention'", "'request'"],
+    ),
+    ({"localizer": {"timeout_s": 3}}, ["timeout_s belongs to", "'attention' or 'engine' or 'openai'"]),
+    ({"localizer": {"kind": "engine", "layers": [3]}}, ["localizer.layers belongs to", "is 'engine'"]),
+    (
+        {"localizer": {"kind": "attention", "dialect": "pixels"}},
+        ["dialect belongs to", "'engine' or 'openai'"],
+    ),
+    ({"foveation": {"halo": 2}}, ["foveation.halo belongs to compression 'foveate'", "'pool'"]),
     ({"localizer": {"timeout_s": 0}}, [".localizer.timeout_s:", "greater than 0", "got 0"]),
     ({"localizer": {"margins": 1}}, [".localizer.margins:", "unknown key"]),
     ({"shadow": {"rate": 1.1}}, [".shadow.rate:", "or equal to 1", "got 1.1"]),
@@ -99,6 +110,13 @@ REFUSED: list[tuple[dict[Any, Any], list[str]]] = [
     ({"prunning_rate": 0.5}, [".prunning_rate:", "unknown key", "got 0.5"]),
     ({1: 2}, ["[1]:", "strings", "got 1"]),
 ]
+
+
+def test_settings_that_are_the_defaults_belong_anywhere() -> None:
+    """As of a whole configuration that was written out."""
+    assert CropConfig.from_mapping(CropConfig().model_dump()) == CropConfig()
+    foveating = {"compression": "foveate", "foveation": {"halo": 2}, "localizer": {"thumbnail_tokens": 100}}
+    assert CropConfig.from_mapping(foveating).foveation.halo == 2
 
 
 def test_the_default_rate_keeps_within_the_limit_for_clients() -> None:

@@ -27,7 +27,7 @@ from rich.table import Table
 from vllm_crop.measuring.server import Server, serve
 
 # Pictures and repeats: a model as small as this one still takes seconds for the largest.
-SIZES = {(336, 336): 24, (1280, 720): 24, (3840, 2160): 8}
+SIZES = {(336, 336): 60, (1280, 720): 40, (3840, 2160): 8}
 PUBLISHED_PIXELS = {"shortest_edge": 3136, "longest_edge": 12845056}  # Qwen2.5-VL's limits of a picture
 OUTPUT_TOKENS = 16
 WARM_UPS = 2

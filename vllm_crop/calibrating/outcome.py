@@ -11,6 +11,8 @@ from vllm_crop.frontend.attention_localizer import Rule
 from vllm_crop.localizers.dialects import DialectName
 from vllm_crop.measuring.shares import wilson
 
+FEWEST_JUDGED = 10  # places: fewer would pass for better than chance by a hit or two
+
 # Names of rows.
 CHOSEN, FITTED, UNCALIBRATED = "chosen layers", "fitted weights", "layers taken by default"
 CENTRE, RANDOM = "centre", "random place"
@@ -132,6 +134,11 @@ class Outcome:
         if self.weights is None:
             return Rule(tuple(self.chosen))
         return Rule(self.plan.layers, tuple(self.weights.tolist()))
+
+    @property
+    def too_few(self) -> bool:
+        """Whether so few places were judged that hits say nothing; not without boxes."""
+        return 0 < len(self.rows[self.served].hits) < FEWEST_JUDGED
 
     def beats_chance(self) -> bool | None:
         """Whether what is served hits more often than random windows, at 95 %; None without boxes."""

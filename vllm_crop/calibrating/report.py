@@ -142,7 +142,7 @@ def _layer_table(outcome: Outcome) -> Table:
     table = Table(box=SIMPLE_HEAD, title="Layers")
     titles = ("layer", "changes with the question", "", "hit", "covers", "sure of places", "chosen")
     for title in titles if outcome.weights is None else (*titles, "weight"):
-        table.add_column(title, justify="right" if title == "layer" else "left", no_wrap=True)
+        table.add_column(title, justify="right" if title == "layer" else "left")
     most = float(outcome.change.max())
     for index, (layer, much) in enumerate(zip(outcome.plan.layers, outcome.change, strict=True)):
         places = outcome.by_layer[layer]
@@ -162,7 +162,7 @@ def _layer_table(outcome: Outcome) -> Table:
 def _row_table(outcome: Outcome) -> Table:
     table = Table(box=SIMPLE_HEAD, title="Who finds the place")
     for title in ("", "hit", "covers", "with area", "ms, one at a time"):
-        table.add_column(title, no_wrap=True)
+        table.add_column(title)
     for name, places in outcome.rows.items():
         label = f"{name} {outcome.chosen}" if name == CHOSEN else name
         if name == outcome.served and (views := spread(outcome.view_tokens)) is not None:
@@ -183,7 +183,7 @@ def _threshold_table(outcome: Outcome) -> Table:
     told = outcome.test
     table = Table(box=SIMPLE_HEAD, title="What the confidence is worth")
     for head in ("served whole below", "pruned", "covers, of these", ""):
-        table.add_column(head, no_wrap=True)
+        table.add_column(head)
     for one in _thresholds(outcome):
         left = kept(one, told.told, told.covered)
         table.add_row(

@@ -142,7 +142,7 @@ def calibrate(
     # Late, as all of the calibration: the other commands start without it.
     from vllm_crop.calibrating.data import generated, halves, read_pictures
     from vllm_crop.calibrating.fitting import FEWEST
-    from vllm_crop.calibrating.outcome import Plan
+    from vllm_crop.calibrating.outcome import FEWEST_JUDGED, Plan
     from vllm_crop.calibrating.picture import draw_outcome
     from vllm_crop.calibrating.report import print_outcome, write_calibration
     from vllm_crop.families.checkpoint import load_geometry, load_model_config
@@ -194,14 +194,16 @@ def calibrate(
     picture = out.with_suffix(".png")
     draw_outcome(outcome, picture)
     print_outcome(console, outcome)
-    if outcome.beats_chance() is False:
-        console.print(
-            f"No file was written: {outcome.served} do not hit more often than random places do. "
-            "The model may not understand such pictures (try your own with --data), the view may be too "
-            "small (thumbnail_tokens in --localizer-config), or there were too few questions to tell.",
-            style="red",
-            markup=False,
+    if outcome.too_few or outcome.beats_chance() is False:
+        why = (
+            f"{len(outcome.rows[outcome.served].hits)} places that were judged are too few to tell anything: "
+            f"ask for more (--pictures, --questions), at least {FEWEST_JUDGED} are needed."
+            if outcome.too_few
+            else f"{outcome.served} do not hit more often than random places do. The model may not "
+            "understand such pictures (try your own with --data), the view may be too small "
+            "(thumbnail_tokens in --localizer-config), or there were too few questions to tell."
         )
+        console.print(f"No file was written: {why}", style="red", markup=False)
         console.print(f"The picture: {picture}", markup=False, soft_wrap=True)
         raise typer.Exit(1)
     write_calibration(out, calibration)

@@ -2,6 +2,7 @@
 """`vllm-crop check`: would pruning start here, and with which settings."""
 
 import json
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any
 
@@ -19,21 +20,34 @@ def check(
         str | None,
         typer.Option(
             metavar="JSON",
-            help="Settings to judge too, as of vllm serve --crop-config; a calibration in them is read, and "
-            "with --model compared with the checkpoint.",
+            help="Settings to judge too, as of vllm serve --crop-config, a calibration in them included; "
+            "with --model also whether they suit the checkpoint.",
         ),
     ] = None,
+    settings: Annotated[
+        bool, typer.Option("--settings", help="Only list the settings of --crop-config, with their defaults.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Check this installation, and list settings and limits. Exits with 1 if pruning would not start.
 
     \b
+    Which settings are there?
+      vllm-crop check --settings
     Does a calibration fit a checkpoint?
       vllm-crop check --model M \\
         --crop-config '{"localizer": {"kind": "attention", "calibration": "file.json"}}'
     """
-    from vllm_crop.compat.diagnosis import describe_installation
+    from vllm_crop.compat.diagnosis import describe_config, describe_installation
+    from vllm_crop.config import CropConfig
 
+    if settings:
+        described = describe_config(CropConfig)
+        if as_json:
+            typer.echo(json.dumps(described, indent=2))
+        else:
+            _print_settings(Console(highlight=False), described)
+        return
     report = describe_installation(model, crop_config)
     if as_json:
         typer.echo(json.dumps(report, indent=2))
@@ -62,16 +76,17 @@ def _print_report(console: Console, report: Mapping[str, Any]) -> None:
     _print_rows(console, "Refused with eviction too", report["refused_with_eviction"].items())
     attention = report["refused_with_attention"]
     _print_rows(console, "Refused with localizer kind 'attention' too", attention.items())
-    settings = [
-        (setting["key"], json.dumps(setting["default"]), setting["description"])
-        for setting in report["config"]
-    ]
-    _print_rows(console, "Settings of --crop-config, with defaults", settings)
+    _print_settings(console, report["config"])
     if report["model"]:
         _print_model(console, report["model"])
     if report["calibration"]:
         _print_rows(console, "Calibration", report["calibration"].items())
-    _print_verdict(console, report["problems"], report["warnings"])
+    _print_verdict(console, report["problems"], report["warnings"], _command(report))
+
+
+def _print_settings(console: Console, described: Sequence[Mapping[str, Any]]) -> None:
+    rows = [(one["key"], json.dumps(one["default"]), one["description"]) for one in described]
+    _print_rows(console, "Settings of --crop-config, with defaults", rows)
 
 
 def _print_heading(console: Console, title: str) -> None:
@@ -130,11 +145,20 @@ def _print_model(console: Console, model: Mapping[str, Any]) -> None:
     )
 
 
-def _print_verdict(console: Console, problems: Sequence[str], warnings: Sequence[str]) -> None:
+def _command(report: Mapping[str, Any]) -> str:
+    """How what was judged is served."""
+    model = report["model"]["name"] if report["model"] else "MODEL"
+    settings = report["crop_config"]
+    return shlex.join(
+        ["vllm", "serve", model, "--plugin", "crop", *(["--crop-config", settings] if settings else [])]
+    )
+
+
+def _print_verdict(console: Console, problems: Sequence[str], warnings: Sequence[str], command: str) -> None:
     for warning in warnings:
         console.print(f"\n[yellow]Not tested:[/yellow] {escape(warning)}", soft_wrap=True)
     if not problems:
-        console.print("\n[bold green]Pruning can start:[/bold green] vllm serve MODEL --plugin crop")
+        console.print(f"\n[bold green]Pruning can start:[/bold green] {escape(command)}", soft_wrap=True)
         return
     console.print("\n[bold red]Pruning would not start:[/bold red]")
     for problem in problems:

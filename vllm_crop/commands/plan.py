@@ -21,6 +21,7 @@ from vllm_crop.commands.region_options import (
     RegionOption,
     RimOption,
     RimSizeOption,
+    UnseenTilesOption,
     ViewTokensOption,
     geometry_of,
     parse_regions,
@@ -56,6 +57,7 @@ def plan(
     view_tokens: ViewTokensOption = None,
     halo: HaloOption = DEFAULTS.foveation.halo,
     rim_size: RimSizeOption = DEFAULTS.foveation.rim_size,
+    unseen_tiles: UnseenTilesOption = DEFAULTS.foveation.unseen_tiles,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """Show which visual tokens of an image are kept, pooled, evicted or left out by a server."""
@@ -63,7 +65,9 @@ def plan(
     asked = parse_regions(region, cells)
     request = request_for_image(asked, pruning_rate, compression, method, eviction_layers, rim)
     geometry = geometry_of(model)
-    foveation = FoveationConfig(view_tokens=view_tokens, halo=halo, rim_size=rim_size)
+    foveation = FoveationConfig(
+        view_tokens=view_tokens, halo=halo, rim_size=rim_size, unseen_tiles=unseen_tiles
+    )
     planned = plan_for_image(geometry, width, height, request, foveation)
     if as_json:
         typer.echo(json.dumps(planned.to_json(geometry.num_layers)))

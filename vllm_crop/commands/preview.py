@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`vllm-crop preview`: a picture of what pruning leaves of an image."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -21,6 +22,7 @@ from vllm_crop.commands.region_options import (
     RegionOption,
     RimOption,
     RimSizeOption,
+    UnseenTilesOption,
     ViewTokensOption,
     geometry_of,
     parse_regions,
@@ -29,6 +31,8 @@ from vllm_crop.commands.region_options import (
     why_whole,
 )
 from vllm_crop.config import FoveationConfig
+from vllm_crop.errors import CropError
+from vllm_crop.families.checkpoint import load_geometry
 from vllm_crop.families.registry import VisionGeometry, geometry_from_configs
 from vllm_crop.planner import ImagePlan
 from vllm_crop.planning.foveation import Piece, describe_pieces
@@ -70,9 +74,9 @@ class ServerAnswer:
             return f"region: {self.source}"
         confidence = self.localizer["confidence"]
         sure = "" if confidence is None else f", confidence {confidence:.2f}"
-        return (
-            f"region found by {self.source}: {self.localizer['outcome']}{sure}, {self.localizer['ms']:.0f} ms"
-        )
+        found = "region found" if self.region is not None else "no region found"
+        took = f"{self.localizer['ms']:.0f} ms"
+        return f"{found} by {self.source}: {self.localizer['outcome']}{sure}, {took}"
 
 
 def ask_server(base_url: str, picture: Image.Image, question: str, crop: dict[str, Any]) -> ServerAnswer:
@@ -156,6 +160,7 @@ def preview(
     view_tokens: ViewTokensOption = None,
     halo: HaloOption = DEFAULTS.foveation.halo,
     rim_size: RimSizeOption = DEFAULTS.foveation.rim_size,
+    unseen_tiles: UnseenTilesOption = DEFAULTS.foveation.unseen_tiles,
     output: Annotated[Path, typer.Option("-o", "--output", help="Where to write the PNG.")] = Path(
         "preview.png"
     ),
@@ -192,9 +197,12 @@ def preview(
         compression = served["compression"]
         if eviction_layers is None and "eviction_layers" in served:
             eviction_layers = ",".join(map(str, served["eviction_layers"]))
+        unseen_tiles = served.get("unseen_tiles", unseen_tiles)
     request = request_for_image(asked, pruning_rate, compression, method, eviction_layers, rim)
-    geometry = geometry_of(model) if model is not None else assumed_llava()
-    foveation = FoveationConfig(view_tokens=view_tokens, halo=halo, rim_size=rim_size)
+    geometry = assumed_llava() if model is None else _served(model) if answer else geometry_of(model)
+    foveation = FoveationConfig(
+        view_tokens=view_tokens, halo=halo, rim_size=rim_size, unseen_tiles=unseen_tiles
+    )
     planned = plan_for_image(geometry, *picture.size, request, foveation)
     if answer is not None:
         planned = replace(planned, pieces=answer.pieces)
@@ -213,8 +221,8 @@ def preview(
         typer.echo("No --model: LLaVA-1.5 assumed, a 24 x 24 grid on the 336-pixel centre crop.")
     counts = PlanSummary.of(planned.tokens, planned.region, num_layers)
     why = why_whole(request, asked)
-    if answer is not None and answer.localizer is not None and answer.localizer["outcome"] == "global":
-        why = "the localizer says that the question needs all of it"
+    if answer is not None and answer.localizer is not None:
+        why = _why_not_localized(answer.localizer)
     reason = "" if planned.region else f": {why}"
     typer.echo(f"{counts.tokens} -> {counts.after} ({counts.change})  {counts.describe()}{reason}")
     if counts.evicted:
@@ -222,6 +230,28 @@ def preview(
     if planned.pieces:
         typer.echo(f"The vision tower sees {planned.tower_tokens} tokens: {describe_pieces(planned.pieces)}")
     typer.echo(f"Written to {output}")
+
+
+def _served(model: str) -> VisionGeometry:
+    """The geometry of what a server serves, maybe from a folder of another machine."""
+    try:
+        return load_geometry(model)
+    except CropError as error:
+        raise typer.BadParameter(
+            f"the server's, {model!r}, is needed here to draw its tokens: name its folder or its name on the "
+            f"Hub ({error})",
+            param_hint="--model",
+        ) from None
+
+
+def _why_not_localized(localizer: Mapping[str, Any]) -> str:
+    """Why an image that a localizer was asked about is served whole."""
+    outcome, reason = localizer["outcome"], localizer.get("reason")
+    if outcome == "global":
+        return "the localizer says that the question needs all of it"
+    if outcome == "low_confidence":
+        return f"the localizer is not sure enough{f', {reason}' if reason else ''}"
+    return f"no region from the localizer, {outcome}{f': {reason}' if reason else ''}"
 
 
 def _is_given(ctx: typer.Context, name: str) -> bool:

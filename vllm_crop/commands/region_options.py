@@ -80,6 +80,10 @@ RimSizeOption = Annotated[
     Literal["half", "full"],
     typer.Option(help="With --compression foveate: as the server's foveation.rim_size."),
 ]
+UnseenTilesOption = Annotated[
+    Literal["from_whole", "left_out"],
+    typer.Option(help="With --compression foveate: as the server's foveation.unseen_tiles."),
+]
 MethodOption = Annotated[
     Method,
     typer.Option(help="Compress before the language model (plc), evict inside it (ilp), both, or neither."),
@@ -160,6 +164,9 @@ def plan_for_image(
             f"'foveate' is not possible with this model: {geometry.why_no_foveation}",
             param_hint="--compression",
         )
+    for name, field in type(foveation).model_fields.items():
+        if request.compression != "foveate" and getattr(foveation, name) != field.default:
+            raise typer.BadParameter("needs --compression foveate", param_hint=f"--{name.replace('_', '-')}")
     planner = Planner(DEFAULTS.model_copy(update={"foveation": foveation}), geometry)
     try:
         if request.eviction_layers:

@@ -9,6 +9,7 @@ import logging
 import os
 import platform
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from typing import Any
@@ -18,10 +19,10 @@ from pydantic import BaseModel
 from vllm_crop import __version__
 from vllm_crop.compat.changes import CHANGES
 from vllm_crop.compat.points import CPU_RUNNER_POINTS, EVICTION_POINTS, HEAT_POINTS, UPSTREAM_POINTS
-from vllm_crop.compat.refusals import REFUSED, uses_rust_front_end
+from vllm_crop.compat.refusals import REFUSED, refuse_for_geometry, uses_rust_front_end
 from vllm_crop.compat.supported import SUPPORTED_VERSIONS, find_problem, judge_version
 from vllm_crop.config import CropConfig
-from vllm_crop.errors import CropError, InvalidConfigError
+from vllm_crop.errors import CropError, InvalidConfigError, UnsupportedModelError
 from vllm_crop.eviction.grouping import predict_grouping
 from vllm_crop.eviction.refusals import refused_with_eviction
 from vllm_crop.eviction.report import BLOCK_SIZE, recommended_layer, savings
@@ -57,7 +58,7 @@ def describe_installation(model: str | None = None, crop_config: str | None = No
         problems.append(checkpoint["reason"])
     calibration = None
     try:
-        calibration = None if crop_config is None else describe_calibration(crop_config, model)
+        calibration = None if crop_config is None else judge_settings(crop_config, model)
     except CropError as error:
         problems.append(str(error))
     return {
@@ -83,14 +84,18 @@ def describe_installation(model: str | None = None, crop_config: str | None = No
         "config": describe_config(CropConfig),
         "model": checkpoint,
         "calibration": calibration,
+        "crop_config": crop_config,
     }
 
 
-def describe_calibration(crop_config: str, model: str | None) -> dict[str, str] | None:
-    """What the calibration that settings name says, and whether it fits a checkpoint; None if they name none.
+def judge_settings(crop_config: str, model: str | None) -> dict[str, str] | None:
+    """Read settings as a server does, and judge them by a checkpoint if one is given.
+
+    Returns:
+        What their calibration says and whether it fits; None if they name none.
 
     Raises:
-        CropError: the settings are wrong, the calibration cannot be used, or not with this checkpoint.
+        CropError: the settings are wrong or do not suit the checkpoint, or their calibration cannot be used.
     """
     try:
         settings = json.loads(crop_config)
@@ -98,11 +103,15 @@ def describe_calibration(crop_config: str, model: str | None) -> dict[str, str] 
         raise InvalidConfigError(f"--crop-config is no JSON: {error}") from None
     named = CropConfig.from_mapping(settings).localizer.calibration
     settings, calibration = with_calibration(settings)
+    if calibration is not None and model is not None:
+        calibration.require_fit(str(named), load_model_config(model))
+    config = CropConfig.from_mapping(settings)
+    if model is not None:
+        with suppress(UnsupportedModelError):  # said beside the model
+            refuse_for_geometry(load_geometry(model), config)
     if calibration is None:
         return None
-    if model is not None:
-        calibration.require_fit(str(named), load_model_config(model))
-    localizer = CropConfig.from_mapping(settings).localizer
+    localizer = config.localizer
     return {
         "file": str(named),
         "made for": calibration.model_name,

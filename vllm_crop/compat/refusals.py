@@ -90,9 +90,25 @@ def refuse_model(model_config: Any, config: CropConfig) -> None:
     """
     if model_config.tokenizer_mode not in ("auto", "hf", "slow"):
         refuse("--tokenizer-mode other than auto|hf|slow")
-    if config.stages:
-        refuse_budget(model_config, config)
     geometry = served_geometry(model_config)
+    refuse_for_geometry(geometry, config)
+    if config.position_ids == "original" and not geometry.uses_mrope:
+        room = model_config.hf_text_config.max_position_embeddings - geometry.max_tokens
+        if model_config.max_model_len > room:
+            raise InvalidConfigError(
+                "--crop-config position_ids='original' lets positions run past the prompt's length: "
+                f"--max-model-len must be at most {room} for this model, got {model_config.max_model_len}"
+            )
+
+
+def refuse_for_geometry(geometry: VisionGeometry, config: CropConfig) -> None:
+    """Refuse settings that do not suit the checkpoint, however it is served.
+
+    Raises:
+        InvalidConfigError: naming the setting and what would do.
+    """
+    if config.stages:
+        refuse_budget(geometry, config)
     if config.compression == "foveate" and geometry.why_no_foveation:
         raise InvalidConfigError(
             "--crop-config compression 'foveate' needs a vision tower that can be shown parts of an image at "
@@ -112,13 +128,6 @@ def refuse_model(model_config: Any, config: CropConfig) -> None:
                 f"--crop-config localizer.layers {layers}: the model's decoder layers are 0 to "
                 f"{geometry.num_layers - 1}"
             )
-    if config.position_ids == "original" and not geometry.uses_mrope:
-        room = model_config.hf_text_config.max_position_embeddings - geometry.max_tokens
-        if model_config.max_model_len > room:
-            raise InvalidConfigError(
-                "--crop-config position_ids='original' lets positions run past the prompt's length: "
-                f"--max-model-len must be at most {room} for this model, got {model_config.max_model_len}"
-            )
 
 
 def served_geometry(model_config: Any) -> VisionGeometry:
@@ -137,13 +146,12 @@ def served_geometry(model_config: Any) -> VisionGeometry:
     return geometry_from_configs(model_config.hf_config.to_dict(), settings)
 
 
-def refuse_budget(model_config: Any, config: CropConfig) -> None:
+def refuse_budget(geometry: VisionGeometry, config: CropConfig) -> None:
     """Refuse eviction layers the model does not have, or that cannot meet the server's pruning rate.
 
     Raises:
         InvalidConfigError: naming layers or a rate that would do.
     """
-    geometry = served_geometry(model_config)
     try:
         check_eviction_layers(config.stages, geometry.num_layers, geometry.first_eviction_layer)
     except BudgetError as error:

@@ -207,8 +207,9 @@ class LocalizationService:
         unsure = outcome == "low_confidence"
         reason = ""
         if unsure or outcome == "widened":
+            name = "whole_below" if unsure else "widen_below"
             least = self.config.least_confidence if unsure else self.config.widen_below
-            reason = f"a confidence of {located.confidence:.3f} is less than {least:g}"
+            reason = f"a confidence of {located.confidence:.3f} is less than {name}, {least:g}"
         return replace(
             self._without(outcome, start),
             region=region,

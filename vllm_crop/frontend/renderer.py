@@ -420,4 +420,5 @@ def _image_facts(
         localization=localization,
         request=request,
         pieces=decision.pieces,
+        leaves_out=bool(decision.pieces and plan and (plan.assignment < 0).any()),
     )

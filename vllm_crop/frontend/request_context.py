@@ -39,6 +39,7 @@ class ImageFacts:
         localization: what the server's own localizer did, if it was asked.
         request: what was asked for the image, the server's configuration applied.
         pieces: what the vision tower sees instead of the whole image; empty if that is what it sees.
+        leaves_out: whether tokens of tiles that it does not see are in no embedding.
     """
 
     tokens: int
@@ -49,6 +50,7 @@ class ImageFacts:
     localization: Localization | None = None
     request: ImageRequest | None = None
     pieces: tuple[Piece, ...] = ()
+    leaves_out: bool = False
 
     @property
     def tower_tokens(self) -> int:
@@ -109,12 +111,14 @@ def _settings_json(images: Sequence[ImageFacts]) -> dict[str, Any]:
     if request is None:
         return {}
     layers = {"eviction_layers": list(request.eviction_layers)} if request.eviction_layers else {}
+    tiles = {"unseen_tiles": "left_out"} if any(image.leaves_out for image in images) else {}
     return {
         "method": "off" if request.off else request.method,
         "pruning_rate": request.pruning_rate,
         "compression": request.compression,
         "rim": request.rim,
         **layers,
+        **tiles,
     }
 
 

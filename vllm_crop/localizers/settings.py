@@ -20,6 +20,19 @@ WhenUnsure = Literal["whole", "late"]
 Pinning = Literal["pinned", "latest", "off"]
 
 
+# Who is asked what: settings that other kinds have no use for. The view's size is foveation's too.
+_OF_ALL: tuple[Kind, ...] = ("request", "attention", "engine", "openai")
+_OF_KINDS: dict[str, tuple[Kind, ...]] = {
+    **dict.fromkeys(("kind", "thumbnail_tokens"), _OF_ALL),
+    **dict.fromkeys(("layers", "weights", "calibration", "window"), ("attention",)),
+    **dict.fromkeys(("max_windows", "further_window", "warm_above"), ("attention",)),
+    **dict.fromkeys(("priority", "adapter", "chat_template_kwargs"), ("attention", "engine")),
+    "dialect": ("engine", "openai"),
+    **dict.fromkeys(("thumbnail_side", "base_url", "model", "api_key_env"), ("openai",)),
+    **dict.fromkeys(("max_retries", "logprobs", "extra_body"), ("openai",)),
+}
+
+
 class LocalizerConfig(BaseModel):
     """`localizer` in the server's configuration."""
 
@@ -201,8 +214,6 @@ class LocalizerConfig(BaseModel):
     def _check(self) -> Self:
         if self.kind == "openai" and not (self.base_url and self.model):
             raise ValueError("localizer.kind 'openai' needs localizer.base_url and localizer.model")
-        if self.calibration is not None and self.kind != "attention":
-            raise ValueError("localizer.calibration belongs to localizer.kind 'attention'")
         if self.weights is not None and (
             self.layers is None
             or len(self.layers) != len(self.weights)
@@ -211,6 +222,14 @@ class LocalizerConfig(BaseModel):
             raise ValueError("localizer.weights needs localizer.layers, ascending, one weight for each")
         if self.prompt is not None and "{question}" not in self.prompt:
             raise ValueError("localizer.prompt must contain {question}")
+        for name, field in type(self).model_fields.items():
+            kinds = _OF_KINDS.get(name, _OF_ALL[1:])
+            default = field.get_default(call_default_factory=True)
+            if self.kind not in kinds and getattr(self, name) != default:
+                owners = " or ".join(map(repr, kinds))
+                raise ValueError(
+                    f"localizer.{name} belongs to localizer.kind {owners}, and the kind is {self.kind!r}"
+                )
         return self
 
     def view_tokens(self, full: int) -> int:

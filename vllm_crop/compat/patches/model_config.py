@@ -80,6 +80,12 @@ def patch(engine_args: Any, require_supported: Callable[[CropConfig, Any], None]
             model_config.hf_config.crop_max_image_tokens = served_geometry(model_config).max_tokens
         logger.info("Visual token pruning is on for %s: %s", model_config.architecture, config)
         select_renderer(importlib.import_module("vllm.renderers.registry").RENDERER_REGISTRY.renderers)
+        if config.localizer.kind == "attention" and config.localizer.layers is None:
+            logger.warning(
+                "Where this model looks nobody has measured: kind 'attention' reads layers in the middle of "
+                "its depth. `vllm-crop calibrate --model %s` finds those that look, and how sure they are",
+                model_config.model,
+            )
         return model_config
 
     engine_args.create_model_config = create_model_config_with_crop
