@@ -95,7 +95,7 @@ def test_all_scenarios_in_one_batch(
     engine_of: Callable[[Family], Engine], reference_of: Callable[[Family], ReferenceFor], family: Family
 ) -> None:
     engine, reference_for = engine_of(family), reference_of(family)
-    pooled = CropConfig.from_mapping({**CROP, "compression": "pool"})
+    pooled = CropConfig.from_mapping({**CROP, "compression": "pool", "foveation": {}})
     scenarios = TILED_SCENARIOS if family in TILED else SCENARIOS
     answers = engine.ask(*scenarios.values())
     for (name, question), answer in zip(scenarios.items(), answers, strict=True):

@@ -172,7 +172,7 @@ def test_what_is_refused_late_is_not_taken_for_sent(engine: Engine, monkeypatch:
     """With the cache that vLLM has where its engine is another process: it remembers what the engine has."""
     renderer, own = engine.llm.llm_engine.renderer, engine.llm.llm_engine.input_processor
     cache = LruKeyReplicatedSenderCache(engine.llm.model_config)
-    monkeypatch.setattr(renderer, "mm_processor_cache", cache)
+    monkeypatch.setattr(renderer, "_mm_processor_cache", cache)
     prompt = Question((picture(140, LARGE),), crop_of("ilp", [FIRST])).prompt(engine.image)
 
     def comes_with_data(**refused_for: int) -> bool:

@@ -141,7 +141,7 @@ def planned(compression: str, **foveation: int) -> ImagePlan:
     geometry = Qwen2_5VLGeometry.from_configs(
         {"num_hidden_layers": 28}, {"min_pixels": 3136, "max_pixels": 12845056}
     )
-    config = CropConfig.from_mapping({"foveation": foveation})
+    config = CropConfig.from_mapping({"compression": compression, "foveation": foveation})
     request = ImageRequest(SMALL, 0.8, compression, rim=0.05)  # type: ignore[arg-type]
     return Planner(config, geometry).plan_image(request, 1792, 1344)
 

@@ -136,7 +136,7 @@ def located(confidence: float | None, box: Box | None = None) -> LocalizerAnswer
 
 
 def test_the_thresholds_decide_between_region_wider_region_and_whole_image() -> None:
-    config = LocalizerConfig(whole_below=0.3, widen_below=0.6, widen_by=0.125)
+    config = LocalizerConfig(kind="engine", whole_below=0.3, widen_below=0.6, widen_by=0.125)
     assert settle(located(0.29), config) == (None, "low_confidence")
     region, outcome = settle(located(0.3), config)
     assert (region and region.as_lists(), outcome) == ([[0.125, 0.125, 0.625, 0.625]], "widened")
@@ -147,7 +147,7 @@ def test_the_thresholds_decide_between_region_wider_region_and_whole_image() -> 
 
 @given(box=boxes(), area=st.integers(0, 100), margin=st.integers(0, 50))
 def test_regions_grow_within_the_image_and_around_the_box(box: Box, area: int, margin: int) -> None:
-    config = LocalizerConfig(min_area=area / 100, margin=margin / 100)
+    config = LocalizerConfig(kind="engine", min_area=area / 100, margin=margin / 100)
     region, _ = settle(located(None, box), config)
     assert region is not None
     (grown,) = region.boxes
