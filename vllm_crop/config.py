@@ -221,6 +221,16 @@ class CropConfig(BaseModel):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _check_view(self) -> Self:
+        looked_at = self.localizer.kind in ("attention", "engine") or self.compression == "foveate"
+        if self.localizer.thumbnail_tokens is not None and not looked_at:
+            raise ValueError(
+                "localizer.thumbnail_tokens belongs to localizer.kind 'attention' or 'engine', and to "
+                f"compression 'foveate'; the kind is {self.localizer.kind!r}"
+            )
+        return self
+
     @property
     def stages(self) -> tuple[int, ...]:
         """The eviction layers the server prepares for; empty if it serves no eviction."""

@@ -17,7 +17,9 @@ LONGEST_NAME = 26  # bytes: every letter may be written as an escape
 
 # "crop" as a JSON string, in every spelling that JSON has for it.
 _NAME = re.compile(rb'"(?:c|\\u0063)(?:r|\\u0072)(?:o|\\u006[fF])(?:p|\\u0070)"')
-_TOKEN = re.compile(rb'[{}\[\]"]')
+# Short strings whole, of others the beginning; within values, where no name counts, many at once.
+_TOKEN = re.compile(rb'[{}\[\]]|"[^"\\]{0,64}+"|"')
+_WITHIN = re.compile(rb'[{}\[\]]|(?:"[^"\\]{0,64}+"[\s,:]*+)++|"')
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 _VALUE = re.compile(rb"\s*+:\s*+")
 _SCALAR = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[^,\]}\s]++', re.DOTALL)
@@ -48,6 +50,8 @@ def find_field(body: bytes) -> Any:
         except UnicodeDecodeError:
             return None  # the route answers bodies that are not JSON
         body = text.encode("utf-8", "surrogatepass")
+        if not may_have_field(body):
+            return None
     found = _find_bytes(body)
     if found is None:
         return None
@@ -66,20 +70,20 @@ def _find_bytes(body: bytes) -> bytes | None:
     found: bytes | None = None
     depth, position = 1, start.end()
     value_from: int | None = None  # of the field's value, while we are within it
-    while (token := _TOKEN.search(body, position)) is not None:
+    while (token := (_TOKEN if depth == 1 else _WITHIN).search(body, position)) is not None:
         position = token.end()
-        kind = token.group()
-        if kind in (b"{", b"["):
+        kind = body[token.start()]
+        if kind in b"{[":
             depth += 1
             if value_from is not None and depth > MAX_FIELD_DEPTH + 1:
                 raise _too_deep()
-        elif kind != b'"':
+        elif kind in b"}]":
             depth -= 1
             if depth == 1 and value_from is not None:
                 found, value_from = body[value_from:position], None
             if depth == 0:
                 break
-        elif (position := _end_of_string(body, token.start())) == 0:
+        elif position - token.start() == 1 and not (position := _end_of_string(body, token.start())):
             return None  # a string that does not end
         elif depth == 1 and _NAME.fullmatch(body, token.start(), position):
             colon = _VALUE.match(body, position)

@@ -33,7 +33,7 @@ LOCAL = [(scene, q) for scene in make_test_set(2, seed=77) for q in scene.questi
 def calibrated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The file, and what was printed."""
     folder = tmp_path_factory.mktemp("calibrate")
-    data, out = write_questions(folder / "data", 6, seed=41), folder / "tinyvqa.json"
+    data, out = write_questions(folder / "data", 8, seed=41), folder / "tinyvqa.json"
     settings = {"prompt": "{question}", "thumbnail_tokens": 64}
     STARTS["engines"] += 1
     finished = subprocess.run(
@@ -87,7 +87,7 @@ def test_it_says_what_it_rests_on(calibrated: tuple[Path, str]) -> None:
     learned = json.loads(out.read_text())
     assert learned["model"]["num_hidden_layers"] == 12
     assert learned["provenance"]["versions"]["vllm-crop"]
-    assert sum(learned["provenance"]["questions"].values()) == 30
+    assert sum(learned["provenance"]["questions"].values()) == 40
     assert "n " in printed
     assert str(out) in printed
     assert out.with_suffix(".png").stat().st_size > 10_000

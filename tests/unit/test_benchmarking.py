@@ -242,6 +242,26 @@ class TestLocalizers:
         options = make_options(tmp_path, localizer_config=theirs, **self.BOTH)
         assert remote_localizer(options, self.SERVER) == {"kind": "openai", **theirs}
 
+    @pytest.mark.parametrize(
+        "given",
+        [
+            {"base_url": "http://other/v1", "model": "big"},
+            {"dialect": "pixels"},
+            {"layers": [3], "window": 0.3},
+            {"priority": -1, "max_retries": 0},
+        ],
+        ids=str,
+    )
+    def test_each_localizer_gets_what_means_something_to_it(
+        self, tmp_path: Path, given: dict[str, Any]
+    ) -> None:
+        options = make_options(tmp_path, localizer_config=given, **self.BOTH)
+        told = [own_localizer("attention", options), own_localizer("engine", options)]
+        told.append(remote_localizer(options, self.SERVER))
+        for one in told:
+            CropConfig.from_mapping({"localizer": one})
+        assert all(any(one.get(name) == value for one in told) for name, value in given.items())
+
     def test_outcomes_are_summed_and_reported(self, tmp_path: Path) -> None:
         assert outcomes(self.METRICS) == {"region": 5, "whole": 1}
         options = make_options(tmp_path, **self.BOTH)
@@ -542,6 +562,8 @@ class TestCommand:
         for wrong, words in (
             (["--localizer", "far"], "far: not of"),
             (["--localizer-config", "[]"], "object"),
+            (["--localizer-config", '{"layers": [3]}'], "means nothing"),
+            (["--localizer", "engine", "--localizer-config", '{"window": 0.3}'], "(engine)"),
         ):
             result = CliRunner().invoke(app, ["bench", *wrong])
             assert result.exit_code == 2

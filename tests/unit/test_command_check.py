@@ -5,6 +5,7 @@ import importlib
 import json
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
@@ -213,6 +214,31 @@ def test_settings_that_do_not_suit_the_checkpoint(
     (problem,) = report(1, "--model", model, *given)["problems"]
     assert reason in problem
     assert report(0, *given)["ok"], "without a model nobody can say so"
+
+
+@pytest.mark.parametrize(
+    ("write", "settings", "reason"),
+    [
+        (write_qwen3_vl, {"unseen_tiles": "left_out"}, "foveation.unseen_tiles has no effect"),
+        (write_llava_next, {"halo": 1}, "foveation.halo has no effect"),
+    ],
+)
+def test_settings_of_another_vision_tower(
+    tmp_path: Path, write: Callable[[Path], str], settings: dict[str, Any], reason: str
+) -> None:
+    given = json.dumps({"compression": "foveate", "foveation": settings})
+    (problem,) = report(1, "--model", write(tmp_path), "--crop-config", given)["problems"]
+    assert reason in problem
+
+
+def test_position_ids_that_the_model_cannot_have(tmp_path: Path) -> None:
+    given = json.dumps({"position_ids": "renumbered"})
+    (problem,) = report(1, "--model", write_qwen3_vl(tmp_path), "--crop-config", given)["problems"]
+    assert "M-RoPE" in problem
+
+
+def test_a_missing_checkpoint_is_said_once(tmp_path: Path) -> None:
+    assert len(report(1, "--model", str(tmp_path), "--crop-config", "{}")["problems"]) == 1
 
 
 def test_what_can_start_is_said_as_it_is_started(tmp_path: Path) -> None:

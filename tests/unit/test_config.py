@@ -96,6 +96,8 @@ REFUSED: list[tuple[dict[Any, Any], list[str]]] = [
         {"localizer": {"kind": "attention", "dialect": "pixels"}},
         ["dialect belongs to", "'engine' or 'openai'"],
     ),
+    ({"localizer": {"thumbnail_tokens": 64}}, ["thumbnail_tokens belongs to", "compression 'foveate'"]),
+    ({"localizer": {"kind": "engine", "widen_by": 0.2}}, ["widen_by needs localizer.widen_below"]),
     ({"foveation": {"halo": 2}}, ["foveation.halo belongs to compression 'foveate'", "'pool'"]),
     ({"localizer": {"timeout_s": 0}}, [".localizer.timeout_s:", "greater than 0", "got 0"]),
     ({"localizer": {"margins": 1}}, [".localizer.margins:", "unknown key"]),

@@ -9,10 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import regions
 
+from vllm_crop.config import FoveationConfig
 from vllm_crop.frontend.request_context import MAX_HEADER_BYTES, ImageFacts, Source, facts_header
 from vllm_crop.localizers.decision import Localization
 from vllm_crop.planning.foveation import Piece, whole_piece
 from vllm_crop.planning.geometry import Box, Region, TokenGrid
+from vllm_crop.request import ImageRequest
 
 SOURCES: list[Source] = ["request", "none", "off", "out_of_view"]
 PRUNED = ImageFacts(576, 128, 128.0, Region((Box(0.1, 0.2, 0.3, 0.4),)), "request")
@@ -62,6 +64,15 @@ def test_what_the_vision_tower_sees_is_said_where_it_is_not_all() -> None:
     assert seen["tower_tokens"] == 100
     assert [Piece.from_json(piece) for piece in seen["pieces"]] == [view, crop]
     assert "tower_tokens" not in whole
+
+
+def test_settings_of_foveation_are_said_where_they_are_not_the_defaults() -> None:
+    asked = ImageRequest(PRUNED.region, 0.5, "foveate")
+    for settings in (FoveationConfig(), FoveationConfig(unseen_tiles="left_out", rim_size="half")):
+        image = replace(PRUNED, request=asked, foveation=settings)
+        header = json.loads(facts_header([image, WHOLE]))
+        assert FoveationConfig(**header.get("foveation", {})) == settings
+        assert ("foveation" in header) == (settings != FoveationConfig())
 
 
 def test_averages_are_rounded_to_hundredths() -> None:

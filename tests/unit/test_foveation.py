@@ -228,6 +228,16 @@ def test_what_is_left_out_shows_neither_the_region_nor_all(
     assert not (unseen & NEXT.grid(*size).mask(region))[whole.num_tokens :].any()
 
 
+@pytest.mark.parametrize("size", [(40, 5000), (7, 500), (1, 3000), (5000, 40), (3000, 1)])
+def test_of_a_line_nothing_but_newlines_may_be_left_out(size: tuple[int, int]) -> None:
+    crop = {"compression": "foveate", "pruning_rate": 0.3, "foveation": {"unseen_tiles": "left_out"}}
+    for box in (Box(0, 0, 1, 0.1), Box(0, 0, 0.1, 1)):
+        request = ImageRequest(Region((box,)), 0.3, "foveate")
+        planned = Planner(CropConfig.from_mapping(crop), NEXT).plan_image(request, *size)
+        unseen = NEXT.unseen(*size, planned.pieces)
+        assert unseen is None or not unseen[: 24 * 24].any()
+
+
 def test_the_budget_is_spent_on_what_is_seen() -> None:
     region = Region((Box(0.1, 0.1, 0.2, 0.2),))
     crop = {"compression": "foveate", "foveation": {"unseen_tiles": "left_out"}}

@@ -20,7 +20,7 @@ from vllm_crop.benchmarking.runs import Mode, Run
 from vllm_crop.eviction.grouping import KVGrouping
 from vllm_crop.families.checkpoint import load_geometry
 from vllm_crop.localizers.dialects import dialect_with
-from vllm_crop.localizers.settings import LocalizerConfig
+from vllm_crop.localizers.settings import Kind, LocalizerConfig, suits
 from vllm_crop.measuring.metrics import samples
 from vllm_crop.measuring.provenance import Machine
 from vllm_crop.measuring.server import Server, serve
@@ -36,7 +36,7 @@ DUMMY_GLANCE = {"regions": [Region.whole().as_lists()], "pruning_rate": 1 - 64 /
 
 def own_localizer(kind: OwnKind, options: Options) -> dict[str, Any]:
     """`localizer` of the server that asks itself."""
-    return {"kind": kind, **_dummy_settings(options), **options.localizer_config}
+    return {"kind": kind, **_dummy_settings(options), **_suiting(kind, options)}
 
 
 def remote_localizer(options: Options, server: Server) -> dict[str, Any]:
@@ -45,13 +45,18 @@ def remote_localizer(options: Options, server: Server) -> dict[str, Any]:
     That one is a vLLM, which can be held to legal answers.
     """
     if "base_url" in options.localizer_config:
-        return {"kind": "openai", **options.localizer_config}
-    config = {**_dummy_settings(options), **options.localizer_config}
+        return {"kind": "openai", **_suiting("openai", options)}
+    config = {**_dummy_settings(options), **_suiting("openai", options)}
     dialect = dialect_with(config.get("dialect", LocalizerConfig().dialect), config.get("prompt"))
     extra: dict[str, Any] = {"structured_outputs": {"regex": dialect.regex}}
     extra["crop"] = {"method": "off"} if options.model else DUMMY_GLANCE
     where = {"base_url": f"{server.base_url}/v1", "model": server.model}
     return {"kind": "openai", **where, "extra_body": extra, **config}
+
+
+def _suiting(kind: Kind, options: Options) -> dict[str, Any]:
+    """What of the options' settings means something to a kind: several are measured side by side."""
+    return {name: value for name, value in options.localizer_config.items() if suits(name, kind)}
 
 
 def _dummy_settings(options: Options) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 
 import json
 import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -200,6 +201,8 @@ def bench(
         raise typer.BadParameter(f"{', '.join(sorted(wrong))}: not of {LOCALIZERS}", param_hint="--localizer")
     if wrong := set(method).difference(METHODS):
         raise typer.BadParameter(f"{', '.join(sorted(wrong))}: not of {METHODS}", param_hint="--method")
+    settings = _parse_settings(localizer_config)
+    _refuse_stray(settings, ["attention"] if where else localizer)
     # Late, as all of the benchmark: the other commands start without it.
     from vllm_crop.benchmarking.options import Options
     from vllm_crop.benchmarking.runs import LOCALIZED_MODES
@@ -226,7 +229,7 @@ def bench(
         serve_args=tuple(shlex.split(serve_args)),
         folder=result_file.parent,
         localizers=tuple(mode for mode in LOCALIZED_MODES if mode.split()[0] in localizer),
-        localizer_config=_parse_settings(localizer_config),
+        localizer_config=settings,
     )
     try:
         if where:
@@ -266,6 +269,20 @@ def _parse_settings(text: str) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise typer.BadParameter("a JSON object is needed", param_hint="--localizer-config")
     return settings
+
+
+def _refuse_stray(settings: Mapping[str, Any], localizers: Sequence[str]) -> None:
+    """Refuse settings that mean nothing to any localizer that is measured."""
+    from vllm_crop.localizers.settings import Kind, suits
+
+    kinds: dict[str, Kind] = {"attention": "attention", "engine": "engine", "remote": "openai"}
+    for name in settings:
+        if not any(suits(name, kinds[one]) for one in localizers):
+            measured = ", ".join(localizers) or "none"
+            raise typer.BadParameter(
+                f"{name!r} means nothing to the localizers that are measured ({measured})",
+                param_hint="--localizer-config",
+            )
 
 
 def _run_load(options: "Options", result_file: Path, console: Console) -> None:

@@ -21,7 +21,8 @@ def check(
         typer.Option(
             metavar="JSON",
             help="Settings to judge too, as of vllm serve --crop-config, a calibration in them included; "
-            "with --model also whether they suit the checkpoint.",
+            "with --model also whether they suit the checkpoint. What other flags decide (--max-model-len, "
+            "--enable-lora) is judged by the server.",
         ),
     ] = None,
     settings: Annotated[

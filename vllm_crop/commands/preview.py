@@ -178,6 +178,9 @@ def preview(
     if (question is None) != (base_url is None):
         raise typer.BadParameter("a question and --base-url need each other", param_hint="QUESTION")
     asked, picture, answer = parse_regions(region, cells), _open(image), None
+    foveation = FoveationConfig(
+        view_tokens=view_tokens, halo=halo, rim_size=rim_size, unseen_tiles=unseen_tiles
+    )
     if base_url is not None and question is not None:
         given = {name: value for name, value in ctx.params.items() if _is_given(ctx, name)}
         crop: dict[str, Any] = {
@@ -197,12 +200,9 @@ def preview(
         compression = served["compression"]
         if eviction_layers is None and "eviction_layers" in served:
             eviction_layers = ",".join(map(str, served["eviction_layers"]))
-        unseen_tiles = served.get("unseen_tiles", unseen_tiles)
+        foveation = FoveationConfig(**served.get("foveation", {}))
     request = request_for_image(asked, pruning_rate, compression, method, eviction_layers, rim)
     geometry = assumed_llava() if model is None else _served(model) if answer else geometry_of(model)
-    foveation = FoveationConfig(
-        view_tokens=view_tokens, halo=halo, rim_size=rim_size, unseen_tiles=unseen_tiles
-    )
     planned = plan_for_image(geometry, *picture.size, request, foveation)
     if answer is not None:
         planned = replace(planned, pieces=answer.pieces)

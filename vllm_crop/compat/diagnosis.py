@@ -26,7 +26,7 @@ from vllm_crop.errors import CropError, InvalidConfigError, UnsupportedModelErro
 from vllm_crop.eviction.grouping import predict_grouping
 from vllm_crop.eviction.refusals import refused_with_eviction
 from vllm_crop.eviction.report import BLOCK_SIZE, recommended_layer, savings
-from vllm_crop.families.checkpoint import load_geometry, load_model_config
+from vllm_crop.families.checkpoint import CheckpointFileError, load_geometry, load_model_config
 from vllm_crop.families.registry import FAMILIES, VisionGeometry
 from vllm_crop.heat.refusals import refused_with_attention
 from vllm_crop.localizers.calibration import SETTINGS as CALIBRATED
@@ -107,7 +107,7 @@ def judge_settings(crop_config: str, model: str | None) -> dict[str, str] | None
         calibration.require_fit(str(named), load_model_config(model))
     config = CropConfig.from_mapping(settings)
     if model is not None:
-        with suppress(UnsupportedModelError):  # said beside the model
+        with suppress(UnsupportedModelError, CheckpointFileError):  # said beside the model
             refuse_for_geometry(load_geometry(model), config)
     if calibration is None:
         return None

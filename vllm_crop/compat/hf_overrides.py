@@ -35,7 +35,7 @@ def apply_overrides(hf_config: HfConfig, crop: Mapping[str, Any], user_overrides
         return hf_config
     configuration = hf_config.to_dict()
     geometry = geometry_from_configs(configuration, {})
-    position_ids = _settle_position_ids(crop.get("position_ids"), geometry)
+    position_ids = settle_position_ids(crop.get("position_ids"), geometry)
     hf_config.architectures = [f"Crop{family_of(configuration)}"]
     hf_config.crop = {**crop, "position_ids": position_ids}
     if position_ids == "original" and not geometry.uses_mrope:
@@ -45,7 +45,12 @@ def apply_overrides(hf_config: HfConfig, crop: Mapping[str, Any], user_overrides
     return hf_config
 
 
-def _settle_position_ids(asked: PositionIds | None, geometry: VisionGeometry) -> PositionIds:
+def settle_position_ids(asked: PositionIds | None, geometry: VisionGeometry) -> PositionIds:
+    """Those that are asked for, or the model's own.
+
+    Raises:
+        InvalidConfigError: the model cannot have them.
+    """
     if asked == "renumbered" and geometry.uses_mrope:
         raise InvalidConfigError(
             "--crop-config position_ids='renumbered' is not possible for a model with M-RoPE, whose position "

@@ -5,7 +5,8 @@ import math
 import os
 from typing import Any, NoReturn
 
-from vllm_crop.config import CONFIG_KEY, CropConfig, ShadowConfig
+from vllm_crop.compat.hf_overrides import settle_position_ids
+from vllm_crop.config import CONFIG_KEY, CropConfig, FoveationConfig, ShadowConfig
 from vllm_crop.errors import InvalidConfigError, UnsupportedFlagError
 from vllm_crop.families.registry import VisionGeometry, geometry_from_configs
 from vllm_crop.localizers.settings import LocalizerConfig
@@ -107,8 +108,15 @@ def refuse_for_geometry(geometry: VisionGeometry, config: CropConfig) -> None:
     Raises:
         InvalidConfigError: naming the setting and what would do.
     """
+    settle_position_ids(config.position_ids, geometry)
     if config.stages:
         refuse_budget(geometry, config)
+    for name, field in FoveationConfig.model_fields.items():
+        of_others = not geometry.why_no_foveation and name not in geometry.foveation_settings
+        if of_others and getattr(config.foveation, name) != field.default:
+            raise InvalidConfigError(
+                f"--crop-config foveation.{name} has no effect on this model's vision tower: leave it out"
+            )
     if config.compression == "foveate" and geometry.why_no_foveation:
         raise InvalidConfigError(
             "--crop-config compression 'foveate' needs a vision tower that can be shown parts of an image at "

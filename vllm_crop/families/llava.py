@@ -140,6 +140,7 @@ class LlavaGeometry:
     rotary_room: ClassVar[int] = 1
     first_eviction_layer: ClassVar[int] = 1
     why_no_foveation: ClassVar[str] = "every image is one tile of a fixed size"
+    foveation_settings: ClassVar[frozenset[str]] = frozenset()
 
     token_grid: TokenGrid
     preprocessing: ClipPreprocessing

@@ -173,10 +173,11 @@ class AnyResolution:
         unseen = np.zeros(tokens.num_tokens, dtype=bool)
         for part in tokens.parts[1:]:
             rows, cols = tiles.tiles_of(part)
-            shown = np.zeros((rows.max() + 1, cols.max() + 1), dtype=bool)
+            in_rows, in_cols = tiles.scale.rows // self.tile_tokens, tiles.scale.cols // self.tile_tokens
+            shown = np.zeros((in_rows, in_cols), dtype=bool)
             for piece in seen:
                 row, col = piece.window[0] // self.tile_tokens, piece.window[2] // self.tile_tokens
-                shown[row : row + 1, col : col + 1] = True
+                shown[row, col] = True
             hidden = ~shown[np.ix_(rows, cols)]
             newlines = np.repeat(hidden.all(axis=1, keepdims=True), part.newlines, axis=1)
             unseen[part.first :] = np.concatenate([hidden, newlines], axis=1).reshape(-1)
@@ -322,6 +323,7 @@ class LlavaNextGeometry:
     rotary_room: ClassVar[int] = 1
     first_eviction_layer: ClassVar[int] = 1
     why_no_foveation: ClassVar[str] = ""
+    foveation_settings: ClassVar[frozenset[str]] = frozenset({"rim_size", "unseen_tiles"})
 
     tiling: AnyResolution
     num_layers: int

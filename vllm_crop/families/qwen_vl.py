@@ -114,6 +114,7 @@ class Qwen2_5VLGeometry:
     default_deepstack: ClassVar[tuple[int, ...]] = ()
     default_window: ClassVar[int] = 112
     why_no_foveation: ClassVar[str] = ""
+    foveation_settings: ClassVar[frozenset[str]] = frozenset({"view_tokens", "rim_size", "reuse", "halo"})
 
     resize: SmartResize
     num_layers: int

@@ -24,11 +24,13 @@ class VisionGeometry(Protocol):
         uses_mrope: position ids are coordinates in the image, which the tokens that are left keep.
         rotary_room: how many times the model's positions vLLM's rotary table holds.
         why_no_foveation: why its vision tower cannot see parts of an image at several sizes; empty if it can.
+        foveation_settings: which of FoveationConfig's settings mean something to it.
     """
 
     uses_mrope: ClassVar[bool]
     rotary_room: ClassVar[int]
     why_no_foveation: ClassVar[str]
+    foveation_settings: ClassVar[frozenset[str]]
 
     @property
     def num_layers(self) -> int:

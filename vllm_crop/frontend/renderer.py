@@ -13,6 +13,7 @@ from typing import Any
 from vllm.exceptions import VLLMClientError, VLLMValidationError
 from vllm.renderers.hf import HfRenderer
 
+from vllm_crop.config import CropConfig
 from vllm_crop.errors import CropError
 from vllm_crop.frontend.localization import LocalizationService, RegionQuery, images_sought
 from vllm_crop.frontend.metrics import crop_metrics
@@ -346,7 +347,13 @@ class CropRenderer(HfRenderer):
         )
         self._record([one for one in found if one is not None])
         facts = [
-            _image_facts(decision, placeholder.length, self.mm_processor.geometry.num_layers, localization)
+            _image_facts(
+                decision,
+                placeholder.length,
+                self.mm_processor.geometry.num_layers,
+                localization,
+                self.mm_processor.crop_config,
+            )
             for decision, placeholder, localization in zip(decisions, placeholders, found, strict=True)
         ]
         engine_input[FACTS] = facts
@@ -398,7 +405,11 @@ def _num_images(data: Any, params: CropParams) -> int:
 
 
 def _image_facts(
-    decision: ImageDecision, num_placeholders: int, num_layers: int, localization: Localization | None
+    decision: ImageDecision,
+    num_placeholders: int,
+    num_layers: int,
+    localization: Localization | None,
+    config: CropConfig,
 ) -> ImageFacts:
     plan, request = decision.plan, decision.request
     source: Source = "request"
@@ -420,5 +431,5 @@ def _image_facts(
         localization=localization,
         request=request,
         pieces=decision.pieces,
-        leaves_out=bool(decision.pieces and plan and (plan.assignment < 0).any()),
+        foveation=config.foveation if request.compression == "foveate" else None,
     )

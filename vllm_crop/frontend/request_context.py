@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from vllm_crop.config import FoveationConfig
 from vllm_crop.localizers.decision import Localization
 from vllm_crop.localizers.heat import HeatMap
 from vllm_crop.planning.foveation import Piece, tower_tokens
@@ -39,7 +40,7 @@ class ImageFacts:
         localization: what the server's own localizer did, if it was asked.
         request: what was asked for the image, the server's configuration applied.
         pieces: what the vision tower sees instead of the whole image; empty if that is what it sees.
-        leaves_out: whether tokens of tiles that it does not see are in no embedding.
+        foveation: the server's settings of it, of an image that could be seen in pieces.
     """
 
     tokens: int
@@ -50,7 +51,7 @@ class ImageFacts:
     localization: Localization | None = None
     request: ImageRequest | None = None
     pieces: tuple[Piece, ...] = ()
-    leaves_out: bool = False
+    foveation: FoveationConfig | None = None
 
     @property
     def tower_tokens(self) -> int:
@@ -111,14 +112,15 @@ def _settings_json(images: Sequence[ImageFacts]) -> dict[str, Any]:
     if request is None:
         return {}
     layers = {"eviction_layers": list(request.eviction_layers)} if request.eviction_layers else {}
-    tiles = {"unseen_tiles": "left_out"} if any(image.leaves_out for image in images) else {}
+    given = [image.foveation.model_dump(exclude_defaults=True) for image in images if image.foveation]
+    foveation = {"foveation": given[0]} if any(given) else {}
     return {
         "method": "off" if request.off else request.method,
         "pruning_rate": request.pruning_rate,
         "compression": request.compression,
         "rim": request.rim,
         **layers,
-        **tiles,
+        **foveation,
     }
 
 

@@ -33,6 +33,11 @@ _OF_KINDS: dict[str, tuple[Kind, ...]] = {
 }
 
 
+def suits(name: str, kind: Kind) -> bool:
+    """Whether a setting means something to a kind; those that nobody knows are left to pydantic."""
+    return kind in _OF_KINDS.get(name, _OF_ALL[1:])
+
+
 class LocalizerConfig(BaseModel):
     """`localizer` in the server's configuration."""
 
@@ -220,13 +225,14 @@ class LocalizerConfig(BaseModel):
             or any(one >= other for one, other in pairwise(self.layers))
         ):
             raise ValueError("localizer.weights needs localizer.layers, ascending, one weight for each")
+        if self.widen_by != type(self).model_fields["widen_by"].default and not self.widen_below:
+            raise ValueError("localizer.widen_by needs localizer.widen_below: how unsure is to be widened")
         if self.prompt is not None and "{question}" not in self.prompt:
             raise ValueError("localizer.prompt must contain {question}")
         for name, field in type(self).model_fields.items():
-            kinds = _OF_KINDS.get(name, _OF_ALL[1:])
             default = field.get_default(call_default_factory=True)
-            if self.kind not in kinds and getattr(self, name) != default:
-                owners = " or ".join(map(repr, kinds))
+            if not suits(name, self.kind) and getattr(self, name) != default:
+                owners = " or ".join(repr(kind) for kind in _OF_ALL if suits(name, kind))
                 raise ValueError(
                     f"localizer.{name} belongs to localizer.kind {owners}, and the kind is {self.kind!r}"
                 )

@@ -231,7 +231,7 @@ class Zones(NamedTuple):
 
 def _held_bytes(plan: TokenPlan) -> int:
     """What a plan and its key take in the cache, some hundred bytes of objects included."""
-    return sum(array.nbytes for array in plan._arrays) + plan.grid.num_tokens // 8 + 1024
+    return sum(array.nbytes for array in plan._arrays) + len(Zones._fields) * plan.grid.num_tokens // 8 + 1024
 
 
 def _key(grid: ImageTokens, zones: Zones, *rest: Hashable) -> Hashable:

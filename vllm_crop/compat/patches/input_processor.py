@@ -32,7 +32,9 @@ def patch(input_processor: Any) -> None:
         return
     setattr(input_processor, _MARK, True)
     process_inputs = input_processor.process_inputs
-    place = list(inspect.signature(process_inputs).parameters).index("prompt") - 1  # behind self
+    names = list(inspect.signature(process_inputs).parameters)
+    # Behind self. A server that prunes does not start with a vLLM that has none (compat/points.py).
+    place = names.index("prompt") - 1 if "prompt" in names else 0
 
     @functools.wraps(process_inputs)  # its signature is checked again by every engine of this process
     def process_inputs_with_crop(self: Any, *args: Any, **kwargs: Any) -> Any:
