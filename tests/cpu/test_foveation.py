@@ -56,15 +56,18 @@ SEEN_WHOLE = {"seen whole", "off"}
 
 @pytest.fixture(scope="module")
 def engine_of(checkpoint_of: CheckpointOf) -> Callable[[Family], Engine]:
-    return cache(lambda family: Engine(checkpoint_of(family, family.deep), CROP, family, **CHUNKED))
+    return cache(
+        lambda family: Engine(checkpoint_of(family, family.deep), crop_of(family), family, **CHUNKED)
+    )
 
 
 @pytest.fixture(scope="module")
 def reference_of(checkpoint_of: CheckpointOf) -> Callable[[Family], ReferenceFor]:
-    config = CropConfig.from_mapping(CROP)
-    return cache(
-        lambda family: reference_by(foveating(family.reference, checkpoint_of(family, family.deep), config))
-    )
+    def make(family: Family) -> ReferenceFor:
+        config = CropConfig.from_mapping(crop_of(family))
+        return reference_by(foveating(family.reference, checkpoint_of(family, family.deep), config))
+
+    return cache(make)
 
 
 TILED = (LLAVA_NEXT, LLAVA_ONEVISION)
@@ -84,6 +87,11 @@ TILED_SCENARIOS = {
     "seen whole": Question((noise_image(627, 500, 400),), {"regions": [cells(0, 0, 7, 7)]}),
     "off": Question((noise_image(628, 500, 400),), {"regions": [HERE], "method": "off"}),
 }
+
+
+def crop_of(family: Family) -> dict[str, Any]:
+    """Tiles have no halo, and the view is one of them."""
+    return {**CROP, "foveation": {"rim_size": "half"}} if family in TILED else CROP
 
 
 def pieces_of(engine: Engine, image: Image.Image, crop: Any) -> Any:
