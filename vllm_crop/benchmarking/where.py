@@ -42,7 +42,7 @@ MODES = ("off", "region", AGAIN, "attention")
 TITLES = {
     "off": "unpruned",
     "region": "client's region",
-    AGAIN: "another of it",
+    AGAIN: "another region of it",
     "attention": "kind attention",
 }
 WARM_UPS = 2
