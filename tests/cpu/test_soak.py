@@ -24,7 +24,7 @@ from tests.soak_requests import LONGEST_ANSWER, Fate, Load, SoakRequest
 pytestmark = pytest.mark.vllm_runtime
 
 ON_V2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"  # its kernels are interpreted: ~0.3 s a step
-NUM_REQUESTS = int(os.environ.get("SOAK_REQUESTS", "40" if ON_V2 else "160"))
+NUM_REQUESTS = int(os.environ.get("SOAK_REQUESTS", "32" if ON_V2 else "120"))
 SEED = int(os.environ.get("SOAK_SEED", "0"))
 TOLERANCE = 2e-5  # nats, over the full vocabulary; up to 24 tokens, a few more than elsewhere
 NUM_QUESTIONS = 40  # per configuration; every one is answered once by the reference

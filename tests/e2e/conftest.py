@@ -59,6 +59,8 @@ def _servers_own_environment() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("VLLM_LOGGING_LEVEL", raising=False)
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        # A client that takes up a connection again just when the server gives it up sees no answer.
+        patch.setenv("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "600")
         yield
 
 

@@ -23,7 +23,7 @@ from vllm_crop.measuring.server import Server
 
 pytestmark = pytest.mark.e2e
 
-PAIRS = 16
+PAIRS = 12
 MEDIAN_RANKS = (3, 12)  # of 16 sorted values; the median lies between them with 97 % (order statistics)
 # An engine spins for a while before a request and after it: how long depends on what else is there to run.
 PAUSE_S = 0.3
