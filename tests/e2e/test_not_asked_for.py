@@ -24,7 +24,7 @@ from vllm_crop.measuring.server import Server
 pytestmark = pytest.mark.e2e
 
 PAIRS = 12
-MEDIAN_RANKS = (3, 12)  # of 16 sorted values; the median lies between them with 97 % (order statistics)
+MEDIAN_RANKS = (2, 9)  # of 12 sorted values; the median lies between them with 96 % (order statistics)
 # An engine spins for a while before a request and after it: how long depends on what else is there to run.
 PAUSE_S = 0.3
 
@@ -83,6 +83,6 @@ def test_outputs_and_work_equal_stock_vllm(
     with capsys.disabled():
         print(
             f"\ninstalled / stock vLLM, CPU time of a request over {PAIRS} pairs: "
-            f"median {median(ratios):.3f}, 97 % interval of the median {low:.3f} to {high:.3f}"
+            f"median {median(ratios):.3f}, 96 % interval of the median {low:.3f} to {high:.3f}"
         )
     assert low <= 1.02
