@@ -2,7 +2,7 @@
 """Servers started with `vllm serve`, asked through the real clients."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -37,31 +37,26 @@ FAMILIES = (LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_5_VL, QWEN3_VL)
 FAMILY_CROP = {"method": "plc+ilp", "eviction_layers": [2], "pruning_rate": 0.667}
 
 
-def serve(*args: Any, **kwargs: Any) -> AbstractContextManager[Server]:
+# Not what this process logs. A server's only worker runs in its engine's process, as on a GPU; on the CPU vLLM
+# would give it one of its own, for which all is imported once more: a third of a start. Where there are two
+# workers (the server of test_eviction.py), each has its process all the same. And a client that takes up a
+# connection again just when the server gives it up would see no answer.
+ENVIRONMENT = {
+    "VLLM_LOGGING_LEVEL": "INFO",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600",
+}
+
+
+def serve(*args: Any, env: Mapping[str, str] | None = None, **kwargs: Any) -> AbstractContextManager[Server]:
     """A server of this test run, counted."""
     STARTS["servers"] += 1
-    return measuring.serve(*args, **kwargs)
+    return measuring.serve(*args, env={**ENVIRONMENT, **(env or {})}, **kwargs)
 
 
 def metric(server: Server, name: str, **labels: str) -> float:
     """A sample on /metrics, 0 if it is not there yet."""
     return metric_sum(get_text(f"{server.base_url}/metrics"), name, **labels)
-
-
-@pytest.fixture(scope="package", autouse=True)
-def _servers_own_environment() -> Iterator[None]:
-    """Servers must not inherit how much the in-process engine tests log.
-
-    A server's only worker runs in its engine's process, as on a GPU. On the CPU vLLM would give it one of its
-    own, for which all is imported once more: a third of a start. Where there are two workers (the server of
-    test_eviction.py), each has its process all the same.
-    """
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("VLLM_LOGGING_LEVEL", raising=False)
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        # A client that takes up a connection again just when the server gives it up sees no answer.
-        patch.setenv("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "600")
-        yield
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ import pytest
 from lab.evaluation.question_file import write_questions
 from lab.evaluation.questions import make_test_set
 from tests.conftest import STARTS
-from tests.e2e.conftest import OPTIONS, serve
+from tests.e2e.conftest import ENVIRONMENT, OPTIONS, serve
 from tests.tinyvqa import CHECKPOINT, ask, crop_options, found
 from vllm_crop.measuring.server import Server
 from vllm_crop.planning.geometry import Box, Region, TokenGrid
@@ -46,7 +46,7 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         text=True,
         check=False,
         timeout=300,
-        env={**os.environ, "COLUMNS": "160", "VLLM_CPU_KVCACHE_SPACE": "1"},
+        env={**os.environ, **ENVIRONMENT, "COLUMNS": "160", "VLLM_CPU_KVCACHE_SPACE": "1"},
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
     return out, finished.stdout
