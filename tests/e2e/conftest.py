@@ -37,10 +37,10 @@ FAMILIES = (LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_5_VL, QWEN3_VL)
 FAMILY_CROP = {"method": "plc+ilp", "eviction_layers": [2], "pruning_rate": 0.667}
 
 
-# Not what this process logs. A server's only worker runs in its engine's process, as on a GPU; on the CPU vLLM
-# would give it one of its own, for which all is imported once more: a third of a start. Where there are two
-# workers (the server of test_eviction.py), each has its process all the same. And a client that takes up a
-# connection again just when the server gives it up would see no answer.
+# Not what this process logs. A server's only worker runs in its engine's process, as on a GPU; on the CPU
+# vLLM would give it one of its own, for which all is imported once more: a third of a start. Where there are
+# two workers (the server of test_eviction.py), each has its process all the same. And a client that takes up
+# a connection again just when the server gives it up would see no answer.
 ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "INFO",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
