@@ -153,7 +153,8 @@ class Planner:
         if region is None:
             return ImagePlan(None, whole_image_plan(grid, request.pruning_rate))
         around = view.project(request.around) if request.around else None
-        pieces = self._pieces(request, width, height, region, around)
+        sight = self._sight(request, grid.num_tokens)
+        pieces = self.geometry.foveate(width, height, region, around, sight) if sight else ()
         leaves_out = self.config.foveation.unseen_tiles == "left_out"
         try:
             tokens = make_plan(
@@ -171,15 +172,12 @@ class Planner:
             raise InvalidCropError("crop.pruning_rate", str(error)) from None
         return ImagePlan(region, tokens, pieces if tokens.compresses else ())
 
-    def _pieces(
-        self, request: ImageRequest, width: int, height: int, region: Region, around: Region | None
-    ) -> tuple[Piece, ...]:
-        """What the vision tower sees of an image whose embeddings are compressed; empty for all of it."""
+    def _sight(self, request: ImageRequest, full: int) -> Sight | None:
+        """How the vision tower is to see an image of `full` visual tokens; None for all of it as it is."""
         if request.compression != "foveate" or request.method == "ilp":
-            return ()
-        settings, full = self.config.foveation, self.geometry.grid(width, height).num_tokens
-        sight = Sight(self.view_tokens(full), settings.halo, half_rims=settings.rim_size == "half")
-        return self.geometry.foveate(width, height, region, around, sight)
+            return None
+        settings = self.config.foveation
+        return Sight(self.view_tokens(full), settings.halo, half_rims=settings.rim_size == "half")
 
     def view_tokens(self, full: int) -> int:
         """Most visual tokens that a foveated image with `full` of them is seen in as a whole."""

@@ -8,9 +8,9 @@ from vllm_crop.benchmarking import dummy_llava
 from vllm_crop.benchmarking.dummy_llava import (
     CHAT_TEMPLATE,
     IMAGE_TOKEN,
-    VOCAB_SIZE,
     DummySize,
     make_tokenizer,
+    text_sizes,
 )
 
 VIDEO_TOKEN = "<video>"
@@ -37,13 +37,7 @@ def make_config(size: DummySize, tokenizer: Any) -> Any:
     )
     text = Qwen2Config(
         architectures=["Qwen2ForCausalLM"],
-        hidden_size=size.hidden,
-        intermediate_size=3 * size.hidden,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.heads,
-        num_key_value_heads=size.heads // 2,
-        vocab_size=VOCAB_SIZE,
-        max_position_embeddings=size.max_positions,
+        **text_sizes(size, size.heads // 2),
         bos_token_id=ids["<s>"],
         eos_token_id=ids["</s>"],
         pad_token_id=ids["<pad>"],

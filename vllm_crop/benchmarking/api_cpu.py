@@ -160,6 +160,14 @@ def new_picture(size: tuple[int, int], seed: int) -> str:
 
 def _ask_ms(server: Server, url: str, crop: Mapping[str, Any] | None) -> float:
     """CPU milliseconds of the API process for one streamed answer."""
+    before = cpu_ms(server.process_id)
+    ask(server, url, crop, OUTPUT_TOKENS)
+    time.sleep(SETTLED_S)
+    return cpu_ms(server.process_id) - before
+
+
+def ask(server: Server, url: str, crop: Mapping[str, Any] | None, max_tokens: int) -> None:
+    """Wait for a streamed answer about a picture; `crop` is None for a server without the plugin."""
     import openai
 
     content: Any = [
@@ -167,19 +175,16 @@ def _ask_ms(server: Server, url: str, crop: Mapping[str, Any] | None) -> float:
         {"type": "text", "text": "What is written on the sign?"},
     ]
     body = {"ignore_eos": True} if crop is None else {"ignore_eos": True, "crop": dict(crop)}
-    before = cpu_ms(server.process_id)
     with openai.OpenAI(base_url=f"{server.base_url}/v1", api_key="unused", max_retries=0) as client:
         for _ in client.chat.completions.create(
             model="m",
             messages=[{"role": "user", "content": content}],
-            max_tokens=OUTPUT_TOKENS,
+            max_tokens=max_tokens,
             temperature=0,
             stream=True,
             extra_body=body,
         ):
             pass
-    time.sleep(SETTLED_S)
-    return cpu_ms(server.process_id) - before
 
 
 def cpu_ms(process_id: int) -> float:

@@ -17,7 +17,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from vllm_crop.benchmarking.api_cpu import REGION, SERVED, WARM_UPS, make_checkpoint, new_picture
+from vllm_crop.benchmarking.api_cpu import REGION, SERVED, WARM_UPS, ask, make_checkpoint, new_picture
 from vllm_crop.measuring.server import Server, serve
 
 SIZE, NUM_PICTURES, IN_FLIGHT = (5472, 3648), 20, 4  # of 20 megapixels
@@ -80,17 +80,7 @@ def api_memory_table(measured: Sequence[ApiMemory]) -> Table:
 
 
 def _ask_new(server: Server, crop: Mapping[str, Any] | None, size: tuple[int, int], seed: int) -> None:
-    import openai
-
-    content: Any = [
-        {"type": "image_url", "image_url": {"url": new_picture(size, seed)}},
-        {"type": "text", "text": "What is written on the sign?"},
-    ]
-    body = {} if crop is None else {"crop": dict(crop)}
-    with openai.OpenAI(base_url=f"{server.base_url}/v1", api_key="unused", max_retries=0) as client:
-        client.chat.completions.create(
-            model="m", messages=[{"role": "user", "content": content}], max_tokens=1, extra_body=body
-        )
+    ask(server, new_picture(size, seed), crop, max_tokens=1)
 
 
 def _mib(server: Server, counter: str) -> float:

@@ -76,6 +76,19 @@ def make_tokenizer(special_tokens: Sequence[str] = SPECIAL_TOKENS) -> Any:
     )
 
 
+def text_sizes(size: DummySize, kv_heads: int) -> dict[str, int]:
+    """Of a language model's configuration what follows from its size."""
+    return {
+        "hidden_size": size.hidden,
+        "intermediate_size": 3 * size.hidden,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": size.heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": VOCAB_SIZE,
+        "max_position_embeddings": size.max_positions,
+    }
+
+
 def make_config(size: DummySize, image_token_id: int) -> Any:
     """The LlavaConfig of a checkpoint of this size."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
@@ -91,13 +104,7 @@ def make_config(size: DummySize, image_token_id: int) -> Any:
     )
     text = LlamaConfig(
         architectures=["LlamaForCausalLM"],
-        hidden_size=size.hidden,
-        intermediate_size=3 * size.hidden,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.heads,
-        num_key_value_heads=size.heads,
-        vocab_size=VOCAB_SIZE,
-        max_position_embeddings=size.max_positions,
+        **text_sizes(size, size.heads),
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=2,

@@ -8,7 +8,6 @@ from vllm_crop.benchmarking import dummy_llava
 from vllm_crop.benchmarking.dummy_llava import (
     CHAT_TEMPLATE,
     IMAGE_TOKEN,
-    VOCAB_SIZE,
     DummySize,
     make_tokenizer,
 )
@@ -29,13 +28,7 @@ def make_config(size: DummySize, image_token_id: int, tile: int) -> Any:
     vision.image_size = tile
     text = MistralConfig(
         architectures=["MistralForCausalLM"],
-        hidden_size=size.hidden,
-        intermediate_size=3 * size.hidden,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.heads,
-        num_key_value_heads=size.heads // 2,
-        vocab_size=VOCAB_SIZE,
-        max_position_embeddings=size.max_positions,
+        **dummy_llava.text_sizes(size, size.heads // 2),
         sliding_window=None,
         bos_token_id=0,
         eos_token_id=1,

@@ -171,13 +171,12 @@ class AnyResolution:
         """
         tokens, tiles = self.tokens(width, height), self.tiles(width, height)
         unseen = np.zeros(tokens.num_tokens, dtype=bool)
+        side = self.tile_tokens
+        shown = np.zeros((tiles.scale.rows // side, tiles.scale.cols // side), dtype=bool)
+        for piece in seen:
+            shown[piece.window[0] // side, piece.window[2] // side] = True
         for part in tokens.parts[1:]:
             rows, cols = tiles.tiles_of(part)
-            in_rows, in_cols = tiles.scale.rows // self.tile_tokens, tiles.scale.cols // self.tile_tokens
-            shown = np.zeros((in_rows, in_cols), dtype=bool)
-            for piece in seen:
-                row, col = piece.window[0] // self.tile_tokens, piece.window[2] // self.tile_tokens
-                shown[row, col] = True
             hidden = ~shown[np.ix_(rows, cols)]
             newlines = np.repeat(hidden.all(axis=1, keepdims=True), part.newlines, axis=1)
             unseen[part.first :] = np.concatenate([hidden, newlines], axis=1).reshape(-1)
