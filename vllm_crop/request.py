@@ -2,7 +2,7 @@
 """What one request asks for: the body field `crop`, its bounds, and what follows for each image."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Annotated, Any
 
@@ -158,11 +158,13 @@ class Found:
         region: None to serve the image whole.
         warm: places that the question may be about too: they are kept as the rim is.
         late: nobody knows where to look: prune evenly, in late layers alone (`Planner`).
+        picture: what it was found in (localizers/thumbnails.py), with the view that was made of it.
     """
 
     region: Region | None = None
     warm: Region | None = None
     late: bool = False
+    picture: Any = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

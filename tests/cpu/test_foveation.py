@@ -20,7 +20,8 @@ from tests.foveated_reference import foveating
 from tests.pictures import noise_image
 from tests.sample_picture import draw_sample_picture
 from vllm_crop.config import CropConfig
-from vllm_crop.localizers.thumbnails import Picture
+from vllm_crop.localizers import thumbnails
+from vllm_crop.localizers.thumbnails import Picture, shrink
 from vllm_crop.models.piece_pixels import pixels_of
 from vllm_crop.models.placed_pieces import metadata_of_pieces
 from vllm_crop.planning.foveation import Piece, tower_tokens, whole_piece
@@ -173,7 +174,7 @@ def test_another_question_encodes_only_its_crop(engine_of: Callable[[Family], En
     _, crop = pieces_of(engine, image, elsewhere)
     assert encoded(elsewhere) == (1, crop.num_tokens)
     # The view is an image like others: sent by itself, it is known.
-    (seen,) = [engine.processor._view_of(image)]
+    (seen,) = [engine.processor._view_of(Picture(lambda: image))]
     before = encoder.num_encoded
     engine.ask(Question((seen,), {"method": "off"}))
     assert encoder.num_encoded == before
@@ -203,6 +204,26 @@ def test_the_localizers_view_is_the_images(checkpoint_of: CheckpointOf) -> None:
     assert encoder.tokens_encoded == view.num_tokens
     engine.ask(Question((image,), asked))
     assert encoder.tokens_encoded == view.num_tokens + tower_tokens(crops)
+
+
+def test_the_localizers_view_is_made_once(
+    checkpoint_of: CheckpointOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of each image of a request, and anew for a picture that has been changed since."""
+    localizer = {"kind": "attention", "prompt": "{question}", "whole_below": 0, "thumbnail_tokens": 64}
+    crop = {"compression": "foveate", "pruning_rate": 0.8, "localizer": localizer}
+    engine = Engine(checkpoint_of(QWEN3_VL, QWEN3_VL.deep), crop, QWEN3_VL)
+    made: list[Image.Image] = []
+    monkeypatch.setattr(thumbnails, "shrink", lambda *args: made.append(shrink(*args)) or made[-1])
+    pictures = noise_image(631, 640, 512), noise_image(632, 512, 640)
+    asked = Question(pictures, {"question": "Where?"})
+    (before,) = engine.ask(asked)
+    assert len(made) == len(pictures)
+    pictures[0].paste(noise_image(633, 640, 512))
+    made.clear()
+    (after,) = engine.ask(asked)
+    assert len(made) == 1  # the other picture's features and region are known
+    assert float((after.logprobs - before.logprobs).abs().max()) > NOTICEABLE
 
 
 def test_a_larger_part_may_answer_where_the_server_says_so(engine_of: Callable[[Family], Engine]) -> None:

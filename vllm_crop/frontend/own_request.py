@@ -14,7 +14,7 @@ from vllm_crop.families.view_size import size_for_tokens
 from vllm_crop.frontend.settling import SERVERS_OWN
 from vllm_crop.localizers.base import LocalizerError
 from vllm_crop.localizers.settings import LocalizerConfig
-from vllm_crop.localizers.thumbnails import Picture, image_of, not_huge, off_the_loop, shrink
+from vllm_crop.localizers.thumbnails import Picture, image_of, not_huge, off_the_loop
 from vllm_crop.models.processor import REQUEST_KEY, WAY_KEY
 from vllm_crop.models.sent import OnTheWay, newly_sent
 from vllm_crop.planning.geometry import ImageView, Region
@@ -87,7 +87,7 @@ class OwnRequests:
         most = self.config.view_tokens(self.geometry.grid(*image.size).num_tokens)
         size = size_for_tokens(self.geometry, *image.size, most)
         if size is not None:
-            view = image if size == image.size else shrink(image, size)
+            view = image if size == image.size else picture.shrunk(size)
             asked = CropParams(method="off")
         else:
             # Every image costs the same here: keep an even sample of its tokens instead.

@@ -119,7 +119,7 @@ class CropRenderer(HfRenderer):
             self._refuse_before_work(prompt, asked.params)
             localizations = self._localizing.localize_now(sought)
         way = OnTheWay()
-        self._hand_over(prompt, asked, localizations, way)
+        self._hand_over(prompt, asked, _found(localizations, sought, prompt), way)
         try:
             engine_input = super().process_for_engine(prompt, arrival_time, **kwargs)
         except BaseException:
@@ -166,7 +166,7 @@ class CropRenderer(HfRenderer):
                     sought = [replace(one, waiting=ahead.start) for one in sought]
                     localizations = await self._localizing.localize(sought)
         way = OnTheWay()
-        self._hand_over(prompt, asked, localizations, way, ahead)
+        self._hand_over(prompt, asked, _found(localizations, sought, prompt), way, ahead)
         try:
             engine_input = await super().process_for_engine_async(prompt, arrival_time, **kwargs)
         except BaseException:  # refused when it had been processed, or its client has gone, at any point
@@ -176,7 +176,7 @@ class CropRenderer(HfRenderer):
         self._report(engine_input, asked, localizations, **kwargs)
         if self.shadow_checks is not None and (context := current_request.get()) is not None:
             if localizations:
-                asked = replace(asked, found=_found(localizations))
+                asked = replace(asked, found=_found(localizations))  # a check keeps no pictures
             self.shadow_checks.consider(prompt, asked, engine_input, context)
         return engine_input
 
@@ -301,7 +301,7 @@ class CropRenderer(HfRenderer):
         self,
         prompt: Any,
         asked: CropRequest,
-        localizations: Sequence[Localization],
+        found: tuple[Found, ...],
         way: OnTheWay,
         ahead: ImagesAhead | None = None,
     ) -> None:
@@ -311,8 +311,8 @@ class CropRenderer(HfRenderer):
             context.handed_over = True
         if not prompt.get("multi_modal_data"):
             return
-        if localizations:
-            asked = replace(asked, found=_found(localizations))
+        if found:
+            asked = replace(asked, found=found)
         given = prompt.get("mm_processor_kwargs") or {}
         others = {name: value for name, value in given.items() if name != CROP_KEY}
         own: dict[str, Any] = (
@@ -381,8 +381,18 @@ class CropRenderer(HfRenderer):
             context.unsent.update(dict.fromkeys(newly_sent(engine_input), cache.invalidate))
 
 
-def _found(localizations: Sequence[Localization]) -> tuple[Found, ...]:
-    return tuple(Found(one.region, one.warm, one.late) for one in localizations)
+def _found(
+    localizations: Sequence[Localization], sought: Sequence[RegionQuery] = (), prompt: Any = None
+) -> tuple[Found, ...]:
+    """What the image processor is told, with the pictures of images that came as such in the prompt."""
+    pictures: list[Picture | None] = [None] * len(localizations)
+    if prompt is not None and localizations:
+        images = _images(prompt["multi_modal_data"])
+        pictures = [None if image is None else one.picture for image, one in zip(images, sought, strict=True)]
+    return tuple(
+        Found(one.region, one.warm, one.late, picture)
+        for one, picture in zip(localizations, pictures, strict=True)
+    )
 
 
 def _vllm_request() -> Any:

@@ -82,6 +82,7 @@ class Picture:
             decoding: settings that the decoded picture depends on too.
         """
         self._open, self._encoded, self._decoding = open_item, encoded, decoding
+        self._shrunk: Image.Image | None = None
 
     def open(self) -> Image.Image:
         """The picture, decoded."""
@@ -90,6 +91,12 @@ class Picture:
     def open_item(self) -> Any:
         """The picture with the bytes it came as: vLLM's caches know it by them."""
         return self._open()
+
+    def shrunk(self, size: tuple[int, int]) -> Image.Image:
+        """What `shrink` makes of it; the last is remembered: localizer and image processor want the same."""
+        if self._shrunk is None or self._shrunk.size != size:
+            self._shrunk = shrink(self.open(), size)
+        return self._shrunk
 
     def key(self) -> str:
         """A hash of what it shows."""

@@ -25,7 +25,7 @@ from vllm.multimodal.processing.inputs import ProcessorInputs
 from vllm_crop.config import CropConfig
 from vllm_crop.eviction.markers import UNMARKED, EvictionSettings, Unmarked, embed_indices, write_markers
 from vllm_crop.families.registry import VisionGeometry, geometry_from_configs
-from vllm_crop.localizers.thumbnails import as_picture
+from vllm_crop.localizers.thumbnails import Picture, as_picture
 from vllm_crop.models.ahead import ImagesAhead
 from vllm_crop.models.known_images import KnownImages, RequestImages, identify
 from vllm_crop.models.sent import OnTheWay, newly_sent, withhold
@@ -52,12 +52,14 @@ class CropItems:
         image_hashes: per image, whatever the region; empty strings for images not to be remembered.
         mm_hashes: cache keys of all items of the request by modality, regions included.
         ahead: what the HF processor has made of the images already.
+        pictures: per image what the server found its region in; None for others.
     """
 
     decisions: tuple[ImageDecision, ...]
     image_hashes: tuple[str, ...]
     mm_hashes: Mapping[str, Sequence[str]]
-    ahead: ImagesAhead | None = None
+    ahead: ImagesAhead | None
+    pictures: tuple[Picture | None, ...]
 
 
 class CropProcessorMixin(BaseMultiModalProcessor):
@@ -135,7 +137,9 @@ class CropProcessorMixin(BaseMultiModalProcessor):
         # Profiling sends one dummy item many times, without `crop`: a key would let the feature cache
         # answer all but the first, and too little memory would be profiled.
         keys = images.keys if is_request else ("",) * len(images.keys)
-        known_here = CropItems(decisions, keys, hashes, ahead if self._is_ahead(ahead, inputs) else None)
+        usable = ahead if self._is_ahead(ahead, inputs) else None
+        pictures = tuple(one.picture for one in asked.found or ()) or (None,) * len(decisions)
+        known_here = CropItems(decisions, keys, hashes, usable, pictures)
         processed = super().apply(
             replace(inputs, hf_processor_mm_kwargs={**plain, ITEMS_KEY: known_here}), timing_ctx
         )
@@ -249,6 +253,7 @@ class CropProcessorMixin(BaseMultiModalProcessor):
             items,
             decisions=tuple(items.decisions[index] for index in missing),
             image_hashes=tuple(items.image_hashes[index] for index in missing),
+            pictures=tuple(items.pictures[index] for index in missing),
         )
         return {**kwargs, ITEMS_KEY: picked}
 

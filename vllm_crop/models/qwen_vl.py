@@ -16,7 +16,7 @@ from vllm.multimodal.parse import MultiModalDataItems
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from vllm_crop.families.view_size import size_for_tokens
-from vllm_crop.localizers.thumbnails import as_picture, shrink
+from vllm_crop.localizers.thumbnails import Picture, as_picture
 from vllm_crop.models.base import CropModelMixin, original_mrope_positions
 from vllm_crop.models.encoder import Encode, Part, SeenImage
 from vllm_crop.models.piece_pixels import pixels_of
@@ -55,21 +55,22 @@ class CropQwenVLProcessorMixin(CropProcessorMixin):
     def images_processed(self, mm_items: Any, hf_kwargs: Mapping[str, object], items: CropItems) -> Any:
         """As the stock processor, which is given the pieces of images that are seen in pieces."""
         decisions = items.decisions
-        foveated = [index for index, one in enumerate(decisions) if one.pieces]
-        if not foveated:
+        if not any(one.pieces for one in decisions):
             return super().images_processed(mm_items, hf_kwargs, items)
         images = [mm_items["image"].get(index) for index in range(len(decisions))]
         whole = [image for image, one in zip(images, decisions, strict=True) if not one.pieces]
         others = {name: data for name, data in mm_items.items() if name != "image"}
         data = self._processed(whole, hf_kwargs, others)
-        patches = _split(data)
+        of_whole, patches = iter(_split(data)), []
         keys = [image_key(image_hash) for image_hash in items.image_hashes]
-        for index in foveated:
-            picture, decision = as_picture(images[index]), decisions[index]
+        for index, decision in enumerate(decisions):
+            if not decision.pieces:
+                patches.append(next(of_whole))
+                continue
+            picture = items.pictures[index] or as_picture(images[index])
             assert picture is not None  # can_be_foveated
-            image = picture.open()
-            view = self._view_of(image)
-            patches.insert(index, self._patches_of(image, view, decision.pieces, hf_kwargs))
+            view = self._view_of(picture)
+            patches += self._patches_of(picture.open(), view, decision.pieces, hf_kwargs)
             if items.image_hashes[index]:
                 keys[index] = self._keys_of(view, decision.pieces, items.image_hashes[index])
         merge = self.info.get_image_processor().merge_size
@@ -99,7 +100,7 @@ class CropQwenVLProcessorMixin(CropProcessorMixin):
         view: Image.Image,
         pieces: Sequence[Piece],
         hf_kwargs: Mapping[str, object],
-    ) -> torch.Tensor:
+    ) -> list[torch.Tensor]:
         processor = self.info.get_image_processor()
         side = processor.patch_size * processor.merge_size
         cut = [pixels_of(image, piece, side, self._resample) for piece in pieces[1:]]
@@ -107,14 +108,15 @@ class CropQwenVLProcessorMixin(CropProcessorMixin):
         as_cut = self._processed(cut, {**hf_kwargs, "do_resize": False})
         grids = torch.cat([seen["image_grid_thw"], as_cut["image_grid_thw"]]) // processor.merge_size
         assert grids[:, 1:].tolist() == [[piece.rows, piece.cols] for piece in pieces], grids
-        return torch.cat([seen["pixel_values"], as_cut["pixel_values"]])
+        return [seen["pixel_values"], as_cut["pixel_values"]]
 
-    def _view_of(self, image: Image.Image) -> Image.Image:
+    def _view_of(self, picture: Picture) -> Image.Image:
         """The small image that the localizer is shown too, of the same pixels."""
-        full = self.geometry.grid(*image.size).num_tokens
-        size = size_for_tokens(self.geometry, *image.size, self.planner.view_tokens(full))
+        width, height = picture.open().size
+        full = self.geometry.grid(width, height).num_tokens
+        size = size_for_tokens(self.geometry, width, height, self.planner.view_tokens(full))
         assert size is not None  # else there were no pieces
-        return shrink(image, size)
+        return picture.shrunk(size)
 
     def _keys_of(self, view: Image.Image, pieces: Sequence[Piece], image_hash: str) -> torch.Tensor:
         """Names of what each piece shows; the view's is that of the same small image sent by itself."""
