@@ -116,15 +116,13 @@ def test_a_server_with_a_changed_point_does_not_start(changed: Path, checkpoint:
 
 
 @pytest.mark.package_index
-def test_the_overlay_knows_every_operator_that_differs(
-    installed: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What docker/cpu/overlay.py asks before it puts 0.33's Python over the installed extensions."""
+def test_the_overlay_knows_every_operator_that_differs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What docker/cpu/overlay.py asks before it puts 0.33's Python over 0.32's extensions."""
     monkeypatch.syspath_prepend(str(ROOT / "docker" / "cpu"))
     import overlay_ops
 
     compiled = overlay_ops.operators(Path(sys.executable))
-    before, after = open_vllm(str(installed), ROOT), open_vllm("0.33.0", ROOT / "build" / "wheels")
+    before, after = (open_vllm(version, ROOT / "build" / "wheels") for version in ("0.32.0", "0.33.0"))
     texts = [[(module, vllm.text(module)) for module in vllm] for vllm in (before, after)]
     assert overlay_ops.misfits(compiled, *texts) == []
     monkeypatch.setattr(overlay_ops, "KNOWN", {})
