@@ -27,9 +27,12 @@ from vllm_crop.planning.plan import TokenPlan
 from vllm_crop.request import ImageRequest
 
 
-def foveating(reference: type[HfReference], checkpoint: Path, config: CropConfig) -> HfReference:
+def foveating(
+    reference: type[HfReference], checkpoint: Path, config: CropConfig, overview: bool = False
+) -> HfReference:
     """The reference of a family as `reference` makes it, but for what the tower sees of pruned images."""
-    leaves_out = config.foveation.unseen_tiles == "left_out"  # tests/unit/test_foveation.py says which
+    # tests/unit/test_foveation.py says which
+    leaves_out = overview or config.foveation.unseen_tiles == "left_out"
     gather = gathered if issubclass(reference, HfQwen2_5VL) else tiled
 
     class Foveating(reference):  # type: ignore[valid-type, misc]
@@ -50,7 +53,7 @@ def foveating(reference: type[HfReference], checkpoint: Path, config: CropConfig
     def planned_for(hf: Any, image: Image.Image, region: Any, args: Any, kwargs: Any) -> ImagePlan:
         names = ("pruning_rate", "compression", "method", "eviction_layers", "rim")
         asked = {"rim": DEFAULT_RIM, **dict(zip(names, args, strict=False)), **kwargs}
-        request = ImageRequest(region, **asked)
+        request = ImageRequest(region, overview=overview, **asked)
         planned: ImagePlan = hf.planner.plan_image(request, *image.size)
         return planned
 

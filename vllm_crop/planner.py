@@ -11,7 +11,7 @@ from vllm_crop.families.registry import VisionGeometry
 from vllm_crop.planning.budget import BudgetError, Method, retained_count
 from vllm_crop.planning.foveation import Piece, Sight, tower_tokens
 from vllm_crop.planning.geometry import Region
-from vllm_crop.planning.plan import TokenPlan, make_plan, whole_image_plan
+from vllm_crop.planning.plan import TokenPlan, make_plan, overview_plan, whole_image_plan
 from vllm_crop.request import CropRequest, Found, ImageRequest, InvalidCropError
 
 Size = tuple[int, int]
@@ -153,6 +153,11 @@ class Planner:
         if region is None:
             return ImagePlan(None, whole_image_plan(grid, request.pruning_rate))
         around = view.project(request.around) if request.around else None
+        if request.overview and request.compression == "foveate":
+            overview = self.geometry.overview(width, height)
+            unseen = self.geometry.unseen(width, height, overview)
+            if unseen is not None:
+                return ImagePlan(region, overview_plan(grid, unseen, request.pruning_rate), overview)
         sight = self._sight(request, grid.num_tokens)
         pieces = self.geometry.foveate(width, height, region, around, sight) if sight else ()
         leaves_out = self.config.foveation.unseen_tiles == "left_out"

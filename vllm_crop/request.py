@@ -178,6 +178,7 @@ class CropRequest:
             whole.
         limited: whether the limits for clients hold; not for the localizer's own requests.
         salt: the request's `cache_salt`.
+        overview: as of ImageRequest.
         unsure: it may reach the engine after others that are rendered later, as one of several conversations
             that go there together: vLLM's processor cache must not take its images for sent.
     """
@@ -186,12 +187,14 @@ class CropRequest:
     found: tuple[Found, ...] | None = None
     limited: bool = True
     salt: str | None = None
+    overview: bool = False
     unsure: bool = False
 
     def images(self, config: CropConfig, num_images: int) -> list["ImageRequest"]:
         """What is asked for each image; see image_requests."""
         if self.found is None:
-            return image_requests(self.params, config, num_images, self.limited)
+            requests = image_requests(self.params, config, num_images, self.limited)
+            return [replace(request, overview=self.overview) for request in requests]
         params = self.params.model_copy(update={"regions": [one.region for one in self.found]})
         requests = image_requests(params, config, num_images, self.limited)
         return [replace(request, warm=one.warm) for request, one in zip(requests, self.found, strict=True)]
@@ -211,6 +214,8 @@ class ImageRequest:
             sides.
         warm: further places that are kept like that.
         off: whether the image is served whole because pruning is switched off, and not for want of a region.
+        overview: where the prompt has all of the image small beside larger tiles, that alone is seen and
+            kept; for localizers.
     """
 
     region: Region | None
@@ -221,6 +226,7 @@ class ImageRequest:
     rim: float = 0.0
     warm: Region | None = None
     off: bool = False
+    overview: bool = False
 
     @property
     def around(self) -> Region | None:
@@ -245,7 +251,8 @@ class ImageRequest:
         boxes = repr(self.region.as_lists())
         warm = self.warm and repr(self.warm.as_lists())
         numbers = repr(self.pruning_rate), repr(self.rim), warm
-        return ("plc-2", self.method, boxes, *numbers, self.compression, self.eviction_layers)
+        settings = self.compression, self.eviction_layers, self.overview
+        return ("plc-2", self.method, boxes, *numbers, *settings)
 
 
 def is_off(params: CropParams, config: CropConfig) -> bool:

@@ -24,8 +24,10 @@ from vllm_crop.localizers import thumbnails
 from vllm_crop.localizers.thumbnails import Picture, shrink
 from vllm_crop.models.piece_pixels import pixels_of
 from vllm_crop.models.placed_pieces import metadata_of_pieces
+from vllm_crop.models.processor import REQUEST_KEY
 from vllm_crop.planning.foveation import Piece, tower_tokens, whole_piece
 from vllm_crop.planning.geometry import TokenGrid
+from vllm_crop.request import CropParams, CropRequest
 
 pytestmark = pytest.mark.vllm_runtime
 FAMILIES = (QWEN2_VL, QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE)
@@ -134,6 +136,47 @@ def test_unseen_tiles_can_be_left_out(checkpoint_of: CheckpointOf) -> None:
         assert (difference(answer, control) <= TOLERANCE) == (name in SEEN_WHOLE), name
         fewer = answer.num_prompt_tokens < control.num_prompt_tokens
         assert fewer == (name not in SEEN_WHOLE), name
+
+
+class Overview(Question):
+    """As a localizer asks."""
+
+    def prompt(self, image: str = "") -> dict[str, Any]:
+        asked = CropRequest(CropParams.parse(dict(self.crop or {})), limited=False, overview=True)
+        return {**super().prompt(image), "mm_processor_kwargs": {REQUEST_KEY: asked}}
+
+
+@pytest.mark.parametrize("family", TILED, ids=str)
+def test_an_overview_is_the_tile_of_the_whole_image(checkpoint_of: CheckpointOf, family: Family) -> None:
+    """Localizers see it alone, and the vision tower encodes it once for them and for the image."""
+    localizer = {"kind": "attention", "prompt": "{question}", "whole_below": 0, "thumbnail_tokens": 20}
+    crop = {"compression": "foveate", "pruning_rate": 0.8, "localizer": localizer}
+    checkpoint = checkpoint_of(family, family.deep)
+    engine = Engine(checkpoint, crop, family)
+    encoder, image = engine.model.crop_encoder, noise_image(640, 500, 400)
+    tile = engine.processor.geometry.tiling.tile_tokens**2
+    asked = Overview((image,), {"regions": [[0, 0, 1, 1]], "pruning_rate": 0.8, "method": "plc"})
+    (answer,) = engine.ask(asked)
+    assert encoder.tokens_encoded == tile
+    reference = reference_by(foveating(family.reference, checkpoint, engine.config, overview=True))
+    control = reference_by(foveating(family.reference, checkpoint, engine.config))
+    error = difference(answer, reference(asked, engine.config))
+    change = difference(answer, control(asked, engine.config))
+    print(f"{family}: {error:.1e}; with all tiles {change:.1e}")
+    assert error <= TOLERANCE
+    assert change > NOTICEABLE
+    (here,) = decided(engine.processor, image, {"regions": [cells(0, 0, 1, 1)]}).pieces[1:]
+    engine.ask(Question((image,), {"regions": [cells(0, 0, 1, 1)]}))
+    assert encoder.tokens_encoded == tile + here.num_tokens
+    locate = engine.llm.llm_engine.renderer._localizing.localizer
+    other = noise_image(641, 500, 400)
+    before = encoder.tokens_encoded
+    found = locate.locate_now(Picture(lambda: other), "Where?")
+    assert encoder.tokens_encoded == before + tile
+    assert found.heat.values.size > 1
+    engine.ask(Question((other,), {"regions": [found.region.as_lists()]}))
+    seen = decided(engine.processor, other, {"regions": [found.region.as_lists()]})
+    assert encoder.tokens_encoded == before + tower_tokens(seen.pieces)
 
 
 @each_family

@@ -182,6 +182,10 @@ class LlavaGeometry:
         """Nothing: see `why_no_foveation`."""
         return ()
 
+    def overview(self, width: int, height: int) -> tuple[Piece, ...]:
+        """None: the prompt has an image once."""
+        return ()
+
     def unseen(self, width: int, height: int, pieces: Sequence[Piece]) -> None:
         """None: the whole image is seen at one size in the prompt."""
 

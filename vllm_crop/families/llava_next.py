@@ -360,12 +360,17 @@ class LlavaNextGeometry:
         self, width: int, height: int, region: Region, around: Region | None, sight: Sight
     ) -> tuple[Piece, ...]:
         """The whole image in one tile, and of the other tiles those that show the region."""
-        tiles, side = self.tiling.tiles(width, height), self.tiling.tile_tokens
+        tiles = self.tiling.tiles(width, height)
         wanted = region if sight.half_rims or around is None else Region((*region.boxes, *around.boxes))
         touched = tiles.touched(wanted)
-        if len(touched) * side**2 == tiles.scale.num_tokens:
+        if len(touched) * self.tiling.tile_tokens**2 == tiles.scale.num_tokens:
             return ()
-        return (whole_piece(TokenGrid(side, side)), *touched)
+        return (*self.overview(width, height), *touched)
+
+    def overview(self, width: int, height: int) -> tuple[Piece, ...]:
+        """The tile of the whole image."""
+        side = self.tiling.tile_tokens
+        return (whole_piece(TokenGrid(side, side)),)
 
     def unseen(self, width: int, height: int, pieces: Sequence[Piece]) -> Mask | None:
         """The tokens of tiles that are none of the pieces, and newlines of rows that have only such."""

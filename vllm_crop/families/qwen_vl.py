@@ -168,6 +168,10 @@ class Qwen2_5VLGeometry:
         rule = FoveationRule(self.grid(*size), sight.halo, self.window_tokens, sight.half_rims)
         return foveate(self.grid(width, height), region, around, rule)
 
+    def overview(self, width: int, height: int) -> tuple[Piece, ...]:
+        """None: the prompt has an image once."""
+        return ()
+
     def unseen(self, width: int, height: int, pieces: Sequence[Piece]) -> None:
         """None: the whole image is seen at one size in the prompt."""
 

@@ -72,6 +72,10 @@ class VisionGeometry(Protocol):
         """
         ...
 
+    def overview(self, width: int, height: int) -> tuple[Piece, ...]:
+        """The piece of all of the image that its prompt has beside larger ones; empty without one."""
+        ...
+
     def unseen(self, width: int, height: int, pieces: Sequence[Piece]) -> Mask | None:
         """Tokens that are shown by the piece of the whole image alone and in its prompt once more.
 

@@ -94,7 +94,7 @@ class OwnRequests:
             view = not_huge(image)
             full = self.geometry.grid(*view.size).num_tokens
             asked = CropParams(regions=[Region.whole()], pruning_rate=1 - most / full, method="plc")
-        request = CropRequest(asked, limited=False)
+        request = CropRequest(asked, limited=False, overview=True)
         # The image itself goes as it came, so that the vision tower runs once for it and for the view.
         item = sent if view is image else view
         shows, pixels = self.geometry.view(*view.size), self.geometry.pixels(*view.size)

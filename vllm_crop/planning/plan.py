@@ -185,6 +185,23 @@ def make_plan(
     )
 
 
+def overview_plan(grid: ImageTokens, unseen: Mask, pruning_rate: float) -> TokenPlan:
+    """Spend the budget evenly on tokens that are seen, each kept as it is, and leave out the others.
+
+    Args:
+        unseen: `[num_tokens]`.
+    """
+    zones = Zones(~unseen, np.zeros_like(unseen), unseen)
+    return _plan_counts(
+        grid,
+        zones,
+        pruning_rate,
+        "prune",
+        retained_per_stage(grid.num_tokens, pruning_rate, "plc", 1, ()),
+        (),
+    )
+
+
 # `vllm_crop.planning.compiled_plan.plan`; see use_compiled.
 _compiled: Callable[..., tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]] | None = None
 
