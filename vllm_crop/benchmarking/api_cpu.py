@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the plugin adds to the API process: its CPU time from a chat request with a picture to the last token.
 
-Three `vllm serve` side by side, two of them stock and one with the plugin, are asked in turn; what the two
-stock ones differ by is no plugin's. The API process reads the request, decodes and preprocesses the picture,
-hashes, plans, sends it to the engine and streams the answer; what the engine's processes do meanwhile is not
-counted. Linux counts CPU time of threads in nanoseconds.
+Three `vllm serve` side by side, two of them stock and one with the plugin, are asked in turn, several
+requests at a time: under load a process has its code in the caches, and the first request after another
+server's does not. What the two stock ones differ by is no plugin's. The API process reads the request,
+decodes and preprocesses the picture, hashes, plans, sends it to the engine and streams the answer; what the
+engine's processes do meanwhile is not counted. Linux counts CPU time of threads in nanoseconds.
 """
 
 import base64
@@ -28,11 +29,11 @@ from rich.table import Table
 
 from vllm_crop.measuring.server import Server, serve
 
-# Pictures and repeats: a model as small as this one still takes seconds for the largest.
-SIZES = {(336, 336): 80, (1280, 720): 60, (3840, 2160): 6}
+# Pictures, how many blocks of requests about one in each mode, and of how many: a model as small as this one
+# still takes seconds for the largest.
+SIZES = {(336, 336): (10, 8), (1280, 720): (8, 6), (3840, 2160): (3, 2)}
 PUBLISHED_PIXELS = {"shortest_edge": 3136, "longest_edge": 12845056}  # Qwen2.5-VL's limits of a picture
 OUTPUT_TOKENS = 16
-WARM_UPS = 2
 SETTLED_S = 0.05  # after the last token, until the API process has nothing left to do for it
 CROP = {"method": "plc+ilp", "eviction_layers": [2]}  # what the server is prepared for
 RATE = 0.5
@@ -54,26 +55,32 @@ SERVED = (
 
 @dataclass(frozen=True)
 class ApiTimes:
-    """CPU milliseconds for pictures of one size, by mode, each request beside its neighbour on stock vLLM."""
+    """CPU milliseconds of a request for pictures of one size, by mode.
+
+    Attributes:
+        block: how many requests each number is the mean of.
+        pairs_ms: each block beside its neighbour on stock vLLM.
+    """
 
     size: tuple[int, int]
+    block: int
     pairs_ms: Mapping[str, Sequence[tuple[float, float]]]
 
     @property
     def stock_ms(self) -> list[float]:
-        """Of all requests to stock vLLM, the first of the two."""
+        """Of all blocks on stock vLLM, the first of the two."""
         return [stock for stock, _ in self.pairs_ms[CONTROL]]
 
     def added(self, mode: str) -> list[float]:
-        """What each request of a mode took beyond its neighbour, as a share, ascending."""
+        """What each block of a mode took beyond its neighbour, as a share, ascending."""
         return sorted(other / stock - 1 for stock, other in self.pairs_ms[mode])
 
 
-def measure_api_cpu(sizes: Mapping[tuple[int, int], int] = SIZES) -> Iterator[ApiTimes]:
+def measure_api_cpu(sizes: Mapping[tuple[int, int], tuple[int, int]] = SIZES) -> Iterator[ApiTimes]:
     """Ask about a new picture each time, in every mode in turn.
 
     Args:
-        sizes: of pictures, width and height, and how often each mode is asked about one.
+        sizes: of pictures, width and height; for each how many blocks of requests, and of how many.
 
     Raises:
         ServerError: a server did not start.
@@ -86,28 +93,36 @@ def measure_api_cpu(sizes: Mapping[tuple[int, int], int] = SIZES) -> Iterator[Ap
         stock = servers.enter_context(serve(model, *SERVED, log_path=folder / "stock.log", env=without))
         again = servers.enter_context(serve(model, *SERVED, log_path=folder / "again.log", env=without))
         ours = servers.enter_context(serve(model, *SERVED, *plugin, log_path=folder / "crop.log"))
-        for size, repeats in sizes.items():
+        for size, (blocks, block) in sizes.items():
             pairs: dict[str, list[tuple[float, float]]] = {mode: [] for mode in (CONTROL, *MODES)}
             seeds, random = count(), Random(0)
-            for run in range(-WARM_UPS, repeats):
+            for run in range(-1, blocks):  # one to warm up
                 for mode, crop in MODES.items():
                     # In turn, or the server asked less often would have forgotten more: of memory, caches.
-                    asked = deque([(stock, None), (again, None), (ours, _elsewhere(crop, random))])
+                    asked = deque([(stock, None), (again, None), (ours, crop)])
                     asked.rotate(run)
-                    took = {
-                        server.base_url: _ask_ms(server, new_picture(size, next(seeds)), wanted)
-                        for server, wanted in asked
-                    }
+                    took = {}
+                    for server, wanted in asked:
+                        requests = [
+                            (new_picture(size, next(seeds)), wanted and _elsewhere(wanted, random))
+                            for _ in range(block)
+                        ]
+                        took[server.base_url] = _ask_ms(server, requests)
                     if run >= 0:
                         base, control, other = (took[one.base_url] for one in (stock, again, ours))
                         pairs[CONTROL].append((base, control))
                         pairs[mode].append((base, other))
-            yield ApiTimes(size, pairs)
+            yield ApiTimes(size, block, pairs)
 
 
 def api_cpu_table(one: ApiTimes) -> Table:
     """A row per mode."""
-    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1))
+    table = Table(
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, 1),
+        caption=f"Blocks of {one.block} requests in a row; {len(one.pairs_ms[CONTROL])} of stock.",
+    )
     for title in ("picture", "request"):
         table.add_column(title, no_wrap=True)
     for title in ("CPU ms\nmedian", "min", "max", "added\nmedian", "quartiles"):
@@ -165,12 +180,13 @@ def new_picture(size: tuple[int, int], seed: int) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
 
 
-def _ask_ms(server: Server, url: str, crop: Mapping[str, Any] | None) -> float:
-    """CPU milliseconds of the API process for one streamed answer."""
+def _ask_ms(server: Server, requests: Sequence[tuple[str, Mapping[str, Any] | None]]) -> float:
+    """CPU milliseconds of the API process for a streamed answer, mean of some requests."""
     before = cpu_ms(server.process_id)
-    ask(server, url, crop, OUTPUT_TOKENS)
+    for url, crop in requests:
+        ask(server, url, crop, OUTPUT_TOKENS)
     time.sleep(SETTLED_S)
-    return cpu_ms(server.process_id) - before
+    return (cpu_ms(server.process_id) - before) / len(requests)
 
 
 def ask(server: Server, url: str, crop: Mapping[str, Any] | None, max_tokens: int) -> None:

@@ -17,10 +17,11 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from vllm_crop.benchmarking.api_cpu import REGION, SERVED, WARM_UPS, ask, make_checkpoint, new_picture
+from vllm_crop.benchmarking.api_cpu import REGION, SERVED, ask, make_checkpoint, new_picture
 from vllm_crop.measuring.server import Server, serve
 
 SIZE, NUM_PICTURES, IN_FLIGHT = (5472, 3648), 20, 4  # of 20 megapixels
+WARM_UPS = 2
 RATE = 0.889
 SERVERS: Mapping[str, Mapping[str, Any] | None] = {
     "stock": None,
