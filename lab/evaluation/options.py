@@ -44,7 +44,7 @@ class Options:
 
     def engine_for(self, condition: Condition) -> str:
         """The name of what answers a condition."""
-        if condition.is_rival:
+        if condition.chooses_tokens:
             return "transformers"
         return "endpoint" if self.base_url else self.engine
 

@@ -26,7 +26,7 @@ from lab.evaluation.markdown import write_markdown
 from lab.evaluation.questions import TestScene, make_test_set
 from lab.evaluation.regions import SOURCES, area, cells_of, coverage, parse_location, regions_for
 from lab.evaluation.report import Report, make_report, write_report
-from lab.evaluation.rivals.names import RIVAL_TITLES
+from lab.evaluation.rivals.names import CHOOSERS
 from lab.evaluation.rivals.registry import RIVALS
 from lab.evaluation.session import Session, make_tasks
 from lab.evaluation.stats import difference, retention, wilson
@@ -243,7 +243,7 @@ def test_regions_of_the_server_are_no_clients_business(scenes: tuple[TestScene, 
 
 
 def test_every_rival_has_a_name_and_a_method() -> None:
-    assert list(RIVALS) == list(RIVAL_TITLES)
+    assert list(RIVALS) == list(CHOOSERS)
 
 
 def test_cells_ask_what_they_are_to_measure(scenes: tuple[TestScene, ...]) -> None:
