@@ -96,7 +96,8 @@ def _short_cells(row: Row) -> list[str]:
         return [name, rate, "", "impossible", *[""] * 3]
     local, every = row.groups["local"], row.groups["all"]
     shares = [local.accuracy, local.retained, every.accuracy]
-    return [name, rate, f"{local.visual_tokens:.0f}", *map(_short, shares), ttft]
+    found = f"+{local.localizer_tokens:.0f}" if local.localizer_tokens else ""
+    return [name, rate, f"{local.visual_tokens:.0f}{found}", *map(_short, shares), ttft]
 
 
 def _short(estimate: Estimate | None) -> str:

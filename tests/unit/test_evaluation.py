@@ -21,6 +21,7 @@ from lab.evaluation.asking import Answer, SceneTask, ask
 from lab.evaluation.comparisons import agreements, margins
 from lab.evaluation.conditions import LOCATE, METHODS, OFF, RATES, Condition, make_grid
 from lab.evaluation.controls import near_square, resized, thumbnail_and_crop
+from lab.evaluation.curves import Panel
 from lab.evaluation.localizer_score import score_localizer
 from lab.evaluation.markdown import write_markdown
 from lab.evaluation.questions import TestScene, make_test_set
@@ -386,6 +387,8 @@ def test_finding_a_region_costs_tokens_and_steps(
         assert group.localizer_tokens == (0 if source == "oracle" else 64)
         assert group.total_tokens == group.visual_tokens + group.localizer_tokens
         assert group.localizer_steps == 0 if source == "oracle" else 5 < group.localizer_steps < 6
+    within, total = (Panel("", "local", lambda _: True, total).tokens(row) for total in (False, True))
+    assert total - within == (0 if source == "oracle" else 64)
     described = score_localizer(scenes, results)
     assert (described is None) == (source == "oracle")
     if described:
