@@ -63,12 +63,13 @@ def evaluate(
         str, typer.Option(metavar="K1,K2,...", help="Decoder layers at which ilp evicts.")
     ] = "1",
     split: Annotated[
-        Split,
+        Split | None,
         typer.Option(
             help="Which questions, each about scenes of its own. test: nothing was ever chosen on them; dev: "
-            "rivals are tuned on them; seen: those of earlier results, looked at during development."
+            "rivals are tuned on them; seen: those of earlier results, looked at during development. If not "
+            "said it is test, and dev with --quick: who tries things out is not to look at the test split."
         ),
-    ] = "test",
+    ] = None,
     tuning: Annotated[
         Path,
         typer.Option(
@@ -126,7 +127,7 @@ def evaluate(
         engine,
         base_url,
         tuple(parse_layers(eviction_layers)),
-        split,
+        split or ("dev" if quick else "test"),
         out,
         tuned,
     )
