@@ -6,7 +6,7 @@ import torch
 
 from lab.evaluation.conditions import Condition
 from lab.evaluation.rivals import dart, fastv, ivc_prune, pyramiddrop, sparsevlm, vscan, vtw
-from lab.evaluation.rivals.budgets import scaled, stages, thirds, two_stages
+from lab.evaluation.rivals.budgets import scaled, stages, two_stages
 from lab.evaluation.rivals.registry import RIVALS
 from lab.evaluation.runner.method import Rows
 from tests.hand_made import NOTHING, image_of, sight_of, view_of
@@ -205,12 +205,11 @@ def test_two_stages_meet_the_budget(rate: float) -> None:
 def test_the_first_of_the_configurations_is_the_first_that_meets_the_rate() -> None:
     assert [RIVALS["fastv"].first_possible(TOKENS, LAYERS, rate) for rate in RATES] == ["K=2", "K=2", "K=1"]
     assert RIVALS["fastv"].first_possible(TOKENS, LAYERS, 0.926) is None
-    assert RIVALS["pyramiddrop"].first_possible(TOKENS, LAYERS, 0.889) == "from 1, ratio 0.5"
+    assert RIVALS["pyramiddrop"].first_possible(TOKENS, LAYERS, 0.889) == "1, 5, 8, ratio 0.5"
     assert RIVALS["ivc-prune"].first_possible(TOKENS, LAYERS, 0.889) == "before the first layer"
 
 
 def test_stages_are_the_papers_scaled_to_the_budget() -> None:
-    assert thirds(LAYERS, 3) == (3, 6, 9)
     assert stages(TOKENS, 0.667, LAYERS, (3, 6, 9)) == dict(
         zip((3, 6, 9), retained_per_stage(TOKENS, 0.667, "ilp", LAYERS, (3, 6, 9))[1:], strict=True)
     )

@@ -50,9 +50,3 @@ def two_stages(
     first = min(num_tokens, max(1, round(total / (layer + ratio * (num_layers - layer)))))
     second = round((total - first * layer) / (num_layers - layer))
     return first, {layer: min(first, max(1, second))}
-
-
-def thirds(num_layers: int, first: int) -> tuple[int, ...]:
-    """Three layers at even distances, `first` the first of them."""
-    step = (num_layers - first) / 3
-    return tuple(dict.fromkeys(first + round(stage * step) for stage in range(3)))

@@ -10,22 +10,30 @@ solved for the budget and the ratio holds between the following ones. Tokens kee
 authors number them anew. Stages may begin earlier than at a quarter, where the budget asks for it.
 """
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
-from lab.evaluation.rivals.budgets import scaled, stages, thirds
+from lab.evaluation.rivals.budgets import scaled, stages
 from lab.evaluation.runner.method import LayerView, Pruning, top
 
-CONFIGURATIONS: dict[str, dict[str, float | int | None]] = {
-    "quarters, ratio 0.5": {"first": 3},
-    "from 2, ratio 0.5": {"first": 2},
-    "from 1, ratio 0.5": {"first": 1},
-    "quarters, one ratio throughout": {"first": 3, "ratio": None},
-    "from 2, one ratio throughout": {"first": 2, "ratio": None},
-    "from 1, one ratio throughout": {"first": 1, "ratio": None},
-    "from 1, ratio 0.25": {"first": 1, "ratio": 0.25},
-    "from 2, ratio 0.25": {"first": 2, "ratio": 0.25},
-    "1 and 4, ratio 0.125": {"first": 1, "second": 4, "ratio": 0.125},
-    "1 and 8, ratio 0.5": {"first": 1, "second": 8, "ratio": 0.5},
+QUARTERS = (3, 6, 9)  # of twelve layers
+CONFIGURATIONS: dict[str, dict[str, object]] = {
+    "quarters, ratio 0.5": {},
+    "2, 5, 9, ratio 0.5": {"layers": [2, 5, 9]},
+    "1, 5, 8, ratio 0.5": {"layers": [1, 5, 8]},
+    "quarters, one ratio throughout": {"ratio": None},
+    "2, 5, 9, one ratio throughout": {"layers": [2, 5, 9], "ratio": None},
+    "1, 5, 8, one ratio throughout": {"layers": [1, 5, 8], "ratio": None},
+    "2, 5, 9, ratio 0.25": {"layers": [2, 5, 9], "ratio": 0.25},
+    "1, 5, 8, ratio 0.25": {"layers": [1, 5, 8], "ratio": 0.25},
+    "1, 3, 7, ratio 0.5": {"layers": [1, 3, 7]},
+    "1, 3, 7, ratio 0.25": {"layers": [1, 3, 7], "ratio": 0.25},
+    "1, 4, ratio 0.125": {"layers": [1, 4], "ratio": 0.125},
+    "1, 3, ratio 0.125": {"layers": [1, 3], "ratio": 0.125},
+    "1, 7, ratio 0.125": {"layers": [1, 7], "ratio": 0.125},
+    "1, 7, ratio 0.5": {"layers": [1, 7]},
+    "3, 7, ratio 0.25": {"layers": [3, 7], "ratio": 0.25},
 }
 
 
@@ -38,21 +46,18 @@ def pyramiddrop(
     num_tokens: int,
     num_layers: int,
     rate: float,
-    first: int = 3,
+    layers: Sequence[int] = QUARTERS,
     ratio: float | None = 0.5,
-    second: int | None = None,
 ) -> Pruning:
     """PyramidDrop at a pruning rate.
 
     Args:
-        first: the layer at which the first tokens leave.
+        layers: at which tokens leave.
         ratio: of each stage to the one before, the first ones apart; None: of all, the full image included.
-        second: the layer at which the last ones leave; None: two more stages at even distances.
     """
-    layers = thirds(num_layers, first) if second is None else (first, second)
     if ratio is None:
-        left = stages(num_tokens, rate, num_layers, layers)
+        left = stages(num_tokens, rate, num_layers, tuple(layers))
     else:
         proportions = [ratio**stage for stage in range(len(layers))]
-        left = scaled(num_tokens, rate, num_layers, layers, proportions)
+        left = scaled(num_tokens, rate, num_layers, tuple(layers), proportions)
     return Pruning(stages=left, choose=choose)

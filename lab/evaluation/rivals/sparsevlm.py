@@ -15,12 +15,13 @@ scaled counts in place of ranks of matrices; stages as shares of the depth. Rate
 and images that are aligned, which tinyvqa's are not.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lab.evaluation.rivals.budgets import scaled, thirds
+from lab.evaluation.rivals.budgets import scaled
 from lab.evaluation.runner.method import Kept, LayerView, Pruning, Rows, Sight, top
 
 AUTHORS_COUNTS = {192: (300, 200, 110), 128: (303, 110, 36), 64: (66, 30, 17)}
@@ -36,8 +37,10 @@ CONFIGURATIONS: dict[str, dict[str, object]] = {
     "half of the heads, layer to come": {"counts": 64, "half": True, "layer": "to come"},
     "half of the heads, without rotation": {"counts": 64, "half": True, "level": True},
     "without rotation, layer to come": {"counts": 64, "half": True, "level": True, "layer": "to come"},
-    "from 2": {"counts": 64, "first": 2},
-    "from 2, layer to come": {"counts": 64, "first": 2, "layer": "to come"},
+    "at 1, 3, 7, layer to come, as for 64": {"counts": 64, "layers": [1, 3, 7], "layer": "to come"},
+    "at 1, 3, 7, layer to come, as for 192": {"counts": 192, "layers": [1, 3, 7], "layer": "to come"},
+    "at 1, 4, 8, as for 64": {"counts": 64, "layers": [1, 4, 8]},
+    "at 2, 4, 8, as for 192": {"counts": 192, "layers": [2, 4, 8]},
 }
 
 
@@ -111,7 +114,7 @@ def sparsevlm(
     num_layers: int,
     rate: float,
     counts: int = 64,
-    first: int | None = None,
+    layers: Sequence[int] | None = None,
     raters: Literal["text", "words"] = "text",
     layer: Literal["before", "to come"] = "before",
     half: bool = False,
@@ -121,12 +124,10 @@ def sparsevlm(
 
     Args:
         counts: which of the authors' proportions.
-        first: the layer at which tokens leave first, two more stages at even distances; None: behind layers
-            2, 6 and 15 of 32.
+        layers: three at which tokens leave; None: behind layers 2, 6 and 15 of 32.
     """
-    layers = tuple(max(1, round(num_layers * behind / 32)) for behind in (3, 7, 16))
-    if first is not None:
-        layers = thirds(num_layers, first)
-    left = scaled(num_tokens, rate, num_layers, layers, AUTHORS_COUNTS[counts])
+    if layers is None:
+        layers = [max(1, round(num_layers * behind / 32)) for behind in (3, 7, 16)]
+    left = scaled(num_tokens, rate, num_layers, tuple(layers), AUTHORS_COUNTS[counts])
     chooser = Raters(raters, layer, half, level)
     return Pruning(chooser.appoint, left, chooser.choose)

@@ -36,6 +36,14 @@ CONFIGURATIONS: dict[str, dict[str, object]] = {
     "3 of 4 local, a third at two thirds, rotated": {"local": 0.75, "depth": 2 / 3, "rotated": True},
     "all local, nothing leaves later": {"local": 1.0, "ratio": 1.0},
     "nothing leaves later": {"ratio": 1.0},
+    "a third at 7 of 12, rotated": {"depth": 7 / 12, "rotated": True},
+    "40 % at 7 of 12, rotated": {"depth": 7 / 12, "ratio": 0.4, "rotated": True},
+    "all local, 40 % at 7 of 12, rotated": {
+        "local": 1.0,
+        "depth": 7 / 12,
+        "ratio": 0.4,
+        "rotated": True,
+    },
 }
 
 
