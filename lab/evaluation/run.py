@@ -15,6 +15,7 @@ from lab.evaluation.published_answers import NAME as ANSWERS
 from lab.evaluation.published_answers import write_answers
 from lab.evaluation.questions import make_split
 from lab.evaluation.report import Report, make_report
+from lab.evaluation.rivals.registry import RIVALS
 from lab.evaluation.session import Session
 from lab.evaluation.store import ConditionResult, Store
 from vllm_crop.measuring.provenance import provenance
@@ -39,9 +40,17 @@ def evaluate(options: Options, console: Console) -> Report:
 
 
 def _check_tuning(options: Options, settings: dict[str, Any]) -> None:
-    """Configurations that were best for another checkpoint say nothing of this one."""
-    rivals = any(condition.chooses_tokens for condition in options.grid)
-    if rivals and options.tuning and options.tuning.provenance["settings"]["weights"] != settings["weights"]:
+    """Configurations that were best for another checkpoint, or that are no more, say nothing."""
+    rivals = [condition for condition in options.grid if condition.chooses_tokens]
+    if not rivals or options.tuning is None:
+        return
+    gone = [one for one in rivals if one.configuration not in (None, *RIVALS[one.method].configurations)]
+    if gone:
+        raise CheckpointError(
+            f"the tuning chose {gone[0].configuration!r} for {gone[0].method}, which has none of that name "
+            "any more: tune again with python -m lab.evaluation.tuning"
+        )
+    if options.tuning.provenance["settings"]["weights"] != settings["weights"]:
         raise CheckpointError(
             f"rivals were tuned for another checkpoint than {options.model}: tune them for this one with "
             "python -m lab.evaluation.tuning --model and --out, and give the file with --tuning"

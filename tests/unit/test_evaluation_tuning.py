@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How configurations of rivals are chosen, on which questions, and what is published of the answers."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,9 @@ def test_a_result_says_how_rivals_were_tuned(tmp_path: Path) -> None:
     _check_tuning(options, {"weights": "w"})
     with pytest.raises(CropError, match="tuned for another checkpoint"):
         _check_tuning(options, {"weights": "x"})
+    chosen = tuple(make_grid(["fastv"], [0.889], [], lambda method, rate: "K=99"))
+    with pytest.raises(CropError, match="'K=99' for fastv, which has none of that name any more"):
+        _check_tuning(replace(options, grid=chosen), {"weights": "w"})
 
 
 # --- the command
