@@ -170,6 +170,11 @@ def test_ivc_scores_by_text_and_seeds_and_keeps_what_is_fixed() -> None:
     text = torch.tensor([[[2.0, 0.0]]])
     assert ivc_prune.select(image, text, torch.tensor([], dtype=torch.long), 2).tolist() == [0, 3]
     assert ivc_prune.select(image, text, torch.tensor([4]), 3).tolist() == [0, 3, 4]
+    # Every row of the text counts as much as a seed: three of them outvote it.
+    close = torch.tensor([[[2.0, 4.0], [1.9, 0.0], [0.0, -3.0], [0.0, 9.0], [-3.0, 0.0]]])
+    none = torch.tensor([], dtype=torch.long)
+    assert ivc_prune.select(close, text, none, 2).tolist() == [0, 3]
+    assert ivc_prune.select(close, text.repeat(1, 3, 1), none, 2).tolist() == [0, 1]
 
 
 def test_fopru_keeps_ranks_or_rows() -> None:
@@ -192,11 +197,11 @@ def test_vispruner_drops_what_has_a_twin() -> None:
 
 
 def test_holov_gives_chunks_their_part() -> None:
-    received = torch.tensor([0.10, 0.30, 0.10, 0.10, 0.05, 0.25, 0.05, 0.05])
-    # Chunk means are 0.15 and 0.10: three of five and two of five, by attention inside.
-    assert holov.holistic(received, 5, 2).tolist() == [0, 1, 2, 4, 5]
-    # Were it attention alone, the second chunk had its best only.
-    assert top(received, 5).tolist() == [0, 1, 2, 3, 5]
+    received = torch.tensor([0.40, 0.30, 0.02, 0.02, 0.10, 0.10, 0.10, 0.10])
+    # Chunk means are 0.185 and 0.1: three of four and one of four, by attention inside.
+    assert holov.holistic(received, 4, 2).tolist() == [0, 1, 2, 4]
+    # By attention alone, or two and two, the second chunk had one more.
+    assert top(received, 4).tolist() == [0, 1, 4, 5]
     assert holov.allotted(torch.tensor([3.0, 2.0, 1.0]), 7) == [4, 2, 1]
 
 
@@ -218,8 +223,9 @@ def test_scope_weighs_gain_in_coverage_by_saliency() -> None:
 
 
 def test_mmtok_covers_words_and_image() -> None:
-    cover = torch.tensor([[0.5, 0.4, 0.0], [0.0, 0.4, 0.5], [0.0, 0.1, 0.0]])
-    assert mmtok.covering(cover, 2).tolist() == [1, 0]  # the sum of best, not the best of each
+    cover = torch.tensor([[0.5, 0.45, 0.0], [0.1, 0.4, 0.0], [0.0, 0.0, 0.3]])
+    # 0 alone would be second, but 1 covers nearly all of what it covers.
+    assert mmtok.covering(cover, 2).tolist() == [1, 2]
     features = torch.eye(4)
     question = torch.tensor([[0.0, 0.0, 5.0, 0.0], [0.0, 9.0, 0.0, 0.0]])
     sight = sight_of(image_of(features), question, spelled=(" circle", " the"))
