@@ -8,14 +8,17 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from lab.evaluation.conditions import METHODS, RATES, SERVER, make_grid
+from lab.evaluation.conditions import METHODS, RATES, SERVER, make_grid, no_configuration
 from lab.evaluation.options import Engine, Options
+from lab.evaluation.questions import Split
 from lab.evaluation.regions import ALL_SOURCES, DESCRIPTIONS, SOURCES
+from lab.evaluation.tuned import read_tuning
 from vllm_crop.commands.region_options import parse_layers
 from vllm_crop.errors import CropError
 
 QUICK_PER_FAMILY = 20
 QUICK_RATES = [0.889]
+TUNING = Path(__file__).parent / "results" / "tuning.json"
 DEFAULT_RATES = ",".join(f"{rate:g}" for rate in RATES)
 
 app = typer.Typer(add_completion=False)
@@ -59,7 +62,21 @@ def evaluate(
     eviction_layers: Annotated[
         str, typer.Option(metavar="K1,K2,...", help="Decoder layers at which ilp evicts.")
     ] = "1",
-    seed: Annotated[int, typer.Option(min=0, help="Another one is another test set.")] = 0,
+    split: Annotated[
+        Split | None,
+        typer.Option(
+            help="Which questions, each about scenes of its own. test: nothing was ever chosen on them; dev: "
+            "rivals are tuned on them; seen: those of earlier results, looked at during development. If not "
+            "said it is test, and dev with --quick: who tries things out is not to look at the test split."
+        ),
+    ] = None,
+    tuning: Annotated[
+        Path,
+        typer.Option(
+            help="Which configuration of a rival runs at which rate, as `python -m lab.evaluation.tuning` "
+            "found it. Without the file it is the first that can meet the rate, mostly the published one."
+        ),
+    ] = TUNING,
     quick: Annotated[
         bool,
         typer.Option("--quick", help=f"{QUICK_PER_FAMILY} questions of a family, at 0.889 only."),
@@ -73,10 +90,12 @@ def evaluate(
     Asks held-out questions about generated scenes. Three families can be answered from a region (read,
     relation, compare), two need the whole image (search, count). Every method gets the same questions, the
     same checkpoint and the same visual tokens to answer from, averaged over decoder layers; what the model
-    spends on finding a region is not counted. The unpruned model is always measured, to compare with.
+    spends on finding a region is counted beside them. The unpruned model is always measured, to compare with.
 
-    Writes results.json, curves.png and index.html. Every finished condition is kept: run the command again
-    to go on after an interruption, or with more methods or rates to add conditions.
+    Rivals run in the configuration that was best on other questions: see `python -m lab.evaluation.tuning`.
+
+    Writes results.json, answers.jsonl.gz, curves.png and index.html. Every finished condition is kept: run
+    the command again to go on after an interruption, or with more methods or rates to add conditions.
 
     \b
     A first look, in a few minutes:
@@ -94,10 +113,12 @@ def evaluate(
     sources = _choose(regions, ALL_SOURCES, "--regions")
     if SERVER in sources and base_url is None:
         raise typer.BadParameter(f"{SERVER} needs --base-url", param_hint="--regions")
+    tuned = read_tuning(tuning) if tuning.exists() else None
     grid = make_grid(
         _choose(methods, METHODS, "--methods"),
         QUICK_RATES if quick else _parse_rates(rates),
         sources,
+        tuned.configuration if tuned else no_configuration,
     )
     options = Options(
         model,
@@ -106,8 +127,9 @@ def evaluate(
         engine,
         base_url,
         tuple(parse_layers(eviction_layers)),
-        seed,
+        split or ("dev" if quick else "test"),
         out,
+        tuned,
     )
     _run(options, Console(highlight=False))
 
@@ -126,7 +148,7 @@ def _run(options: Options, console: Console) -> None:
         raise typer.Exit(130) from None
     print_report(console, report)
     write_report(options.folder, report)
-    console.print(f"Wrote {options.folder}/index.html, results.json and curves.png", markup=False)
+    console.print(f"Wrote {options.folder}/index.html, results.json and more", markup=False)
 
 
 def _choose(text: str, allowed: tuple[str, ...], option: str) -> list[str]:

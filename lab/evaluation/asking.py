@@ -43,6 +43,7 @@ class Answer:
         visual_tokens: averaged over decoder layers.
         kv_tokens: of the whole prompt, averaged over decoder layers.
         confidence: the probability the model gave its words; known of the localizer's only.
+        steps: tokens generated, the last one, which ends the answer, included.
     """
 
     text: str
@@ -50,6 +51,7 @@ class Answer:
     kv_tokens: float
     prompt_tokens: int
     confidence: float | None = None
+    steps: int | None = None
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ class Agreement:
 
 
 def margins(scenes: Sequence[TestScene], results: Sequence[ConditionResult]) -> list[Margin]:
-    """CROP with the model's own regions against all others at the same rate."""
+    """CROP with the model's own regions against all others at the same rate, pooling evenly among them."""
     local = [family in LOCAL for family in families_of(scenes)]
     found = []
     possible = [
@@ -45,7 +45,9 @@ def margins(scenes: Sequence[TestScene], results: Sequence[ConditionResult]) -> 
             continue
         for other in possible:
             same_rate = other.condition.pruning_rate == ours.condition.pruning_rate
-            if same_rate and other.condition.method not in CROP_METHODS:
+            if same_rate and (
+                other.condition.method not in CROP_METHODS or other.condition.region == "whole"
+            ):
                 pair = [list(compress(right_answers(scenes, one), local)) for one in (ours, other)]
                 assert ours.condition.pruning_rate is not None
                 gained = difference(*pair)

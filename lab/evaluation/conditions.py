@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The grid: what is measured with which method, region source and pruning rate."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from lab.evaluation.rivals.names import RIVAL_TITLES
+from lab.evaluation.rivals.names import CHOOSERS, CONTROL_TITLES
 
 CROP_METHODS = ("plc", "ilp", "plc+ilp")
 CONTROLS = {
@@ -12,7 +13,7 @@ CONTROLS = {
     "two-images": "thumb + crop",
     "no-image": "no image at all",
 }
-METHODS: tuple[str, ...] = ("off", *CROP_METHODS, *CONTROLS, *RIVAL_TITLES)
+METHODS: tuple[str, ...] = ("off", *CROP_METHODS, *CONTROLS, *CHOOSERS)
 RATES = (0.667, 0.778, 0.889, 0.926)
 SERVER = "server"  # requests carry no region: the server finds one
 TRUSTED = ("localizer", "oracle", SERVER)  # sources of regions that are meant to help
@@ -26,11 +27,13 @@ class Condition:
     Attributes:
         region: the region source, None for methods that take no region.
         pruning_rate: None for methods that have none.
+        configuration: of a rival; None: the first one that can meet the rate.
     """
 
     method: str
     region: str | None = None
     pruning_rate: float | None = None
+    configuration: str | None = None
 
     @property
     def row(self) -> str:
@@ -39,13 +42,19 @@ class Condition:
             return f"CROP {self.method}, {self.region}"
         if self.method in CONTROLS:
             return CONTROLS[self.method] + (f", {self.region}" if self.region else "")
-        return RIVAL_TITLES.get(self.method, "unpruned" if self.method == "off" else self.method)
+        return CHOOSERS.get(self.method, "unpruned" if self.method == "off" else self.method)
 
     @property
     def slug(self) -> str:
         """A file name."""
         rate = None if self.pruning_rate is None else f"{self.pruning_rate:g}"
-        return "-".join(part for part in (self.method, self.region, rate) if part)
+        configured = re.sub(r"[^a-z0-9.]+", "-", (self.configuration or "").lower()).strip("-")
+        return "-".join(part for part in (self.method, self.region, rate, configured) if part)
+
+    @property
+    def locates(self) -> bool:
+        """Whether the model has to find the region first."""
+        return self.region in ("localizer", SERVER)
 
     @property
     def sends_regions(self) -> bool:
@@ -53,15 +62,31 @@ class Condition:
         return self.region not in (None, SERVER)
 
     @property
-    def is_rival(self) -> bool:
-        """Whether only the transformers runner can do it."""
-        return self.method in RIVAL_TITLES
+    def chooses_tokens(self) -> bool:
+        """Whether it is a rival or a control that only the transformers runner can do."""
+        return self.method in CHOOSERS
+
+    @property
+    def is_control(self) -> bool:
+        """Whether no method, but what methods are to be compared with."""
+        return self.method in CONTROLS or self.method in CONTROL_TITLES
 
 
 OFF = Condition("off")
+Chosen = Callable[[str, float], str | None]  # the configuration of a method at a rate; None: its first
 
 
-def make_grid(methods: Sequence[str], rates: Sequence[float], regions: Sequence[str]) -> list[Condition]:
+def no_configuration(method: str, rate: float) -> None:
+    """Nothing is known of any."""
+    return None
+
+
+def make_grid(
+    methods: Sequence[str],
+    rates: Sequence[float],
+    regions: Sequence[str],
+    chosen: Chosen = no_configuration,
+) -> list[Condition]:
     """The conditions in the order they run: the unpruned model first, which all others are compared with.
 
     Sources that are not meant to help are controls: they run with the first of CROP's methods only.
@@ -78,5 +103,6 @@ def make_grid(methods: Sequence[str], rates: Sequence[float], regions: Sequence[
             sources = [one for one in regions if one in TRUSTED and one != SERVER]
             grid += [Condition(method, source, rate) for source in sources for rate in rates]
         elif method != "off":
-            grid += [Condition(method, None, rate) for rate in rates]
+            pick = chosen if method in CHOOSERS else no_configuration
+            grid += [Condition(method, None, rate, pick(method, rate)) for rate in rates]
     return grid

@@ -24,6 +24,8 @@ class LocalizerScore:
         whole: search and count questions answered with the whole image.
         unreadable: answers that are no location; the image is served whole then.
         ms: median time of one such request, thumbnail to last digit; comes on top of a TTFT.
+        visual_tokens: of one such request, on average over layers and questions.
+        steps: tokens said to a question, on average; None where nobody counted.
     """
 
     covered: Estimate
@@ -33,6 +35,8 @@ class LocalizerScore:
     unreadable: int
     asked: int
     ms: float | None
+    visual_tokens: float | None = None
+    steps: float | None = None
 
 
 def score_localizer(scenes: Sequence[TestScene], results: Sequence[ConditionResult]) -> LocalizerScore | None:
@@ -56,6 +60,7 @@ def score_localizer(scenes: Sequence[TestScene], results: Sequence[ConditionResu
                 whole.append(text == WHOLE)
     covered, areas = [one[0] for one in local], [one[1] for one in local]
     entirely = wilson(sum(share == 1 for share in covered), len(covered))
+    steps = [answer.steps for answer in result.answers if answer.steps is not None]
     return LocalizerScore(
         entirely,
         fmean(covered),
@@ -64,4 +69,6 @@ def score_localizer(scenes: Sequence[TestScene], results: Sequence[ConditionResu
         unreadable,
         len(local) + len(whole),
         result.ttft_ms,
+        fmean(answer.visual_tokens for answer in result.answers),
+        fmean(steps) if len(steps) == len(result.answers) else None,
     )

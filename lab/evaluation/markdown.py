@@ -5,8 +5,8 @@ import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from lab.evaluation.page import COLUMNS, NOTES, row_cells
-from lab.evaluation.report import Report, describe_localizer
+from lab.evaluation.page import COLUMNS, row_cells
+from lab.evaluation.report import Report, describe_configurations, describe_localizer
 
 
 def write_markdown(path: Path, report: Report) -> None:
@@ -23,7 +23,7 @@ def _parts(report: Report) -> Iterator[str]:
     revisions = ", ".join(revision[:12] for revision in origin["revisions_of_conditions"])
     made = f"Made by `{command}`, conditions measured at {revisions}, in {origin['seconds'] / 60:.0f} minutes"
     yield f"{made}. Margins, thresholds and all settings are in `results.json`.\n"
-    for note in NOTES:
+    for note in report.notes:
         yield f"* {note}"
     if report.localizer:
         yield f"* {describe_localizer(report.localizer)}"
@@ -33,6 +33,8 @@ def _parts(report: Report) -> Iterator[str]:
     for row in report.rows:
         yield _line(row_cells(row))
     yield ""
+    for sentence in describe_configurations(report):
+        yield f"* {sentence}"
     for row in report.rows:
         if row.impossible:
             yield f"* {row.condition.row} at {row.condition.pruning_rate:g}: {row.impossible}"

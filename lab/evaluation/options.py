@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lab.evaluation.conditions import CROP_METHODS, Condition
+from lab.evaluation.questions import SPLITS, Split
+from lab.evaluation.tuned import Tuning
 from vllm_crop.errors import CropError
 
 Engine = Literal["vllm", "transformers"]
@@ -26,6 +28,7 @@ class Options:
         engine: what answers everything but rivals, which need the transformers runner.
         base_url: an endpoint that answers instead.
         eviction_layers: of CROP's ilp and plc+ilp.
+        tuning: where the configurations of rivals come from; None: the first that can meet a rate.
     """
 
     model: Path
@@ -34,8 +37,9 @@ class Options:
     engine: Engine
     base_url: str | None
     eviction_layers: tuple[int, ...]
-    seed: int
+    split: Split
     folder: Path
+    tuning: Tuning | None = None
 
     @property
     def prunes(self) -> bool:
@@ -44,7 +48,7 @@ class Options:
 
     def engine_for(self, condition: Condition) -> str:
         """The name of what answers a condition."""
-        if condition.is_rival:
+        if condition.chooses_tokens:
             return "transformers"
         return "endpoint" if self.base_url else self.engine
 
@@ -58,7 +62,8 @@ class Options:
         return {
             "weights": weights_hash(self.model),
             "per_family": self.per_family,
-            "seed": self.seed,
+            "split": self.split,
+            "seed": SPLITS[self.split],
             "eviction_layers": list(self.eviction_layers),
         }
 

@@ -9,42 +9,20 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader
 
-from lab.evaluation.report import Report, describe_localizer, interval, table_cells
+from lab.evaluation.report import (
+    Report,
+    describe_configurations,
+    describe_localizer,
+    interval,
+    table_cells,
+)
 from lab.evaluation.summary import Row
 from lab.evaluation.thresholds import ThresholdRow
 from lab.tinyvqa.questions import FAMILIES
 
 COLUMNS = (
     *("method", "rate", "tokens: local / all", "local %", "retained %", "all %", "retained %", "TTFT ms"),
-    *("KV tokens", *FAMILIES, "engine", "ms / question"),
-)
-NOTES = (
-    "Exact match of the whole answer. In brackets: 95 % intervals, Wilson for accuracy, paired for retention "
-    "(accuracy as a share of the unpruned model's on the same questions) and for margins.",
-    "local: read, relation and compare, which can be answered from a region. all: with search and count, "
-    "whose honest region is the whole image; where a source says so, the image is served unpruned, and its "
-    "tokens count. The same router in front of any other method would give it those answers too.",
-    "Tokens are visual tokens of the answering pass, averaged over decoder layers and questions. What the "
-    "localizer costs is in no row, so budgets are not equal: a region that the model finds itself takes 64 "
-    "more visual tokens through all layers, the question once more, and a decode step for each token said. "
-    "Compare a localizer's row with others at 64 tokens more. KV tokens count the whole prompt.",
-    "CROP plc, whole, uses no region: the image is pooled evenly. It is the first to compare with at the "
-    "same tokens; the margins leave it out.",
-    "Rivals are implemented here. DivPrune, VisionZip and, nearly, CDPruner are what their authors' code "
-    "does. FastV, PyramidDrop, SparseVLM and VTW prune at layers that follow from the budget and were not "
-    "tuned, SparseVLM without recycling; IVC-Prune departs from its authors' formula. Their rows say what "
-    "these settings give and not what the methods can do. Neighbour novelty is a baseline of our own.",
-    "Scenes are aligned with the localizer's grid and, at 0.889, with the pools: a thing fills a cell of "
-    "both. Cells of equal tokens are kind to pooling and to keeping every third token; the smallest error "
-    "of a region misses all of a thing.",
-    "In its last phase of training the checkpoint saw pictures with fewer tokens: half of them as CROP plc "
-    "leaves them with the true region, half with all of the true region and a random part of the rest. The "
-    "test set of seed 0 was looked at while it was trained. Other sizes (iso-token resize) and two images "
-    "(thumb + crop) it has never seen: the first is no valid control, the second untrained.",
-    "Times per question are those of this harness, which shares work between questions and does not ask "
-    "twice what is served unpruned. TTFT is of the engine, one request at a time, without the localizer's "
-    "own request.",
-    "What these numbers show and what they do not: docs/accuracy.md in the repository.",
+    *("tokens with localizer", "localizer's steps", "KV tokens", *FAMILIES, "engine", "ms / question"),
 )
 
 
@@ -52,7 +30,7 @@ def write_page(path: Path, report: Report, curves: Path) -> None:
     """Write the page with the curves inside."""
     loader = FileSystemLoader(Path(__file__).parent)
     template = Environment(loader=loader, autoescape=True, trim_blocks=True).get_template("page.html.jinja")
-    notes = [*NOTES, *([describe_localizer(report.localizer)] if report.localizer else [])]
+    notes = [*report.notes, *([describe_localizer(report.localizer)] if report.localizer else [])]
     impossible = [
         f"{row.condition.row} at {row.condition.pruning_rate:g}: {row.impossible}"
         for row in report.rows
@@ -63,6 +41,7 @@ def write_page(path: Path, report: Report, curves: Path) -> None:
         notes=notes,
         impossible=impossible,
         results=Table("", COLUMNS, [row_cells(row) for row in report.rows]),
+        configurations=describe_configurations(report),
         tables=[table for table in _further_tables(report) if table.rows],
         provenance=json.dumps(report.provenance, indent=2),
     )
@@ -98,7 +77,19 @@ def row_cells(row: Row) -> list[str]:
         return [*cells, *[""] * (len(COLUMNS) - len(cells))]
     families = [f"{100 * row.families[family].value:.1f}" for family in FAMILIES]
     pace = f"{1e3 * row.seconds_per_question:.1f}"
-    return [*cells, f"{row.groups['all'].kv_tokens:.0f}", *families, row.engine, pace]
+    kv = f"{row.groups['all'].kv_tokens:.0f}"
+    return [*cells, *_localizer_cells(row), kv, *families, row.engine, pace]
+
+
+def _localizer_cells(row: Row) -> tuple[str, str]:
+    """Visual tokens of both passes, and the steps of the localizer; nothing where it was not asked."""
+    local, every = row.groups["local"], row.groups["all"]
+    if not local.localizer_tokens or not every.localizer_tokens:
+        return "", ""
+    return (
+        f"{local.total_tokens:.0f} / {every.total_tokens:.0f}",
+        "" if every.localizer_steps is None else f"{every.localizer_steps:.1f}",
+    )
 
 
 def _margin_cells(report: Report, index: int) -> list[str]:

@@ -3,13 +3,17 @@
 
 import random
 from dataclasses import dataclass
+from typing import Literal
 
 from PIL import Image
 
-from lab.tinyvqa.questions import FAMILIES, Question, ask
+from lab.tinyvqa.questions import FAMILIES, LOCAL, Question, ask
 from lab.tinyvqa.scenes import Scene, is_test_seed, make_scene, test_seed
 
 PER_SCENE = 2  # questions of a family about one scene: few, so that answers are nearly independent
+Split = Literal["test", "dev", "seen"]
+# Seeds of scenes that no two splits share. Choices are made on "dev"; nothing was ever chosen on "test".
+SPLITS: dict[Split, int] = {"test": 20261201, "dev": 1, "seen": 0}
 _TRIES = 20  # until a scene is taken to have no further question of a family
 
 
@@ -29,6 +33,20 @@ class TestScene:
         )  # its numpy is slow to load, and names need no picture
 
         return draw_scene(self.scene)
+
+
+def make_split(split: Split, per_family: int) -> tuple[TestScene, ...]:
+    """The scenes of a split."""
+    return make_test_set(per_family, SPLITS[split])
+
+
+def only_local(scenes: tuple[TestScene, ...]) -> tuple[TestScene, ...]:
+    """The questions of scenes that a region answers."""
+    local = (
+        TestScene(one.scene, tuple(asked for asked in one.questions if asked.family in LOCAL))
+        for one in scenes
+    )
+    return tuple(one for one in local if one.questions)
 
 
 def make_test_set(per_family: int, seed: int = 0) -> tuple[TestScene, ...]:

@@ -14,6 +14,7 @@ from lab.evaluation.comparisons import Agreement, Margin, margins
 from lab.evaluation.curves import draw_curves
 from lab.evaluation.localizer_score import LocalizerScore, score_localizer
 from lab.evaluation.questions import TestScene
+from lab.evaluation.rivals.names import ONLY
 from lab.evaluation.stats import Estimate
 from lab.evaluation.store import ConditionResult
 from lab.evaluation.summary import Row, summarize
@@ -33,6 +34,7 @@ class Report:
     localizer: LocalizerScore | None
     thresholds: tuple[ThresholdRow, ...]
     provenance: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
 
 
 def make_report(
@@ -40,6 +42,7 @@ def make_report(
     results: Sequence[ConditionResult],
     agreed: Sequence[Agreement],
     provenance: Mapping[str, Any],
+    notes: tuple[str, ...] = (),
 ) -> Report:
     """Work out all numbers."""
     return Report(
@@ -49,6 +52,7 @@ def make_report(
         score_localizer(scenes, results),
         tuple(sweep(scenes, results)),
         provenance,
+        notes,
     )
 
 
@@ -59,6 +63,7 @@ def write_report(folder: Path, report: Report) -> None:
 
     numbers = {
         "provenance": report.provenance,
+        "notes": report.notes,
         "localizer": report.localizer and asdict(report.localizer),
         "thresholds": [asdict(row) for row in report.thresholds],
         "rows": [{"row": row.condition.row, **asdict(row)} for row in report.rows],
@@ -91,7 +96,8 @@ def _short_cells(row: Row) -> list[str]:
         return [name, rate, "", "impossible", *[""] * 3]
     local, every = row.groups["local"], row.groups["all"]
     shares = [local.accuracy, local.retained, every.accuracy]
-    return [name, rate, f"{local.visual_tokens:.0f}", *map(_short, shares), ttft]
+    found = f"+{local.localizer_tokens:.0f}" if local.localizer_tokens else ""
+    return [name, rate, f"{local.visual_tokens:.0f}{found}", *map(_short, shares), ttft]
 
 
 def _short(estimate: Estimate | None) -> str:
@@ -127,11 +133,26 @@ def interval(estimate: Estimate | None) -> str:
     return f"{100 * estimate.value:.1f} ({100 * estimate.low:.1f}-{100 * estimate.high:.1f})"
 
 
+def describe_configurations(report: Report) -> list[str]:
+    """In words, which configuration each rival ran in at which rate, of how many tried."""
+    tried = (report.provenance.get("tuning") or {}).get("tried", {})
+    by_method: dict[str, list[str]] = {}
+    for row in report.rows:
+        one = row.condition
+        if one.configuration not in (None, ONLY):
+            number = tried.get(f"{one.method} {one.pruning_rate:g}")
+            of = f" (of {number})" if number else ""
+            by_method.setdefault(one.row, []).append(f"{one.configuration}{of} at {one.pruning_rate:g}")
+    return [f"{name}: {'; '.join(each)}" for name, each in by_method.items()]
+
+
 def describe_localizer(score: LocalizerScore) -> str:
     """In words."""
     time = (
         "" if score.ms is None else f" A request takes {score.ms:.0f} ms, which come before the TTFT below."
     )
+    if score.steps is not None:
+        time += f" It has {score.visual_tokens:.0f} visual tokens and says {score.steps:.1f}."
     return (
         f"Localizer: covers the minimal region of {interval(score.covered)} % of local questions "
         f"({100 * score.coverage:.1f} % of its cells) with {100 * score.area:.1f} % of the image; says the "

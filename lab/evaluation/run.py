@@ -9,9 +9,13 @@ from rich.console import Console
 
 from lab.evaluation.answerers import Answerers
 from lab.evaluation.comparisons import agreements
-from lab.evaluation.options import Options
-from lab.evaluation.questions import make_test_set
+from lab.evaluation.notes import notes_of
+from lab.evaluation.options import CheckpointError, Options
+from lab.evaluation.published_answers import NAME as ANSWERS
+from lab.evaluation.published_answers import write_answers
+from lab.evaluation.questions import make_split
 from lab.evaluation.report import Report, make_report
+from lab.evaluation.rivals.registry import RIVALS
 from lab.evaluation.session import Session
 from lab.evaluation.store import ConditionResult, Store
 from vllm_crop.measuring.provenance import provenance
@@ -24,12 +28,47 @@ def evaluate(options: Options, console: Console) -> Report:
         CropError: checkpoint, engine or endpoint cannot be used; the message says what to do.
     """
     origin, settings = provenance(), options.settings()
-    scenes = make_test_set(options.per_family, options.seed)
+    _check_tuning(options, settings)
+    scenes = make_split(options.split, options.per_family)
     store = Store(options.folder, settings)
     session = Session(scenes, Answerers(options), options.engine_for, store, console, origin["git_revision"])
     results = session.run(options.grid)
     origin = _origin(origin, options, settings, results)
-    return make_report(scenes, results, agreements(results, store), origin)
+    write_answers(options.folder / ANSWERS, scenes, results)
+    notes = notes_of(options.split, options.tuning)
+    return make_report(scenes, results, agreements(results, store), origin, notes)
+
+
+def _check_tuning(options: Options, settings: dict[str, Any]) -> None:
+    """Configurations that were best for another checkpoint, or that are no more, say nothing."""
+    rivals = [condition for condition in options.grid if condition.chooses_tokens]
+    if not rivals or options.tuning is None:
+        return
+    gone = [one for one in rivals if one.configuration not in (None, *RIVALS[one.method].configurations)]
+    if gone:
+        raise CheckpointError(
+            f"the tuning chose {gone[0].configuration!r} for {gone[0].method}, which has none of that name "
+            "any more: tune again with python -m lab.evaluation.tuning"
+        )
+    if options.tuning.provenance["settings"]["weights"] != settings["weights"]:
+        raise CheckpointError(
+            f"rivals were tuned for another checkpoint than {options.model}: tune them for this one with "
+            "python -m lab.evaluation.tuning --model and --out, and give the file with --tuning"
+        )
+
+
+def _tuning(options: Options) -> dict[str, Any] | None:
+    """What the tuning was, and how many configurations it asked of each rival at each rate."""
+    if options.tuning is None:
+        return None
+    rivals = [condition for condition in options.grid if condition.chooses_tokens]
+    tried = {
+        f"{one.method} {one.pruning_rate:g}": options.tuning.number_tried(one.method, one.pruning_rate)
+        for one in rivals
+        if one.pruning_rate is not None
+    }
+    of = options.tuning.provenance
+    return {key: of[key] for key in ("date", "git_revision", "settings", "asked")} | {"tried": tried}
 
 
 def _origin(
@@ -43,6 +82,7 @@ def _origin(
         "settings": settings,
         "engine": options.engine_for(options.grid[0]),
         "crop_settings": options.crop_settings(),
+        "tuning": _tuning(options),
         "conditions": [asdict(condition) for condition in options.grid],
         "revisions_of_conditions": revisions,
         "seconds": round(sum(result.seconds for result in results), 1),

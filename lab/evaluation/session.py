@@ -46,7 +46,7 @@ class Session:
 
     def run(self, grid: Sequence[Condition]) -> list[ConditionResult]:
         """Every condition, in order."""
-        needs_locating = any(condition.region == "localizer" for condition in grid)
+        needs_locating = any(condition.locates for condition in grid)
         conditions = [Condition(LOCATE), *grid] if needs_locating else list(grid)
         results: list[ConditionResult] = []
         located: LocatedRegions | None = None

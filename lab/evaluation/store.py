@@ -54,12 +54,22 @@ class Store:
         if not path.exists():
             return None
         found = json.loads(path.read_text())
-        return ConditionResult.from_json(found["result"]) if found["settings"] == self.settings else None
+        same = found["settings"] == self._settings_of(condition)
+        return ConditionResult.from_json(found["result"]) if same else None
 
     def save(self, result: ConditionResult) -> None:
         """Write a result, all of it or nothing."""
         path = self._path(result.condition, result.engine)
-        write_json(path, {"settings": self.settings, "result": result.to_json()})
+        settings = self._settings_of(result.condition)
+        write_json(path, {"settings": settings, "result": result.to_json()})
+
+    def _settings_of(self, condition: Condition) -> dict[str, Any]:
+        """A configuration may come to mean something else under the same name."""
+        if not condition.chooses_tokens:
+            return self.settings
+        from lab.evaluation.rivals.registry import arguments_of
+
+        return {**self.settings, "arguments": arguments_of(condition.method, condition.configuration)}
 
     def _path(self, condition: Condition, engine: str) -> Path:
         return self.folder / "conditions" / f"{engine}-{condition.slug}.json"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import compress
 from statistics import fmean
 
+from lab.evaluation.asking import Answer
 from lab.evaluation.conditions import LOCATE, OFF, Condition
 from lab.evaluation.questions import TestScene
 from lab.evaluation.stats import Estimate, retention, wilson
@@ -23,6 +24,9 @@ class GroupScore:
         retained: share of the unpruned model's accuracy, None if that is zero.
         visual_tokens: per image, averaged over layers and questions.
         kv_tokens: the same of the whole prompt.
+        localizer_tokens: visual tokens of the pass in which the model found the region, averaged alike; None
+            where nobody knows.
+        localizer_steps: how many tokens it said in that pass, on average.
     """
 
     asked: int
@@ -31,6 +35,13 @@ class GroupScore:
     visual_tokens: float
     kv_tokens: float
     prompt_tokens: float
+    localizer_tokens: float | None = None
+    localizer_steps: float | None = None
+
+    @property
+    def total_tokens(self) -> float:
+        """Visual tokens of both passes."""
+        return self.visual_tokens + (self.localizer_tokens or 0.0)
 
 
 @dataclass(frozen=True)
@@ -56,7 +67,10 @@ def summarize(scenes: Sequence[TestScene], results: Sequence[ConditionResult]) -
     """A row per condition, in the order of the results; the unpruned model's is among them."""
     families = families_of(scenes)
     base = right_answers(scenes, next(result for result in results if result.condition == OFF))
-    return [_row(scenes, families, result, base) for result in results if result.condition.method != LOCATE]
+    found = next((result.answers for result in results if result.condition.method == LOCATE), None)
+    return [
+        _row(scenes, families, result, base, found) for result in results if result.condition.method != LOCATE
+    ]
 
 
 def families_of(scenes: Sequence[TestScene]) -> list[str]:
@@ -65,12 +79,20 @@ def families_of(scenes: Sequence[TestScene]) -> list[str]:
 
 
 def _row(
-    scenes: Sequence[TestScene], families: Sequence[str], result: ConditionResult, base: Sequence[bool]
+    scenes: Sequence[TestScene],
+    families: Sequence[str],
+    result: ConditionResult,
+    base: Sequence[bool],
+    located: Sequence[Answer] | None,
 ) -> Row:
     if result.impossible:
         return Row(result.condition, result.engine, {}, {}, 0.0, None, result.impossible)
     right = right_answers(scenes, result)
-    groups = {name: _group(result, right, base, [f in of for f in families]) for name, of in GROUPS.items()}
+    located = located if result.condition.locates else ()
+    groups = {
+        name: _group(result, right, base, [family in of for family in families], located)
+        for name, of in GROUPS.items()
+    }
     by_family = {}
     for family in FAMILIES:
         chosen = list(compress(right, [one == family for one in families]))
@@ -80,8 +102,13 @@ def _row(
 
 
 def _group(
-    result: ConditionResult, right: Sequence[bool], base: Sequence[bool], chosen: Sequence[bool]
+    result: ConditionResult,
+    right: Sequence[bool],
+    base: Sequence[bool],
+    chosen: Sequence[bool],
+    located: Sequence[Answer] | None,
 ) -> GroupScore:
+    """`located`: the localizer's answers, none where it was not asked, None where nobody knows them."""
     ours, theirs = list(compress(right, chosen)), list(compress(base, chosen))
     answers = list(compress(result.answers, chosen))
     return GroupScore(
@@ -91,4 +118,12 @@ def _group(
         fmean(answer.visual_tokens for answer in answers),
         fmean(answer.kv_tokens for answer in answers),
         fmean(answer.prompt_tokens for answer in answers),
+        None if located is None else _mean([one.visual_tokens for one in compress(located, chosen)]),
+        None if located is None else _mean([one.steps for one in compress(located, chosen)]),
     )
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Zero of nothing; None where one is unknown."""
+    known = [value for value in values if value is not None]
+    return None if len(known) < len(values) else fmean(known or [0.0])

@@ -19,7 +19,7 @@ from vllm_crop.families.qwen_vl import SmartResize
 from vllm_crop.planning.budget import Method
 from vllm_crop.planning.plan import make_plan
 
-_SCENES_KEPT = 4096  # 0.7 MB each
+_SCENES_KEPT = 1024  # 1.8 MB each
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class TransformersAnswers:
         self.runner = QwenRunner(checkpoint)
         self.eviction_layers = eviction_layers
         self.resize = SmartResize.of_processor(self.runner.processor.image_processor)
-        self._see_picture = lru_cache(_SCENES_KEPT)(self._see_scene)
+        self.see = lru_cache(_SCENES_KEPT)(self._see_scene)
 
     def answer(self, condition: Condition, tasks: Sequence[SceneTask]) -> list[list[Answer]]:
         """Per scene and question."""
@@ -63,13 +63,14 @@ class TransformersAnswers:
         texts = [question.text for question in task.scene.questions]
         if condition.method in RIVALS:
             assert condition.pruning_rate is not None
-            seen = self._see_picture(task.scene.scene)
+            seen = self.see(task.scene.scene)
+            tokens, layers = seen.grid.num_tokens, self.runner.num_layers
             pruning = RIVALS[condition.method](
-                seen.grid.num_tokens, self.runner.num_layers, condition.pruning_rate
+                tokens, layers, condition.pruning_rate, condition.configuration
             )
             yield self._on_picture(range(len(texts)), texts, seen, pruning)
         elif condition.method == OFF.method:
-            yield self._on_picture(range(len(texts)), texts, self._see_picture(task.scene.scene), UNPRUNED)
+            yield self._on_picture(range(len(texts)), texts, self.see(task.scene.scene), UNPRUNED)
         elif condition.method in CROP_METHODS:
             yield from self._crop_groups(condition, task, texts)
         else:
@@ -77,7 +78,7 @@ class TransformersAnswers:
 
     def _crop_groups(self, condition: Condition, task: SceneTask, texts: list[str]) -> Iterator[_Group]:
         assert condition.pruning_rate is not None
-        seen = self._see_picture(task.scene.scene)
+        seen = self.see(task.scene.scene)
         layers, method = self.runner.num_layers, cast(Method, condition.method)
         stages = () if condition.method == "plc" else self.eviction_layers
         plans = {
@@ -112,4 +113,4 @@ class TransformersAnswers:
 def _answer(reply: Reply) -> Answer:
     visual = sum(reply.tokens_per_layer) / len(reply.tokens_per_layer)
     text = reply.prompt_tokens - reply.tokens_per_layer[0]
-    return Answer(reply.text, visual, visual + text, reply.prompt_tokens)
+    return Answer(reply.text, visual, visual + text, reply.prompt_tokens, steps=reply.steps)

@@ -11,20 +11,27 @@ from lab.evaluation.conditions import LOCATE, OFF, Condition
 from lab.evaluation.crop_pruning import crop_pruning
 from lab.evaluation.questions import TestScene, make_test_set
 from lab.evaluation.regions import regions_for
+from lab.evaluation.rivals import ivc_prune
 from lab.evaluation.rivals.registry import RIVALS
-from lab.evaluation.runner.method import Pruning, Seen
+from lab.evaluation.runner.method import Kept, Pruning, Seen, Sight
 from lab.evaluation.runner.qwen import QwenRunner, Reply
 from lab.evaluation.transformers_answers import TransformersAnswers
 from lab.tinyvqa import words
 from tests.slow_plan import embeddings_of
 from tests.untrained_tinyvqa import make_untrained
-from vllm_crop.planning.budget import retained_count
+from vllm_crop.planning.budget import BudgetError, retained_count
 from vllm_crop.planning.plan import TokenPlan, make_plan
 
 RATES = (0.667, 0.889, 0.926)
 CLOSE = 2e-5  # nats, in float32; a mistake changes tenths
 LAYERS = 12
-INSIDE = ("fastv", "pyramiddrop", "vtw", "sparsevlm")
+INSIDE = ("fastv", "pyramiddrop", "sparsevlm")  # in every configuration
+CONFIGURED = [
+    (name, configuration)
+    for name, rival in RIVALS.items()
+    for configuration in rival.configurations
+    if name != "vtw"
+]
 
 
 @pytest.fixture(scope="module")
@@ -135,26 +142,90 @@ def test_at_rate_zero_every_rival_is_the_unpruned_model(
 def test_rivals_run_with_exactly_the_tokens_they_say(
     name: str, runner: QwenRunner, seen: Seen, texts: list[str], unpruned: list[Reply]
 ) -> None:
-    for rate in RATES if name not in INSIDE else (0.667, 0.889):
+    rates = {"vtw": (0.5,), **dict.fromkeys(INSIDE, (0.667, 0.889))}.get(name, RATES)
+    for rate in rates:
         pruning = RIVALS[name](576, LAYERS, rate)
         found = runner.answer([seen], texts[:3], pruning)
-        left, expected = 576 if pruning.before is None or pruning.stages else retained_count(576, rate), []
-        for layer in range(LAYERS):
-            left = pruning.stages.get(layer, left)
-            expected.append(left)
-        assert all(reply.tokens_per_layer == tuple(expected) for reply in found)
-        if name == "vtw":
-            assert set(expected) == {576, 0}
-        else:
-            assert abs(sum(expected) / LAYERS - 576 * (1 - rate)) <= 0.5
+        check_counts(found, pruning, rate)
         assert worst(found, unpruned[:3]) > 0.01  # it does change something
+
+
+@pytest.mark.parametrize(("name", "configuration"), CONFIGURED)
+def test_every_configuration_runs(
+    name: str, configuration: str, runner: QwenRunner, seen: Seen, texts: list[str]
+) -> None:
+    try:
+        pruning = RIVALS[name](576, LAYERS, 0.667, configuration)
+    except BudgetError:
+        pytest.skip("it cannot meet the rate")
+    check_counts(runner.answer([seen], texts[:2], pruning, steps=1), pruning, 0.667)
+
+
+def check_counts(found: list[Reply], pruning: Pruning, rate: float) -> None:
+    """Every layer runs with the tokens of its stage, and all layers together with those of the rate."""
+    for reply in found:
+        counts = reply.tokens_per_layer
+        left = counts[0]
+        if pruning.before is None:
+            assert left == 576
+        elif not pruning.stages:
+            assert left == retained_count(576, rate)
+        for layer, count in enumerate(counts):
+            left = pruning.stages.get(layer, left)
+            assert count == left
+        assert abs(sum(counts) / LAYERS - 576 * (1 - rate)) <= 0.5
+
+
+def test_a_picture_is_known_by_its_pixels(runner: QwenRunner, seen: Seen, scene: TestScene) -> None:
+    picture = scene.picture()
+    assert runner.see(picture, attention=False).fingerprint == seen.fingerprint
+    picture.putpixel((5, 5), (1, 2, 3))
+    assert runner.see(picture, attention=False).fingerprint != seen.fingerprint
+
+
+def test_what_the_tower_makes_of_a_token_is_what_is_merged_into_its_features(
+    runner: QwenRunner, seen: Seen
+) -> None:
+    """In the order of the features, whatever order the tower works in."""
+    merger = runner.model.model.visual.merger
+    width = seen.tower.shape[1] // 4
+    with torch.inference_mode():
+        features = merger(seen.tower.view(-1, width))
+    assert torch.allclose(features, seen.features, atol=1e-5)
+
+
+def test_anchors_are_found_by_the_turns_of_all_axes(runner: QwenRunner, seen: Seen, texts: list[str]) -> None:
+    chooser = ivc_prune.Chooser(lambda count: 0)
+    runner.answer([seen], texts[:1], Pruning(chooser.look), steps=1)
+    positions = runner.prompts.make([seen.grid], texts[:1]).positions[:, -576:].double()
+    angles = positions[..., None] * runner.language.rotary_emb.inv_freq.double()
+    assert torch.allclose(chooser.cosines.double(), angles.cos().mean(0), atol=1e-4)
+    assert torch.allclose(chooser.sines.double(), angles.sin().mean(0), atol=1e-4)
+
+
+def test_a_method_sees_all_text_behind_the_image(runner: QwenRunner, seen: Seen, texts: list[str]) -> None:
+    """With its words spelled, and without its padding."""
+    sights: list[Sight] = []
+
+    def look(sight: Sight) -> Kept:
+        sights.append(sight)
+        return Kept.choose(sight.image.features, torch.arange(576)[None])
+
+    runner.answer([seen], texts, Pruning(look), steps=1)
+    (sight,) = sights
+    lengths = runner.prompts.make([seen.grid], texts).texts.lengths
+    assert [len(text) for text in sight.texts] == lengths.tolist()
+    for text, embeddings, spelled in zip(texts, sight.words, sight.spelled, strict=True):
+        assert "".join(spelled).strip() == text
+        assert len(embeddings) == len(spelled)
 
 
 def test_questions_do_not_see_each_other(runner: QwenRunner, seen: Seen, texts: list[str]) -> None:
     """Neither in what is kept for them nor in what they answer."""
     for name, make in RIVALS.items():
-        together = runner.answer([seen], texts, make(576, LAYERS, 0.889))
-        alone = [runner.answer([seen], [text], make(576, LAYERS, 0.889))[0] for text in texts[:2]]
+        rate = 0.5 if name == "vtw" else 0.889
+        together = runner.answer([seen], texts, make(576, LAYERS, rate))
+        alone = [runner.answer([seen], [text], make(576, LAYERS, rate))[0] for text in texts[:2]]
         assert worst(alone, together[:2]) < CLOSE, name
 
 
@@ -231,4 +302,6 @@ def test_cells_take_the_tokens_of_their_budget(
     assert all(isinstance(answer, Answer) for answer in row)
     assert {round(answer.visual_tokens) for answer in row} == {round(count) for count in visual}
     for answer in row:
+        assert answer.steps is not None
+        assert 1 <= answer.steps <= (9 if condition.method == LOCATE else 4)
         assert 5 < answer.kv_tokens - answer.visual_tokens < 40

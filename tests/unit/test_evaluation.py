@@ -21,12 +21,13 @@ from lab.evaluation.asking import Answer, SceneTask, ask
 from lab.evaluation.comparisons import agreements, margins
 from lab.evaluation.conditions import LOCATE, METHODS, OFF, RATES, Condition, make_grid
 from lab.evaluation.controls import near_square, resized, thumbnail_and_crop
+from lab.evaluation.curves import Panel
 from lab.evaluation.localizer_score import score_localizer
 from lab.evaluation.markdown import write_markdown
 from lab.evaluation.questions import TestScene, make_test_set
 from lab.evaluation.regions import SOURCES, area, cells_of, coverage, parse_location, regions_for
 from lab.evaluation.report import Report, make_report, write_report
-from lab.evaluation.rivals.names import RIVAL_TITLES
+from lab.evaluation.rivals.names import CHOOSERS
 from lab.evaluation.rivals.registry import RIVALS
 from lab.evaluation.session import Session, make_tasks
 from lab.evaluation.stats import difference, retention, wilson
@@ -243,7 +244,7 @@ def test_regions_of_the_server_are_no_clients_business(scenes: tuple[TestScene, 
 
 
 def test_every_rival_has_a_name_and_a_method() -> None:
-    assert list(RIVALS) == list(RIVAL_TITLES)
+    assert list(RIVALS) == list(CHOOSERS)
 
 
 def test_cells_ask_what_they_are_to_measure(scenes: tuple[TestScene, ...]) -> None:
@@ -354,6 +355,50 @@ def test_the_table_counts_right_answers_and_margins(tmp_path: Path, scenes: tupl
     assert margin.gained.value == pytest.approx(1 - rows["fastv"].groups["local"].accuracy.value)
 
 
+def test_pooling_evenly_is_among_those_that_crop_is_compared_with(
+    tmp_path: Path, scenes: tuple[TestScene, ...]
+) -> None:
+    grid = make_grid(["plc", "random"], [0.889], ["localizer", "oracle", "whole"])
+    session = Session(
+        scenes, lambda _: StandIn({}), lambda _: "stand-in", Store(tmp_path, {}), Console(quiet=True)
+    )
+    found = margins(scenes, session.run(grid))
+    assert [one.against for one in found] == ["CROP plc, whole", "random tokens (control)"]
+
+
+@pytest.mark.parametrize("source", ["localizer", "server", "oracle"])
+def test_finding_a_region_costs_tokens_and_steps(
+    source: str, tmp_path: Path, scenes: tuple[TestScene, ...]
+) -> None:
+    """Of every question: also of those that it says need the whole image."""
+
+    class Counting(StandIn):
+        def answer(self, condition: Condition, tasks: list[SceneTask]) -> list[list[Answer]]:
+            steps = iter(range(10_000))
+            rows = super().answer(condition, tasks)
+            return [[replace(one, steps=next(steps) % 2 + 5) for one in row] for row in rows]
+
+    grid = make_grid(["plc"], [0.889], [source])
+    store, counting = Store(tmp_path, {}), Counting({})
+    session = Session(scenes, lambda _: counting, lambda _: "stand-in", store, Console(quiet=True))
+    results = session.run(grid)
+    row = next(one for one in summarize(scenes, results) if one.condition.method == "plc")
+    for group in row.groups.values():
+        assert group.localizer_tokens == (0 if source == "oracle" else 64)
+        assert group.total_tokens == group.visual_tokens + group.localizer_tokens
+        assert group.localizer_steps == 0 if source == "oracle" else 5 < group.localizer_steps < 6
+    within, total = (Panel("", "local", lambda _: True, total).tokens(row) for total in (False, True))
+    assert total - within == (0 if source == "oracle" else 64)
+    described = score_localizer(scenes, results)
+    assert (described is None) == (source == "oracle")
+    if described:
+        assert described.steps is not None
+        assert 5 < described.steps < 6
+    unknown = [one for one in results if one.condition.method != LOCATE]
+    without = next(one for one in summarize(scenes, unknown) if one.condition.method == "plc")
+    assert without.groups["all"].localizer_tokens == (0 if source == "oracle" else None)
+
+
 def test_the_localizer_is_scored_by_cells(tmp_path: Path, scenes: tuple[TestScene, ...]) -> None:
     score = score_localizer(scenes, run(tmp_path, scenes, StandIn({})))
     assert score is not None
@@ -380,7 +425,7 @@ def test_the_page_needs_nothing_else(tmp_path: Path, scenes: tuple[TestScene, ..
         "seconds": 90.0,
     }
     origin["revisions_of_conditions"] = ["0123456789abcdef", "unknown"]
-    report = make_report(scenes, results, agreed, origin)
+    report = make_report(scenes, results, agreed, origin, ("Read this first.",))
     write_report(tmp_path, report)
     page = (tmp_path / "index.html").read_text()
     assert 'src="data:image/png;base64,' in page
@@ -390,6 +435,7 @@ def test_the_page_needs_nothing_else(tmp_path: Path, scenes: tuple[TestScene, ..
     found = json.loads((tmp_path / "results.json").read_text())
     assert [row["condition"]["method"] for row in found["rows"]] == ["off", "plc", "ilp", "fastv"]
     assert found["provenance"] == origin
+    assert "<p>Read this first.</p>" in page
     table = (tmp_path / "README.md").read_text()
     assert (
         "`python -m lab.evaluation -o 'a b'`, conditions measured at 0123456789ab, unknown, in 2 minutes"
@@ -399,6 +445,10 @@ def test_the_page_needs_nothing_else(tmp_path: Path, scenes: tuple[TestScene, ..
     assert len(lines) == 1 + len(results) - 1  # the localizer's own condition is no row
     assert len({line.count("|") for line in lines}) == 1
     assert "![Accuracy against visual tokens](curves.png)" in table
+    assert "* Read this first." in table
+    by_name = {line.split(" | ")[0].removeprefix("| "): line for line in lines}
+    assert "| 128 / 128 |" in by_name["CROP plc, localizer"]  # 64 more than without the localizer
+    assert "|  |  |" in by_name["FastV"]
 
 
 def test_the_published_page_is_made_of_the_published_numbers(tmp_path: Path) -> None:
@@ -420,6 +470,24 @@ def test_results_survive_the_disk(tmp_path: Path) -> None:
     assert replace(store, settings={"n": 2}).load(result.condition, "vllm") is None
 
 
+def test_cells_of_other_configurations_are_never_mixed_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path, {"n": 1})
+    for name in RIVALS["fastv"].configurations:
+        store.save(ConditionResult(Condition("fastv", None, 0.5, name), "t", (Answer(name, 1.5, 2.5, 3),)))
+    for name in RIVALS["fastv"].configurations:
+        found = store.load(Condition("fastv", None, 0.5, name), "t")
+        assert found is not None
+        assert found.answers[0].text == name
+    assert store.load(Condition("fastv", None, 0.5), "t") is None
+    # The same name may come to mean something else.
+    changed = replace(RIVALS["fastv"], configurations={"K=2": {"layer": 5}, "K=1": {"layer": 1}})
+    monkeypatch.setitem(RIVALS, "fastv", changed)
+    assert store.load(Condition("fastv", None, 0.5, "K=2"), "t") is None
+    assert store.load(Condition("fastv", None, 0.5, "K=1"), "t") is not None
+
+
 # --- the command
 
 
@@ -431,6 +499,7 @@ def test_results_survive_the_disk(tmp_path: Path) -> None:
         (["--rates", "high"], "fractions in [0, 1)"),
         (["--regions", "nowhere"], "nowhere"),
         (["--eviction-layers", "x"], "layer numbers"),
+        (["--split", "train"], "train"),
     ],
 )
 def test_wrong_options_are_named(arguments: list[str], complaint: str) -> None:

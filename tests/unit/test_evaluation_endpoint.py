@@ -69,9 +69,9 @@ class Counts:
     def check(self, asked: list[Asked]) -> None:
         assert asked
 
-    def answer(self, asked: Asked, text: str, prompt_tokens: int) -> Answer:
+    def answer(self, asked: Asked, text: str, prompt_tokens: int, steps: int) -> Answer:
         self.counted.append(asked.crop)
-        return Answer(text, 1.0, 2.0, prompt_tokens)
+        return Answer(text, 1.0, 2.0, prompt_tokens, steps=steps)
 
 
 @pytest.fixture

@@ -1,41 +1,52 @@
 # SPDX-License-Identifier: Apache-2.0
 """The same budget for every rival: tokens averaged over layers, as planning/budget.py counts them."""
 
-from vllm_crop.planning.budget import BudgetError, retained_per_stage
+from collections.abc import Sequence
 
+from vllm_crop.planning.budget import retained_per_stage, target_average
 
-def latest_first_layer(num_tokens: int, rate: float, num_layers: int, wanted: int) -> int:
-    """The first layer at which tokens may leave: the paper's, or the latest that the budget allows.
-
-    Raises:
-        BudgetError: not even leaving at layer 1 meets the rate.
-    """
-    for layer in range(wanted, 0, -1):
-        try:
-            retained_per_stage(num_tokens, rate, "ilp", num_layers, (layer,))
-        except BudgetError:
-            if layer == 1:
-                raise
-        else:
-            return layer
-    raise BudgetError("no decoder layer at which tokens could leave")
-
-
-def one_shot(num_tokens: int, rate: float, num_layers: int, wanted: int) -> dict[int, int]:
-    """Tokens leave once."""
-    layer = latest_first_layer(num_tokens, rate, num_layers, wanted)
-    return stages(num_tokens, rate, num_layers, (layer,))
+_BISECTIONS = 60  # halve an interval of counts down to the precision of a float
 
 
 def stages(num_tokens: int, rate: float, num_layers: int, layers: tuple[int, ...]) -> dict[int, int]:
-    """Tokens left from each layer on; every stage keeps the same fraction."""
+    """Tokens left from each layer on; every stage keeps the same fraction.
+
+    Raises:
+        BudgetError: the layers before the first stage take more than the rate leaves.
+    """
     _, *left = retained_per_stage(num_tokens, rate, "ilp", num_layers, layers)
     return dict(zip(layers, left, strict=True))
 
 
-def pyramid(num_tokens: int, rate: float, num_layers: int) -> dict[int, int]:
-    """Three stages: at the quarters of the model, or from the latest first layer on at even distances."""
-    first = latest_first_layer(num_tokens, rate, num_layers, num_layers // 4)
-    step = (num_layers - first) / 3
-    layers = tuple(dict.fromkeys(first + round(stage * step) for stage in range(3)))
-    return stages(num_tokens, rate, num_layers, layers)
+def scaled(
+    num_tokens: int, rate: float, num_layers: int, layers: tuple[int, ...], proportions: Sequence[float]
+) -> dict[int, int]:
+    """Tokens left from each layer on, in given proportions; how many is solved for the budget.
+
+    Raises:
+        BudgetError: the layers before the first stage take more than the rate leaves.
+    """
+    retained_per_stage(num_tokens, rate, "ilp", num_layers, layers)  # raises
+    ends = [*layers[1:], num_layers]
+    widths = [end - start for start, end in zip(layers, ends, strict=True)]
+    wanted = target_average(num_tokens, rate) * num_layers - num_tokens * layers[0]
+
+    def counts(scale: float) -> list[float]:
+        return [min(float(num_tokens), max(1.0, scale * part)) for part in proportions]
+
+    low, high = 0.0, num_tokens / min(proportions)
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        total = sum(width * count for width, count in zip(widths, counts(middle), strict=True))
+        low, high = (middle, high) if total <= wanted else (low, middle)
+    return dict(zip(layers, map(round, counts(high)), strict=True))
+
+
+def two_stages(
+    num_tokens: int, rate: float, num_layers: int, layer: int, ratio: float
+) -> tuple[int, dict[int, int]]:
+    """Tokens that the language model receives, and those left from a layer on: `ratio` of them."""
+    total = target_average(num_tokens, rate) * num_layers
+    first = min(num_tokens, max(1, round(total / (layer + ratio * (num_layers - layer)))))
+    second = round((total - first * layer) / (num_layers - layer))
+    return first, {layer: min(first, max(1, second))}

@@ -13,24 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
 
-from lab.evaluation.runner.method import LayerView, Pruning, repeat_heads
-
-Heads = tuple[Tensor, Tensor, Tensor]  # queries, keys and values [batch, heads, tokens, width]
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Tokens with their rotations; `[batch, tokens, ...]`, a batch of one is shared by all questions."""
-
-    hidden: Tensor
-    cos: Tensor
-    sin: Tensor
-
-    def keep(self, index: Tensor, lead: int) -> "Rows":
-        """The first `lead` tokens, and of those behind them `index` `[questions, kept]`."""
-        leading = torch.arange(lead).expand(len(index), -1)
-        every = torch.cat([leading, index + lead], dim=1)
-        return Rows(*(_gather(part, every) for part in (self.hidden, self.cos, self.sin)))
+from lab.evaluation.runner.method import Heads, LayerView, Pruning, Rows, repeat_heads
 
 
 @dataclass(frozen=True)
@@ -50,11 +33,6 @@ class LayerCache:
     image_values: Tensor
     keys: Tensor
     values: Tensor
-
-
-def _gather(part: Tensor, index: Tensor) -> Tensor:
-    part = part.expand(len(index), -1, -1)
-    return part.gather(1, index[..., None].expand(-1, -1, part.shape[-1]))
 
 
 class Decoder:
@@ -92,11 +70,13 @@ class Decoder:
                 image = image.keep(pruning.choose(view, pruning.stages[index]), lead)
             of_image, of_text = _project(layer, image), _project(layer, text)
             seen = torch.ones(length, image.hidden.shape[1], dtype=torch.bool)
-            mixed = _attend(of_text[0], of_image, of_text, torch.cat([seen, causal], dim=1))
+            mixed = _attend(of_text.queries, of_image, of_text, torch.cat([seen, causal], dim=1))
             text = replace(text, hidden=_finish(layer, text.hidden, mixed))
-            own = functional.scaled_dot_product_attention(*of_image, is_causal=True, enable_gqa=True)
+            own = functional.scaled_dot_product_attention(
+                of_image.queries, of_image.keys, of_image.values, is_causal=True, enable_gqa=True
+            )
             image = replace(image, hidden=_finish(layer, image.hidden, own))
-            cache.append(LayerCache(*of_image[1:], *of_text[1:]))
+            cache.append(LayerCache(of_image.keys, of_image.values, of_text.keys, of_text.values))
             present.append(image.hidden.shape[1] - lead)
             before = of_image, of_text
         return self.language.norm(text.hidden), cache, present
@@ -107,13 +87,14 @@ class Decoder:
         # What was padded stays unseen; what was generated stands behind it.
         own = (slots < lengths[:, None]) | (slots >= prompt)
         for layer, kept in zip(self.language.layers, cache, strict=True):
-            query, key, value = _project(layer, token)
-            kept.keys = torch.cat([kept.keys, key], dim=2)
-            kept.values = torch.cat([kept.values, value], dim=2)
+            of_token = _project(layer, token)
+            kept.keys = torch.cat([kept.keys, of_token.keys], dim=2)
+            kept.values = torch.cat([kept.values, of_token.values], dim=2)
             seen = torch.ones(len(own), kept.image_keys.shape[2], dtype=torch.bool)
             mask = torch.cat([seen, own], dim=1)[:, None, None]
-            image, text = (query, kept.image_keys, kept.image_values), (query, kept.keys, kept.values)
-            mixed = _attend(query, image, text, mask)
+            query = of_token.queries
+            image = Heads(query, kept.image_keys, kept.image_values)
+            mixed = _attend(query, image, Heads(query, kept.keys, kept.values), mask)
             token = replace(token, hidden=_finish(layer, token.hidden, mixed))
         states: Tensor = self.language.norm(token.hidden)
         return states
@@ -128,36 +109,51 @@ class Decoder:
         texts: Texts,
         causal: Tensor,
     ) -> LayerView:
-        (_, keys, _), (queries, own_keys, _) = before
+        of_image, of_text = before
 
-        def next_view() -> LayerView:
+        def project(rotated: bool) -> LayerView:
             layer = self.language.layers[index]
-            coming = _project(layer, image), _project(layer, text)
+            coming = _project(layer, image, rotated), _project(layer, text, rotated)
             return self._view(index, coming, image, lead, text, texts, causal)
 
+        queries = of_text.queries
         heads, width = queries.shape[1], queries.shape[-1]
-        among = queries @ repeat_heads(own_keys, heads).transpose(2, 3) / width**0.5
+        among = queries @ repeat_heads(of_text.keys, heads).transpose(2, 3) / width**0.5
         among = among.masked_fill(~causal, float("-inf"))
-        leading = queries @ repeat_heads(keys[:, :, :lead], heads).transpose(2, 3) / width**0.5
+        leading = queries @ repeat_heads(of_image.keys[:, :, :lead], heads).transpose(2, 3) / width**0.5
         others = torch.cat([leading, among], dim=-1)
-        return LayerView(index, queries, keys[:, :, lead:], others, texts.lengths, texts.words, next_view)
+        visual = Heads(*(part[:, :, lead:] for part in (of_image.queries, of_image.keys, of_image.values)))
+        rows = image.without(lead)
+        return LayerView(
+            index,
+            of_text,
+            visual,
+            others,
+            texts.lengths,
+            texts.words,
+            text,
+            rows,
+            self.language.norm,
+            project,
+        )
 
 
-def _project(layer: Any, rows: Rows) -> Heads:
+def _project(layer: Any, rows: Rows, rotated: bool = True) -> Heads:
     attention, hidden = layer.self_attn, layer.input_layernorm(rows.hidden)
     batch, count, _ = hidden.shape
     query, key, value = (
         linear(hidden).view(batch, count, -1, attention.head_dim).transpose(1, 2)
         for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
-    query, key = apply_rotary_pos_emb(query, key, rows.cos, rows.sin)
-    return query, key, value
+    if rotated:
+        query, key = apply_rotary_pos_emb(query, key, rows.cos, rows.sin)
+    return Heads(query, key, value)
 
 
 def _attend(query: Tensor, image: Heads, text: Heads, mask: Tensor) -> Tensor:
-    key, value = (
-        torch.cat([image[part].expand(len(query), -1, -1, -1), text[part]], dim=2) for part in (1, 2)
-    )
+    many = len(query)
+    key = torch.cat([image.keys.expand(many, -1, -1, -1), text.keys], dim=2)
+    value = torch.cat([image.values.expand(many, -1, -1, -1), text.values], dim=2)
     return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
 
 

@@ -25,12 +25,18 @@ class Seen:
         features: `[n, hidden]` embeddings that the language model receives.
         keys: `[n, width]` of the tower's last attention over the whole image, mean over a token's patches.
         received: `[n]` how much attention a token's patches receive there, on average over patches and heads.
+        early: the same of the tower's first attention over the whole image; of tinyvqa that is the last, too.
+        tower: `[n, width]` what the tower makes of a token's patches, side by side, before they are merged.
+        fingerprint: of the picture; the same wherever it is seen.
     """
 
     features: Tensor
     grid: TokenGrid
     keys: Tensor
     received: Tensor
+    early: Tensor
+    tower: Tensor
+    fingerprint: int
 
 
 @dataclass(frozen=True)
@@ -39,12 +45,16 @@ class Sight:
 
     Attributes:
         words: per question the embeddings `[words, hidden]` of its words.
+        spelled: per question these words as text.
+        texts: per question the embeddings `[length, hidden]` of all that stands behind the image.
         positions: `[3, n]` M-RoPE positions of the visual tokens.
         language: transformers' language model, for methods that look into its weights.
     """
 
     image: Seen
     words: tuple[Tensor, ...]
+    spelled: tuple[tuple[str, ...], ...]
+    texts: tuple[Tensor, ...]
     positions: Tensor
     language: Any
 
@@ -69,32 +79,79 @@ class Kept:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """Tokens with their rotations; `[batch, tokens, ...]`, a batch of one is shared by all questions."""
+
+    hidden: Tensor
+    cos: Tensor
+    sin: Tensor
+
+    def keep(self, index: Tensor, lead: int) -> "Rows":
+        """The first `lead` tokens, and of those behind them `index` `[questions, kept]`."""
+        leading = torch.arange(lead).expand(len(index), -1)
+        every = torch.cat([leading, index + lead], dim=1)
+        return Rows(*(_gather(part, every) for part in (self.hidden, self.cos, self.sin)))
+
+    def without(self, lead: int) -> "Rows":
+        """All but the first `lead` tokens."""
+        return Rows(*(part[:, lead:] for part in (self.hidden, self.cos, self.sin)))
+
+
+def _gather(part: Tensor, index: Tensor) -> Tensor:
+    part = part.expand(len(index), -1, -1)
+    return part.gather(1, index[..., None].expand(-1, -1, part.shape[-1]))
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Queries, keys and values `[batch, heads, tokens, width]` of some tokens in one layer."""
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+
+
+@dataclass(frozen=True)
 class LayerView:
     """What a method may look at before decoder layer `layer` runs.
 
     Attributes:
-        text_queries: `[questions, heads, length, width]` of the layer before, rotated.
-        image_keys: `[batch, heads, visual, width]` of the layer before; a batch of one is shared.
+        text: what the layer before projected of what stands behind the image, rotated; a batch of questions.
+        image: the same of the visual tokens; a batch of one is shared.
         other_scores: `[questions, heads, length, others]` scores of all other tokens in sight, -inf if not.
         lengths: `[questions]` words of each prompt behind the image; the rest is padding.
         words: `[questions, length]` true for the words of the question itself.
-        next_view: the same with the projections of the layer about to run.
+        text_rows: what the layer before has made of what stands behind the image.
+        image_rows: the same of the visual tokens.
+        norm: the language model's last norm, for those who compare states.
+        project: the same view with the projections of the layer about to run, rotated or not.
     """
 
     layer: int
-    text_queries: Tensor
-    image_keys: Tensor
+    text: Heads
+    image: Heads
     other_scores: Tensor
     lengths: Tensor
     words: Tensor
-    next_view: Callable[[], "LayerView"]
+    text_rows: Rows
+    image_rows: Rows
+    norm: Callable[[Tensor], Tensor]
+    project: Callable[[bool], "LayerView"]
+
+    def next_view(self, rotated: bool = True) -> "LayerView":
+        """With the projections of the layer about to run."""
+        return self.project(rotated)
+
+    def attention_by_head(self) -> Tensor:
+        """`[questions, heads, length, visual]` attention that text pays to visual tokens."""
+        keys = repeat_heads(self.image.keys, self.text.queries.shape[1])
+        scores = self.text.queries @ keys.transpose(2, 3) / self.text.queries.shape[-1] ** 0.5
+        both = functional.softmax(torch.cat([scores, self.other_scores], dim=-1), dim=-1)
+        return both[..., : scores.shape[-1]]
 
     def attention(self) -> Tensor:
         """`[questions, length, visual]` attention that text pays to visual tokens, mean over heads."""
-        keys = repeat_heads(self.image_keys, self.text_queries.shape[1])
-        scores = self.text_queries @ keys.transpose(2, 3) / self.text_queries.shape[-1] ** 0.5
-        both = functional.softmax(torch.cat([scores, self.other_scores], dim=-1), dim=-1)
-        return both[..., : scores.shape[-1]].mean(1)
+        return self.attention_by_head().mean(1)
 
     def last_word_attention(self) -> Tensor:
         """`[questions, visual]` attention of the token that the answer follows."""

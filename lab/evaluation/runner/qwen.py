@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lab.evaluation.runner.decoder import Decoder, LayerCache, Rows
-from lab.evaluation.runner.method import Kept, Pruning, Seen, Sight
+from lab.evaluation.runner.decoder import Decoder, LayerCache
+from lab.evaluation.runner.method import Kept, Pruning, Rows, Seen, Sight
 from lab.evaluation.runner.prompts import PromptMaker, Prompts
 from lab.evaluation.runner.vision import see
 
@@ -26,12 +26,14 @@ class Reply:
         tokens_per_layer: visual tokens that each decoder layer ran with.
         prompt_tokens: of the prompt that the language model received.
         logprobs: `[vocabulary]` of the first token.
+        steps: tokens generated, the one that ends the answer included.
     """
 
     text: str
     tokens_per_layer: tuple[int, ...]
     prompt_tokens: int
     logprobs: Tensor
+    steps: int
 
 
 class QwenRunner:
@@ -72,7 +74,7 @@ class QwenRunner:
         between = int((prompts.prefix[prompts.lead :] != self.prompts.image).sum())  # two images
         visual = tuple(count - between for count in present)
         return [
-            Reply(self._text(ids), visual, count, row)
+            Reply(self._text(ids), visual, count, row, self._steps(ids))
             for ids, count, row in zip(spoken, taken, logprobs, strict=True)
         ]
 
@@ -85,7 +87,7 @@ class QwenRunner:
             return self.decoder.rows(hidden[None], prompts.positions[:, None])
         (image,), lead = images, prompts.lead
         at = prompts.positions[:, lead:]
-        kept = pruning.before(Sight(image, self._words(prompts), at, self.language))
+        kept = pruning.before(self._sight(image, prompts, at))
         return self._kept_rows(kept, hidden[:lead], prompts.positions[:, :lead], at)
 
     def _kept_rows(self, kept: Kept, leading: Tensor, leading_at: Tensor, at: Tensor) -> Rows:
@@ -94,10 +96,19 @@ class QwenRunner:
         positions = torch.cat([leading_at[:, None].expand(-1, batch, -1), at[:, kept.tokens]], dim=2)
         return self.decoder.rows(hidden, positions)
 
-    def _words(self, prompts: Prompts) -> tuple[Tensor, ...]:
+    def _sight(self, image: Seen, prompts: Prompts, at: Tensor) -> Sight:
         texts = prompts.texts
-        rows = zip(texts.ids, texts.words, strict=True)
-        return tuple(self.language.embed_tokens(ids[words]) for ids, words in rows)
+        rows = [ids[:length] for ids, length in zip(texts.ids, texts.lengths, strict=True)]
+        words = [ids[chosen] for ids, chosen in zip(texts.ids, texts.words, strict=True)]
+        spelled = (self.processor.tokenizer.batch_decode(ids[:, None]) for ids in words)
+        return Sight(
+            image,
+            tuple(map(self.language.embed_tokens, words)),
+            tuple(map(tuple, spelled)),
+            tuple(map(self.language.embed_tokens, rows)),
+            at,
+            self.language,
+        )
 
     def _text_rows(self, prompts: Prompts) -> Rows:
         ids = prompts.texts.ids
@@ -118,6 +129,10 @@ class QwenRunner:
             spoken.append(token)
             ended |= self._ends(token)
         return torch.stack(spoken, dim=1).tolist()
+
+    def _steps(self, ids: Sequence[int]) -> int:
+        ends = (index for index, token in enumerate(ids, start=1) if token in self.end)
+        return next(ends, len(ids))
 
     def _ends(self, token: Tensor) -> Tensor:
         return torch.isin(token, torch.tensor(sorted(self.end)))

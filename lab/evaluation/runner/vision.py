@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the vision tower makes of an image, and what its last attention over the whole image says."""
+"""What the vision tower makes of an image, and what its attention over the whole image says."""
 
 from typing import Any
+from zlib import crc32
 
 import torch
 from PIL import Image
@@ -20,24 +21,39 @@ def see(visual: Any, image_processor: Any, image: Image.Image, attention: bool =
     inputs = image_processor(images=[image], return_tensors="pt")
     merge, patches = visual.spatial_merge_size, inputs["image_grid_thw"]
     grid = TokenGrid(int(patches[0, 1]) // merge, int(patches[0, 2]) // merge)
-    caught: dict[str, Any] = {}
+    caught: dict[int, dict[str, Any]] = {}
 
-    def catch(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        caught.update(kwargs, hidden_states=args[0] if args else kwargs["hidden_states"])
+    def catch(index: int) -> Any:
+        def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            caught[index] = {**kwargs, "hidden_states": args[0] if args else kwargs["hidden_states"]}
 
-    block = visual.blocks[visual.fullatt_block_indexes[-1]]
-    hook = block.attn.register_forward_pre_hook(catch, with_kwargs=True)
+        return visual.blocks[index].attn.register_forward_pre_hook(hook, with_kwargs=True)
+
+    first, last = visual.fullatt_block_indexes[0], visual.fullatt_block_indexes[-1]
+    hooks = [catch(index) for index in {first, last}]
     try:
-        features = visual(inputs["pixel_values"], grid_thw=patches).pooler_output
+        made = visual(inputs["pixel_values"], grid_thw=patches)
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
+    features, none, fingerprint = made.pooler_output, torch.empty(0), crc32(image.tobytes())
     if not attention:
-        return Seen(features, grid, torch.empty(0), torch.empty(0))
-    keys, received = _attention(block.attn, caught["hidden_states"], caught["position_embeddings"])
+        return Seen(features, grid, none, none, none, none, fingerprint)
+    found = {
+        index: _attention(visual.blocks[index].attn, one["hidden_states"], one["position_embeddings"])
+        for index, one in caught.items()
+    }
     order, _ = get_vision_window_index(patches, merge, visual.window_size, visual.patch_size)
     raster = torch.argsort(order)
-    by_token = keys.view(grid.num_tokens, merge**2, -1).mean(1), received.view(-1, merge**2).mean(1)
-    return Seen(features, grid, by_token[0][raster], by_token[1][raster])
+
+    def by_token(part: Tensor) -> Tensor:
+        return part.view(grid.num_tokens, merge**2, -1)[raster]
+
+    keys, received = found[last]
+    early = by_token(found[first][1]).mean((1, 2))
+    tower = by_token(made.last_hidden_state).flatten(1)
+    received = by_token(received).mean((1, 2))
+    return Seen(features, grid, by_token(keys).mean(1), received, early, tower, fingerprint)
 
 
 def _attention(attention: Any, hidden: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

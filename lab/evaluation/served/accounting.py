@@ -52,7 +52,7 @@ class Accounting:
         for one in islice(pruned, 1):
             self._visual(replace(one, crop={"regions": [Region.whole().as_lists()], **(one.crop or {})}))
 
-    def answer(self, asked: Asked, text: str, prompt_tokens: int) -> Answer:
+    def answer(self, asked: Asked, text: str, prompt_tokens: int, steps: int | None = None) -> Answer:
         """An answer with what it took.
 
         Raises:
@@ -66,7 +66,7 @@ class Accounting:
                 f"{prompt_tokens} prompt tokens were counted for {asked.crop or 'an unpruned question'}, "
                 f"planned are {received} visual ones and {others} others"
             )
-        return Answer(text.strip(), average, average + others, prompt_tokens)
+        return Answer(text.strip(), average, average + others, prompt_tokens, steps=steps)
 
     def _visual(self, asked: Asked) -> tuple[int, float]:
         """Visual tokens in the prompt, and averaged over layers."""

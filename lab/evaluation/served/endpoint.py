@@ -70,7 +70,8 @@ class EndpointAnswers:
         if asked.crop is not None and "regions" not in asked.crop:
             asked = replace(asked, crop={**asked.crop, "regions": [_found(raw.headers)]})
         choice = response.choices[0]
-        answer = self.accounting.answer(asked, choice.message.content or "", response.usage.prompt_tokens)
+        counts = response.usage.prompt_tokens, response.usage.completion_tokens
+        answer = self.accounting.answer(asked, choice.message.content or "", *counts)
         if not logprobs:
             return answer
         return replace(answer, confidence=math.exp(sum(token.logprob for token in choice.logprobs.content)))

@@ -76,6 +76,7 @@ class EngineAnswers:
 
     def _answer(self, asked: Asked, output: Any) -> Answer:
         said = output.outputs[0]
-        answer = self.accounting.answer(asked, said.text, len(output.prompt_token_ids))
+        counts = len(output.prompt_token_ids), len(said.token_ids)
+        answer = self.accounting.answer(asked, said.text, *counts)
         logprob = said.cumulative_logprob
         return answer if logprob is None else replace(answer, confidence=math.exp(logprob))
