@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pruned images are seen in pieces: the small view, and the region at full size at its place."""
 
+import io
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from transformers import Qwen2VLImageProcessor
 
 from tests.conftest import CheckpointOf
@@ -267,6 +268,36 @@ def test_the_localizers_view_is_made_once(
     (after,) = engine.ask(asked)
     assert len(made) == 1  # the other picture's features and region are known
     assert float((after.logprobs - before.logprobs).abs().max()) > NOTICEABLE
+
+
+@pytest.mark.parametrize("kind", ["transparent", "transparent palette", "lying"])
+def test_pictures_that_vllm_converts_are_located_as_it_shows_them(
+    checkpoint_of: CheckpointOf, kind: str
+) -> None:
+    """Offline they come as Pillow has them: not yet upright, not yet flat."""
+    localizer = {"kind": "attention", "prompt": "{question}", "whole_below": 0, "thumbnail_tokens": 64}
+    crop = {"compression": "foveate", "pruning_rate": 0.8, "localizer": localizer}
+    checkpoint = checkpoint_of(QWEN3_VL, QWEN3_VL.deep)
+    engine, other = Engine(checkpoint, crop, QWEN3_VL), Engine(checkpoint, crop, QWEN3_VL)
+    picture, file = noise_image(950, 640, 512), io.BytesIO()
+    if kind == "transparent":
+        picture = picture.convert("RGBA")
+        picture.putalpha(40)
+    elif kind == "lying":
+        turned = Image.Exif()
+        turned[ExifTags.Base.Orientation] = 6
+        picture.save(file, "PNG", exif=turned)
+        picture = Image.open(file)
+    else:
+        picture.quantize(64).save(file, "PNG", transparency=bytes([0] * 32 + [255] * 32))
+        picture = Image.open(file)
+    (answer,) = engine.ask(Question((picture,), {"question": "Where?"}))
+    shown = other.processor.info.parse_mm_data({"image": [picture]})["image"].get(0)
+    locate = other.llm.llm_engine.renderer._localizing.localizer
+    found = locate.locate_now(Picture(lambda: shown), "Where?")
+    (expected,) = other.ask(Question((shown,), {"regions": [found.region.as_lists()]}))
+    assert answer.num_prompt_tokens == expected.num_prompt_tokens
+    assert float((answer.logprobs - expected.logprobs).abs().max()) <= TOLERANCE
 
 
 def test_a_larger_part_may_answer_where_the_server_says_so(engine_of: Callable[[Family], Engine]) -> None:

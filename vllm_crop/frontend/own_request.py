@@ -87,7 +87,7 @@ class OwnRequests:
         most = self.config.view_tokens(self.geometry.grid(*image.size).num_tokens)
         size = size_for_tokens(self.geometry, *image.size, most)
         if size is not None:
-            view = image if size == image.size else picture.shrunk(size)
+            view = image if size == image.size else picture.shrunk(size, image)
             asked = CropParams(method="off")
         else:
             # Every image costs the same here: keep an even sample of its tokens instead.

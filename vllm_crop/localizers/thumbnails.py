@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -92,11 +93,16 @@ class Picture:
         """The picture with the bytes it came as: vLLM's caches know it by them."""
         return self._open()
 
-    def shrunk(self, size: tuple[int, int]) -> Image.Image:
-        """What `shrink` makes of it; the last is remembered: localizer and image processor want the same."""
-        if self._shrunk is None or self._shrunk.size != size:
-            self._shrunk = shrink(self.open(), size)
-        return self._shrunk
+    def shrunk(self, size: tuple[int, int], opened: Image.Image | None = None) -> Image.Image:
+        """What `shrink` makes of it; the last is remembered: localizer and image processor want the same.
+
+        Args:
+            opened: what `open` has given, so that it is not decoded again.
+        """
+        view = self._shrunk
+        if view is None or view.size != size:
+            view = self._shrunk = shrink(self.open() if opened is None else opened, size)
+        return view
 
     def key(self) -> str:
         """A hash of what it shows."""
@@ -121,10 +127,13 @@ def image_of(item: Any) -> Image.Image:
 def as_picture(item: Any) -> Picture | None:
     """The picture of a multimodal item; None where it has none, as with embeddings or a uuid alone.
 
-    vLLM keeps the encoded bytes beside pictures that came over HTTP (MediaWithBytes); offline a picture may
-    be an array of `[height, width, channels]` or `[channels, height, width]` bytes.
+    vLLM keeps the encoded bytes beside pictures that came over HTTP (MediaWithBytes). Offline a picture may
+    be one of Pillow's, which vLLM turns upright and flattens before anything else looks at it, or an array of
+    `[height, width, channels]` or `[channels, height, width]` bytes.
     """
     image = getattr(item, "media", item)
+    if isinstance(item, Image.Image):
+        return Picture(cache(partial(_as_parsed, item)))
     if isinstance(image, Image.Image):
         encoded = getattr(item, "original_bytes", None)
         return Picture(lambda: item, encoded, getattr(item, "io_config", None))
@@ -135,3 +144,11 @@ def as_picture(item: Any) -> Picture | None:
             decoded = Image.fromarray(pixels)
             return Picture(lambda: decoded)
     return None
+
+
+def _as_parsed(image: Image.Image) -> Image.Image:
+    """A picture of Pillow's as vLLM's parser leaves it (vllm/multimodal/parse.py)."""
+    from vllm.multimodal.image import convert_image_mode, normalize_image
+
+    parsed: Image.Image = convert_image_mode(normalize_image(image), "RGB")
+    return parsed

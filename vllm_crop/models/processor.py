@@ -138,7 +138,9 @@ class CropProcessorMixin(BaseMultiModalProcessor):
         # answer all but the first, and too little memory would be profiled.
         keys = images.keys if is_request else ("",) * len(images.keys)
         usable = ahead if self._is_ahead(ahead, inputs) else None
-        pictures = tuple(one.picture for one in asked.found or ()) or (None,) * len(decisions)
+        pictures = tuple(one.picture for one in asked.found or ())
+        if len(pictures) != len(decisions):
+            pictures = (None,) * len(decisions)  # the planner has nothing for such images either
         known_here = CropItems(decisions, keys, hashes, usable, pictures)
         processed = super().apply(
             replace(inputs, hf_processor_mm_kwargs={**plain, ITEMS_KEY: known_here}), timing_ctx
