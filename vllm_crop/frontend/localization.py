@@ -12,6 +12,7 @@ from typing import Any
 
 from PIL import Image
 from vllm.exceptions import VLLMClientError
+from vllm.multimodal.image import convert_image_mode, normalize_image
 
 from vllm_crop.config import CropConfig
 from vllm_crop.families.registry import VisionGeometry
@@ -274,10 +275,17 @@ def images_sought(
         questions = [params.question] * len(items)
     return [
         RegionQuery(
-            by_name(index) if item is None else as_picture(item), question and normalised(question), salt
+            by_name(index) if item is None else _picture(item), question and normalised(question), salt
         )
         for index, (item, question) in enumerate(zip(items, questions, strict=True))
     ]
+
+
+def _picture(item: Any) -> Picture | None:
+    """The picture of an item of a prompt, as it will be when it has been parsed."""
+    if not isinstance(item, Image.Image):
+        return as_picture(item)
+    return Picture(cache(lambda: convert_image_mode(normalize_image(item), "RGB")))
 
 
 def _missing(sought: RegionQuery) -> Outcome | None:

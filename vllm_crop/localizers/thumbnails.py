@@ -6,7 +6,6 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -127,13 +126,10 @@ def image_of(item: Any) -> Image.Image:
 def as_picture(item: Any) -> Picture | None:
     """The picture of a multimodal item; None where it has none, as with embeddings or a uuid alone.
 
-    vLLM keeps the encoded bytes beside pictures that came over HTTP (MediaWithBytes). Offline a picture may
-    be one of Pillow's, which vLLM turns upright and flattens before anything else looks at it, or an array of
-    `[height, width, channels]` or `[channels, height, width]` bytes.
+    vLLM keeps the encoded bytes beside pictures that came over HTTP (MediaWithBytes); offline a picture may
+    be an array of `[height, width, channels]` or `[channels, height, width]` bytes.
     """
     image = getattr(item, "media", item)
-    if isinstance(item, Image.Image):
-        return Picture(cache(partial(_as_parsed, item)))
     if isinstance(image, Image.Image):
         encoded = getattr(item, "original_bytes", None)
         return Picture(lambda: item, encoded, getattr(item, "io_config", None))
@@ -144,11 +140,3 @@ def as_picture(item: Any) -> Picture | None:
             decoded = Image.fromarray(pixels)
             return Picture(lambda: decoded)
     return None
-
-
-def _as_parsed(image: Image.Image) -> Image.Image:
-    """A picture of Pillow's as vLLM's parser leaves it (vllm/multimodal/parse.py)."""
-    from vllm.multimodal.image import convert_image_mode, normalize_image
-
-    parsed: Image.Image = convert_image_mode(normalize_image(image), "RGB")
-    return parsed
