@@ -73,9 +73,9 @@ def said_of_thumbnail(engine: Engine, scene: TestScene, text: str) -> Region | N
 
 
 def outcomes() -> dict[str, float]:
-    """Localizations so far."""
+    """Localizations so far, also those of other tests' engines."""
     return {
-        f"{sample.labels['model_name']} {sample.labels['outcome']}": sample.value
+        " ".join(sample.labels[name] for name in ("model_name", "localizer", "outcome")): sample.value
         for metric in REGISTRY.collect()
         if metric.name == "crop:localizations"
         for sample in metric.samples
