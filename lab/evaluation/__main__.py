@@ -12,13 +12,12 @@ from lab.evaluation.conditions import METHODS, RATES, SERVER, make_grid, no_conf
 from lab.evaluation.options import Engine, Options
 from lab.evaluation.questions import Split
 from lab.evaluation.regions import ALL_SOURCES, DESCRIPTIONS, SOURCES
-from lab.evaluation.tuned import read_tuning
+from lab.evaluation.tuned import TUNING, read_tuning
 from vllm_crop.commands.region_options import parse_layers
 from vllm_crop.errors import CropError
 
 QUICK_PER_FAMILY = 20
 QUICK_RATES = [0.889]
-TUNING = Path(__file__).parent / "results" / "tuning.json"
 DEFAULT_RATES = ",".join(f"{rate:g}" for rate in RATES)
 
 app = typer.Typer(add_completion=False)

@@ -11,6 +11,8 @@ from pydantic import TypeAdapter
 from lab.evaluation.stats import Estimate
 from vllm_crop.benchmarking.report import write_json
 
+TUNING = Path(__file__).parent / "results" / "tuning.json"
+
 
 @dataclass(frozen=True)
 class Tried:

@@ -23,7 +23,7 @@ from lab.evaluation.rivals.names import CHOOSERS
 from lab.evaluation.stats import wilson
 from lab.evaluation.store import ConditionResult, Store
 from lab.evaluation.summary import right_answers
-from lab.evaluation.tuned import Tried, Tuned, Tuning, choose, write_tuning
+from lab.evaluation.tuned import TUNING, Tried, Tuned, Tuning, choose, write_tuning
 from vllm_crop.benchmarking.report import write_json
 from vllm_crop.benchmarking.session import progress_bar
 from vllm_crop.errors import CropError
@@ -32,7 +32,6 @@ from vllm_crop.measuring.provenance import provenance
 if TYPE_CHECKING:
     from lab.evaluation.transformers_answers import TransformersAnswers
 
-RESULTS = Path(__file__).parent / "results" / "tuning.json"
 VTW = "vtw"
 app = typer.Typer(add_completion=False)
 
@@ -53,7 +52,7 @@ def tune(
         Split, typer.Option(help="Whose questions are asked. The test split is for results: it is refused.")
     ] = "dev",
     folder: Annotated[Path, typer.Option(help="Where finished cells are kept.")] = Path("build/tuning"),
-    out: Annotated[Path, typer.Option("-o", "--out", help="The file to write.")] = RESULTS,
+    out: Annotated[Path, typer.Option("-o", "--out", help="The file to write.")] = TUNING,
 ) -> None:
     """Try every configuration of every rival, and write down which answers most.
 

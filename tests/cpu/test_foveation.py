@@ -38,6 +38,10 @@ CROP: dict[str, Any] = {
     **{"compression": "foveate", "pruning_rate": 0.8, "method": "plc+ilp", "eviction_layers": [2]},
     "foveation": {"view_tokens": 24, "halo": 1, "rim_size": "half"},
 }
+LOCATING: dict[str, Any] = {
+    **{"compression": "foveate", "pruning_rate": 0.8},
+    "localizer": {"kind": "attention", "prompt": "{question}", "whole_below": 0, "thumbnail_tokens": 64},
+}
 HERE, THERE = cells(2, 3, 3, 4), cells(5, 1, 6, 2)
 FIRST, SECOND, ODD = noise_image(600, 560, 448), noise_image(601, 512, 576), noise_image(602, 601, 397)
 SCENARIOS = {
@@ -150,8 +154,7 @@ class Overview(Question):
 @pytest.mark.parametrize("family", TILED, ids=str)
 def test_an_overview_is_the_tile_of_the_whole_image(checkpoint_of: CheckpointOf, family: Family) -> None:
     """Localizers see it alone, and the vision tower encodes it once for them and for the image."""
-    localizer = {"kind": "attention", "prompt": "{question}", "whole_below": 0, "thumbnail_tokens": 20}
-    crop = {"compression": "foveate", "pruning_rate": 0.8, "localizer": localizer}
+    crop = {**LOCATING, "localizer": {**LOCATING["localizer"], "thumbnail_tokens": 20}}
     checkpoint = checkpoint_of(family, family.deep)
     engine = Engine(checkpoint, crop, family)
     encoder, image = engine.model.crop_encoder, noise_image(640, 500, 400)
@@ -237,9 +240,7 @@ def test_other_pixels_are_another_picture(engine_of: Callable[[Family], Engine])
 
 def test_the_localizers_view_is_the_images(checkpoint_of: CheckpointOf) -> None:
     """What the tower has made of the view for the localizer, it does not make again."""
-    localizer = {"kind": "attention", "prompt": "{question}", "whole_below": 0, "thumbnail_tokens": 64}
-    crop = {"compression": "foveate", "pruning_rate": 0.8, "localizer": localizer}
-    engine = Engine(checkpoint_of(QWEN3_VL, QWEN3_VL.deep), crop, QWEN3_VL)
+    engine = Engine(checkpoint_of(QWEN3_VL, QWEN3_VL.deep), LOCATING, QWEN3_VL)
     encoder, image = engine.model.crop_encoder, noise_image(630, 640, 512)
     locate = engine.llm.llm_engine.renderer._localizing.localizer
     region = locate.locate_now(Picture(lambda: image), "Where?").region
@@ -254,9 +255,7 @@ def test_the_localizers_view_is_made_once(
     checkpoint_of: CheckpointOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of each image of a request, and anew for a picture that has been changed since."""
-    localizer = {"kind": "attention", "prompt": "{question}", "whole_below": 0, "thumbnail_tokens": 64}
-    crop = {"compression": "foveate", "pruning_rate": 0.8, "localizer": localizer}
-    engine = Engine(checkpoint_of(QWEN3_VL, QWEN3_VL.deep), crop, QWEN3_VL)
+    engine = Engine(checkpoint_of(QWEN3_VL, QWEN3_VL.deep), LOCATING, QWEN3_VL)
     made: list[Image.Image] = []
     monkeypatch.setattr(thumbnails, "shrink", lambda *args: made.append(shrink(*args)) or made[-1])
     pictures = noise_image(631, 640, 512), noise_image(632, 512, 640)
@@ -275,10 +274,8 @@ def test_pictures_that_vllm_converts_are_located_as_it_shows_them(
     checkpoint_of: CheckpointOf, kind: str
 ) -> None:
     """Offline they come as Pillow has them: not yet upright, not yet flat."""
-    localizer = {"kind": "attention", "prompt": "{question}", "whole_below": 0, "thumbnail_tokens": 64}
-    crop = {"compression": "foveate", "pruning_rate": 0.8, "localizer": localizer}
     checkpoint = checkpoint_of(QWEN3_VL, QWEN3_VL.deep)
-    engine, other = Engine(checkpoint, crop, QWEN3_VL), Engine(checkpoint, crop, QWEN3_VL)
+    engine, other = Engine(checkpoint, LOCATING, QWEN3_VL), Engine(checkpoint, LOCATING, QWEN3_VL)
     picture, file = noise_image(950, 640, 512), io.BytesIO()
     if kind == "transparent":
         picture = picture.convert("RGBA")

@@ -48,11 +48,11 @@ def shares(rows: Tensor, columns: Tensor, temperature: float) -> Tensor:
     return (close / temperature).softmax(dim=-1) / len(rows)
 
 
-def covering(cover: Tensor, count: int) -> Tensor:
-    """Greedy: `count` columns of `[rows, columns]`, in the order chosen."""
+def covering(cover: Tensor, count: int, weights: Tensor | float = 1.0) -> Tensor:
+    """Greedy: `count` columns of `[rows, columns]` by their gains times weights, in the order chosen."""
     best, taken, chosen = torch.zeros(len(cover)), torch.zeros(cover.shape[1], dtype=torch.bool), []
     for _ in range(count):
-        gains = (cover - best[:, None]).clamp(min=0).sum(0)
+        gains = (cover - best[:, None]).clamp(min=0).sum(0) * weights
         chosen.append(int(gains.masked_fill(taken, -1.0).argmax()))
         taken[chosen[-1]] = True
         best = torch.maximum(best, cover[:, chosen[-1]])

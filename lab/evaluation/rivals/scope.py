@@ -9,10 +9,10 @@ Deviations: without a class token, saliency is the attention received from all q
 before the merger of four patches, side by side. The authors' alpha is set by hand and 1 if it is not.
 """
 
-import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from lab.evaluation.rivals import mmtok
 from lab.evaluation.runner.method import Kept, Pruning, Seen
 from vllm_crop.planning.budget import retained_count
 
@@ -31,17 +31,7 @@ CONFIGURATIONS: dict[str, dict[str, object]] = {
 def covering(features: Tensor, saliency: Tensor, count: int, alpha: float) -> Tensor:
     """Indices of `count` of `[tokens, width]`, in the order chosen."""
     directions = normalize(features, dim=-1)
-    similar = directions @ directions.T
-    covered, weight = torch.zeros(len(features)), saliency**alpha
-    taken = torch.zeros(len(features), dtype=torch.bool)
-    chosen = []
-    for _ in range(count):
-        gains = (similar - covered[:, None]).clamp(min=0).sum(0) * weight
-        best = int(gains.masked_fill(taken, float("-inf")).argmax())
-        chosen.append(best)
-        taken[best] = True
-        covered = torch.maximum(covered, similar[best])
-    return torch.tensor(chosen)
+    return mmtok.covering(directions @ directions.T, count, saliency**alpha)
 
 
 def scope(num_tokens: int, num_layers: int, rate: float, alpha: float = 1.0, tower: bool = True) -> Pruning:
