@@ -7,7 +7,6 @@ float32 at 1e-5 is tests/cpu/test_foveation.py with `-p tests.gpu_runner`. Needs
 
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from tests.cpu.conftest import CHUNKED, Engine, Question, reference_by
 from tests.cpu.test_foveation import CROP, SCENARIOS, SEEN_WHOLE, TILED, TILED_SCENARIOS, crop_of
 from tests.families import LLAVA_NEXT, QWEN2_5_VL, QWEN3_VL, Family
 from tests.foveated_reference import foveating
-from tests.gpu.test_flash_attention import DEVICE, error, with_rounded_weights
+from tests.gpu.test_flash_attention import DEVICE, assert_little_beside, error, with_rounded_weights
 from vllm_crop.config import CropConfig
 
 pytestmark = [
@@ -48,11 +47,4 @@ def test_pieces_add_little_to_the_error_of_rounding(family: Family, tmp_path: Pa
         )
         for one in pieces
     ]
-    print(
-        f"{family}: whole median {median(rounding):.1e} max {max(rounding):.1e}; "
-        f"in pieces median {median(found):.1e} max {max(found):.1e}; "
-        f"all at full size median {median(controls):.1e} min {min(controls):.1e}"
-    )
-    assert median(found) <= 2 * median(rounding)
-    assert max(found) <= 3 * max(rounding)
-    assert median(controls) > 5 * median(found)
+    assert_little_beside(rounding, found, controls)
