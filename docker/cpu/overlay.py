@@ -57,6 +57,8 @@ def main(wanted: str, venv: Path) -> None:
         return
     if venv.exists() and not (venv / "pyvenv.cfg").is_file():
         fail(f"{venv} is no virtual environment and stays as it is: name another folder")
+    if base.resolve() == venv.resolve():
+        fail(f"{venv} is the environment this runs in, and would be deleted first: name another folder")
     wheel = _download(wanted)
     with zipfile.ZipFile(wheel) as archive:
         required = _requirements(archive)
@@ -69,7 +71,8 @@ def main(wanted: str, venv: Path) -> None:
         _lay_over(archive, _site(base), _site(venv))
     missing = [str(one) for one in required if not _is_satisfied(one)]
     if missing:
-        _pip(venv, "install", "--no-deps", *missing)
+        _pip(venv, "install", "--no-deps", *missing)  # what these want may be another torch
+        _refuse_incomplete(venv, missing)
     _name_distribution(venv, wanted)
     _pip(venv, "install", "--no-deps", "-e", ".")
     if not _verify(venv, wanted):
@@ -184,6 +187,15 @@ def _lay_over(archive: zipfile.ZipFile, old: Path, new: Path) -> None:
         copy = new / compiled.relative_to(old)
         copy.parent.mkdir(parents=True, exist_ok=True)
         os.link(compiled, copy)
+
+
+def _refuse_incomplete(venv: Path, installed: list[str]) -> None:
+    """End where a requirement that was installed alone lacks one of its own."""
+    command = [str(_python(venv)), "-m", "pip", "--disable-pip-version-check", "check"]
+    said = subprocess.run(command, check=False, capture_output=True, text=True).stdout.splitlines()
+    names = {canonicalize_name(Requirement(one).name) for one in installed}
+    if lacking := [line for line in said if line and canonicalize_name(line.split()[0]) in names]:
+        fail("\n  ".join(["what this vLLM requires is not complete (pip check):", *lacking]))
 
 
 def _name_distribution(venv: Path, wanted: str) -> None:

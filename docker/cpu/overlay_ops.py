@@ -3,8 +3,9 @@
 
 import ast
 import json
+import re
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,35 +16,63 @@ _LIST_OPERATORS = """
 import json, torch
 from vllm.platforms import current_platform
 current_platform.import_kernels()
-schemas = [schema for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("_C::")]
 print(json.dumps({
-    schema.name[4:]: [
-        sum(not argument.has_default_value() for argument in schema.arguments), len(schema.arguments)
+    schema.name.removeprefix("_C::"): [
+        sum(not argument.has_default_value() for argument in schema.arguments),
+        [argument.name for argument in schema.arguments],
     ]
-    for schema in schemas
+    for schema in torch._C._jit_get_all_schemas()
 }))
 """
+# Of vLLM's namespaces a CPU build has compiled `_C` alone; those of other platforms are called there only.
+_OPERATOR = re.compile(r"torch\.ops\.(_\w*C(?:_\w+)?)\.(\w+)")
 
 
 @dataclass(frozen=True)
 class Call:
-    """One place that calls an operator; `arguments` is None where they cannot be counted."""
+    """One place that calls an operator.
+
+    Attributes:
+        name: without the namespace `_C`, with any other as in `_moe_C::name`.
+        arguments: how many; None where they cannot be counted.
+        keywords: those that are given by name.
+    """
 
     name: str
     file: str
     arguments: int | None
+    keywords: tuple[str, ...] = ()
 
 
-def operators(python: Path) -> dict[str, tuple[int, int]]:
-    """The operators an environment's vLLM has, each with the least and the most arguments it takes."""
+@dataclass(frozen=True)
+class Operator:
+    """What an operator takes: the names of its arguments, and how many of them it must have."""
+
+    least: int
+    names: tuple[str, ...]
+
+    def misfit(self, call: Call) -> str | None:
+        """What of a call it does not take."""
+        if unknown := [name for name in call.keywords if name not in self.names]:
+            return f"{', '.join(unknown)}, compiled it takes {', '.join(self.names)}"
+        least, most = self.least, len(self.names)
+        if call.arguments is None or least <= call.arguments <= most:
+            return None
+        return (
+            f"{call.arguments} arguments, compiled it takes {most if least == most else f'{least} to {most}'}"
+        )
+
+
+def operators(python: Path) -> dict[str, Operator]:
+    """The operators that an environment's vLLM and torch have."""
     command = [str(python), "-c", _LIST_OPERATORS]
     found = subprocess.run(command, capture_output=True, text=True, check=True)
     listed = json.loads(found.stdout.strip().splitlines()[-1])
-    return {name: (least, most) for name, (least, most) in listed.items()}
+    return {name: Operator(least, tuple(names)) for name, (least, names) in listed.items()}
 
 
 def misfits(
-    operators: dict[str, tuple[int, int]], before: Iterable[tuple[str, str]], after: Iterable[tuple[str, str]]
+    operators: Mapping[str, Operator], before: Iterable[tuple[str, str]], after: Iterable[tuple[str, str]]
 ) -> list[str]:
     """A sentence for each call that cannot work and that the CPU build's own Python does not make.
 
@@ -60,12 +89,8 @@ def misfits(
             if _is_for_cpu(call):
                 found.append(f"{call.file} needs the operator {call.name}, which is not compiled")
             continue
-        least, most = operators[call.name]
-        if call.arguments is not None and not least <= call.arguments <= most:
-            takes = str(most) if least == most else f"{least} to {most}"
-            found.append(
-                f"{call.file} gives {call.name} {call.arguments} arguments, compiled it takes {takes}"
-            )
+        if said := operators[call.name].misfit(call):
+            found.append(f"{call.file} gives {call.name} {said}")
     return found
 
 
@@ -76,16 +101,19 @@ def _is_for_cpu(call: Call) -> bool:
 
 def _calls(files: Iterable[tuple[str, str]]) -> Iterator[Call]:
     for file, text in files:
-        if "ops._C." in text:
+        if _OPERATOR.search(text):
             for node in ast.walk(ast.parse(text)):
                 if isinstance(node, ast.Call) and (name := _operator(node.func)):
                     starred = any(isinstance(one, ast.Starred) for one in node.args)
                     starred = starred or any(keyword.arg is None for keyword in node.keywords)
-                    yield Call(name, file, None if starred else len(node.args) + len(node.keywords))
+                    keywords = tuple(keyword.arg for keyword in node.keywords if keyword.arg is not None)
+                    yield Call(name, file, None if starred else len(node.args) + len(keywords), keywords)
 
 
 def _operator(function: ast.expr) -> str | None:
     """`name` of `torch.ops._C.name`, or of one of its overloads."""
-    written = ast.unparse(function)
-    prefix = "torch.ops._C."
-    return written.removeprefix(prefix).partition(".")[0] if written.startswith(prefix) else None
+    found = _OPERATOR.match(ast.unparse(function))
+    if found is None:
+        return None
+    namespace, name = found.groups()
+    return name if namespace == "_C" else f"{namespace}::{name}"

@@ -41,7 +41,7 @@ def drift(
 ) -> None:
     """Compare two vLLMs in everything this project relies on, without importing or installing either.
 
-    Compared is every registered point (`vllm_crop/compat/points.py`), and what our sources say beside
+    Compared is every registered point (`vllm_crop/compat/points/`), and what our sources say beside
     them: names imported from vLLM, methods of its classes that ours override or inherit, attributes of its
     modules, classes and typed arguments, functions that are patched. One of
 

@@ -3,6 +3,7 @@
 
 import ast
 import difflib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -63,13 +64,34 @@ def broken_point(point: UpstreamPoint, found: Definition, names: Names) -> str |
     """What a point expects and does not get: the check of `vllm-crop check`, on the source."""
     function = _callable(found, names)
     if function is None:
-        return f"{point.name} is no function"
-    parameters = _parameters(function)
+        return point.judge(_kind_of_value(found), (), ())
+    parameters, required = _parameters(function), _required(function)
     if _is_bound(function) or found.kind == "class":
-        parameters = parameters[1:]
-    if parameters[: len(point.parameters)] == point.parameters:
-        return None
-    return f"takes {parameters}, expected {point.parameters}"
+        parameters, required = parameters[1:], required - {parameters[0]}
+    return point.judge(_kind(function), parameters, required)
+
+
+def _kind(node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
+    """As start finds it (compat/supported.py)."""
+    if any(name.rpartition(".")[2] in ("property", "cached_property") for name in _decorators(node)):
+        return "property"
+    if not isinstance(node, ast.AsyncFunctionDef):
+        return "function"
+    inner = [one for statement in node.body for one in _of_this_function(statement)]
+    return "async generator" if any(isinstance(one, ast.Yield) for one in inner) else "coroutine"
+
+
+def _of_this_function(node: ast.AST) -> Iterator[ast.AST]:
+    if not isinstance(node, (*FUNCTIONS, ast.Lambda)):
+        yield node
+        for child in ast.iter_child_nodes(node):
+            yield from _of_this_function(child)
+
+
+def _kind_of_value(found: Definition) -> str:
+    node = found.nodes[-1] if found.nodes else None
+    value = node.value if isinstance(node, ast.Assign | ast.AnnAssign) else None
+    return "table" if isinstance(value, ast.Dict | ast.DictComp) else found.kind
 
 
 def _callable(found: Definition, names: Names) -> ast.FunctionDef | ast.AsyncFunctionDef | None:
@@ -94,8 +116,21 @@ def _parameters(node: ast.FunctionDef | ast.AsyncFunctionDef) -> tuple[str, ...]
     )
 
 
+def _required(node: ast.FunctionDef | ast.AsyncFunctionDef) -> set[str]:
+    """Those without a default."""
+    arguments = node.args
+    positional = [*arguments.posonlyargs, *arguments.args]
+    without = positional[: len(positional) - len(arguments.defaults)]
+    keywords = zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
+    return {one.arg for one in (*without, *(one for one, default in keywords if default is None))}
+
+
+def _decorators(node: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
+    return [ast.unparse(one) for one in node.decorator_list]
+
+
 def _is_bound(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    return any(isinstance(one, ast.Name) and one.id == "classmethod" for one in node.decorator_list)
+    return "classmethod" in _decorators(node)
 
 
 def _arguments(definition: Definition, names: Names) -> str:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from vllm_crop.errors import InvalidConfigError
+from tests.cpu.conftest import Engine
+from vllm_crop.errors import InvalidConfigError, UnsupportedVersionError
 
 pytestmark = pytest.mark.vllm_runtime
 
@@ -100,3 +101,14 @@ def test_layers_that_cannot_work_are_refused(
 ) -> None:
     with pytest.raises(InvalidConfigError, match=message):
         configure(crop=crop)
+
+
+def test_a_vllm_that_no_longer_asks_its_table_serves_no_evictions(
+    deep_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would schedule evicted tokens as if they stayed."""
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    monkeypatch.delitem(MODELS_CONFIG_MAP, "CropLlavaForConditionalGeneration")
+    with pytest.raises(UnsupportedVersionError, match="has not prepared the engine for eviction"):
+        Engine(deep_checkpoint, EVICT)

@@ -4,6 +4,7 @@
 import argparse
 import json
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ import pytest
 
 from tests.conftest import CheckpointOf
 from tests.families import QWEN2_5_VL
+from tests.supported_window import NEXT, NIGHTLY, PREVIOUS
 from vllm_crop.calibrating.report import write_calibration
 from vllm_crop.compat.patches.cli_flags import apply_options
+from vllm_crop.compat.supported import SUPPORTED_VERSIONS, UNTESTED
 from vllm_crop.config import CropConfig
 from vllm_crop.errors import InvalidConfigError, UnsupportedFlagError
 from vllm_crop.localizers.calibration import Calibration, CalibrationError, ModelShape
@@ -246,26 +249,28 @@ def halve_epsilon(hf_config: Any) -> Any:
 def test_another_vllm_is_refused(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import vllm
 
-    monkeypatch.setattr(vllm, "__version__", "0.31.0")
-    with pytest.raises(ValueError, match=r"supports vllm<0\.34,>=0\.32\.0, installed is 0\.31\.0"):
+    monkeypatch.setattr(vllm, "__version__", PREVIOUS)
+    said = re.escape(f"supports vllm{SUPPORTED_VERSIONS}, installed is {PREVIOUS}")
+    with pytest.raises(ValueError, match=said):
         engine_config(checkpoint, {})
 
 
+@pytest.mark.parametrize("version", [NEXT, NIGHTLY])
 def test_a_newer_vllm_starts_where_it_is_tried(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    version: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     import vllm
     from vllm.multimodal.processing import BaseMultiModalProcessor
 
-    monkeypatch.setattr(vllm, "__version__", "0.34.1")
-    with pytest.raises(
-        ValueError, match=r"installed is 0\.34\.1, which is not tested: to try it, set VLLM_CROP_U"
-    ):
+    monkeypatch.setattr(vllm, "__version__", version)
+    monkeypatch.delenv(UNTESTED, raising=False)
+    said = f"installed is {version}, which is not tested: to try it, set {UNTESTED}"
+    with pytest.raises(ValueError, match=re.escape(said)):
         engine_config(checkpoint, {})
-    monkeypatch.setenv("VLLM_CROP_UNTESTED_VLLM", "1")
+    monkeypatch.setenv(UNTESTED, "1")
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     engine_config(checkpoint, {"eviction_layers": [1]})
-    warned = {id(one): one.levelname for one in caplog.records if "installed is 0.34.1" in one.getMessage()}
+    warned = {id(one): one.levelname for one in caplog.records if said.partition(",")[0] in one.getMessage()}
     assert list(warned.values()) == ["WARNING"]  # once, however often it is checked
     monkeypatch.setattr(BaseMultiModalProcessor, "_get_mm_hashes", lambda self, other: None)
     with pytest.raises(ValueError, match=r"_get_mm_hashes takes \('self', 'other'\)"):

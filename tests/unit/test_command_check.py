@@ -17,10 +17,11 @@ from checkpoint_json import write_json, write_llava, write_llava_next, write_qwe
 from typer.testing import CliRunner
 
 import vllm_crop
+from tests.supported_window import FIRST, LAST, NEWER, NEXT, PREVIOUS
 from vllm_crop.commands.check import check
 from vllm_crop.compat import diagnosis
 from vllm_crop.compat.changes import CHANGES
-from vllm_crop.compat.points import UpstreamPoint
+from vllm_crop.compat.points import UPSTREAM_POINTS, UpstreamPoint
 from vllm_crop.compat.refusals import REFUSED
 from vllm_crop.compat.supported import SUPPORTED_VERSIONS, UNTESTED, find_problem
 from vllm_crop.config import CropConfig
@@ -46,7 +47,7 @@ def report(exit_code: int, *options: str) -> dict[str, Any]:
 def fine_installation(monkeypatch: pytest.MonkeyPatch) -> None:
     """A supported vLLM whose only upstream point is in the standard library."""
     vllm = ModuleType("vllm")
-    vllm.__version__ = "0.32.0+cpu"  # type: ignore[attr-defined]
+    vllm.__version__ = f"{LAST}+cpu"  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "vllm", vllm)
     monkeypatch.setattr(diagnosis, "UPSTREAM_POINTS", (UpstreamPoint("json", "dumps", ("obj",), "writes"),))
     monkeypatch.setattr(diagnosis, "EVICTION_POINTS", ())
@@ -61,7 +62,7 @@ def test_a_fine_installation() -> None:
     found = report(0)
     assert found["ok"]
     assert found["problems"] == []
-    assert found["versions"]["vllm"] == "0.32.0+cpu"
+    assert found["versions"]["vllm"] == f"{LAST}+cpu"
     assert found["upstream_points"] == [{"name": "json.dumps", "reason": "writes", "problem": None}]
     assert found["entry_points"] == {"crop": "vllm_crop:register"}
     assert found["refused"] == REFUSED
@@ -133,11 +134,18 @@ def test_no_vllm_is_said_and_the_rest_works(monkeypatch: pytest.MonkeyPatch, tmp
 
 
 def test_another_version_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["vllm"], "__version__", "0.31.1")
-    assert report(1)["problems"] == [f"vllm-crop supports vllm{SUPPORTED_VERSIONS}, installed is 0.31.1"]
+    monkeypatch.setattr(sys.modules["vllm"], "__version__", PREVIOUS)
+    assert report(1)["problems"] == [f"vllm-crop supports vllm{SUPPORTED_VERSIONS}, installed is {PREVIOUS}"]
 
 
-@pytest.mark.parametrize("version", ["0.34.0", "0.34.0.dev7+g1", "1.0.0rc1", "dev", "0.1.dev1+g2"])
+@pytest.mark.parametrize("version", [FIRST, f"{FIRST}+cpu", LAST, f"{LAST}.post1", f"{LAST}+cu129"])
+def test_a_release_is_no_problem(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    monkeypatch.setattr(sys.modules["vllm"], "__version__", version)
+    monkeypatch.delenv(UNTESTED, raising=False)
+    assert report(0)["warnings"] == []
+
+
+@pytest.mark.parametrize("version", [*NEWER, "1.0.0rc1", "dev", "0.1.dev1+g2"])
 def test_a_newer_version_can_be_tried(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     monkeypatch.setattr(sys.modules["vllm"], "__version__", version)
     monkeypatch.delenv(UNTESTED, raising=False)
@@ -151,7 +159,7 @@ def test_a_newer_version_can_be_tried(monkeypatch: pytest.MonkeyPatch, version: 
     assert "Not tested" in run().stdout
 
 
-@pytest.mark.parametrize("version", ["0.31.9", "0.32.0rc1"])
+@pytest.mark.parametrize("version", [PREVIOUS, f"{FIRST}rc1", f"{FIRST}.dev1"])
 def test_an_older_version_cannot_be_tried(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     monkeypatch.setattr(sys.modules["vllm"], "__version__", version)
     monkeypatch.setenv(UNTESTED, "1")
@@ -159,7 +167,7 @@ def test_an_older_version_cannot_be_tried(monkeypatch: pytest.MonkeyPatch, versi
 
 
 def test_a_version_that_is_tried_is_checked_for_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["vllm"], "__version__", "0.34.0")
+    monkeypatch.setattr(sys.modules["vllm"], "__version__", NEXT)
     monkeypatch.setenv(UNTESTED, "1")
     point = UpstreamPoint("json", "dumps", ("other",), "writes")
     monkeypatch.setattr(diagnosis, "UPSTREAM_POINTS", (point,))
@@ -315,6 +323,14 @@ def test_a_checkpoint_with_several_grids(tmp_path: Path) -> None:
         ("other = 1", "upstream_like.function is gone"),
         ("import a_library_that_is_missing", "upstream_like cannot be imported: No module named"),
         ("raise ImportError('libcuda.so: no such file')", "upstream_like cannot be imported: libcuda.so"),
+        ("import json; json.moved", "upstream_like cannot be imported: module 'json' has no"),
+        ("raise NotImplementedError", "upstream_like cannot be imported: NotImplementedError"),
+        ("function = None", "upstream_like.function is a NoneType, expected a function"),
+        ("function = property(id)", "upstream_like.function is a property, expected a function"),
+        ("async def function(): ...", "upstream_like.function is a coroutine, expected a function"),
+        ("async def function(): yield", "upstream_like.function is an async generator, expected a function"),
+        ("def function(*, more): ...", "upstream_like.function requires ('more',) besides what is given"),
+        ("def function(more): ...", "upstream_like.function requires ('more',) besides what is given"),
     ],
 )
 def test_what_is_gone_and_what_is_broken_beneath_are_told_apart(
@@ -328,6 +344,32 @@ def test_what_is_gone_and_what_is_broken_beneath_are_told_apart(
     monkeypatch.delitem(sys.modules, "upstream_like", raising=False)
     assert found is not None
     assert found.startswith(problem)
+
+
+@pytest.mark.parametrize(
+    "source", ["def function(*rest, one=1, **others): ...", "class function: ...", "function = dict.fromkeys"]
+)
+def test_what_can_be_called_as_before_is_no_problem(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "upstream_like.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "upstream_like", raising=False)
+    point = UpstreamPoint("upstream_like", "function", (), "is called", also_required=("iterable",))
+    assert find_problem(point) is None
+    monkeypatch.delitem(sys.modules, "upstream_like", raising=False)
+
+
+def test_only_what_the_model_is_made_of_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diagnosis, "UPSTREAM_POINTS", UPSTREAM_POINTS)
+    monkeypatch.setattr(diagnosis, "find_problem", lambda point: None)
+    files = "vllm.model_executor.models."
+    every = {point["name"] for point in report(0)["upstream_points"]}
+    ours = {point["name"] for point in report(0, "--model", write_qwen3_vl(tmp_path))["upstream_points"]}
+    assert f"{files}llava.LlavaForConditionalGeneration.embed_multimodal" in every - ours
+    assert f"{files}qwen3_vl.Qwen3VLForConditionalGeneration.embed_multimodal" in ours
+    assert f"{files}config.MODELS_CONFIG_MAP" in ours
+    assert "vllm.v1.engine.async_llm.AsyncLLM.generate" in ours
 
 
 def test_every_change_is_listed() -> None:

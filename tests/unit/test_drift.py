@@ -160,17 +160,37 @@ def test_a_function_that_must_be_awaited_now_is_another_call(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("old", "new", "severity"),
     [
-        ("size, kind)", "size, kind, more)", 1),
+        ("size, kind)", "size, kind, more=1)", 1),
+        ("size, kind)", "size, kind, *, more=1, **others)", 1),
+        ("size, kind)", "size, kind, more)", 2),
+        ("size, kind)", "size, kind, *, more)", 2),
         ("size, kind)", "size, sort)", 2),
         ("size, kind)", "kind, size)", 2),
         ("@classmethod", "@staticmethod", 2),
+        ("def build", "async def build", 2),
+        ("@classmethod", "@property", 2),
     ],
 )
-def test_leading_parameters_of_a_point_decide(tmp_path: Path, old: str, new: str, severity: int) -> None:
+def test_what_a_point_can_be_called_with_decides(tmp_path: Path, old: str, new: str, severity: int) -> None:
     found = drift(tmp_path, {"core.block_pool": edited("core.block_pool", old, new)}, (POINT,))
     one = finding(found, "vllm.core.block_pool.BlockPool.build")
     assert (one.verdict, one.severity, found.severity) == ("arguments changed", severity, severity)
     assert (one.broken is not None) == (severity == 2)
+
+
+@pytest.mark.parametrize(
+    ("value", "severity"),
+    [
+        ('{"LlavaModel": ("llava", "LlavaModel"), "New": ("new", "New")}', 1),
+        ("{name: name for name in ()}", 1),
+        ("make_registry()", 2),
+    ],
+)
+def test_a_table_that_is_written_into_must_be_one(tmp_path: Path, value: str, severity: int) -> None:
+    registry = "model_executor.models.registry"
+    table = UpstreamPoint(f"vllm.{registry}", "_MULTIMODAL_MODELS", (), "ours are added", kind="table")
+    found = drift(tmp_path, {registry: f"_MULTIMODAL_MODELS = {value}\n"}, (table,))
+    assert finding(found, f"vllm.{registry}._MULTIMODAL_MODELS").severity == severity
 
 
 def test_a_moved_name_is_found_again(tmp_path: Path) -> None:

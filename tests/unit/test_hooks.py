@@ -4,6 +4,9 @@
 import importlib
 import importlib.util
 import inspect
+import os
+import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from tests.supported_window import LAST
+from vllm_crop.compat import hooks
 from vllm_crop.compat.hooks import when_imported
 
 PACKAGE = "crop_hook_probe"
@@ -155,3 +160,33 @@ def test_an_import_that_succeeds_at_the_second_attempt_is_seen(package: Path, in
     importlib.invalidate_caches()
     module = importlib.import_module(inner)
     assert seen == [module]
+
+
+def test_a_vllm_that_has_moved_everything_runs_as_if_we_were_not_installed(tmp_path: Path) -> None:
+    """Every module we hook into is there and empty: it is imported, and what asks for pruning is refused."""
+    hooked = re.findall(r'^        "(vllm[\w.]+)": _', Path(hooks.__file__).read_text(), re.M)
+    assert len(hooked) == 7
+    for module in hooked:
+        file = tmp_path / (module.replace(".", "/") + ".py")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("MADE = True\n")
+    for folder in {path.parent for path in tmp_path.rglob("*.py")} | {tmp_path / "vllm"}:
+        (folder / "__init__.py").write_text(f"__version__ = {LAST!r}\n")
+    program = f"""
+import importlib, vllm_crop
+vllm_crop.register()
+assert all(importlib.import_module(module).MADE for module in {hooked!r})
+from vllm_crop.compat.supported import require_supported
+try:
+    require_supported(())
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env, timeout=60)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.startswith("UnsupportedVersionError")
+    for module in hooked:
+        said = f"vllm-crop cannot hook into {module} (AttributeError: "
+        assert said in ran.stdout
+        assert said in ran.stderr, "a warning, for a server that does not ask"

@@ -166,7 +166,14 @@ def test_a_server_needs_nothing_of_another_family(monkeypatch: pytest.MonkeyPatc
     looked_at: list[str] = []
     monkeypatch.setattr(supported, "find_problem", lambda point: looked_at.append(point.module))
     config = CropConfig.from_mapping({"method": "ilp"})
-    for model, text in (("Llava", "llama"), ("Qwen3VL", "qwen3_vl_text")):
+    needed = {
+        ("Llava", "llama"): {"llava", "llama"},
+        ("LlavaNext", "mistral"): {"llava_next", "llama", "mistral"},
+        ("LlavaOnevision", "qwen2"): {"llava_onevision", "qwen2"},
+        ("Qwen2_5_VL", "qwen2_5_vl_text"): {"qwen2_5_vl", "qwen2"},
+        ("Qwen3VL", "qwen3_vl_text"): {"qwen3_vl", "qwen3"},
+    }
+    for (model, text), expected in needed.items():
         looked_at.clear()
         hf_config = SimpleNamespace(
             to_dict=lambda model=model: {"architectures": [f"Crop{model}ForConditionalGeneration"]},
@@ -176,8 +183,7 @@ def test_a_server_needs_nothing_of_another_family(monkeypatch: pytest.MonkeyPatc
         assert not any(module.startswith("vllm.model_executor.models.qwen") for module in looked_at)
         supported.require_supported_for(config, hf_config)
         files = {module.rpartition(".")[2] for module in looked_at if ".model_executor.models." in module}
-        expected = {"llava", "llama"} if model == "Llava" else {"qwen3_vl", "qwen3"}
-        assert files - {"interfaces"} == expected
+        assert files - {"config", "interfaces", "registry"} == expected
 
 
 @pytest.mark.parametrize(

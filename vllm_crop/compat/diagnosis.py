@@ -20,7 +20,7 @@ from vllm_crop import __version__
 from vllm_crop.compat.changes import CHANGES
 from vllm_crop.compat.points import CPU_RUNNER_POINTS, EVICTION_POINTS, HEAT_POINTS, UPSTREAM_POINTS
 from vllm_crop.compat.refusals import REFUSED, refuse_for_geometry, uses_rust_front_end
-from vllm_crop.compat.supported import SUPPORTED_VERSIONS, find_problem, judge_version
+from vllm_crop.compat.supported import SUPPORTED_VERSIONS, find_problem, judge_version, served_modules
 from vllm_crop.config import CropConfig
 from vllm_crop.errors import CropError, InvalidConfigError, UnsupportedModelError
 from vllm_crop.eviction.grouping import predict_grouping
@@ -50,7 +50,7 @@ def describe_installation(model: str | None = None, crop_config: str | None = No
     vllm_version, problems = _installed_vllm()
     other = None if problems else judge_version(vllm_version)
     problems += [other.said] if other and not other.tried else []
-    upstream_points = [] if vllm_version in (NOT_INSTALLED, BROKEN) else _upstream_points()
+    upstream_points = [] if vllm_version in (NOT_INSTALLED, BROKEN) else _upstream_points(model)
     problems += [point["problem"] for point in upstream_points if point["problem"]]
     problems += _environment_problems()
     checkpoint = describe_checkpoint(model) if model is not None else None
@@ -175,17 +175,33 @@ def _installed_vllm() -> tuple[str, list[str]]:
         return BROKEN, [f"vllm cannot be imported: {error}"]
 
 
-def _upstream_points() -> list[dict[str, Any]]:
+def _upstream_points(model: str | None) -> list[dict[str, Any]]:
+    """Every point, or those that a server of this model is built on."""
+    points = dict.fromkeys((*UPSTREAM_POINTS, *EVICTION_POINTS, *HEAT_POINTS, *CPU_RUNNER_POINTS))
+    served = None if model is None else _served_modules(model)
     described = []
-    for point in dict.fromkeys((*UPSTREAM_POINTS, *EVICTION_POINTS, *HEAT_POINTS, *CPU_RUNNER_POINTS)):
+    for point in points:
+        if served is not None and point.model_module is not None and point.model_module not in served:
+            continue
         try:
             with _quiet():
                 problem = find_problem(point)
         except Exception as error:  # importing vLLM's modules can fail in any way
             problem = f"{point.module} cannot be imported: {error}"
-        name = f"{point.module}.{point.name}"
-        described.append({"name": name, "reason": point.reason, "problem": problem})
+        described.append({"name": point.full_name, "reason": point.reason, "problem": problem})
     return described
+
+
+def _served_modules(model: str) -> frozenset[str] | None:
+    """vLLM's model files that a checkpoint needs; None if nobody can say, which is told beside the model."""
+    try:
+        configuration = load_model_config(model)
+        text = configuration.get("text_config") or configuration
+        return served_modules(
+            configuration, text.get("model_type", "llama")
+        )  # transformers' default of LLaVA
+    except CropError:
+        return None
 
 
 def _environment_problems() -> list[str]:

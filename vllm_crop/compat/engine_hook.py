@@ -11,11 +11,10 @@ from vllm_crop.compat.points import CPU_RUNNER_POINTS
 from vllm_crop.compat.supported import require_supported
 from vllm_crop.errors import UnsupportedFlagError
 from vllm_crop.eviction.markers import EvictionSettings
-from vllm_crop.eviction.refusals import refuse_flags
+from vllm_crop.eviction.refusals import SCHEDULER, refuse_flags
 from vllm_crop.heat.refusals import makes_heat
 from vllm_crop.heat.refusals import refuse_flags as refuse_heat_flags
 
-SCHEDULER = "vllm_crop.eviction.scheduler.make_scheduler"
 CPU_WORKER = "vllm_crop.runners.v1.CropCPUWorker"
 
 

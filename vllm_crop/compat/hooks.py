@@ -13,7 +13,7 @@ from typing import Any
 
 from vllm_crop.compat.engine_hook import config_hook
 from vllm_crop.compat.patches import cli_flags, engine, input_processor, model_config, online_renderer
-from vllm_crop.compat.supported import require_supported_for
+from vllm_crop.compat.supported import note_unhooked, require_supported_for
 from vllm_crop.families.registry import FAMILIES
 
 Callback = Callable[[ModuleType], None]
@@ -31,7 +31,23 @@ def install() -> None:
         "vllm.v1.engine.llm_engine": _patch_llm_engine,
     }
     for module_name, hook in hooks.items():
-        when_imported(module_name, hook)
+        when_imported(module_name, _if_it_fits(hook))
+
+
+def _if_it_fits(hook: Callback) -> Callback:
+    """A hook whose failure is noted and does not reach vLLM, which may serve without pruning.
+
+    It runs inside vLLM's own import: in a vLLM that has moved what it looks for, every server of an
+    environment where this plugin is only installed would end there.
+    """
+
+    def guarded(module: ModuleType) -> None:
+        try:
+            hook(module)
+        except Exception as error:  # whatever another vLLM answers to what we take for granted
+            note_unhooked(module.__name__, error)
+
+    return guarded
 
 
 def _patch_engine_args(arg_utils: ModuleType) -> None:
@@ -56,7 +72,7 @@ def _patch_llm_engine(module: ModuleType) -> None:
 
 
 def _attach(kind: str, made: Any) -> None:
-    attach = getattr(made.renderer, "attach_engine", None)  # our renderer's only
+    attach = getattr(getattr(made, "renderer", None), "attach_engine", None)  # our renderer's only
     if attach is not None:
         attach(getattr(importlib.import_module("vllm_crop.frontend.own_request"), kind), made)
 

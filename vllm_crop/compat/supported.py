@@ -6,7 +6,7 @@ import importlib
 import inspect
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,10 @@ _FIRST = Version("0.32.0")
 SUPPORTED_VERSIONS = SpecifierSet(f">={_FIRST},<0.34")
 UNTESTED = "VLLM_CROP_UNTESTED_VLLM"
 # The files of vllm/model_executor/models that language models of the LLaVA families are in.
-_LANGUAGE_FILES = {"llama": ("llama",), "mistral": ("mistral", "llama")}
+_LANGUAGE_FILES = {"llama": ("llama",), "mistral": ("mistral", "llama"), "qwen2": ("qwen2",)}
+
+# What could not be hooked into in this process, by module (hooks.py).
+_UNHOOKED: dict[str, str] = {}
 
 logger = logging.getLogger("vllm.plugins.crop")
 
@@ -43,7 +46,8 @@ class OtherVersion:
 def judge_version(installed: str) -> OtherVersion | None:
     """What there is to say about a version of vLLM; None of a supported one."""
     number = _number(installed)
-    if number is not None and SUPPORTED_VERSIONS.contains(number, prereleases=True):
+    # Builds between releases are newer than the release they are called by, or older than it.
+    if number is not None and not number.is_prerelease and SUPPORTED_VERSIONS.contains(number):
         return None
     said = f"vllm-crop supports vllm{SUPPORTED_VERSIONS}, installed is {installed}"
     # A build without a number may be as new as any.
@@ -80,7 +84,7 @@ def require_supported(points: Iterable[UpstreamPoint] = UPSTREAM_POINTS) -> None
     Raises:
         UnsupportedVersionError: naming what is installed and what is supported.
     """
-    problems = [problem for point in points if (problem := find_problem(point))]
+    problems = [*_UNHOOKED.values(), *(said for point in points if (said := find_problem(point)))]
     installed = importlib.import_module("vllm").__version__
     other = judge_version(installed)
     if problems or (other is not None and not other.tried):
@@ -96,20 +100,53 @@ def find_problem(point: UpstreamPoint) -> str | None:
     """What is wrong with one upstream point, or None."""
     try:
         found: Any = importlib.import_module(point.module)
+    except ModuleNotFoundError as error:
+        if error.name is not None and f"{point.module}.".startswith(f"{error.name}."):
+            return f"{point.full_name} is gone"
+        return f"{point.module} cannot be imported: {error}"
+    except Exception as error:  # a library beneath vLLM is broken, in whatever way
+        return f"{point.module} cannot be imported: {str(error) or type(error).__name__}"
+    try:
         for part in point.name.split("."):
             found = getattr(found, part)
     except AttributeError:
-        return f"{point.module}.{point.name} is gone"
-    except ModuleNotFoundError as error:
-        if error.name is not None and f"{point.module}.".startswith(f"{error.name}."):
-            return f"{point.module}.{point.name} is gone"
-        return f"{point.module} cannot be imported: {error}"
-    except (ImportError, OSError, RuntimeError) as error:  # a library beneath vLLM is broken
-        return f"{point.module} cannot be imported: {error}"
-    parameters = tuple(inspect.signature(found).parameters)
-    if parameters[: len(point.parameters)] != point.parameters:
-        return f"{point.module}.{point.name} takes {parameters}, expected {point.parameters}"
-    return None
+        return f"{point.full_name} is gone"
+    said = point.judge(_kind(found), *_parameters(found))
+    return f"{point.full_name} {said}" if said else None
+
+
+def _kind(found: Any) -> str:
+    if inspect.iscoroutinefunction(found):
+        return "coroutine"
+    if inspect.isasyncgenfunction(found):
+        return "async generator"
+    if callable(found):
+        return "function"
+    return "table" if isinstance(found, MutableMapping) else type(found).__name__
+
+
+def _parameters(found: Any) -> tuple[tuple[str, ...], set[str]]:
+    """The names of a function's parameters, and of those without a default."""
+    try:
+        parameters = inspect.signature(found).parameters if callable(found) else {}
+    except ValueError:  # compiled functions may have none that can be seen
+        return (), set()
+    named = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    required = {
+        name
+        for name, one in parameters.items()
+        if one.default is one.empty and one.kind in (*named, inspect.Parameter.KEYWORD_ONLY)
+    }
+    return tuple(parameters), required
+
+
+def note_unhooked(module: str, error: Exception) -> None:
+    """Remember what could not be hooked into: such a vLLM serves as without us, and nothing is pruned."""
+    said = f"vllm-crop cannot hook into {module} ({type(error).__name__}: {error})"
+    _UNHOOKED[module] = said
+    logger.warning(
+        "%s: this vLLM runs as if the plugin were not installed. It supports vllm%s", said, SUPPORTED_VERSIONS
+    )
 
 
 def require_supported_for(config: CropConfig, hf_config: Any) -> None:
@@ -126,12 +163,19 @@ def require_supported_for(config: CropConfig, hf_config: Any) -> None:
     if hf_config is None:
         require_supported(point for point in points if point.model_module is None)
         return
-    served = served_modules(hf_config)
+    served = served_modules(hf_config.to_dict(), hf_config.get_text_config().model_type)
     require_supported(point for point in points if point.model_module in served)
 
 
-def served_modules(hf_config: Any) -> frozenset[str]:
-    """vLLM's model files that a model is made of: another family's may be missing or broken."""
-    family = FAMILIES[family_of(hf_config.to_dict())]
-    language = hf_config.get_text_config().model_type
+def served_modules(configuration: Mapping[str, Any], language: str) -> frozenset[str]:
+    """vLLM's model files that a model is made of: another family's may be missing or broken.
+
+    Args:
+        configuration: of the checkpoint, as in its `config.json`.
+        language: the `model_type` of its language model.
+
+    Raises:
+        UnsupportedModelError: no supported family.
+    """
+    family = FAMILIES[family_of(configuration)]
     return frozenset((*family.upstream_files, *_LANGUAGE_FILES.get(language, ())))

@@ -26,6 +26,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm_crop.errors import UnsupportedModelError
 from vllm_crop.eviction.kv_cache import StageAttentionSpec
 from vllm_crop.eviction.markers import EvictionSettings
+from vllm_crop.eviction.refusals import require_scheduler
 from vllm_crop.eviction.report import expected_grouping
 
 # Decoders whose forward is: embed, then `layer(positions, hidden_states, residual)` each, then the norm.
@@ -270,10 +271,15 @@ def start_eviction(model: Any, vllm_config: VllmConfig) -> EvictingDecoder | Non
 
     Args:
         model: has `language_model.model`, the decoder (vllm/model_executor/models/llava.py).
+
+    Raises:
+        UnsupportedModelError: the decoder is built in a way we do not follow.
+        UnsupportedVersionError: the engine was not prepared for eviction.
     """
     settings = EvictionSettings.from_hf_config(vllm_config.model_config.hf_config)
     if not settings.stages:
         return None
+    require_scheduler(vllm_config)
     decoder = EvictingDecoder(model.language_model.model, settings)
     mode = vllm_config.compilation_config.cudagraph_mode
     if mode is not None and mode.has_piecewise_cudagraphs():

@@ -5,8 +5,10 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from vllm_crop.errors import UnsupportedFlagError
+from vllm_crop.errors import UnsupportedFlagError, UnsupportedVersionError
 
+# The value of `scheduler_cls` where a server evicts.
+SCHEDULER = "vllm_crop.eviction.scheduler.make_scheduler"
 Check = Callable[[Any], bool]
 _EVICTION = "eviction (--crop-config method 'ilp' or 'plc+ilp', or eviction_layers)"
 
@@ -148,6 +150,20 @@ def refuse_graphs(vllm_config: Any) -> None:
         UnsupportedFlagError: naming the setting.
     """
     refuse_first(REFUSED_GRAPHS, vllm_config, _EVICTION)
+
+
+def require_scheduler(vllm_config: Any) -> None:
+    """Refuse to make a model whose engine was not prepared: its scheduler would know of no eviction.
+
+    Raises:
+        UnsupportedVersionError: vLLM has not called what compat/engine_hook.py put into its table.
+    """
+    scheduler = vllm_config.scheduler_config.scheduler_cls
+    if scheduler != SCHEDULER:
+        raise UnsupportedVersionError(
+            f"this vLLM has not prepared the engine for eviction (its scheduler is {scheduler}): it no "
+            "longer looks into vllm.model_executor.models.config.MODELS_CONFIG_MAP; use method 'plc'"
+        )
 
 
 def captures_mixed_steps(vllm_config: Any) -> bool:

@@ -113,8 +113,8 @@ FAMILIES = {
     "LlavaForConditionalGeneration": Family(LlavaGeometry, "llava"),
     "LlavaNextForConditionalGeneration": Family(LlavaNextGeometry, "llava_next"),
     "LlavaOnevisionForConditionalGeneration": Family(LlavaOnevisionGeometry, "llava_onevision"),
-    "Qwen2VLForConditionalGeneration": Family(Qwen2VLGeometry, "qwen2_vl"),
-    "Qwen2_5_VLForConditionalGeneration": Family(Qwen2_5VLGeometry, "qwen2_5_vl"),
+    "Qwen2VLForConditionalGeneration": Family(Qwen2VLGeometry, "qwen2_vl", ("qwen2",)),
+    "Qwen2_5_VLForConditionalGeneration": Family(Qwen2_5VLGeometry, "qwen2_5_vl", ("qwen2",)),
     "Qwen3VLForConditionalGeneration": Family(Qwen3VLGeometry, "qwen3_vl", ("qwen3",)),
     "Qwen3VLMoeForConditionalGeneration": Family(Qwen3VLGeometry, "qwen3_vl_moe", ("qwen3_vl", "qwen3_moe")),
 }

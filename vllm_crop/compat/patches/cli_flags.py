@@ -8,6 +8,7 @@ Remove when: vLLM lets a plugin add options.
 """
 
 import argparse
+import functools
 import json
 from typing import Any
 
@@ -24,14 +25,17 @@ def patch(engine_args: Any) -> None:
     """Wrap the two functions of the class EngineArgs, once."""
     if hasattr(engine_args, _MARK):
         return
-    setattr(engine_args, _MARK, True)
     add_cli_args, from_cli_args = engine_args.add_cli_args, engine_args.from_cli_args.__func__
+    setattr(engine_args, _MARK, True)
 
+    # The signatures are checked again by every engine of this process.
+    @functools.wraps(add_cli_args)
     def add_cli_args_with_crop(parser: Any, *args: Any, **kwargs: Any) -> Any:
         parser = add_cli_args(parser, *args, **kwargs)
         add_options(parser)
         return parser
 
+    @functools.wraps(from_cli_args)
     def from_cli_args_with_crop(cls: Any, args: argparse.Namespace, *rest: Any, **kwargs: Any) -> Any:
         apply_options(args)
         return from_cli_args(cls, args, *rest, **kwargs)

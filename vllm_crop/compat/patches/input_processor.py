@@ -30,21 +30,22 @@ def patch(input_processor: Any) -> None:
     """Wrap the method of the class InputProcessor, once."""
     if hasattr(input_processor, _MARK):
         return
-    setattr(input_processor, _MARK, True)
     process_inputs = input_processor.process_inputs
+    setattr(input_processor, _MARK, True)
     names = list(inspect.signature(process_inputs).parameters)
-    # Behind self. A server that prunes does not start with a vLLM that has none (compat/points.py).
+    # Behind self. A server that prunes does not start with a vLLM that has none (compat/points).
     place = names.index("prompt") - 1 if "prompt" in names else 0
 
     @functools.wraps(process_inputs)  # its signature is checked again by every engine of this process
     def process_inputs_with_crop(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not hasattr(self.model_config.hf_config, "crop"):  # a server that does not prune
+        hf_config = getattr(getattr(self, "model_config", None), "hf_config", None)
+        if not hasattr(hf_config, "crop"):  # a server that does not prune, of whatever vLLM
             return process_inputs(self, *args, **kwargs)
         prompt = kwargs["prompt"] if "prompt" in kwargs else args[place]
         sent = newly_sent(prompt)
         try:
             request = process_inputs(self, *args, **kwargs)
-            settle_request(request, prompt, EvictionSettings.from_hf_config(self.model_config.hf_config))
+            settle_request(request, prompt, EvictionSettings.from_hf_config(hf_config))
         except Exception:
             if (cache := self.renderer.mm_processor_cache) is not None:
                 for mm_hash in sent:

@@ -7,6 +7,7 @@ Replaces: EngineArgs.create_model_config (vllm/engine/arg_utils.py).
 Remove when: a general plugin can see the engine's options before the model config is made.
 """
 
+import functools
 import importlib
 import logging
 from collections.abc import Callable
@@ -43,13 +44,13 @@ def patch(engine_args: Any, require_supported: Callable[[CropConfig, Any], None]
     """
     if hasattr(engine_args, _MARK):
         return
-    setattr(engine_args, _MARK, True)
     create_model_config = engine_args.create_model_config
+    setattr(engine_args, _MARK, True)
 
+    @functools.wraps(create_model_config)  # its signature is checked again by every engine of this process
     def create_model_config_with_crop(self: Any, *args: Any, **kwargs: Any) -> Any:
-        settings = (
-            self.additional_config.get(CONFIG_KEY) if isinstance(self.additional_config, dict) else None
-        )
+        additional = getattr(self, "additional_config", None)
+        settings = additional.get(CONFIG_KEY) if isinstance(additional, dict) else None
         if settings is None:
             return create_model_config(self, *args, **kwargs)
         # Checked first as they were given: a wrong key is the operator's, not the file's.

@@ -20,9 +20,10 @@ def patch(online_renderer: Any) -> None:
     """Wrap the methods of the class OnlineRenderer, once."""
     if hasattr(online_renderer, _MARK):
         return
+    wrapped = {name: _noting(getattr(online_renderer, name)) for name in METHODS}
     setattr(online_renderer, _MARK, True)
-    for name in METHODS:
-        setattr(online_renderer, name, _noting(getattr(online_renderer, name)))
+    for name, method in wrapped.items():
+        setattr(online_renderer, name, method)
 
 
 def _noting(preprocess: Any) -> Any:
