@@ -76,6 +76,13 @@ def evaluate(
             "found it. Without the file it is the first that can meet the rate, mostly the published one."
         ),
     ] = TUNING,
+    times: Annotated[
+        bool,
+        typer.Option(
+            help="Measure times to first token once all is answered, every served condition in turn. They "
+            "want a quiet machine; answers do not."
+        ),
+    ] = True,
     quick: Annotated[
         bool,
         typer.Option("--quick", help=f"{QUICK_PER_FAMILY} questions of a family, at 0.889 only."),
@@ -129,6 +136,7 @@ def evaluate(
         split or ("dev" if quick else "test"),
         out,
         tuned,
+        times,
     )
     _run(options, Console(highlight=False))
 

@@ -71,13 +71,6 @@ class Answerer(Protocol):
         """Per scene and question. Raises BudgetError if the method cannot meet the condition's rate."""
         ...
 
-    def ttft_ms(self, condition: Condition, tasks: Sequence[SceneTask]) -> float | None:
-        """Median time of requests sent one at a time; None if that means nothing here.
-
-        To the first token; of the localizer to the last, as nothing can begin before it has spoken.
-        """
-        ...
-
 
 def ask(condition: Condition, task: SceneTask, resize: SmartResize) -> list[Asked]:
     """Every question of a scene."""

@@ -10,6 +10,7 @@ from lab.evaluation.questions import TestScene
 from lab.evaluation.regions import area, coverage, parse_location
 from lab.evaluation.stats import Estimate, wilson
 from lab.evaluation.store import ConditionResult
+from lab.evaluation.times import Times, ttft
 from vllm_crop.localizers.dialects import WHOLE
 
 
@@ -39,7 +40,9 @@ class LocalizerScore:
     steps: float | None = None
 
 
-def score_localizer(scenes: Sequence[TestScene], results: Sequence[ConditionResult]) -> LocalizerScore | None:
+def score_localizer(
+    scenes: Sequence[TestScene], results: Sequence[ConditionResult], times: Times | None = None
+) -> LocalizerScore | None:
     """From the localizer's own condition; None where nobody asked it."""
     result = next((one for one in results if one.condition.method == LOCATE), None)
     if result is None:
@@ -68,7 +71,7 @@ def score_localizer(scenes: Sequence[TestScene], results: Sequence[ConditionResu
         wilson(sum(whole), len(whole)),
         unreadable,
         len(local) + len(whole),
-        result.ttft_ms,
+        timed[0] if (timed := ttft(times or {}, result.condition)) else None,
         fmean(answer.visual_tokens for answer in result.answers),
         fmean(steps) if len(steps) == len(result.answers) else None,
     )

@@ -29,9 +29,9 @@ _SCENES = (
     "control, the second untrained.",
 )
 _TIMES = (
-    "Times per question are those of this harness, which shares work between questions and does not ask "
-    "twice what is served unpruned. TTFT is of the engine, one request at a time, without the localizer's "
-    "own request.",
+    "TTFT is of the engine, one request at a time with the true region, median of 8 rounds in which every "
+    "condition has its turn, in brackets as a share of the unpruned model's in the same round. The "
+    "localizer's own request is in none of them. Rivals and controls that plain transformers run have none.",
     "What these numbers show and what they do not: docs/accuracy.md in the repository.",
 )
 _SPLITS: dict[Split, str] = {

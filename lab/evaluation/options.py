@@ -29,6 +29,7 @@ class Options:
         base_url: an endpoint that answers instead.
         eviction_layers: of CROP's ilp and plc+ilp.
         tuning: where the configurations of rivals come from; None: the first that can meet a rate.
+        times: whether times to first token are measured, once all is answered.
     """
 
     model: Path
@@ -40,6 +41,7 @@ class Options:
     split: Split
     folder: Path
     tuning: Tuning | None = None
+    times: bool = True
 
     @property
     def prunes(self) -> bool:

@@ -22,7 +22,7 @@ from lab.tinyvqa.questions import FAMILIES
 
 COLUMNS = (
     *("method", "rate", "tokens: local / all", "local %", "retained %", "all %", "retained %", "TTFT ms"),
-    *("tokens with localizer", "localizer's steps", "KV tokens", *FAMILIES, "engine", "ms / question"),
+    *("tokens with localizer", "localizer's steps", "KV tokens", *FAMILIES, "engine"),
 )
 
 
@@ -76,9 +76,8 @@ def row_cells(row: Row) -> list[str]:
     if row.impossible:
         return [*cells, *[""] * (len(COLUMNS) - len(cells))]
     families = [f"{100 * row.families[family].value:.1f}" for family in FAMILIES]
-    pace = f"{1e3 * row.seconds_per_question:.1f}"
     kv = f"{row.groups['all'].kv_tokens:.0f}"
-    return [*cells, *_localizer_cells(row), kv, *families, row.engine, pace]
+    return [*cells, *_localizer_cells(row), kv, *families, row.engine]
 
 
 def _localizer_cells(row: Row) -> tuple[str, str]:

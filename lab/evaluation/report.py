@@ -19,9 +19,10 @@ from lab.evaluation.stats import Estimate
 from lab.evaluation.store import ConditionResult
 from lab.evaluation.summary import Row, summarize
 from lab.evaluation.thresholds import ThresholdRow, sweep
+from lab.evaluation.times import Times
 from vllm_crop.benchmarking.report import write_json
 
-_SHORT_COLUMNS = {"rate": 5, "tokens": 6, "local %": 10, "retained %": 10, "all %": 10, "TTFT\nms": 4}
+_SHORT_COLUMNS = {"rate": 5, "tokens": 6, "local %": 10, "retained %": 10, "all %": 10, "TTFT ms": 11}
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,14 @@ def make_report(
     agreed: Sequence[Agreement],
     provenance: Mapping[str, Any],
     notes: tuple[str, ...] = (),
+    times: Times | None = None,
 ) -> Report:
     """Work out all numbers."""
     return Report(
-        tuple(summarize(scenes, results)),
+        tuple(summarize(scenes, results, times)),
         tuple(margins(scenes, results)),
         tuple(agreed),
-        score_localizer(scenes, results),
+        score_localizer(scenes, results, times),
         tuple(sweep(scenes, results)),
         provenance,
         notes,
@@ -122,7 +124,7 @@ def table_cells(row: Row) -> list[str]:
         interval(local.retained),
         interval(every.accuracy),
         interval(every.retained),
-        "" if row.ttft_ms is None else f"{row.ttft_ms:.0f}",
+        "" if row.ttft_ms is None else f"{row.ttft_ms:.0f} ({row.ttft_share:.2f}x)",
     ]
 
 

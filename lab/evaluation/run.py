@@ -18,6 +18,7 @@ from lab.evaluation.report import Report, make_report
 from lab.evaluation.rivals.registry import RIVALS
 from lab.evaluation.session import Session
 from lab.evaluation.store import ConditionResult, Store
+from lab.evaluation.times import measure_times
 from vllm_crop.measuring.provenance import provenance
 
 
@@ -31,12 +32,14 @@ def evaluate(options: Options, console: Console) -> Report:
     _check_tuning(options, settings)
     scenes = make_split(options.split, options.per_family)
     store = Store(options.folder, settings)
-    session = Session(scenes, Answerers(options), options.engine_for, store, console, origin["git_revision"])
+    answerers = Answerers(options)
+    session = Session(scenes, answerers, options.engine_for, store, console, origin["git_revision"])
     results = session.run(options.grid)
+    times = measure_times(results, answerers.timed, store, console) if options.times else {}
     origin = _origin(origin, options, settings, results)
     write_answers(options.folder / ANSWERS, scenes, results)
     notes = notes_of(options.split, options.tuning)
-    return make_report(scenes, results, agreements(results, store), origin, notes)
+    return make_report(scenes, results, agreements(results, store), origin, notes, times)
 
 
 def _check_tuning(options: Options, settings: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from rich.progress import Progress
 
 from lab.evaluation.asking import Answer, Answerer, SceneTask
 from lab.evaluation.conditions import LOCATE, OFF, Condition
-from lab.evaluation.questions import TestScene, make_test_set
+from lab.evaluation.questions import TestScene
 from lab.evaluation.regions import parse_location, regions_for
 from lab.evaluation.store import ConditionResult, Store
 from vllm_crop.benchmarking.session import progress_bar
@@ -20,8 +20,6 @@ from vllm_crop.planning.geometry import Region
 from vllm_crop.request import InvalidCropError
 
 SCENES_AT_ONCE = 16
-TIMED = 9  # requests for a time to first token, the first of them to warm up
-TIMED_SEED = 7  # of a test set of its own: images that no cache has seen
 
 AnswererFor = Callable[[Condition], Answerer]
 LocatedRegions = dict[tuple[int, str], Region]
@@ -74,8 +72,7 @@ class Session:
         try:
             answers = list(chain.from_iterable(self._answers(answerer, condition, located, progress)))
             seconds = time.perf_counter() - start
-            ttft = self._ttft(answerer, condition)
-            result = ConditionResult(condition, engine, tuple(answers), seconds, ttft, None, self.revision)
+            result = ConditionResult(condition, engine, tuple(answers), seconds, None, self.revision)
         except (BudgetError, InvalidCropError) as error:
             result = ConditionResult(condition, engine, impossible=str(error), revision=self.revision)
         self.store.save(result)
@@ -112,21 +109,6 @@ class Session:
                 progress.advance(bar, len(some))
         finally:
             progress.remove_task(bar)
-
-    def _ttft(self, answerer: Answerer, condition: Condition) -> float | None:
-        """Timed with true regions, if any are sent: the localizer's own time is that of its own condition."""
-        scenes = make_test_set(TIMED, TIMED_SEED + hash_of(condition))[:TIMED]
-        known = (
-            Condition(condition.method, "oracle", condition.pruning_rate)
-            if condition.sends_regions
-            else condition
-        )
-        return answerer.ttft_ms(condition, make_tasks(known, scenes, None))
-
-
-def hash_of(condition: Condition) -> int:
-    """A seed for each condition, the same in every process."""
-    return sum(index * byte for index, byte in enumerate(condition.slug.encode(), start=1))
 
 
 def make_tasks(

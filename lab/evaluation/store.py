@@ -18,7 +18,6 @@ class ConditionResult:
     Attributes:
         engine: what answered.
         impossible: why the method cannot meet the rate; there are no answers then.
-        ttft_ms: median time to first token, where that means something.
         revision: of the code that measured it; a run that goes on may be newer.
     """
 
@@ -26,7 +25,6 @@ class ConditionResult:
     engine: str
     answers: tuple[Answer, ...] = ()
     seconds: float = 0.0
-    ttft_ms: float | None = None
     impossible: str | None = None
     revision: str | None = None
 

@@ -2,7 +2,7 @@
 """From answers to the table: accuracy, retention and cost of every condition, and who is clear of whom."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import compress
 from statistics import fmean
 
@@ -11,6 +11,7 @@ from lab.evaluation.conditions import LOCATE, OFF, Condition
 from lab.evaluation.questions import TestScene
 from lab.evaluation.stats import Estimate, retention, wilson
 from lab.evaluation.store import ConditionResult
+from lab.evaluation.times import Times, ttft
 from lab.tinyvqa.questions import FAMILIES, LOCAL
 
 GROUPS: dict[str, tuple[str, ...]] = {"local": LOCAL, "all": FAMILIES}
@@ -46,15 +47,20 @@ class GroupScore:
 
 @dataclass(frozen=True)
 class Row:
-    """A condition of the grid with its scores, by group and by family; no scores where it is impossible."""
+    """A condition of the grid with its scores, by group and by family; no scores where it is impossible.
+
+    Attributes:
+        ttft_ms: median time to first token, where it was measured.
+        ttft_share: the median of its shares of the unpruned model's.
+    """
 
     condition: Condition
     engine: str
     groups: dict[str, GroupScore]
     families: dict[str, Estimate]
-    seconds_per_question: float
-    ttft_ms: float | None
-    impossible: str | None
+    impossible: str | None = None
+    ttft_ms: float | None = None
+    ttft_share: float | None = None
 
 
 def right_answers(scenes: Sequence[TestScene], result: ConditionResult) -> list[bool]:
@@ -63,14 +69,23 @@ def right_answers(scenes: Sequence[TestScene], result: ConditionResult) -> list[
     return [answer.text == wanted for answer, wanted in zip(result.answers, expected, strict=True)]
 
 
-def summarize(scenes: Sequence[TestScene], results: Sequence[ConditionResult]) -> list[Row]:
+def summarize(
+    scenes: Sequence[TestScene], results: Sequence[ConditionResult], times: Times | None = None
+) -> list[Row]:
     """A row per condition, in the order of the results; the unpruned model's is among them."""
     families = families_of(scenes)
     base = right_answers(scenes, next(result for result in results if result.condition == OFF))
     found = next((result.answers for result in results if result.condition.method == LOCATE), None)
     return [
-        _row(scenes, families, result, base, found) for result in results if result.condition.method != LOCATE
+        _timed(_row(scenes, families, result, base, found), times or {})
+        for result in results
+        if result.condition.method != LOCATE
     ]
+
+
+def _timed(row: Row, times: Times) -> Row:
+    ms, share = ttft(times, row.condition) or (None, None)
+    return replace(row, ttft_ms=ms, ttft_share=share)
 
 
 def families_of(scenes: Sequence[TestScene]) -> list[str]:
@@ -86,7 +101,7 @@ def _row(
     located: Sequence[Answer] | None,
 ) -> Row:
     if result.impossible:
-        return Row(result.condition, result.engine, {}, {}, 0.0, None, result.impossible)
+        return Row(result.condition, result.engine, {}, {}, result.impossible)
     right = right_answers(scenes, result)
     located = located if result.condition.locates else ()
     groups = {
@@ -97,8 +112,7 @@ def _row(
     for family in FAMILIES:
         chosen = list(compress(right, [one == family for one in families]))
         by_family[family] = wilson(sum(chosen), len(chosen))
-    pace = result.seconds / len(right)
-    return Row(result.condition, result.engine, groups, by_family, pace, result.ttft_ms, None)
+    return Row(result.condition, result.engine, groups, by_family)
 
 
 def _group(

@@ -48,10 +48,6 @@ class TransformersAnswers:
         """Per scene and question."""
         return [self._answer_scene(condition, task) for task in tasks]
 
-    def ttft_ms(self, condition: Condition, tasks: Sequence[SceneTask]) -> None:
-        """Questions share their work here, so no time is one of a request."""
-        return None
-
     def _answer_scene(self, condition: Condition, task: SceneTask) -> list[Answer]:
         answers: dict[int, Answer] = {}
         for group in self._groups(condition, task):

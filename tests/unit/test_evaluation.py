@@ -5,6 +5,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 import pytest
 from hypothesis import given
@@ -15,7 +16,6 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from lab import evaluation
-from lab.evaluation import session as sessions
 from lab.evaluation.__main__ import app
 from lab.evaluation.asking import Answer, SceneTask, ask
 from lab.evaluation.comparisons import agreements, margins
@@ -34,6 +34,7 @@ from lab.evaluation.stats import difference, retention, wilson
 from lab.evaluation.store import ConditionResult, Store
 from lab.evaluation.summary import summarize
 from lab.evaluation.thresholds import THRESHOLDS, sweep
+from lab.evaluation.times import ROUNDS, measure_times
 from lab.tinyvqa.questions import FAMILIES, boxes_region
 from lab.tinyvqa.scenes import is_test_seed
 from vllm_crop.families.qwen_vl import SmartResize
@@ -291,8 +292,9 @@ class StandIn:
             rows.append(row)
         return rows
 
-    def ttft_ms(self, condition: Condition, tasks: list[SceneTask]) -> float:
-        return 12.5
+    def first_token_ms(self, condition: Condition, task: SceneTask) -> float:
+        assert condition.region in (None, "oracle")
+        return 100.0 + self.calls if condition == OFF else 25.0
 
 
 def run(
@@ -332,7 +334,7 @@ def test_a_stopped_run_goes_on_with_the_first_unfinished_cell(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(sessions.Session, "_ttft", stop)
+        patched.setattr(Store, "save", stop)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path, scenes, StandIn({}))
     assert not list(tmp_path.glob("conditions/*"))
@@ -349,10 +351,37 @@ def test_the_table_counts_right_answers_and_margins(tmp_path: Path, scenes: tupl
     lost = 2 * len(scenes) / (5 * PER_FAMILY)
     assert rows["fastv"].groups["all"].accuracy.value == pytest.approx(1 - lost)
     assert rows["fastv"].groups["all"].visual_tokens == 64
-    assert rows["fastv"].ttft_ms == 12.5
     (margin,) = margins(scenes, results)
     assert (margin.method, margin.against) == ("CROP plc, localizer", "FastV")
     assert margin.gained.value == pytest.approx(1 - rows["fastv"].groups["local"].accuracy.value)
+
+
+def test_times_are_measured_in_turn_and_once(tmp_path: Path, scenes: tuple[TestScene, ...]) -> None:
+    """Each beside the unpruned model of its round; what only transformers can do has none."""
+    results = run(tmp_path, scenes, StandIn({}))
+    results[-1] = replace(results[-1], engine="transformers")
+    store, turns = Store(tmp_path, {"settings": 1}), list[str]()
+
+    class InTurn(StandIn):
+        def first_token_ms(self, condition: Condition, task: SceneTask) -> float:
+            turns.append(condition.method)
+            self.calls += condition == OFF
+            return super().first_token_ms(condition, task)
+
+    in_turn = InTurn({})
+    times = measure_times(results, lambda _: in_turn, store, Console(quiet=True))
+    assert turns == [LOCATE, "off", "plc"] * ROUNDS
+    rows = {row.condition.method: row for row in summarize(scenes, results, times)}
+    assert (rows["plc"].ttft_ms, rows["off"].ttft_share) == (25.0, 1.0)
+    assert rows["plc"].ttft_share == pytest.approx(25 / median(range(102, 101 + ROUNDS)), rel=0.01)
+    assert (rows["fastv"].ttft_ms, rows["ilp"].ttft_ms) == (None, None)
+    score = score_localizer(scenes, results, times)
+    assert score is not None
+    assert score.ms == 25.0
+    again = measure_times(results, lambda _: pytest.fail("known"), store, Console(quiet=True))
+    assert again == times
+    measure_times(results, lambda _: in_turn, Store(tmp_path, {"settings": 2}), Console(quiet=True))
+    assert len(turns) == 2 * 3 * ROUNDS, "never those of other settings"
 
 
 def test_pooling_evenly_is_among_those_that_crop_is_compared_with(
@@ -462,7 +491,7 @@ def test_the_published_page_is_made_of_the_published_numbers(tmp_path: Path) -> 
 def test_results_survive_the_disk(tmp_path: Path) -> None:
     store = Store(tmp_path, {"n": 1})
     result = ConditionResult(
-        Condition("plc", "oracle", 0.5), "vllm", (Answer("7", 1.5, 2.5, 3),), 1.0, None, None, "r"
+        Condition("plc", "oracle", 0.5), "vllm", (Answer("7", 1.5, 2.5, 3),), 1.0, None, "r"
     )
     store.save(result)
     assert store.load(result.condition, "vllm") == result

@@ -18,10 +18,10 @@ from lab.evaluation.published_answers import read_answers, write_answers
 from lab.evaluation.questions import SPLITS, make_split, make_test_set, only_local
 from lab.evaluation.rivals.registry import RIVALS
 from lab.evaluation.run import _check_tuning, _tuning
-from lab.evaluation.session import TIMED_SEED, hash_of
 from lab.evaluation.stats import difference, wilson
 from lab.evaluation.store import ConditionResult
 from lab.evaluation.summary import summarize
+from lab.evaluation.times import TIMES_SEED
 from lab.evaluation.tuned import Tried, Tuned, Tuning, choose, read_tuning, write_tuning
 from lab.tinyvqa.questions import LOCAL
 from vllm_crop.errors import CropError
@@ -42,16 +42,7 @@ def test_splits_share_no_scene_with_each_other_nor_with_what_is_timed() -> None:
     for one, seeds in scenes.items():
         assert all(not seeds & others for other, others in scenes.items() if other != one)
     # The longest name of a condition there is.
-    names = [
-        Condition(name, None, 0.889, configuration)
-        for name, rival in RIVALS.items()
-        for configuration in rival.configurations
-    ]
-    timed = {
-        TIMED_SEED + hash_of(condition)
-        for condition in [*names, *make_grid(["plc+ilp"], [0.889], ["localizer"])]
-    }
-    assert not timed & set(SPLITS.values())
+    assert TIMES_SEED not in SPLITS.values()
 
 
 def test_only_local_questions_are_tuned_on() -> None:
@@ -140,9 +131,6 @@ class StandIn:
 
     def see(self, scene: Any) -> Any:
         return scene
-
-    def ttft_ms(self, *_: Any) -> None:
-        return None
 
 
 @pytest.fixture

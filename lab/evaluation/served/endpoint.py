@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from itertools import chain
-from statistics import median
 from typing import Any
 
 from lab.evaluation.asking import Answer, Asked, SceneTask, ask
@@ -52,17 +51,14 @@ class EndpointAnswers:
             answers = iter(list(pool.map(answer, chain.from_iterable(asked))))
         return [[next(answers) for _ in questions] for questions in asked]
 
-    def ttft_ms(self, condition: Condition, tasks: Sequence[SceneTask]) -> float:
-        """Median time to the first streamed token, of the localizer to the last, one request at a time."""
-        times = []
-        for task in tasks:
-            (first, *_) = ask(condition, task, self.accounting.resize)
-            start = time.perf_counter()
-            with self._complete(first, stream=True).parse() as stream:
-                chunks = (chunk for chunk in stream if chunk.choices)
-                deque(chunks, maxlen=0) if condition.method == LOCATE else next(chunks)
-            times.append(1e3 * (time.perf_counter() - start))
-        return median(times[1:])  # the first one warms up
+    def first_token_ms(self, condition: Condition, task: SceneTask) -> float:
+        """To the first streamed token, of the localizer to the last."""
+        (first, *_) = ask(condition, task, self.accounting.resize)
+        start = time.perf_counter()
+        with self._complete(first, stream=True).parse() as stream:
+            chunks = (chunk for chunk in stream if chunk.choices)
+            deque(chunks, maxlen=0) if condition.method == LOCATE else next(chunks)
+        return 1e3 * (time.perf_counter() - start)
 
     def _answer(self, asked: Asked, logprobs: bool) -> Answer:
         raw = self._complete(asked, **({"logprobs": True} if logprobs else {}))
