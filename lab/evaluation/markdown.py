@@ -17,9 +17,7 @@ def write_markdown(path: Path, report: Report) -> None:
 def _parts(report: Report) -> Iterator[str]:
     yield "# Do answers survive pruning?\n\n![Accuracy against visual tokens](curves.png)\n"
     origin = report.provenance
-    program, *arguments = origin["command"]
-    name = ["python", "-m", "lab.evaluation"] if program.endswith("__main__.py") else [Path(program).name]
-    command = shlex.join([*name, *arguments])
+    command = shlex.join(origin["command"])
     revisions = ", ".join(revision[:12] for revision in origin["revisions_of_conditions"])
     made = f"Made by `{command}`, conditions measured at {revisions}, in {origin['seconds'] / 60:.0f} minutes"
     yield f"{made}. Margins, thresholds and all settings are in `results.json`.\n"

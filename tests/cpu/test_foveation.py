@@ -348,3 +348,24 @@ def test_cut_pixels_are_those_of_the_image_processor(size: tuple[int, int]) -> N
     cut = torch.tensor(np.asarray(pixels_of(picture, piece, side, Image.Resampling.BICUBIC)))
     expected = whole[2 * side : (rows - 2) * side, 3 * side : (cols - 1) * side]
     assert (cut.int() - expected.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("family", TILED, ids=str)
+def test_tiles_that_are_not_seen_are_not_normalised(
+    family: Family, engine_of: Callable[[Family], Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, made = engine_of(family), []
+    image_processor = engine.processor.info.get_hf_processor().image_processor
+    stock = image_processor.rescale_and_normalize
+
+    def count(tiles: torch.Tensor, *rest: Any) -> Any:
+        made.append(len(tiles))
+        return stock(tiles, *rest)
+
+    monkeypatch.setattr(image_processor, "rescale_and_normalize", count)
+    image, crop = noise_image(640, 500, 400), {"regions": [cells(0, 0, 1, 1)]}
+    engine.ask(Question((image,), crop), steps=1)
+    assert sum(made) == len(pieces_of(engine, image, crop)) == 2
+    made.clear()
+    engine.ask(Question((noise_image(641, 500, 400),), None), steps=1)
+    assert sum(made) > 2

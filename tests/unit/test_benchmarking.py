@@ -499,6 +499,24 @@ class TestReport:
         nested.mkdir(parents=True)
         assert git_revision(nested) is None
 
+    def test_the_command_is_as_one_types_it(self, tmp_path: Path) -> None:
+        """Where a program lies is nobody's business."""
+        said = "import json\nfrom vllm_crop.measuring.provenance import provenance\n"
+        said += "print(json.dumps(provenance()['command']))\n"
+        (tmp_path / "prog").mkdir()
+        for name in ("prog/__main__.py", "prog/part.py", "script"):
+            (tmp_path / name).write_text(said)
+        env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+        for given, shown in (
+            (["-m", "prog"], ["python", "-m", "prog"]),
+            (["-m", "prog.part"], ["python", "-m", "prog.part"]),
+            ([str(tmp_path / "script")], ["script"]),
+        ):
+            run = subprocess.run(
+                [sys.executable, *given, "-n", "1"], env=env, capture_output=True, text=True, check=True
+            )
+            assert json.loads(run.stdout) == [*shown, "-n", "1"]
+
 
 class TestDecode:
     STEPS = tuple(

@@ -450,7 +450,7 @@ def test_the_page_needs_nothing_else(tmp_path: Path, scenes: tuple[TestScene, ..
     assert agreed[0].same < agreed[0].asked
     origin = {
         "git_revision": "<abc>",
-        "command": ["/lab/evaluation/__main__.py", "-o", "a b"],
+        "command": ["python", "-m", "lab.evaluation", "-o", "a b"],
         "seconds": 90.0,
     }
     origin["revisions_of_conditions"] = ["0123456789abcdef", "unknown"]

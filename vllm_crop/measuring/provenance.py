@@ -41,7 +41,7 @@ def provenance() -> dict[str, Any]:
     """Command line, versions and revision, as plain values."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": sys.argv,
+        "command": _command(),
         "versions": {"python": platform.python_version(), **_package_versions()},
         "git_revision": git_revision(Path(vllm_crop.__file__).parent),
         "threads": {
@@ -50,6 +50,15 @@ def provenance() -> dict[str, Any]:
             if name in os.environ
         },
     }
+
+
+def _command() -> list[str]:
+    """As one would type it, wherever the program lies."""
+    run = getattr(sys.modules.get("__main__"), "__spec__", None)
+    program = (
+        [Path(sys.argv[0]).name] if run is None else ["python", "-m", run.name.removesuffix(".__main__")]
+    )
+    return [*program, *sys.argv[1:]]
 
 
 def git_revision(package: Path) -> str | None:

@@ -26,6 +26,7 @@ from vllm_crop.models.processor import (
     piece_numbers,
     pieces_of,
 )
+from vllm_crop.models.seen_tiles import only_tiles
 from vllm_crop.planning.foveation import Piece
 
 
@@ -38,14 +39,18 @@ class CropTiledProcessorMixin(CropProcessorMixin):
 
     def images_processed(self, mm_items: Any, hf_kwargs: Mapping[str, object], items: CropItems) -> Any:
         """As the stock processor, without the tiles that are not seen."""
-        data, decisions = self.stock_processed(mm_items, hf_kwargs), items.decisions
+        decisions = items.decisions
         if not any(decision.pieces for decision in decisions):
-            return data
+            return self.stock_processed(mm_items, hf_kwargs)
+        seen = [_places(decision.pieces) if decision.pieces else None for decision in decisions]
+        with only_tiles(self.info.get_hf_processor(**hf_kwargs).image_processor, seen) as wanted:
+            data = self.stock_processed(mm_items, hf_kwargs)
         tiles, keys = list(data["pixel_values"]), [image_key(one) for one in items.image_hashes]
         for index, decision in enumerate(decisions):
             if not decision.pieces:
                 continue
-            tiles[index] = tiles[index][_places(decision.pieces)]
+            # With other images a batch may be padded; what was not picked before is picked here.
+            tiles[index] = tiles[index][: len(decision.pieces)] if wanted.cut else tiles[index][seen[index]]
             if image_hash := items.image_hashes[index]:
                 keys[index] = piece_keys(image_hash, decision.pieces)
         data["pixel_values"], data[IMAGE_KEY] = tiles, keys
