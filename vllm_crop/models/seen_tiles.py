@@ -2,8 +2,8 @@
 """Keeps an image processor from finishing tiles that nobody will see.
 
 LLaVA-NeXT's and OneVision's (transformers, image_processing_llava_next.py and _llava_onevision.py) cut a
-resized picture into tiles, which are views of one tensor, and then normalise, stack and pad them: most of their
-time where there are many. What is left out between the two is never made.
+resized picture into tiles, which are views of one tensor, and then normalise, stack and pad them: most of
+their time where there are many. What is left out between the two is never made.
 """
 
 from collections.abc import Iterator, Sequence
