@@ -43,6 +43,18 @@ def compare(
         int | None,
         typer.Option(help="Of a random sample, if --limit leaves questions out. The first if left out."),
     ] = None,
+    metric: Annotated[
+        Literal["exact", "vqa", "anls", "relaxed", "iou"],
+        typer.Option(
+            help="How answers are scored where a line names no metric of its own: normalised and equal; "
+            "by annotators that agree, as VQA; by edit distance, as DocVQA; numbers within 5 %, as "
+            "ChartQA; boxes by overlap."
+        ),
+    ] = "exact",
+    split: Annotated[
+        str | None,
+        typer.Option(help='Ask only lines that say so: --split dev takes those with "split": "dev".'),
+    ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Of an answer, at most.")] = 64,
     concurrency: Annotated[
         int, typer.Option(min=1, help="Questions at once; more than one, and times are of a loaded server.")
@@ -66,6 +78,8 @@ def compare(
     A line of the file is a question or a logged chat request:
       {"image": "photos/1.jpg", "question": "What does the sign say?", "answer": "stop"}
       {"image": "https://...", "question": "...", "regions": [[0.5, 0.1, 0.8, 0.4]], "id": "q7"}
+      {"image": "1.png", "question": "...", "answers": ["12 %"], "metric": "relaxed", "split": "test",
+       "boxes": [[0.1, 0.2, 0.3, 0.25]], "family": "tables", "group": "report 3"}
       {"messages": [{"role": "user", "content": [{"type": "image_url", ...}, {"type": "text", ...}]}]}
     \b
     Two rates, a hundred questions at random:
@@ -92,7 +106,7 @@ def compare(
     origin, conditions = provenance(), make_conditions(rate or [], method, control)
     client = CropClient(base_url, model, timeout=timeout)
     try:
-        read = read_data(data, question, limit, seed)
+        read = read_data(data, question, limit, seed, metric, split)
         setup = run.look_at_server(client, base_url, conditions)
     except CropError as error:
         console.print(str(error), style="red", markup=False, soft_wrap=True)
@@ -103,6 +117,8 @@ def compare(
     setting = {
         "data": str(data),
         "question": question,
+        "metric": metric,
+        "split": split,
         "conditions": {one.name: dict(one.crop) for one in conditions},
         "max_tokens": max_tokens,
         "temperature": 0,

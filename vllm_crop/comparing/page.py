@@ -10,9 +10,10 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from vllm_crop.comparing.answers import is_right, is_same
+from vllm_crop.comparing.answers import is_same
 from vllm_crop.comparing.asking import Asked, Reply
 from vllm_crop.comparing.conditions import UNPRUNED
+from vllm_crop.comparing.metrics import score
 from vllm_crop.comparing.report import Report, notes, report_json, table_rows, write_whole
 from vllm_crop.comparing.summary import differs, outcomes
 from vllm_crop.drawing.preview import draw_region
@@ -36,7 +37,7 @@ class Drawing:
 
 @dataclass(frozen=True)
 class AnswerRow:
-    """An answer on a card; `verdict` is "right" or "wrong" where the answer is known."""
+    """An answer on a card; `verdict` says how right it is, where that is known."""
 
     condition: str
     text: str
@@ -110,22 +111,26 @@ def _in_order(one: Asked) -> list[tuple[str, Reply]]:
 
 def _row(one: Asked, name: str, reply: Reply, unpruned: Reply) -> AnswerRow:
     facts, known = reply.answer.facts, one.question.answers
-    score = reply.score
-    if score is None:
+    if reply.score is None:
         logprob = ""
     else:
-        per_token = sum(score.logprobs) / len(score.logprobs)
-        logprob = f"{per_token:.2f}{'' if score.whole else ' (first token)'}"
-    right = is_right(reply.answer.text, known)
+        per_token = sum(reply.score.logprobs) / len(reply.score.logprobs)
+        logprob = f"{per_token:.2f}{'' if reply.score.whole else ' (first token)'}"
+    right = score(reply.answer.text, known, one.question.metric) if known else 0.0
     return AnswerRow(
         condition=name,
         text=reply.answer.text,
         same=is_same(reply.answer.text, unpruned.answer.text),
-        verdict=("right" if right else "wrong") if known else "",
+        verdict=_verdict(right) if known else "",
         tokens=f"{facts['tokens_avg']:g} of {facts['tokens']}",
         became=", ".join(outcomes(facts)),
         logprob=logprob,
     )
+
+
+def _verdict(right: float) -> str:
+    """In words; of an answer that is neither, in hundredths."""
+    return {1.0: "right", 0.0: "wrong"}.get(right, f"{100 * right:.0f} of 100")
 
 
 def _drawings(one: Asked) -> Iterator[Drawing]:

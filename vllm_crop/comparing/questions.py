@@ -11,6 +11,8 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
+from vllm_crop.comparing.metrics import Metric
+
 Message = Mapping[str, Any]
 
 
@@ -22,6 +24,10 @@ class Question:
         name: its own `id`, else where it stands.
         text: what is asked, for people to read.
         answers: those that are right; empty where nobody has said.
+        metric: how an answer is scored by them.
+        boxes: where the answer stands, fractions of the picture; empty where nobody has said.
+        family: its kind, for a row of its own.
+        group: questions of a group are not independent of each other: of one picture, unless it is said.
         crop: its own part of the field `crop`: regions, or for which question the server finds them.
         body: further keys of the request, which change what the model reads or may write.
         messages: of the chat request, but for a picture that lies in a file.
@@ -35,6 +41,15 @@ class Question:
     crop: Mapping[str, Any] = field(default_factory=dict)
     body: Mapping[str, Any] = field(default_factory=dict)
     picture: Path | None = None
+    metric: Metric = "exact"
+    boxes: tuple[tuple[float, ...], ...] = ()
+    family: str | None = None
+    group: str | None = None
+
+    @property
+    def cluster(self) -> str:
+        """What it shares with the questions that it is not independent of."""
+        return self.group or "\n".join(self.picture_keys()) or self.name
 
     def to_send(self) -> list[Message]:
         """The messages of the request, the file's bytes in them as they are.

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from vllm_crop.comparing.metrics import Metric, why_no_answers
 from vllm_crop.comparing.questions import Question, about, image_urls, last_text
 from vllm_crop.errors import CropError
 from vllm_crop.measuring.question_files import (
@@ -74,32 +75,61 @@ class _Labels(BaseModel):
     custom_id: _Text | None = None
     answer: _Text | None = None
     answers: list[_Text] | None = None
+    metric: Metric | None = None
+    boxes: Any = None
+    family: _Text | None = None
+    group: _Text | None = None
+    split: str | None = None
 
-    def right(self) -> tuple[str, ...]:
-        return (*(() if self.answer is None else (self.answer,)), *(self.answers or ()))
+    def known(self, default: Metric) -> dict[str, Any]:
+        """What is known of a question, as arguments of Question."""
+        answers = (*(() if self.answer is None else (self.answer,)), *(self.answers or ()))
+        metric = self.metric or default
+        if (answers or self.metric) and (problem := why_no_answers(answers, metric)):
+            raise DataError(f"answers: {problem}")
+        boxes = () if not self.boxes else tuple(map(tuple, _boxes(self.boxes, "boxes")))
+        return {
+            "answers": answers,
+            "metric": metric,
+            "boxes": boxes,
+            "family": self.family,
+            "group": self.group,
+        }
 
 
-def read_data(path: Path, question: str | None, limit: int | None, seed: int | None) -> Data:
+def read_data(
+    path: Path,
+    question: str | None,
+    limit: int | None,
+    seed: int | None,
+    metric: Metric = "exact",
+    split: str | None = None,
+) -> Data:
     """Read everything, then take a part of it.
 
     Args:
         path: a JSONL file, or a folder of pictures.
         question: what to ask about every picture of a folder.
         limit: how many questions at most: the first ones, or with a `seed` a random sample.
+        metric: of lines that name none.
+        split: take only lines that say they are of it.
 
     Raises:
         DataError: there is nothing to ask, or lines are bad.
     """
     if path.is_dir():
+        if split is not None:
+            raise DataError(f"--split belongs to a file whose lines say theirs, and {path} is a folder")
         if question is None:
             raise DataError(f"{path} is a folder: say with --question what to ask about its pictures")
         data = _read_folder(path, question)
     elif question is not None:
         raise DataError(f"--question belongs to a folder of pictures, and {path} is none")
     else:
-        data = _read_lines(path)
+        data = _read_lines(path, metric, split)
     if not data.questions:
-        raise DataError(f"{path} has no question about a picture")
+        of = f" of split {split!r}" if split else ""
+        raise DataError(f"{path} has no question about a picture{of}")
     chosen = list(range(len(data.questions)))
     if limit is not None and limit < len(chosen):
         chosen = chosen[:limit] if seed is None else sorted(random.Random(seed).sample(chosen, limit))
@@ -118,13 +148,16 @@ def _read_folder(folder: Path, question: str) -> Data:
     return Data(questions, 0, {}, len(questions))
 
 
-def _read_lines(path: Path) -> Data:
+def _read_lines(path: Path, metric: Metric, split: str | None) -> Data:
     questions: list[Question] = []
     problems: list[str] = []
     without_image, not_sent = 0, Counter[str]()
     for number, line in numbered_lines(path, DataError):
         try:
-            found, ignored = _read_line(line, f"line {number}", path.parent)
+            value = json_object(line, DataError)
+            if split is not None and value.get("split") != split:
+                continue
+            found, ignored = _read_line(value, f"line {number}", path.parent, metric)
         except DataError as error:
             problems.append(f"line {number}: {error}")
             continue
@@ -142,32 +175,34 @@ def _refuse(problems: list[str], path: Path) -> None:
         raise DataError(f"{path} cannot be asked, {listed(problems)}")
 
 
-def _read_line(line: str, place: str, folder: Path) -> tuple[Question | None, list[str]]:
+def _read_line(
+    value: dict[str, Any], place: str, folder: Path, metric: Metric
+) -> tuple[Question | None, list[str]]:
     """The question of a line, None if it has no image; and keys of it that are not sent."""
-    value = json_object(line, DataError)
     try:
         labels = _Labels.model_validate(value)
         name = labels.id or labels.custom_id or place
         if "messages" in value or "body" in value:
             body = value["body"] if "messages" not in value else value
-            return _read_request(body, name, labels.right(), own_line=body is value)
+            return _read_request(body, name, labels.known(metric), own_line=body is value)
         asked = _Line.model_validate(value)
     except ValidationError as error:
         raise DataError(_describe(error)) from None
-    crop = {} if value.get("regions") is None else {"regions": [_boxes(value["regions"])]}
+    known = labels.known(metric)
+    crop = {} if value.get("regions") is None else {"regions": [_boxes(value["regions"], "regions")]}
     if asked.image.startswith(("http://", "https://", "data:image/")):
         messages = tuple(about(asked.image, asked.question))
-        return Question(name, asked.question, messages, labels.right(), crop), []
+        return Question(name, asked.question, messages, crop=crop, **known), []
     if asked.image.startswith("data:") or "://" in asked.image:
         raise DataError("image: must be a path, or a URL that begins with http, https or data:image/")
     path = (folder / asked.image).absolute()
     if problem := why_unreadable(path):
         raise DataError(f"image: {problem}")
-    return Question(name, asked.question, (), labels.right(), crop, picture=path), []
+    return Question(name, asked.question, (), crop=crop, picture=path, **known), []
 
 
 def _read_request(
-    body: Any, name: str, answers: tuple[str, ...], own_line: bool
+    body: Any, name: str, known: Mapping[str, Any], own_line: bool
 ) -> tuple[Question | None, list[str]]:
     """A logged chat request."""
     messages = body.get("messages") if isinstance(body, Mapping) else None
@@ -194,16 +229,16 @@ def _read_request(
     own = {key: crop[key] for key in ("regions", "localize", "question") if key in crop}
     sent = {key: body[key] for key in PASSED_ON if key in body}
     # A line that is a request and its owner's record at once: what is no key of a request is the owner's.
-    labels = {"id", "custom_id", "answer", "answers"} if own_line else set()
+    labels = set(_Labels.model_fields) if own_line else set()
     ignored = sorted(set(body) - set(PASSED_ON) - OUR_OWN - labels)
-    return Question(name, last_text(messages), tuple(messages), answers, own, sent), ignored
+    return Question(name, last_text(messages), tuple(messages), crop=own, body=sent, **known), ignored
 
 
-def _boxes(value: Any) -> list[list[float]]:
+def _boxes(value: Any, key: str) -> list[list[float]]:
     try:
         region = parse_region(value)
     except ValueError as error:
-        raise DataError(f"regions: {error}") from None
+        raise DataError(f"{key}: {error}") from None
     assert region is not None  # only None gives None
     return region.as_lists()
 

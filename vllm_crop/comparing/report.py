@@ -16,6 +16,8 @@ from rich.text import Text
 
 from vllm_crop.comparing.asking import Asked, Reply
 from vllm_crop.comparing.conditions import UNPRUNED
+from vllm_crop.comparing.metrics import score
+from vllm_crop.comparing.questions import Question
 from vllm_crop.comparing.reading import Data
 from vllm_crop.comparing.run import Outcome
 from vllm_crop.comparing.statistics import Spread
@@ -66,6 +68,13 @@ def table_rows(summaries: Sequence[ConditionSummary]) -> Iterator[tuple[str, lis
     if any(one.accuracy for one in summaries):
         yield row("right answers", lambda one: str(one.accuracy.right) if one.accuracy else "-")
         yield compared("  lost, gained", lambda one: _changes(one))
+    for kind, of in (("score", "scores"), ("family", "families")):
+        for group in dict.fromkeys(group for one in summaries for group in getattr(one, of)):
+            yield row(f"{kind} {group}", lambda one, of=of, group=group: _score(one, of, group, "score"))
+            yield compared("  change", lambda one, of=of, group=group: _score(one, of, group, "change"))
+    if any(one.found for one in summaries):
+        yield compared("place of the answer covered", lambda one: _covered(one))
+        yield compared("  by a region of, % of the picture", lambda one: _region_area(one))
     yield row("visual tokens", lambda one: _mean(one.costs.visual_tokens))
     yield row("  in the prompt", lambda one: _mean(one.costs.visual_tokens_after_plc))
     yield row("  averaged over layers", lambda one: _mean(one.costs.visual_tokens_avg))
@@ -89,6 +98,22 @@ def gap_text(gap: Gap | None) -> str:
 
 def _changes(one: ConditionSummary) -> str:
     return f"{one.accuracy.lost}, {one.accuracy.gained}" if one.accuracy else "-"
+
+
+def _score(one: ConditionSummary, of: str, group: str, what: str) -> str:
+    scored = getattr(one, of).get(group)
+    return "-" if scored is None else str(getattr(scored, what))
+
+
+def _covered(one: ConditionSummary) -> str:
+    if one.found is None:
+        return "-"
+    whole = f", {one.found.whole} whole" if one.found.whole else ""
+    return f"{one.found.covered or 'no region'}{whole}"
+
+
+def _region_area(one: ConditionSummary) -> str:
+    return "-" if one.found is None or one.found.area is None else str(one.found.area)
 
 
 def _mean(value: Spread | None) -> str:
@@ -125,6 +150,11 @@ def notes(report: Report) -> Iterator[str]:
         "a picture first in this run pays for the vision tower, unless the server knew it already. A "
         "cache_salt of its own keeps each request from KV blocks and regions of others."
     )
+    if any(one.scores or one.families for one in compared):
+        yield (
+            "Scores, of 100, are those of each question's metric; change: from the unpruned answer, question "
+            "by question. Intervals are 95 %, questions about one picture (or of one group) taken together."
+        )
     yield "KV: tokens of the prompt, averaged over layers, not rounded up to blocks."
     yield ("images: what the localizer did, or that a region was sent, or that pruning was off.")
     if report.setting["concurrency"] > 1:
@@ -190,14 +220,19 @@ def _question_json(one: Asked) -> dict[str, Any]:
         "id": one.question.name,
         "question": one.question.text,
         "answers": list(one.question.answers),
-        "replies": {name: _reply_json(reply) for name, reply in one.replies.items()},
+        "metric": one.question.metric,
+        "family": one.question.family,
+        "group": one.question.cluster,
+        "boxes": [list(box) for box in one.question.boxes],
+        "replies": {name: _reply_json(reply, one.question) for name, reply in one.replies.items()},
     }
 
 
-def _reply_json(reply: Reply) -> dict[str, Any]:
+def _reply_json(reply: Reply, question: Question) -> dict[str, Any]:
     answer = reply.answer
     return {
         "text": answer.text,
+        "right": score(answer.text, question.answers, question.metric) if question.answers else None,
         "prompt_tokens": answer.prompt_tokens,
         "completion_tokens": answer.completion_tokens,
         "kv_tokens": kv_tokens(reply),

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from vllm_crop.measuring.shares import wilson
+from vllm_crop.measuring.shares import Z, wilson
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,41 @@ def share(outcomes: Iterable[bool]) -> Share:
         return Share(0, 0, None, None, None)
     estimate = wilson(sum(known), len(known))
     return Share(sum(known), len(known), estimate.value, estimate.low, estimate.high)
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Mean of `n` values of `groups` independent groups, with the ends of its 95 percent interval."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+    groups: int
+
+    def __str__(self) -> str:
+        """In hundredths, interval and n: `83.1 (80.2-86.0), n 500`."""
+        low, high = (f"{100 * one:.1f}" for one in (self.low, self.high))
+        interval = f"{low} to {high}" if self.groups > 1 else "one group"
+        return f"{100 * self.value:.1f} ({interval}), n {self.n}"
+
+
+def grouped_mean(values: Sequence[float], groups: Sequence[str]) -> Mean | None:
+    """The mean of values that are independent between groups only; None of nothing.
+
+    The interval is the normal one with the standard error of clusters (Cameron and Miller 2015, equation 11,
+    with G/(G-1)). A single group tells nothing of others: its interval has no end.
+    """
+    if not values:
+        return None
+    mean = statistics.fmean(values)
+    sums: dict[str, float] = {}
+    for value, group in zip(values, groups, strict=True):
+        sums[group] = sums.get(group, 0.0) + value - mean
+    count = len(sums)
+    variance = sum(one * one for one in sums.values()) / len(values) ** 2
+    half = Z * math.sqrt(variance * count / (count - 1)) if count > 1 else math.inf
+    return Mean(mean, mean - half, mean + half, len(values), count)
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,18 @@
 """From single answers to what a comparison says, each number with its n. Nothing is asked or printed."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-from vllm_crop.comparing.answers import is_right, is_same
+from vllm_crop.comparing.answers import is_same
 from vllm_crop.comparing.asking import Asked, Reply
 from vllm_crop.comparing.conditions import UNPRUNED, Condition
-from vllm_crop.comparing.statistics import Share, Spread, share, spread
+from vllm_crop.comparing.coverage import area, covered
+from vllm_crop.comparing.metrics import score
+from vllm_crop.comparing.questions import Question
+from vllm_crop.comparing.statistics import Mean, Share, Spread, grouped_mean, share, spread
 
 _SOURCES = {"request": "region sent", "none": "no region", "off": "off", "out_of_view": "out of view"}
 
@@ -56,6 +59,34 @@ class Accuracy:
 
 
 @dataclass(frozen=True)
+class Scored:
+    """Scores of the questions whose answers are known, from 0 to 1, that both conditions answered.
+
+    Attributes:
+        change: from the unpruned answer to this one, question by question.
+    """
+
+    score: Mean
+    unpruned: Mean
+    change: Mean
+
+
+@dataclass(frozen=True)
+class Found:
+    """Where pruned questions were looked at, of which is known where their answer stands.
+
+    Attributes:
+        covered: the share of that place that was in the region.
+        area: the share of the picture that the region was.
+        whole: how many more were served whole, which covers everything.
+    """
+
+    covered: Mean | None
+    area: Mean | None
+    whole: int
+
+
+@dataclass(frozen=True)
 class Costs:
     """What a question took, over the questions that were answered.
 
@@ -94,6 +125,9 @@ class ConditionSummary:
         first_token_gap: of their first tokens.
         why_first_token: why answers were scored by their first token alone, and how many.
         outcomes: of images, what the localizer did; by source where it was not asked.
+        accuracy: where answers are right or wrong (metric "exact").
+        scores: by metric, of the others.
+        families: by the family that questions say they are of, each scored by its own metric.
         failures: of requests, by step.
     """
 
@@ -109,6 +143,9 @@ class ConditionSummary:
     costs: Costs
     outcomes: dict[str, int]
     accuracy: Accuracy | None
+    scores: dict[str, Scored]
+    families: dict[str, Scored]
+    found: Found | None
     failures: dict[str, int]
 
 
@@ -150,6 +187,9 @@ def _summarize(asked: Sequence[Asked], name: str) -> ConditionSummary:
         costs=_costs(replies, pairs),
         outcomes=dict(Counter(chain.from_iterable(outcomes(one.answer.facts) for one in replies))),
         accuracy=_accuracy(asked, name),
+        scores=_by(asked, name, lambda question: None if question.metric == "exact" else question.metric),
+        families=_by(asked, name, lambda question: question.family),
+        found=_found(asked, name),
         failures=dict(Counter(f.step for one in asked for f in one.failures if f.condition in (name, "all"))),
     )
 
@@ -215,14 +255,7 @@ def outcomes(facts: Mapping[str, Any]) -> Iterable[str]:
 
 
 def _accuracy(asked: Sequence[Asked], name: str) -> Accuracy | None:
-    both = [
-        (
-            is_right(one.replies[name].answer.text, one.question.answers),
-            is_right(one.replies[UNPRUNED.name].answer.text, one.question.answers),
-        )
-        for one in asked
-        if one.question.answers and name in one.replies and UNPRUNED.name in one.replies
-    ]
+    both = [(here == 1, there == 1) for one, here, there in _scores(asked, name) if one.metric == "exact"]
     if not both:
         return None
     return Accuracy(
@@ -230,4 +263,56 @@ def _accuracy(asked: Sequence[Asked], name: str) -> Accuracy | None:
         share(there for _, there in both),
         sum(there and not here for here, there in both),
         sum(here and not there for here, there in both),
+    )
+
+
+def _scores(asked: Sequence[Asked], name: str) -> Iterator[tuple[Question, float, float]]:
+    """Each question whose answers are known, with the score of this condition and of the unpruned answer."""
+    for one in asked:
+        known = one.question
+        if known.answers and name in one.replies and UNPRUNED.name in one.replies:
+            here, there = (one.replies[which].answer.text for which in (name, UNPRUNED.name))
+            yield (
+                known,
+                score(here, known.answers, known.metric),
+                score(there, known.answers, known.metric),
+            )
+
+
+def _by(asked: Sequence[Asked], name: str, group_of: Callable[[Question], str | None]) -> dict[str, Scored]:
+    grouped: dict[str, list[tuple[Question, float, float]]] = {}
+    for scored in _scores(asked, name):
+        if (group := group_of(scored[0])) is not None:
+            grouped.setdefault(group, []).append(scored)
+    return {group: _scored(each) for group, each in grouped.items()}
+
+
+def _scored(each: Sequence[tuple[Question, float, float]]) -> Scored:
+    clusters = [question.cluster for question, *_ in each]
+    here, there = [one[1] for one in each], [one[2] for one in each]
+    change = [ours - theirs for ours, theirs in zip(here, there, strict=True)]
+    means = [grouped_mean(values, clusters) for values in (here, there, change)]
+    assert all(means), "a group has a question"
+    return Scored(*(mean for mean in means if mean is not None))
+
+
+def _found(asked: Sequence[Asked], name: str) -> Found | None:
+    """Of questions about one picture whose facts have its region."""
+    known = [
+        (one.question, one.replies[name])
+        for one in asked
+        if one.question.boxes and name in one.replies and len(one.replies[name].region_keys) == 1
+    ]
+    if not known:
+        return None
+    looked = [
+        (question, reply.region_keys[0])
+        for question, reply in known
+        if reply.pruned and reply.region_keys[0] is not None
+    ]
+    clusters = [question.cluster for question, _ in looked]
+    return Found(
+        grouped_mean([covered(question.boxes, region) for question, region in looked], clusters),
+        grouped_mean([area(region) for _, region in looked], clusters),
+        len(known) - len(looked),
     )
