@@ -9,6 +9,9 @@ CropError
 └── UnsupportedImageError     the checkpoint's own image processor refuses such an image
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class CropError(ValueError):
     """Base of our errors, most of which stop a server at start; the message says what to change."""
@@ -16,6 +19,21 @@ class CropError(ValueError):
 
 class UnsupportedVersionError(CropError):
     """The installed vLLM is outside the supported range or has another shape than expected."""
+
+
+@contextmanager
+def reads_settings() -> Iterator[None]:
+    """Say it in words where a setting of vLLM's is gone, of which it is asked whether it stands in the way.
+
+    Raises:
+        UnsupportedVersionError: naming the setting.
+    """
+    try:
+        yield
+    except AttributeError as error:
+        raise UnsupportedVersionError(
+            f"this vLLM has no setting {error.name} any more, which pruning may not go together with"
+        ) from error
 
 
 class UnsupportedModelError(CropError):

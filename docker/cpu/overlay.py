@@ -30,6 +30,7 @@ from pathlib import Path, PurePosixPath
 from overlay_ops import KNOWN, misfits, operators
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 # What an official wheel requires for GPUs alone; torch and its companions stay those of the CPU build.
 NOT_ON_CPU = {
@@ -223,8 +224,10 @@ def _site(venv: Path) -> Path:
 
 
 def _full(wanted: str) -> str:
-    """A version as wheels write it: 0.33.0 of 0.33."""
-    return ".".join([*wanted.split("."), "0", "0"][: max(3, wanted.count(".") + 1)])
+    """A version as wheels write it: 0.33.0 of 0.33, 0.34.0rc1 of 0.34rc1."""
+    version = Version(wanted)
+    release = ".".join(map(str, (*version.release, 0, 0)[: max(3, len(version.release))]))
+    return f"{release}{str(version).removeprefix(version.base_version)}"
 
 
 if __name__ == "__main__":

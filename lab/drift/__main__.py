@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m lab.drift OLD NEW`: what a new vLLM changes in what this project relies on."""
 
+import platform
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from lab.drift.comparison import compare
 from lab.drift.inventory import changed_architectures, changed_requirements
@@ -64,7 +66,17 @@ def drift(
         console.print(f"[red]{error}[/red]")
         raise typer.Exit(2) from None
     console.print(f"[bold]{before.title}[/bold] -> [bold]{after.title}[/bold]")
-    found = find_drift(before, after)
+    try:
+        found = find_drift(before, after)
+    except SyntaxError as error:  # a newer vLLM may be written for a newer Python
+        console.print(
+            f"[red]{escape(str(error.filename))} cannot be read by Python {platform.python_version()}: "
+            f"{escape(str(error))}. Run this with a newer one[/red]"
+        )
+        raise typer.Exit(2) from None
+    except Exception:  # 1 would say that there is something to be read
+        console.print_exception()
+        raise typer.Exit(2) from None
     print_drift(console, found, every, diffs)
     raise typer.Exit(found.severity)
 

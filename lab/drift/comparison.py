@@ -68,7 +68,7 @@ def broken_point(point: UpstreamPoint, found: Definition, names: Names) -> str |
     parameters, required = _parameters(function), _required(function)
     if _is_bound(function) or found.kind == "class":
         parameters, required = parameters[1:], required - {parameters[0]}
-    return point.judge(_kind(function), parameters, required)
+    return point.judge(_kind(function), parameters, required, function.args.kwarg is not None)
 
 
 def _kind(node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:

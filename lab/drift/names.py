@@ -92,7 +92,7 @@ class Names:
     @functools.cache  # noqa: B019
     def tree(self, module: str) -> ast.Module:
         """A module's syntax tree."""
-        return ast.parse(self._sources(module).text(module))
+        return ast.parse(self._sources(module).text(module), filename=module)
 
     def elsewhere(self, name: str, kind: Kind) -> list[str]:
         """Where a name that is gone may have gone: full names of that kind that end like it."""

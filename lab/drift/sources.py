@@ -7,6 +7,8 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
+from packaging.version import InvalidVersion, Version
+
 from vllm_crop.errors import CropError
 
 OUR_PACKAGES = {"vllm_crop": ".", "vllm_crop_server": "server", "lab": ".", "tests": "."}
@@ -73,7 +75,7 @@ def our_sources(root: Path) -> Sources:
 
 
 def _download(wanted: str, wheels: Path) -> Path:
-    version = ".".join([*wanted.split("."), "0", "0"][: max(3, wanted.count(".") + 1)])  # as wheels write it
+    version = _full(wanted)
     kept = sorted(wheels.glob(f"vllm-{version}-*.whl"))
     if kept:
         return kept[0]
@@ -85,6 +87,20 @@ def _download(wanted: str, wheels: Path) -> Path:
     if failed or not got:
         raise SourceError(f"pip found no wheel of vllm=={version}: see above")
     return got[0]
+
+
+def _full(wanted: str) -> str:
+    """A version as wheels write it: 0.33.0 of 0.33, 0.34.0rc1 of 0.34rc1.
+
+    Raises:
+        SourceError: it is none.
+    """
+    try:
+        version = Version(wanted)
+    except InvalidVersion:
+        raise SourceError(f"{wanted} is no version, wheel or folder with vllm/ in it") from None
+    release = ".".join(map(str, (*version.release, 0, 0)[: max(3, len(version.release))]))
+    return f"{release}{str(version).removeprefix(version.base_version)}"
 
 
 def _read_wheel(path: Path) -> Sources:

@@ -112,3 +112,26 @@ def test_a_vllm_that_no_longer_asks_its_table_serves_no_evictions(
     monkeypatch.delitem(MODELS_CONFIG_MAP, "CropLlavaForConditionalGeneration")
     with pytest.raises(UnsupportedVersionError, match="has not prepared the engine for eviction"):
         Engine(deep_checkpoint, EVICT)
+
+
+@pytest.mark.parametrize("crop", [EVICT, {"localizer": {"kind": "attention"}}], ids=["evicting", "heat"])
+def test_a_vllm_whose_model_runner_is_not_ours_serves_nothing_that_needs_it(
+    crop: dict[str, Any], deep_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stock steps of an engine that allocates for kept tokens: wrong answers, and nobody would know."""
+    import vllm.v1.worker.gpu.model_states as model_states
+
+    from vllm_crop.compat import engine_hook
+    from vllm_crop.models.base import CropModelMixin
+
+    monkeypatch.setattr(engine_hook, "CPU_WORKER", "vllm.v1.worker.cpu_worker.CPUWorker")
+    stock = model_states.resolve_model_state_cls
+
+    def no_longer_asked(vllm_config: Any, model: Any) -> Any:
+        if isinstance(model, CropModelMixin):
+            vars(model).pop("get_model_state_cls", None)
+        return stock(vllm_config, model)
+
+    monkeypatch.setattr(model_states, "resolve_model_state_cls", no_longer_asked)
+    with pytest.raises(UnsupportedVersionError, match="model runner knows nothing of evictions"):
+        Engine(deep_checkpoint, crop)

@@ -18,7 +18,7 @@ from vllm_crop.calibrating.report import write_calibration
 from vllm_crop.compat.patches.cli_flags import apply_options
 from vllm_crop.compat.supported import SUPPORTED_VERSIONS, UNTESTED
 from vllm_crop.config import CropConfig
-from vllm_crop.errors import InvalidConfigError, UnsupportedFlagError
+from vllm_crop.errors import InvalidConfigError, UnsupportedFlagError, UnsupportedVersionError
 from vllm_crop.localizers.calibration import Calibration, CalibrationError, ModelShape
 
 pytestmark = pytest.mark.vllm_runtime
@@ -282,6 +282,17 @@ def test_a_changed_signature_is_refused(checkpoint: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(BaseMultiModalProcessor, "_get_mm_hashes", lambda self, other: None)
     with pytest.raises(ValueError, match=r"_get_mm_hashes takes \('self', 'other'\)"):
+        engine_config(checkpoint, {})
+
+
+@pytest.mark.parametrize("renderers", [{}, {"hf": ("vllm.renderers.hugging_face", "HfRenderer")}])
+def test_another_renderer_of_vllms_is_another_vllm(
+    renderers: dict[str, tuple[str, str]], checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.renderers.registry import RENDERER_REGISTRY
+
+    monkeypatch.setattr(RENDERER_REGISTRY, "renderers", renderers)
+    with pytest.raises(UnsupportedVersionError, match="this vLLM's default renderer is"):
         engine_config(checkpoint, {})
 
 

@@ -4,12 +4,14 @@
 import argparse
 import json
 import pkgutil
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 
 from vllm_crop.compat.patches import cli_flags
 from vllm_crop.compat.patches.cli_flags import MIDDLEWARE, add_options, apply_options, parse_config, patch
+from vllm_crop.errors import UnsupportedVersionError
 
 
 def fake_engine_args() -> Any:
@@ -100,7 +102,7 @@ def test_a_crop_of_null_in_additional_config_asks_for_nothing(
 def test_the_dictionaries_given_are_not_changed() -> None:
     crop: dict[str, Any] = {"method": "off"}
     additional = {"crop": crop}
-    args = argparse.Namespace(additional_config=additional, crop_config={"pruning_rate": 0.5}, middleware=[])
+    args = argparse.Namespace(additional_config=additional, crop_config={"pruning_rate": 0.5})
     apply_options(args)
     assert (additional, crop) == ({"crop": {"method": "off"}}, {"method": "off"})
 
@@ -183,7 +185,7 @@ def test_the_help_explains_both_options() -> None:
 
 def test_patched_engine_args_offer_and_apply_the_options() -> None:
     engine_args = fake_engine_args()
-    patch(engine_args)
+    patch(engine_args, lambda: None, print)
     parser = engine_args.add_cli_args(argparse.ArgumentParser())
     made = engine_args.from_cli_args(parser.parse_args(["--plugin", "crop"]))
     assert type(made) is engine_args
@@ -192,7 +194,7 @@ def test_patched_engine_args_offer_and_apply_the_options() -> None:
 
 def test_subclasses_of_patched_engine_args_are_still_made_as_themselves() -> None:
     engine_args = fake_engine_args()
-    patch(engine_args)
+    patch(engine_args, lambda: None, print)
     subclass: Any = type("AsyncEngineArgs", (engine_args,), {})
     parser = subclass.add_cli_args(argparse.ArgumentParser())
     made = subclass.from_cli_args(parser.parse_args(["--crop-config", '{"method": "off"}']))
@@ -202,11 +204,58 @@ def test_subclasses_of_patched_engine_args_are_still_made_as_themselves() -> Non
 
 def test_patching_twice_adds_the_options_once() -> None:
     engine_args = fake_engine_args()
-    patch(engine_args)
+    patch(engine_args, lambda: None, print)
     patched = engine_args.add_cli_args
-    patch(engine_args)
+    patch(engine_args, lambda: None, print)
     assert engine_args.add_cli_args is patched
     engine_args.add_cli_args(argparse.ArgumentParser())
+
+
+def test_a_vllm_with_such_an_option_of_its_own_goes_on_without_ours() -> None:
+    noted: list[str] = []
+    engine_args = fake_engine_args()
+    patch(engine_args, lambda: None, lambda module, error: noted.append(f"{module}: {error}"))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--plugin", choices=["theirs"])
+    assert engine_args.add_cli_args(parser).parse_args(["--plugin", "theirs"]).plugin == "theirs"
+    assert noted[0].startswith("vllm.engine.arg_utils: argument --plugin: conflicting option string")
+
+
+def test_a_parser_that_is_filled_in_place_is_ours_too() -> None:
+    engine_args = fake_engine_args()
+    engine_args.add_cli_args = staticmethod(lambda parser: None)
+    patch(engine_args, lambda: None, print)
+    parser = argparse.ArgumentParser()
+    assert engine_args.add_cli_args(parser) is None
+    assert parser.parse_args(["--plugin", "crop"]).plugin == "crop"
+
+
+@pytest.mark.parametrize("given", [[], ["--plugin", "crop"]])
+def test_who_asks_is_told_of_what_could_not_be_hooked_into(given: list[str]) -> None:
+    def refuse() -> None:
+        raise UnsupportedVersionError("cannot hook into x")
+
+    engine_args = fake_engine_args()
+    patch(engine_args, refuse, print)
+    parsed = engine_args.add_cli_args(argparse.ArgumentParser()).parse_args(given)
+    with pytest.raises(UnsupportedVersionError) if given else nullcontext():
+        engine_args.from_cli_args(parsed)
+
+
+@pytest.mark.parametrize("additional", [None, {}, {"other": 1}, "a string", ["a list"], object()])
+def test_who_asks_for_nothing_is_left_alone(additional: object) -> None:
+    args = argparse.Namespace(additional_config=additional, middleware=[])
+    apply_options(args)
+    assert vars(args) == {"additional_config": additional, "middleware": []}
+
+
+@pytest.mark.parametrize("missing", ["middleware", "enable_prompt_tokens_details"])
+def test_a_server_without_an_option_that_is_needed_is_refused(missing: str) -> None:
+    """The field `crop` would be ignored, and nobody told."""
+    known = {"host": None, "port": 8000, "middleware": [], "enable_prompt_tokens_details": False}
+    del known[missing]
+    with pytest.raises(UnsupportedVersionError, match=f"no option --{missing.replace('_', '-')} any more"):
+        apply_options(argparse.Namespace(plugin="crop", **known))
 
 
 def test_the_reason_for_the_patch_is_stated() -> None:

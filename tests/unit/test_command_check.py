@@ -5,6 +5,7 @@ import importlib
 import json
 import re
 import sys
+import tomllib
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -14,12 +15,13 @@ from typing import Any
 import pytest
 import typer
 from checkpoint_json import write_json, write_llava, write_llava_next, write_qwen3_vl
+from packaging.requirements import Requirement
 from typer.testing import CliRunner
 
 import vllm_crop
 from tests.supported_window import FIRST, LAST, NEWER, NEXT, PREVIOUS
 from vllm_crop.commands.check import check
-from vllm_crop.compat import diagnosis
+from vllm_crop.compat import diagnosis, supported
 from vllm_crop.compat.changes import CHANGES
 from vllm_crop.compat.points import UPSTREAM_POINTS, UpstreamPoint
 from vllm_crop.compat.refusals import REFUSED
@@ -143,6 +145,13 @@ def test_a_release_is_no_problem(monkeypatch: pytest.MonkeyPatch, version: str) 
     monkeypatch.setattr(sys.modules["vllm"], "__version__", version)
     monkeypatch.delenv(UNTESTED, raising=False)
     assert report(0)["warnings"] == []
+
+
+@pytest.mark.parametrize("value", ["", "0", "false", "No"])
+def test_no_is_no(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setattr(sys.modules["vllm"], "__version__", NEXT)
+    monkeypatch.setenv(UNTESTED, value)
+    assert f"set {UNTESTED}=1" in report(1)["problems"][0]
 
 
 @pytest.mark.parametrize("version", [*NEWER, "1.0.0rc1", "dev", "0.1.dev1+g2"])
@@ -347,17 +356,45 @@ def test_what_is_gone_and_what_is_broken_beneath_are_told_apart(
 
 
 @pytest.mark.parametrize(
-    "source", ["def function(*rest, one=1, **others): ...", "class function: ...", "function = dict.fromkeys"]
+    ("source", "given"),
+    [
+        ("def function(*rest, one=1, **others): ...", ("iterable",)),
+        ("class function: ...", ()),
+        ("def function(iterable, *, other=1): ...", ("iterable", "other")),
+    ],
 )
 def test_what_can_be_called_as_before_is_no_problem(
-    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: str, given: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "upstream_like.py").write_text(source)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "upstream_like", raising=False)
-    point = UpstreamPoint("upstream_like", "function", (), "is called", also_required=("iterable",))
+    point = UpstreamPoint("upstream_like", "function", (), "is called", given=given)
     assert find_problem(point) is None
     monkeypatch.delitem(sys.modules, "upstream_like", raising=False)
+
+
+def test_what_is_given_by_name_must_be_taken() -> None:
+    for given, said in (("altchars", None), ("gone", "base64.b64decode does not take ('gone',)")):
+        assert find_problem(UpstreamPoint("base64", "b64decode", ("s",), "", given=(given,))) == said
+
+
+def test_what_could_not_be_hooked_into_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supported, "_UNHOOKED", {"vllm.x": "vllm-crop cannot hook into vllm.x: it has no Y"})
+    assert report(1)["problems"] == ["vllm-crop cannot hook into vllm.x: it has no Y"]
+
+
+def test_the_window_is_the_same_everywhere() -> None:
+    """In the code, the extra, the table of README and what CI runs."""
+    root = Path(__file__).parents[2]
+    extras = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    (vllm,) = [Requirement(one) for one in extras["vllm"] if Requirement(one).name == "vllm"]
+    assert vllm.specifier == SUPPORTED_VERSIONS
+    (row,) = re.findall(r"^\| 0\.\d+ \| ([^|]+) \|", (root / "README.md").read_text(), re.M)
+    first, last = (f"{one.rpartition('.')[0]}.*" for one in (FIRST, LAST))
+    assert row.split(", ")[0] == first
+    assert row.split(", ")[-1] == last
+    assert f"VLLM={LAST.rpartition('.')[0]} " in (root / ".ci/run").read_text()
 
 
 def test_only_what_the_model_is_made_of_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -301,3 +301,13 @@ def test_the_command_teaches_and_refuses(tmp_path: Path) -> None:
     refused = CliRunner().invoke(app, [str(tmp_path), str(tmp_path)])
     assert refused.exit_code == 2
     assert "holds no package vllm" in refused.output
+
+
+def test_a_vllm_for_a_newer_python_is_said_to_be_one(tmp_path: Path) -> None:
+    """And is no reason to exit as if all of it had been read, which 1 would say."""
+    old = write(tmp_path / "old" / "vllm", VLLM).parent
+    new = write(tmp_path / "new" / "vllm", {**VLLM, "sampling_params": "match = \n"}).parent
+    ran = CliRunner().invoke(app, [str(old), str(new)], env={"COLUMNS": "200"})
+    assert ran.exit_code == 2, ran.output
+    assert "vllm.sampling_params cannot be read by Python" in ran.output
+    assert "Traceback" not in ran.output

@@ -11,7 +11,7 @@ import pytest
 
 from vllm_crop.compat.engine_hook import CPU_WORKER, SCHEDULER, config_hook, prepare_engine
 from vllm_crop.compat.points import CPU_RUNNER_POINTS
-from vllm_crop.errors import UnsupportedFlagError
+from vllm_crop.errors import UnsupportedFlagError, UnsupportedVersionError
 from vllm_crop.eviction.markers import EvictionSettings
 from vllm_crop.eviction.refusals import (
     REFUSED,
@@ -20,6 +20,7 @@ from vllm_crop.eviction.refusals import (
     refuse_flags,
     refuse_graphs,
     refused_with_eviction,
+    require_scheduler,
 )
 
 BREAKABLE = "VLLM_USE_BREAKABLE_CUDAGRAPH"
@@ -172,6 +173,24 @@ def test_a_worker_asks_again_about_graphs_only(flag: str, monkeypatch: pytest.Mo
         refuse_graphs(config)
 
 
+@pytest.mark.parametrize("refuse", [refuse_flags, prepare_engine])
+def test_a_setting_that_is_gone_is_named(refuse: Any) -> None:
+    config = engine_config()
+    del config.parallel_config.enable_eplb
+    with pytest.raises(UnsupportedVersionError, match="no setting enable_eplb any more"):
+        refuse(config)
+
+
+@pytest.mark.parametrize("scheduler", [None, "mine.Scheduler"])
+def test_a_model_is_not_made_for_an_engine_that_was_not_prepared(scheduler: str | None) -> None:
+    config = engine_config()
+    config.scheduler_config.scheduler_cls = scheduler
+    with pytest.raises(UnsupportedVersionError, match="has not prepared the engine for eviction"):
+        require_scheduler(config)
+    config.scheduler_config.scheduler_cls = SCHEDULER
+    require_scheduler(config)
+
+
 HARMLESS = {
     "tensor parallel": put("parallel_config.tensor_parallel_size", 8),
     "dense replicas": put("parallel_config.data_parallel_size", 8),
@@ -265,7 +284,23 @@ def test_v1_elsewhere_is_refused_by_the_name_of_its_variable(platform: SimpleNam
     assert config.parallel_config.worker_cls == "auto"
 
 
-class Stock:
+class Every:
+    """What vLLM's class of all entries does: nothing."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: Any) -> None:
+        return
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: Any) -> None:
+        return
+
+    @staticmethod
+    def asked_for_by_a_later_vllm() -> str:
+        return "answered"
+
+
+class Stock(Every):
     """The config hook of the architecture ours stands for."""
 
     seen: list[Any]
@@ -279,7 +314,7 @@ class Stock:
         cls.seen.append(model_config)
 
 
-@pytest.mark.parametrize("stock", [None, Stock])
+@pytest.mark.parametrize("stock", [Every, Stock])
 @pytest.mark.parametrize("stages", [(), (2,)])
 def test_the_hook_prepares_only_servers_that_evict(stock: Any, stages: tuple[int, ...]) -> None:
     Stock.seen = []
@@ -291,7 +326,8 @@ def test_the_hook_prepares_only_servers_that_evict(stock: Any, stages: tuple[int
     hook.verify_and_update_model_config(config.model_config)
 
     assert config.scheduler_config.scheduler_cls == (SCHEDULER if stages else None)
-    assert Stock.seen == ([config, config.model_config] if stock else [])
+    assert Stock.seen == ([config, config.model_config] if stock is Stock else [])
+    assert hook.asked_for_by_a_later_vllm() == "answered"
 
 
 def test_a_server_that_never_evicts_may_have_everything_on() -> None:
@@ -299,4 +335,4 @@ def test_a_server_that_never_evicts_may_have_everything_on() -> None:
     EvictionSettings((), ()).attach(config.model_config.hf_config)
     for switch_on in SWITCHES.values():
         switch_on(config)
-    config_hook(None).verify_and_update_config(config)
+    config_hook(Every).verify_and_update_config(config)

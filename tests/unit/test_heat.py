@@ -225,6 +225,16 @@ class TestCells:
             assert (cell // 4, cell % 4) == (int(row / 2), int(col / 2))
         assert sorted(set(grid.cells)) == list(range(16))
 
+    @pytest.mark.parametrize(("rows", "cols"), [(4, 12), (12, 4), (8, 8)])
+    def test_where_the_whole_images_tile_is_seen_alone_it_is_the_map(self, rows: int, cols: int) -> None:
+        """Whatever the shape of the picture: no cell is empty."""
+        tokens = TokenGrids((GridPart(TokenGrid(4, 4)), GridPart(TokenGrid(rows, cols), first=16)))
+        assignment = np.full(tokens.num_tokens, -1, np.int32)
+        assignment[:16] = np.arange(16)
+        grid = heat_grid(tokens, assignment)
+        assert (grid.rows, grid.cols) == (4, 4)
+        assert grid.cells[:16] == tuple(range(16))
+
     def test_of_many_pooled_tokens_the_ring_counts_for_nothing(self) -> None:
         tokens = TokenGrid(48, 48)
         plan = make_plan(tokens, Region.whole(), 0.875, "pool")

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from lab.drift import sources
+
 FILE = Path(__file__).parents[2] / "docker" / "cpu" / "overlay_ops.py"
 
 
@@ -74,3 +76,14 @@ def test_no_folder_is_deleted_that_is_not_its_own(own: bool, tmp_path: Path) -> 
     assert ran.returncode == 1
     assert "name another folder" in ran.stderr
     assert sorted(target.iterdir()) == kept
+
+
+@pytest.mark.parametrize(
+    ("said", "full"),
+    [("0.33", "0.33.0"), ("0.33.1", "0.33.1"), ("0.34rc1", "0.34.0rc1"), ("0.34.0.post1", "0.34.0.post1")],
+)
+def test_a_version_is_written_as_wheels_do(said: str, full: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FILE.parent))
+    import overlay
+
+    assert overlay._full(said) == sources._full(said) == full

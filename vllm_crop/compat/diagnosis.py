@@ -17,10 +17,17 @@ from typing import Any
 from pydantic import BaseModel
 
 from vllm_crop import __version__
+from vllm_crop.compat import hooks
 from vllm_crop.compat.changes import CHANGES
 from vllm_crop.compat.points import CPU_RUNNER_POINTS, EVICTION_POINTS, HEAT_POINTS, UPSTREAM_POINTS
 from vllm_crop.compat.refusals import REFUSED, refuse_for_geometry, uses_rust_front_end
-from vllm_crop.compat.supported import SUPPORTED_VERSIONS, find_problem, judge_version, served_modules
+from vllm_crop.compat.supported import (
+    SUPPORTED_VERSIONS,
+    find_problem,
+    judge_version,
+    served_modules,
+    unhooked,
+)
 from vllm_crop.config import CropConfig
 from vllm_crop.errors import CropError, InvalidConfigError, UnsupportedModelError
 from vllm_crop.eviction.grouping import predict_grouping
@@ -52,6 +59,7 @@ def describe_installation(model: str | None = None, crop_config: str | None = No
     problems += [other.said] if other and not other.tried else []
     upstream_points = [] if vllm_version in (NOT_INSTALLED, BROKEN) else _upstream_points(model)
     problems += [point["problem"] for point in upstream_points if point["problem"]]
+    problems += unhooked()
     problems += _environment_problems()
     checkpoint = describe_checkpoint(model) if model is not None else None
     if checkpoint and not checkpoint["supported"]:
@@ -177,6 +185,7 @@ def _installed_vllm() -> tuple[str, list[str]]:
 
 def _upstream_points(model: str | None) -> list[dict[str, Any]]:
     """Every point, or those that a server of this model is built on."""
+    hooks.install()  # the points below import what is hooked into
     points = dict.fromkeys((*UPSTREAM_POINTS, *EVICTION_POINTS, *HEAT_POINTS, *CPU_RUNNER_POINTS))
     served = None if model is None else _served_modules(model)
     described = []

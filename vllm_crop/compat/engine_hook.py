@@ -19,19 +19,17 @@ CPU_WORKER = "vllm_crop.runners.v1.CropCPUWorker"
 
 
 def config_hook(stock: Any) -> type[Any]:
-    """The entry for one of our architectures; `stock` is that of the architecture it stands for, or None."""
+    """The entry for one of our architectures.
 
-    class EngineConfigHook:
+    Args:
+        stock: that of the architecture it stands for, or the class of all entries.
+    """
+
+    class EngineConfigHook(stock):  # type: ignore[misc]
         @staticmethod
         def verify_and_update_config(vllm_config: Any) -> None:
-            if stock is not None:
-                stock.verify_and_update_config(vllm_config)
+            stock.verify_and_update_config(vllm_config)
             prepare_engine(vllm_config)
-
-        @staticmethod
-        def verify_and_update_model_config(model_config: Any) -> None:
-            if stock is not None:
-                stock.verify_and_update_model_config(model_config)
 
     return EngineConfigHook
 

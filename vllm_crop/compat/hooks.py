@@ -13,7 +13,7 @@ from typing import Any
 
 from vllm_crop.compat.engine_hook import config_hook
 from vllm_crop.compat.patches import cli_flags, engine, input_processor, model_config, online_renderer
-from vllm_crop.compat.supported import note_unhooked, require_supported_for
+from vllm_crop.compat.supported import note_unhooked, require_hooked, require_supported_for
 from vllm_crop.families.registry import FAMILIES
 
 Callback = Callable[[ModuleType], None]
@@ -51,7 +51,7 @@ def _if_it_fits(hook: Callback) -> Callback:
 
 
 def _patch_engine_args(arg_utils: ModuleType) -> None:
-    cli_flags.patch(arg_utils.EngineArgs)
+    cli_flags.patch(arg_utils.EngineArgs, require_hooked, note_unhooked)
     model_config.patch(arg_utils.EngineArgs, require_supported_for)
 
 
@@ -86,7 +86,8 @@ def _register_models(registry: ModuleType) -> None:
 def _register_config_hooks(config: ModuleType) -> None:
     hooks: dict[str, Any] = config.MODELS_CONFIG_MAP
     for architecture in FAMILIES:
-        hooks.setdefault(f"Crop{architecture}", config_hook(hooks.get(architecture)))
+        stock = hooks.get(architecture, config.VerifyAndUpdateConfig)
+        hooks.setdefault(f"Crop{architecture}", config_hook(stock))
 
 
 def when_imported(module_name: str, callback: Callback) -> None:

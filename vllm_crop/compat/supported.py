@@ -21,9 +21,11 @@ from vllm_crop.families.registry import FAMILIES, family_of
 _FIRST = Version("0.32.0")
 SUPPORTED_VERSIONS = SpecifierSet(f">={_FIRST},<0.34")
 UNTESTED = "VLLM_CROP_UNTESTED_VLLM"
+_NO = ("", "0", "false", "no", "off")
 # The files of vllm/model_executor/models that language models of the LLaVA families are in.
 _LANGUAGE_FILES = {"llama": ("llama",), "mistral": ("mistral", "llama"), "qwen2": ("qwen2",)}
 
+_VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 # What could not be hooked into in this process, by module (hooks.py).
 _UNHOOKED: dict[str, str] = {}
 
@@ -53,7 +55,7 @@ def judge_version(installed: str) -> OtherVersion | None:
     # A build without a number may be as new as any.
     if number is not None and number <= _FIRST:
         return OtherVersion(said, tried=False)
-    if os.environ.get(UNTESTED, "0") in ("", "0"):
+    if os.environ.get(UNTESTED, "").strip().lower() in _NO:
         return OtherVersion(
             f"{said}, which is not tested: to try it, set {UNTESTED}=1 (functions of vLLM's that have "
             "changed shape are refused all the same)",
@@ -84,14 +86,12 @@ def require_supported(points: Iterable[UpstreamPoint] = UPSTREAM_POINTS) -> None
     Raises:
         UnsupportedVersionError: naming what is installed and what is supported.
     """
-    problems = [*_UNHOOKED.values(), *(said for point in points if (said := find_problem(point)))]
-    installed = importlib.import_module("vllm").__version__
+    # Points import modules, which is when hooks may fail.
+    problems = [said for point in points if (said := find_problem(point))] + unhooked()
+    installed = _installed()
     other = judge_version(installed)
     if problems or (other is not None and not other.tried):
-        said = (
-            other.said if other else f"vllm-crop supports vllm{SUPPORTED_VERSIONS}, installed is {installed}"
-        )
-        raise UnsupportedVersionError("; ".join([said, *problems]))
+        raise UnsupportedVersionError("; ".join([_said_of(installed), *problems]))
     if other is not None:
         _warn_once(other.said)
 
@@ -111,11 +111,17 @@ def find_problem(point: UpstreamPoint) -> str | None:
             found = getattr(found, part)
     except AttributeError:
         return f"{point.full_name} is gone"
-    said = point.judge(_kind(found), *_parameters(found))
+    parameters = _parameters(found)
+    named = tuple(one.name for one in parameters)
+    required = {one.name for one in parameters if one.default is one.empty and one.kind not in _VARIABLE}
+    takes_any = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters)
+    said = point.judge(_kind(found), named, required, takes_any)
     return f"{point.full_name} {said}" if said else None
 
 
 def _kind(found: Any) -> str:
+    """Of what is wrapped, as its signature is: some wrappers are ours."""
+    found = inspect.unwrap(found) if callable(found) else found
     if inspect.iscoroutinefunction(found):
         return "coroutine"
     if inspect.isasyncgenfunction(found):
@@ -125,28 +131,47 @@ def _kind(found: Any) -> str:
     return "table" if isinstance(found, MutableMapping) else type(found).__name__
 
 
-def _parameters(found: Any) -> tuple[tuple[str, ...], set[str]]:
-    """The names of a function's parameters, and of those without a default."""
+def _parameters(found: Any) -> list[inspect.Parameter]:
     try:
-        parameters = inspect.signature(found).parameters if callable(found) else {}
+        return list(inspect.signature(found).parameters.values()) if callable(found) else []
     except ValueError:  # compiled functions may have none that can be seen
-        return (), set()
-    named = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    required = {
-        name
-        for name, one in parameters.items()
-        if one.default is one.empty and one.kind in (*named, inspect.Parameter.KEYWORD_ONLY)
-    }
-    return tuple(parameters), required
+        return []
 
 
 def note_unhooked(module: str, error: Exception) -> None:
     """Remember what could not be hooked into: such a vLLM serves as without us, and nothing is pruned."""
-    said = f"vllm-crop cannot hook into {module} ({type(error).__name__}: {error})"
-    _UNHOOKED[module] = said
+    lacks = getattr(error, "name", None) if isinstance(error, AttributeError) else None
+    reason = f"it has no {lacks}" if lacks else f"{type(error).__name__}: {error}"
+    _UNHOOKED[module] = f"vllm-crop cannot hook into {module}: {reason}"
     logger.warning(
-        "%s: this vLLM runs as if the plugin were not installed. It supports vllm%s", said, SUPPORTED_VERSIONS
+        "%s. vLLM runs as if the plugin were not installed; supported is vllm%s",
+        _UNHOOKED[module],
+        SUPPORTED_VERSIONS,
     )
+
+
+def unhooked() -> list[str]:
+    """What could not be hooked into, of the modules that have been imported."""
+    return list(_UNHOOKED.values())
+
+
+def require_hooked() -> None:
+    """Check that nothing has failed to be hooked into; called when pruning is asked for.
+
+    Raises:
+        UnsupportedVersionError: naming what has.
+    """
+    if problems := unhooked():
+        raise UnsupportedVersionError("; ".join([_said_of(_installed()), *problems]))
+
+
+def _installed() -> str:
+    return str(importlib.import_module("vllm").__version__)
+
+
+def _said_of(installed: str) -> str:
+    other = judge_version(installed)
+    return other.said if other else f"vllm-crop supports vllm{SUPPORTED_VERSIONS}, installed is {installed}"
 
 
 def require_supported_for(config: CropConfig, hf_config: Any) -> None:

@@ -41,9 +41,9 @@ class StagedAttention(Attention):
     crop_num_layers: int
     crop_stages: tuple[int, ...]
 
-    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec | None:
+    def get_kv_cache_spec(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> KVCacheSpec | None:
         """A spec of its own from stage 1 on, so that vLLM allocates KV for kept tokens only."""
-        spec = super().get_kv_cache_spec(vllm_config)
+        spec = super().get_kv_cache_spec(vllm_config, *args, **kwargs)
         if self.crop_stage:
             spec = StageAttentionSpec.from_full(spec, self.crop_stage, self.layer_name)
         if spec is None:

@@ -103,12 +103,16 @@ class StageKVCacheManager(SingleTypeKVCacheManager):
         new_computed_blocks: Sequence[KVCacheBlock],
         num_local_computed_tokens: int,
         num_external_computed_tokens: int,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
         super().add_local_computed_blocks(
             request_id,
             new_computed_blocks,
             self.num_kept(request_id, num_local_computed_tokens),
             num_external_computed_tokens,
+            *args,
+            **kwargs,
         )
         self._num_published[request_id] = num_local_computed_tokens
 
@@ -117,12 +121,14 @@ class StageKVCacheManager(SingleTypeKVCacheManager):
         raise AssertionError("KV connectors cannot be used with eviction")
 
     def allocate_new_blocks(
-        self, request_id: str, num_tokens: int, num_tokens_main_model: int
+        self, request_id: str, num_tokens: int, num_tokens_main_model: int, *args: Any, **kwargs: Any
     ) -> list[KVCacheBlock]:
         return super().allocate_new_blocks(
             request_id,
             self.num_kept(request_id, num_tokens),
             self.num_kept(request_id, num_tokens_main_model),
+            *args,
+            **kwargs,
         )
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
@@ -152,9 +158,9 @@ class StageKVCacheManager(SingleTypeKVCacheManager):
                 self._new_tails.append(prefix_cache.Tail(tail, request_id, index, blocks[index]))
         self._num_published[request_id] = num_tokens
 
-    def new_step_starts(self) -> None:
+    def new_step_starts(self, *args: Any, **kwargs: Any) -> None:
         """As upstream, and publish what the last step has left partly filled."""
-        super().new_step_starts()
+        super().new_step_starts(*args, **kwargs)
         self.publish_tails()
 
     def publish_tails(self) -> None:
@@ -165,11 +171,11 @@ class StageKVCacheManager(SingleTypeKVCacheManager):
                 self._publish(tail.block_hash, tail.block)
         self._new_tails.clear()
 
-    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+    def pop_blocks_for_free(self, request_id: str, *args: Any, **kwargs: Any) -> list[KVCacheBlock]:
         """As upstream; tails not published yet are forgotten."""
         self._new_tails = [tail for tail in self._new_tails if tail.request_id != request_id]
         self._num_published.pop(request_id, None)
-        return super().pop_blocks_for_free(request_id)
+        return super().pop_blocks_for_free(request_id, *args, **kwargs)
 
     def _publish(self, block_hash: BlockHash | None, block: KVCacheBlock) -> None:
         assert block_hash is not None

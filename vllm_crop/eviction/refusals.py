@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from vllm_crop.errors import UnsupportedFlagError, UnsupportedVersionError
+from vllm_crop.errors import UnsupportedFlagError, UnsupportedVersionError, reads_settings
 
 # The value of `scheduler_cls` where a server evicts.
 SCHEDULER = "vllm_crop.eviction.scheduler.make_scheduler"
@@ -179,5 +179,7 @@ def refuse_first(entries: Sequence[tuple[str, str, Check]], vllm_config: Any, be
         UnsupportedFlagError: naming both.
     """
     for flag, reason, is_on in entries:
-        if is_on(vllm_config):
+        with reads_settings():
+            on = is_on(vllm_config)
+        if on:
             raise UnsupportedFlagError(f"{flag} cannot be used with {beside}: {reason}")

@@ -59,7 +59,7 @@ class EvictionSchedulerMixin(Scheduler):
             manager.publish_tails()
         return super().update_from_output(*args, **kwargs)
 
-    def add_request(self, request: Request) -> None:
+    def add_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         """As upstream."""
         eviction = read_markers(
             request.prompt_token_ids or (),
@@ -71,7 +71,7 @@ class EvictionSchedulerMixin(Scheduler):
         if eviction is not None:
             self.evictions[request.request_id] = eviction
             request.block_hashes = PlannedBlockHashes(request.block_hashes, eviction)
-        super().add_request(request)
+        super().add_request(request, *args, **kwargs)
 
 
 class EvictionScheduler(EvictionSchedulerMixin):

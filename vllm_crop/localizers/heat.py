@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllm_crop.heat.request import MAX_CELLS, NOWHERE, RING, NoHeatError
-from vllm_crop.planning.geometry import Box, ImageTokens, Region
+from vllm_crop.planning.geometry import Box, GridPart, ImageTokens, Region
 
 FloatArray = NDArray[np.float64]
 # From so many rows and columns on the outer ring is left out: attention that is about nothing gathers in the
@@ -125,7 +125,9 @@ def heat_grid(tokens: ImageTokens, assignment: NDArray[np.int32] | None = None) 
         tokens: of the view, unpruned.
         assignment: the embedding each token becomes part of; left out, each has its own.
     """
-    finest = max(tokens.parts, key=lambda part: part.grid.num_tokens).grid
+    # Of tiles that nobody sees the shape is another one's: their cells would be empty.
+    shown = [part for part in tokens.parts if assignment is None or _is_used(part, assignment)]
+    finest = max(shown, key=lambda part: part.grid.num_tokens).grid
     places = _places(tokens) if assignment is None else _means(_places(tokens), assignment)
     # As if the embeddings were a grid of the same shape: tokens may have been averaged.
     finer = min(1.0, (len(places) / finest.num_tokens) ** 0.5)
@@ -143,6 +145,10 @@ def heat_grid(tokens: ImageTokens, assignment: NDArray[np.int32] | None = None) 
         cells[ring] = RING
     cells[~shows] = NOWHERE
     return HeatGrid(rows, cols, tuple(cells.tolist()))
+
+
+def _is_used(part: GridPart, assignment: NDArray[np.int32]) -> bool:
+    return bool((assignment[part.first : part.first + part.num_tokens] >= 0).any())
 
 
 def _places(tokens: ImageTokens) -> FloatArray:

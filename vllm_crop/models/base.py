@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 
-from vllm_crop.eviction.decoder import EvictingDecoder, EvictingStep, start_eviction
+from vllm_crop.errors import UnsupportedVersionError
+from vllm_crop.eviction.decoder import EvictingDecoder, EvictingStep, attention_of, start_eviction
 from vllm_crop.eviction.markers import EvictionSettings
 from vllm_crop.heat.step import HeatStep
 from vllm_crop.heat.taps import start_heat
@@ -27,9 +28,32 @@ class CropModelMixin(nn.Module):
         self.eviction = start_eviction(self, vllm_config)
         stages = EvictionSettings.from_hf_config(vllm_config.model_config.hf_config).stages
         self.heat = start_heat(self, vllm_config, stages)
+        # Set by the part of ours in the model runner (runners/), once it is there.
+        self.runner_is_ours = False
         if self.eviction is not None or self.heat is not None:
             # vLLM asks a model for its ModelState if it has this method, and decides itself if not.
             self.get_model_state_cls = _model_state_cls
+            self._require_our_runner_before_kv_cache()
+
+    def _require_our_runner_before_kv_cache(self) -> None:
+        """Have the first layer check it, which is asked for its KV cache after loading and before serving.
+
+        A stock runner would run stock steps where the scheduler has blocks for kept tokens only.
+        """
+        model: Any = self
+        attention = attention_of(model.language_model.model.layers[0])
+        stock = attention.get_kv_cache_spec
+
+        def get_kv_cache_spec(*args: Any, **kwargs: Any) -> Any:
+            if not self.runner_is_ours:
+                raise UnsupportedVersionError(
+                    "this vLLM's model runner knows nothing of evictions and heat maps: it no longer asks "
+                    "the model for get_model_state_cls (vllm/v1/worker/gpu/model_states), or has another "
+                    "worker. Use method 'plc' without localizer kind 'attention'"
+                )
+            return stock(*args, **kwargs)
+
+        attention.get_kv_cache_spec = get_kv_cache_spec
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
         """The embeddings of a batch of images or videos, one `[num_embeddings, hidden]` tensor each."""

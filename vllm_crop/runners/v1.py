@@ -46,10 +46,16 @@ class CropCPUModelRunner(CPUModelRunner):
         self._makes_heat = makes_heat(self.model_config.hf_config)
         self._heat: HeatStep | None = None
 
-    def _update_states(self, scheduler_output: Any) -> Any:
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """As upstream, and tell the model."""
+        super().load_model(*args, **kwargs)
+        model: Any = self.get_model()
+        model.runner_is_ours = True
+
+    def _update_states(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         if scheduler_output.finished_req_ids or scheduler_output.scheduled_new_reqs:
             self._row_owners = []  # an id may come back as another request
-        return super()._update_states(scheduler_output)
+        return super()._update_states(scheduler_output, *args, **kwargs)
 
     def _build_attention_metadata(self, **kwargs: Any) -> Any:
         self._evicting = self._heat = None
@@ -149,7 +155,7 @@ class CropCPUModelRunner(CPUModelRunner):
             kwargs["heat"] = self._heat
         return super()._model_forward(*args, **kwargs)
 
-    def _sample(self, logits: Any, spec_decode_metadata: Any) -> Any:
+    def _sample(self, *args: Any, **kwargs: Any) -> Any:
         """As upstream, with maps read as top log-probabilities.
 
         Where one request names the ids it wants the log-probabilities of, upstream's sampler of this runner
@@ -157,12 +163,12 @@ class CropCPUModelRunner(CPUModelRunner):
         """
         heat, self._heat = self._heat, None
         if heat is None:
-            return super()._sample(logits, spec_decode_metadata)
+            return super()._sample(*args, **kwargs)
         metadata = self.input_batch.sampling_metadata
         own = {rows.batch_row for rows in heat.rows}
         if set(metadata.logprob_token_ids or ()) - own:
             # Another request names ids too: upstream then reads named ids only, the map's among them.
-            return super()._sample(logits, spec_decode_metadata)
+            return super()._sample(*args, **kwargs)
         most = max(len(token_ids(rows.request.num_cells)) for rows in heat.rows)
         self.input_batch.sampling_metadata = replace(
             metadata,
@@ -170,7 +176,7 @@ class CropCPUModelRunner(CPUModelRunner):
             max_num_logprobs=max(metadata.max_num_logprobs or 0, most),
         )
         try:
-            return super()._sample(logits, spec_decode_metadata)
+            return super()._sample(*args, **kwargs)
         finally:
             self.input_batch.sampling_metadata = metadata
 
@@ -178,9 +184,9 @@ class CropCPUModelRunner(CPUModelRunner):
 class CropCPUWorker(CPUWorker):
     """The value of `worker_cls` on a CPU with the V1 runner."""
 
-    def init_device(self) -> None:
+    def init_device(self, *args: Any, **kwargs: Any) -> None:
         """As upstream, with our runner."""
-        super().init_device()
+        super().init_device(*args, **kwargs)
         runner: Any = self.model_runner
         runner.__class__ = CropCPUModelRunner
         runner.start_crop()

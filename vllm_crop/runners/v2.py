@@ -46,6 +46,7 @@ class CropModelState(DefaultModelState):
 
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, *args, **kwargs)
+        self.model.runner_is_ours = True
         self.settings = EvictionSettings.from_hf_config(self.model_config.hf_config)
         self.running = RunningEvictions(self.max_num_reqs, len(self.settings.stages))
         self._nothing_runs = RunningEvictions(self.max_num_reqs, len(self.settings.stages))
@@ -55,9 +56,9 @@ class CropModelState(DefaultModelState):
         self._asked: dict[int, HeatRequest] = {}
         self._heat: HeatStep | None = None
 
-    def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
+    def add_request(self, req_index: int, new_req_data: NewRequestData, *args: Any, **kwargs: Any) -> None:
         """As upstream, and read the request's eviction from its prompt."""
-        super().add_request(req_index, new_req_data)
+        super().add_request(req_index, new_req_data, *args, **kwargs)
         placeholders = image_placeholders(new_req_data.mm_features)
         prompt = new_req_data.prompt_token_ids or ()
         eviction = read_markers(prompt, placeholders, self.settings.marker_ids)
@@ -69,20 +70,22 @@ class CropModelState(DefaultModelState):
         if heat and eviction is None:  # of a prompt that is evicted from, rows would be missing
             self._asked[req_index] = heat
 
-    def remove_request(self, req_id: str) -> None:
+    def remove_request(self, req_id: str, *args: Any, **kwargs: Any) -> None:
         """As upstream; also for preempted requests, which are added again."""
-        super().remove_request(req_id)
+        super().remove_request(req_id, *args, **kwargs)
         if (slot := self._slots.pop(req_id, None)) is not None:
             self.running.set(slot, None)
             self._asked.pop(slot, None)
 
-    def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> None:
+    def initialize_kv_cache(
+        self, kv_cache_config: KVCacheConfig, block_tables: BlockTables, *args: Any, **kwargs: Any
+    ) -> None:
         """Find the stages' KV cache groups; make the buffers that graphs may capture."""
         if self.settings.stages:
             refuse_graphs(self.vllm_config)
         if self._makes_heat:
             refuse_heat_flags(self.vllm_config)
-        super().initialize_kv_cache(kv_cache_config, block_tables)
+        super().initialize_kv_cache(kv_cache_config, block_tables, *args, **kwargs)
         self.stages = groups_by_stage(kv_cache_config, len(self.settings.stages))
         self.batches = StageBatches(self.stages, block_tables, self.max_num_reqs)
 
@@ -147,10 +150,12 @@ class CropModelState(DefaultModelState):
         self._evicting = evicting_step(input_batch.num_tokens, views, self.stages, batches, self.device)
         return metadata
 
-    def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
+    def prepare_inputs(
+        self, input_batch: InputBatch, req_states: RequestState, *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
         """As upstream, and the rows to drop, which the model's forward takes."""
         evicting, self._evicting = self._evicting, None
-        inputs = super().prepare_inputs(input_batch, req_states)
+        inputs = super().prepare_inputs(input_batch, req_states, *args, **kwargs)
         heat, self._heat = self._heat, None
         own = {"evicting": evicting, "heat": heat}
         return {**inputs, **{name: given for name, given in own.items() if given is not None}}

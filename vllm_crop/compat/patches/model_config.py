@@ -25,7 +25,7 @@ from vllm_crop.compat.refusals import (
     served_geometry,
 )
 from vllm_crop.config import CONFIG_KEY, CropConfig
-from vllm_crop.errors import CropError, UnsupportedFlagError
+from vllm_crop.errors import CropError, UnsupportedFlagError, UnsupportedVersionError, reads_settings
 from vllm_crop.eviction.markers import attach_eviction
 from vllm_crop.localizers.calibration import with_calibration
 
@@ -58,10 +58,11 @@ def patch(engine_args: Any, require_supported: Callable[[CropConfig, Any], None]
         settings, calibration = with_calibration(settings)
         config = CropConfig.from_mapping(settings)
         require_supported(config, None)
-        refuse_flags(self)
-        refuse_localizer(self, config.localizer)
-        refuse_shadow(self, config.shadow)
-        refuse_foveation(self, config)
+        with reads_settings():
+            refuse_flags(self)
+            refuse_localizer(self, config.localizer)
+            refuse_shadow(self, config.shadow)
+            refuse_foveation(self, config)
         user_overrides = self.hf_overrides
         self.hf_overrides = compose_hf_overrides(config.model_dump(), user_overrides)
         try:
@@ -74,7 +75,8 @@ def patch(engine_args: Any, require_supported: Callable[[CropConfig, Any], None]
         require_supported(config, model_config.hf_config)
         if calibration is not None:
             calibration.require_fit(str(named), model_config.hf_config.to_dict())
-        refuse_model(model_config, config)
+        with reads_settings():
+            refuse_model(model_config, config)
         if config.stages:
             attach_eviction(model_config, config.stages)
             # The scheduler's start report counts with it, in a process that has no image processor.
@@ -105,10 +107,17 @@ def select_renderer(renderers: dict[str, tuple[str, str]]) -> None:
 
     Raises:
         UnsupportedFlagError: another plugin has done so before.
+        UnsupportedVersionError: vLLM has another one by now.
     """
-    if renderers["hf"] not in (STOCK_RENDERER, RENDERER):
+    found = renderers.get("hf")
+    if found not in (STOCK_RENDERER, RENDERER):
+        named = ".".join(found or ("nothing",))
+        if found is None or named.startswith("vllm."):
+            raise UnsupportedVersionError(
+                f"this vLLM's default renderer is {named}, and ours is made of {'.'.join(STOCK_RENDERER)}"
+            )
         raise UnsupportedFlagError(
-            f"another plugin has replaced vLLM's renderer by {'.'.join(renderers['hf'])}: name only one of "
-            "the two in VLLM_PLUGINS"
+            f"another plugin has replaced vLLM's renderer by {named}: name only one of the two in "
+            "VLLM_PLUGINS"
         )
     renderers["hf"] = RENDERER

@@ -27,10 +27,11 @@ def patch(online_renderer: Any) -> None:
 
 
 def _noting(preprocess: Any) -> Any:
+    # No coroutine of its own, and no names: whatever vLLM's method has become is called as ever.
     @functools.wraps(preprocess)
-    async def preprocess_and_note(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+    def preprocess_and_note(self: Any, *args: Any, **kwargs: Any) -> Any:
         if (context := current_request.get()) is not None:
-            context.request = request
-        return await preprocess(self, request, *args, **kwargs)
+            context.request = kwargs.get("request", args[0] if args else None)
+        return preprocess(self, *args, **kwargs)
 
     return preprocess_and_note

@@ -6,19 +6,27 @@ from vllm_crop.compat.points.point import UpstreamPoint
 _V1_RUNNER = "vllm.v1.worker.gpu_model_runner"
 
 
-def _v1_runner(method: str, parameters: str, reason: str) -> UpstreamPoint:
-    return UpstreamPoint(_V1_RUNNER, f"GPUModelRunner.{method}", tuple(parameters.split()), reason)
+def _v1_runner(method: str, parameters: str, reason: str, given: tuple[str, ...] = ()) -> UpstreamPoint:
+    return UpstreamPoint(_V1_RUNNER, f"GPUModelRunner.{method}", tuple(parameters.split()), reason, given)
 
 
 CPU_RUNNER_POINTS = (
     UpstreamPoint(
         "vllm.v1.worker.cpu_worker", "CPUWorker.init_device", ("self",), "makes the model runner ours"
     ),
+    UpstreamPoint(
+        "vllm.v1.worker.cpu_model_runner",
+        "CPUModelRunner.load_model",
+        ("self",),
+        "tells the model whose runner it has",
+        passes_on=True,
+    ),
     _v1_runner("_update_states", "self scheduler_output", "notices requests that come and go"),
     _v1_runner(
         "_build_attention_metadata",
         "self num_tokens num_reqs max_query_len",
         "builds attention metadata of later layers",
+        ("num_scheduled_tokens", "slot_mappings"),
     ),
     _v1_runner(
         "_model_forward",

@@ -72,6 +72,21 @@ EVICTION_POINTS = (
         "reads a request's eviction when it arrives",
     ),
     UpstreamPoint(
+        "vllm.v1.core.sched.scheduler", "Scheduler.schedule", ("self",), "can be checked", passes_on=True
+    ),
+    UpstreamPoint(
+        "vllm.v1.kv_cache_interface",
+        "AttentionSpec.is_uniform_with_collection",
+        ("self", "kv_cache_specs"),
+        "keeps stages in groups of their own",
+    ),
+    UpstreamPoint(
+        "vllm.v1.kv_cache_interface",
+        "AttentionSpec.max_memory_usage_bytes",
+        ("self", "vllm_config"),
+        "counts what a request that evicts nothing takes",
+    ),
+    UpstreamPoint(
         "vllm.v1.core.sched.scheduler",
         "Scheduler.update_from_output",
         ("self", "scheduler_output"),
@@ -164,6 +179,7 @@ EVICTION_POINTS = (
             *("max_query_len", "seq_lens", "max_seq_len", "block_tables", "slot_mappings", "kv_cache_config"),
         ),
         "builds attention metadata of later layers",
+        given=("seq_lens_cpu_upper_bound", "positions", "is_prefilling", "for_cudagraph_capture"),
     ),
     *MODEL_STATE_POINTS,
     UpstreamPoint(

@@ -11,6 +11,12 @@ def _model_state(method: str, parameters: str, reason: str) -> UpstreamPoint:
 
 
 MODEL_STATE_POINTS = (
+    UpstreamPoint(
+        "vllm.v1.worker.gpu.model_states",
+        "resolve_model_state_cls",
+        ("vllm_config", "model"),
+        "asks the model for our ModelState (get_model_state_cls)",
+    ),
     _model_state(
         "add_request",
         "self req_index new_req_data",

@@ -3,30 +3,45 @@
 
 from vllm_crop.compat.points.point import UpstreamPoint
 
+_MODELS = "vllm.model_executor.models"
+# Of each file, the model that ours is made of and the processor of its images.
+_FAMILIES = (
+    ("llava", "LlavaForConditionalGeneration", "LlavaMultiModalProcessor"),
+    ("llava_next", "LlavaNextForConditionalGeneration", "LlavaNextMultiModalProcessor"),
+    ("llava_onevision", "LlavaOnevisionForConditionalGeneration", "LlavaOnevisionMultiModalProcessor"),
+    ("qwen2_vl", "Qwen2VLForConditionalGeneration", "Qwen2VLMultiModalProcessor"),
+    ("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLMultiModalProcessor"),
+    ("qwen3_vl", "Qwen3VLForConditionalGeneration", "Qwen3VLMultiModalProcessor"),
+)
+_OF_MODELS = (
+    ("embed_multimodal", "self kwargs", "returns compressed embeddings"),
+    (
+        "forward",
+        "self input_ids positions intermediate_tensors inputs_embeds",
+        "runs in stages, watched where somebody asks for a map",
+    ),
+    ("compute_logits", "self hidden_states", "gives maps in the place of logits"),
+    ("load_weights", "self weights", "forgets features that older weights have made"),
+)
+# As server.py has them, of the classes that a family's processor really is.
+_OF_PROCESSORS = (
+    ("_get_mm_hashes", "self inputs", "keys caches by image and region"),
+    ("_get_cache_missing_processor_kwargs", "self inputs mm_is_cached", "gives each image its own plan"),
+    ("_apply_hf_processor_main", "self mm_items hf_kwargs", "sends the plan beside the pixels"),
+    ("_get_mm_fields_config", "self hf_inputs hf_processor_mm_kwargs", "declares the plan's tensors"),
+    (
+        "_get_prompt_updates",
+        "self mm_items hf_processor_mm_kwargs out_mm_kwargs",
+        "puts the planned number of placeholders into the prompt",
+    ),
+)
+
 MODEL_POINTS = (
-    UpstreamPoint(
-        "vllm.model_executor.models.llava",
-        "LlavaForConditionalGeneration.embed_multimodal",
-        ("self", "kwargs"),
-        "returns compressed embeddings",
-    ),
-    UpstreamPoint(
-        "vllm.model_executor.models.llava_next",
-        "LlavaNextForConditionalGeneration.embed_multimodal",
-        ("self", "kwargs"),
-        "returns compressed embeddings",
-    ),
-    UpstreamPoint(
-        "vllm.model_executor.models.llava_onevision",
-        "LlavaOnevisionForConditionalGeneration.embed_multimodal",
-        ("self", "kwargs"),
-        "returns compressed embeddings",
-    ),
-    UpstreamPoint(
-        "vllm.model_executor.models.qwen2_vl",
-        "Qwen2VLForConditionalGeneration.embed_multimodal",
-        ("self", "kwargs"),
-        "returns compressed embeddings",
+    *(
+        UpstreamPoint(f"{_MODELS}.{module}", f"{of}.{method}", tuple(parameters.split()), reason)
+        for module, model, processor in _FAMILIES
+        for of, methods in ((model, _OF_MODELS), (processor, _OF_PROCESSORS))
+        for method, parameters, reason in methods
     ),
     UpstreamPoint(
         "vllm.model_executor.models.qwen2_vl",
@@ -36,21 +51,9 @@ MODEL_POINTS = (
     ),
     UpstreamPoint(
         "vllm.model_executor.models.qwen2_5_vl",
-        "Qwen2_5_VLForConditionalGeneration.embed_multimodal",
-        ("self", "kwargs"),
-        "returns compressed embeddings",
-    ),
-    UpstreamPoint(
-        "vllm.model_executor.models.qwen2_5_vl",
         "Qwen2_5_VLForConditionalGeneration.get_mrope_input_positions",
         ("self", "input_tokens", "mm_features"),
         "numbers the unpruned prompt, of which the tokens that are left keep their numbers",
-    ),
-    UpstreamPoint(
-        "vllm.model_executor.models.qwen3_vl",
-        "Qwen3VLForConditionalGeneration.embed_multimodal",
-        ("self", "kwargs"),
-        "returns compressed embeddings, deepstack features beside them",
     ),
     UpstreamPoint(
         "vllm.model_executor.models.qwen3_vl",
@@ -105,7 +108,7 @@ MODEL_POINTS = (
         "LlavaNextForConditionalGeneration._merge_image_patch_embeddings",
         ("self", "image_size", "patch_embeddings"),
         "puts tiles together, those that were not seen from the whole image's",
-        also_required=("strategy",),
+        given=("strategy",),
     ),
     UpstreamPoint(
         "vllm.model_executor.models.llava_onevision",
@@ -118,6 +121,6 @@ MODEL_POINTS = (
         "LlavaOnevisionForConditionalGeneration._merge_image_patch_embeddings",
         ("self", "image_size", "patch_embeddings"),
         "puts tiles together, those that were not seen from the whole image's",
-        also_required=("strategy",),
+        given=("strategy",),
     ),
 )

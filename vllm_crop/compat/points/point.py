@@ -14,7 +14,7 @@ class UpstreamPoint:
 
     Attributes:
         parameters: the leading ones it must have.
-        also_required: later ones without a default, which ours give or take.
+        given: later ones that ours give or take by name.
         kind: how it is used: what has become a coroutine answers nothing before it is awaited.
         passes_on: ours takes whatever theirs is given and gives it on, so more of it may be required.
     """
@@ -23,7 +23,7 @@ class UpstreamPoint:
     name: str
     parameters: tuple[str, ...]
     reason: str
-    also_required: tuple[str, ...] = ()
+    given: tuple[str, ...] = ()
     kind: Kind = "function"
     passes_on: bool = False
 
@@ -38,19 +38,24 @@ class UpstreamPoint:
         name = self.module.removeprefix("vllm.model_executor.models.")
         return None if name in (self.module, "config", "interfaces", "registry") else name
 
-    def judge(self, kind: str, parameters: tuple[str, ...], required: Collection[str]) -> str | None:
+    def judge(
+        self, kind: str, parameters: tuple[str, ...], required: Collection[str], takes_any: bool = False
+    ) -> str | None:
         """What is wrong with what stands under the name, or None.
 
         Args:
             kind: one of Kind, or what else it is.
             parameters: all of them, without `self` where it is bound.
             required: those of them that have no default.
+            takes_any: whether it takes others by name, too.
         """
         if kind != self.kind:
             return f"is {_article(kind)} {kind}, expected {_article(self.kind)} {self.kind}"
         if parameters[: len(self.parameters)] != self.parameters:
             return f"takes {parameters}, expected {self.parameters}"
-        known = {*self.parameters, *self.also_required}
+        if missing := () if takes_any else tuple(name for name in self.given if name not in parameters):
+            return f"does not take {missing}"
+        known = {*self.parameters, *self.given}
         more = () if self.passes_on else tuple(name for name in parameters if name in {*required} - known)
         return f"requires {more} besides what is given" if more else None
 

@@ -83,16 +83,27 @@ SERVER_POINTS = (
         kind="coroutine",
     ),
     UpstreamPoint(
-        "vllm.renderers.base",
-        "BaseRenderer.render_messages",
+        "vllm.renderers.hf",
+        "HfRenderer.render_messages",
         ("self", "messages", "params"),
         "sees the messages that a question is taken from",
+    ),
+    UpstreamPoint(
+        "vllm.renderers.hf",
+        "HfRenderer.render_messages_async",
+        ("self", "messages", "params"),
+        "the same for the API server",
+        kind="coroutine",
+    ),
+    UpstreamPoint(
+        "vllm.renderers.base", "BaseRenderer.warmup", ("self", "chat_params"), "asks the localizer once"
     ),
     UpstreamPoint(
         "vllm.renderers.base",
         "BaseRenderer.render_chat_async",
         ("self", "conversations", "chat_params"),
         "makes the localizer's own prompt",
+        given=("prompt_extras",),
         kind="coroutine",
     ),
     UpstreamPoint(
@@ -211,6 +222,7 @@ SERVER_POINTS = (
         "AsyncLLM.generate",
         ("self", "prompt", "sampling_params", "request_id"),
         "answers the server's own requests: the localizer's, those of shadow checks",
+        given=("priority", "lora_request"),
         kind="async generator",
     ),
     UpstreamPoint(
@@ -218,6 +230,7 @@ SERVER_POINTS = (
         "LLMEngine.add_request",
         ("self", "request_id", "prompt", "params"),
         "answers the localizer's own request offline",
+        given=("priority", "lora_request"),
     ),
     UpstreamPoint("vllm.v1.engine.llm_engine", "LLMEngine.step", ("self",), "the same"),
 )
