@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from lab.evaluation.page import COLUMNS, row_cells
+from lab.evaluation.page import COLUMNS, equal_cost_table, row_cells
 from lab.evaluation.report import Report, describe_configurations, describe_localizer
 
 
@@ -36,6 +36,12 @@ def _parts(report: Report) -> Iterator[str]:
     for row in report.rows:
         if row.impossible:
             yield f"* {row.condition.row} at {row.condition.pruning_rate:g}: {row.impossible}"
+    compared = equal_cost_table(report)
+    if compared.rows:
+        yield f"\n## {compared.title}\n"
+        yield _line(compared.headings)
+        yield "|" + "---|" * len(compared.headings)
+        yield from map(_line, compared.rows)
 
 
 def _line(cells: Sequence[str]) -> str:

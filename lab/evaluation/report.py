@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from lab.evaluation.comparisons import Agreement, Margin, margins
+from lab.evaluation.comparisons import Agreement, EqualCost, Margin, equal_cost, margins
 from lab.evaluation.curves import draw_curves
 from lab.evaluation.localizer_score import LocalizerScore, score_localizer
 from lab.evaluation.questions import TestScene
@@ -31,6 +31,7 @@ class Report:
 
     rows: tuple[Row, ...]
     margins: tuple[Margin, ...]
+    equal_cost: tuple[EqualCost, ...]
     agreements: tuple[Agreement, ...]
     localizer: LocalizerScore | None
     thresholds: tuple[ThresholdRow, ...]
@@ -50,6 +51,7 @@ def make_report(
     return Report(
         tuple(summarize(scenes, results, times)),
         tuple(margins(scenes, results)),
+        tuple(equal_cost(scenes, results)),
         tuple(agreed),
         score_localizer(scenes, results, times),
         tuple(sweep(scenes, results)),
@@ -70,6 +72,7 @@ def write_report(folder: Path, report: Report) -> None:
         "thresholds": [asdict(row) for row in report.thresholds],
         "rows": [{"row": row.condition.row, **asdict(row)} for row in report.rows],
         "margins": [asdict(margin) for margin in report.margins],
+        "equal_cost": [asdict(one) for one in report.equal_cost],
         "agreements": [asdict(one) for one in report.agreements],
     }
     write_json(folder / "results.json", numbers)

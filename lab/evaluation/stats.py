@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from vllm_crop.measuring.shares import Estimate, Z, wilson
 
-__all__ = ["Estimate", "difference", "retention", "wilson"]
+__all__ = ["Estimate", "difference", "holm", "mcnemar", "retention", "wilson"]
 
 
 def retention(pruned: Sequence[bool], unpruned: Sequence[bool]) -> Estimate | None:
@@ -39,3 +39,26 @@ def difference(one: Sequence[bool], other: Sequence[bool]) -> Estimate:
     variance = max(sum((gap - mean) ** 2 for gap in gaps), 1.0)
     half = Z * math.sqrt(variance) / count
     return Estimate(mean, mean - half, mean + half)
+
+
+def mcnemar(one: Sequence[bool], other: Sequence[bool]) -> float:
+    """The chance of a difference at least as large between two methods that are equally good, paired.
+
+    McNemar's test (1947) in its exact form: of the questions that only one answers right, each is as likely
+    to answer any.
+    """
+    only = [first for first, second in zip(one, other, strict=True) if first != second]
+    count, fewer = len(only), min(sum(only), len(only) - sum(only))
+    if not count:
+        return 1.0
+    tail: float = sum(math.comb(count, one) for one in range(fewer + 1)) / 2**count
+    return min(1.0, 2 * tail)
+
+
+def holm(chances: Sequence[float]) -> list[float]:
+    """The chances corrected for how many questions are asked (Holm 1979), in the order they came."""
+    corrected, highest = [0.0] * len(chances), 0.0
+    for rank, place in enumerate(sorted(range(len(chances)), key=chances.__getitem__)):
+        highest = max(highest, min(1.0, (len(chances) - rank) * chances[place]))
+        corrected[place] = highest
+    return corrected

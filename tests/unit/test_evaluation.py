@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from lab import evaluation
 from lab.evaluation.__main__ import app
 from lab.evaluation.asking import Answer, SceneTask, ask
-from lab.evaluation.comparisons import agreements, margins
+from lab.evaluation.comparisons import agreements, equal_cost, margins
 from lab.evaluation.conditions import LOCATE, METHODS, OFF, RATES, Condition, make_grid
 from lab.evaluation.controls import near_square, resized, thumbnail_and_crop
 from lab.evaluation.curves import Panel
@@ -30,7 +30,7 @@ from lab.evaluation.report import Report, make_report, write_report
 from lab.evaluation.rivals.names import CHOOSERS
 from lab.evaluation.rivals.registry import RIVALS
 from lab.evaluation.session import Session, make_tasks
-from lab.evaluation.stats import difference, retention, wilson
+from lab.evaluation.stats import difference, holm, mcnemar, retention, wilson
 from lab.evaluation.store import ConditionResult, Store
 from lab.evaluation.summary import summarize
 from lab.evaluation.thresholds import THRESHOLDS, sweep
@@ -395,6 +395,50 @@ def test_pooling_evenly_is_among_those_that_crop_is_compared_with(
     assert [one.against for one in found] == ["CROP plc, whole", "random tokens (control)"]
 
 
+def test_at_equal_cost_another_method_may_have_the_tokens_of_both_passes(
+    tmp_path: Path, scenes: tuple[TestScene, ...]
+) -> None:
+    class Costing(StandIn):
+        """Rivals have the tokens of their rates, and are wrong once a scene at few of them."""
+
+        def answer(self, condition: Condition, tasks: list[SceneTask]) -> list[list[Answer]]:
+            tokens = 64.0 if condition.pruning_rate is None else round(576 * (1 - condition.pruning_rate))
+            self.wrong = {condition.method: 1} if condition.method == "fastv" and tokens < 100 else {}
+            return [
+                [replace(one, visual_tokens=tokens) for one in row]
+                for row in super().answer(condition, tasks)
+            ]
+
+    costing = Costing({})
+    grid = make_grid(["plc", "fastv"], [0.667, 0.778, 0.889, 0.926], ["localizer", "whole"])
+    session = Session(
+        scenes, lambda _: costing, lambda _: "stand-in", Store(tmp_path, {}), Console(quiet=True)
+    )
+    results = session.run(grid)
+    found = {(one.rate, one.against): one for one in equal_cost(scenes, results)}
+    assert len(found) == 4 * 2
+    # 64 of its own and 64 of the localizer's: what the others have at 0.778.
+    here = found[0.889, "FastV"]
+    assert (here.tokens, here.against_rate, here.against_tokens) == (128, 0.778, 128)
+    assert (here.gained.value, here.chance) == (0, 1)
+    lower = found[0.926, "FastV"]
+    assert (lower.tokens, lower.against_rate) == (107, 0.889)
+    assert lower.gained.value > 0
+    assert found[0.926, "CROP plc, whole"].chance == 1
+    # Every scene has one that only CROP answers right.
+    alone = mcnemar([True] * len(scenes), [False] * len(scenes))
+    assert lower.chance == pytest.approx(min(1, 8 * alone))
+
+
+def test_chances_are_those_of_textbooks() -> None:
+    # 10 discordant pairs, 2 to 8: 2 * (1 + 10 + 45) / 1024.
+    assert mcnemar([True] * 8 + [False] * 2 + [True] * 5, [False] * 8 + [True] * 2 + [True] * 5) == 112 / 1024
+    assert mcnemar([True, False], [True, False]) == mcnemar([True, False], [False, True]) == 1
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.5, 0.9]) == [1, 1]
+    assert holm([]) == []
+
+
 @pytest.mark.parametrize("source", ["localizer", "server", "oracle"])
 def test_finding_a_region_costs_tokens_and_steps(
     source: str, tmp_path: Path, scenes: tuple[TestScene, ...]
@@ -470,6 +514,8 @@ def test_the_page_needs_nothing_else(tmp_path: Path, scenes: tuple[TestScene, ..
         "`python -m lab.evaluation -o 'a b'`, conditions measured at 0123456789ab, unknown, in 2 minutes"
         in table
     )
+    table, _, compared = table.partition("\n## ")
+    assert "| CROP plc, localizer | 0.889 | 128 | FastV | 0.889 | 64 |" in compared
     lines = [line for line in table.splitlines() if line.startswith("| ")]
     assert len(lines) == 1 + len(results) - 1  # the localizer's own condition is no row
     assert len({line.count("|") for line in lines}) == 1
