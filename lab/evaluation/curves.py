@@ -1,30 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Accuracy against average tokens: one line per row of the table, with its interval as a band."""
+"""Accuracy against what it costs: one line per row of the table, with its interval as a band."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lab.evaluation.conditions import CROP_METHODS, OFF, Condition
 from lab.evaluation.summary import Row
 
 _TICKS = (43, 64, 96, 128, 192, 288, 576)  # tokens
+Cost = Literal["answer", "total", "kv", "ttft"]
+_COSTS: dict[Cost, str] = {
+    "answer": "visual tokens, averaged over layers, without the localizer's pass",
+    "total": "visual tokens, averaged over layers, with those of the localizer's pass",
+    "kv": "tokens of the prompt that a layer keeps while it decodes, averaged over layers",
+    "ttft": "ms to the first token on vLLM, the localizer's request included",
+}
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One plot: of which group of families, with which rows, against which count of tokens."""
+    """One plot: of which group of families, with which rows, against which cost."""
 
     title: str
     group: str
     shows: Callable[[Condition], bool]
-    total: bool = False
+    cost: Cost = "answer"
 
-    def tokens(self, row: Row) -> float:
-        """Where a row stands: with the localizer's visual tokens, if the plot is of the total."""
+    def costs(self, row: Row, localizer_ms: float | None) -> float | None:
+        """Where a row stands; None where nobody knows."""
         score = row.groups[self.group]
-        return score.total_tokens if self.total else score.visual_tokens
+        if self.cost == "ttft":
+            found = localizer_ms if row.condition.locates else 0.0
+            return None if row.ttft_ms is None or found is None else row.ttft_ms + found
+        return {"answer": score.visual_tokens, "total": score.total_tokens, "kv": score.kv_tokens}[self.cost]
 
 
 def _against(condition: Condition) -> bool:
@@ -37,21 +47,23 @@ PANELS = (
         "Where the region comes from\nread, relation, compare", "local", lambda c: c.method in CROP_METHODS
     ),
     Panel("CROP's own regions against others\nread, relation, compare", "local", _against),
-    Panel("The same, what it costs to find a region included", "local", _against, total=True),
+    Panel("The same, what it costs to find a region included", "local", _against, "total"),
     Panel("CROP's own regions against others\nwith search and count", "all", _against),
+    Panel("KV while decoding\nread, relation, compare", "local", _against, "kv"),
+    Panel("Time to first token, of what runs on vLLM\nread, relation, compare", "local", _against, "ttft"),
 )
 
 
-def draw_curves(rows: Sequence[Row], path: Path) -> None:
+def draw_curves(rows: Sequence[Row], path: Path, localizer_ms: float | None = None) -> None:
     """Write a PNG."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, grid = plt.subplots(2, len(PANELS) // 2, figsize=(15, 18), sharey=True)
+    figure, grid = plt.subplots(2, len(PANELS) // 2, figsize=(22, 18), sharey=True)
     for axis, panel in zip(grid.flat, PANELS, strict=True):
-        _draw(axis, panel, rows)
+        _draw(axis, panel, rows, localizer_ms)
         axis.set_ylabel("exact answers")
         axis.set_ylim(0, 1.02)
     figure.tight_layout()
@@ -60,32 +72,35 @@ def draw_curves(rows: Sequence[Row], path: Path) -> None:
     plt.close(figure)
 
 
-def lines_of(rows: Sequence[Row], panel: Panel) -> dict[str, list[Row]]:
-    """The rows of each line, by ascending tokens; what has no rate makes no line."""
-    lines: dict[str, list[Row]] = {}
+def lines_of(
+    rows: Sequence[Row], panel: Panel, localizer_ms: float | None = None
+) -> dict[str, list[tuple[float, Row]]]:
+    """The points of each line, by ascending cost; what has no rate or no known cost makes none."""
+    lines: dict[str, list[tuple[float, Row]]] = {}
     for row in rows:
-        if row.condition.pruning_rate is not None and not row.impossible and panel.shows(row.condition):
-            lines.setdefault(row.condition.row, []).append(row)
-    return {name: sorted(points, key=panel.tokens) for name, points in lines.items()}
+        if row.condition.pruning_rate is None or row.impossible or not panel.shows(row.condition):
+            continue
+        if (cost := panel.costs(row, localizer_ms)) is not None:
+            lines.setdefault(row.condition.row, []).append((cost, row))
+    return {name: sorted(points, key=lambda point: point[0]) for name, points in lines.items()}
 
 
-def _draw(axis: Any, panel: Panel, rows: Sequence[Row]) -> None:
-    for index, (name, points) in enumerate(lines_of(rows, panel).items()):
-        scores = [row.groups[panel.group] for row in points]
-        tokens = [panel.tokens(row) for row in points]
-        shares = [score.accuracy for score in scores]
-        style = {"color": f"C{index % 10}", "label": name, **_style(points[0].condition, index)}
-        axis.plot(tokens, [share.value for share in shares], markersize=5, **style)
+def _draw(axis: Any, panel: Panel, rows: Sequence[Row], localizer_ms: float | None) -> None:
+    for index, (name, points) in enumerate(lines_of(rows, panel, localizer_ms).items()):
+        costs = [cost for cost, _ in points]
+        shares = [row.groups[panel.group].accuracy for _, row in points]
+        style = {"color": f"C{index % 10}", "label": name, **_style(points[0][1].condition, index)}
+        axis.plot(costs, [share.value for share in shares], markersize=5, **style)
         bounds = [share.low for share in shares], [share.high for share in shares]
-        axis.fill_between(tokens, *bounds, color=style["color"], alpha=0.1)
+        axis.fill_between(costs, *bounds, color=style["color"], alpha=0.1)
     for row in rows:
         if row.condition == OFF:
             axis.axhline(row.groups[panel.group].accuracy.value, color="black", linewidth=1, label="unpruned")
-    axis.set_xscale("log")
-    axis.minorticks_off()
-    axis.set_xticks(_TICKS, [str(tick) for tick in _TICKS])
-    localizer = "with those of the localizer's pass" if panel.total else "without the localizer's pass"
-    axis.set_xlabel(f"visual tokens, averaged over layers, {localizer}")
+    if panel.cost != "ttft":
+        axis.set_xscale("log")
+        axis.minorticks_off()
+        axis.set_xticks(_TICKS, [str(tick) for tick in _TICKS])
+    axis.set_xlabel(_COSTS[panel.cost])
     axis.set_title(panel.title, fontsize=11)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.17))

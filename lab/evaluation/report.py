@@ -76,7 +76,7 @@ def write_report(folder: Path, report: Report) -> None:
         "agreements": [asdict(one) for one in report.agreements],
     }
     write_json(folder / "results.json", numbers)
-    draw_curves(report.rows, folder / "curves.png")
+    draw_curves(report.rows, folder / "curves.png", report.localizer.ms if report.localizer else None)
     write_page(folder / "index.html", report, folder / "curves.png")
     write_markdown(folder / "README.md", report)
 

@@ -460,8 +460,14 @@ def test_finding_a_region_costs_tokens_and_steps(
         assert group.localizer_tokens == (0 if source == "oracle" else 64)
         assert group.total_tokens == group.visual_tokens + group.localizer_tokens
         assert group.localizer_steps == 0 if source == "oracle" else 5 < group.localizer_steps < 6
-    within, total = (Panel("", "local", lambda _: True, total).tokens(row) for total in (False, True))
-    assert total - within == (0 if source == "oracle" else 64)
+    within, total, kept, unknown_time = (
+        Panel("", "local", lambda _: True, cost).costs(row, 5.0) for cost in ("answer", "total", "kv", "ttft")
+    )
+    assert within is not None
+    assert total == within + (0 if source == "oracle" else 64)
+    assert (kept, unknown_time) == (row.groups["local"].kv_tokens, None)
+    timed = Panel("", "local", lambda _: True, "ttft").costs(replace(row, ttft_ms=20.0), 5.0)
+    assert timed == (20 if source == "oracle" else 25)
     described = score_localizer(scenes, results)
     assert (described is None) == (source == "oracle")
     if described:
