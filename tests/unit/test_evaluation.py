@@ -3,6 +3,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -538,6 +539,17 @@ def test_the_published_page_is_made_of_the_published_numbers(tmp_path: Path) -> 
     assert (PUBLISHED / "README.md").read_text() == (tmp_path / "README.md").read_text()
     for row in report.rows:
         assert row.condition.method in METHODS, "a row that no command makes"
+
+
+def test_the_review_works_its_numbers_out_of_the_published_answers(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(PUBLISHED.parents[2])
+    text = (PUBLISHED.parent / "REVIEW.md").read_text()
+    code = re.search(r"```python\n(.*?)```", text, re.S)
+    assert code
+    exec(code.group(1), {})
+    assert capsys.readouterr().out == text.split("It prints\n\n```\n")[1].split("```")[0]
 
 
 def test_results_survive_the_disk(tmp_path: Path) -> None:
