@@ -26,11 +26,12 @@ import zipfile
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
+from typing import NoReturn
 
 from overlay_ops import KNOWN, misfits, operators
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 
 # What an official wheel requires for GPUs alone; torch and its companions stay those of the CPU build.
 NOT_ON_CPU = {
@@ -45,7 +46,7 @@ _COMPILED = {".so", ".h", ".hpp", ".cuh", ".inl", ".cu", ".cpp"}
 _PARTLY_LEFT_OUT = ("vllm/third_party/", "vllm/vllm_flash_attn/")
 
 
-def fail(reason: str) -> None:
+def fail(reason: str) -> NoReturn:
     """End with a sentence on the standard error."""
     sys.exit(f"\noverlay: {reason}")
 
@@ -225,7 +226,10 @@ def _site(venv: Path) -> Path:
 
 def _full(wanted: str) -> str:
     """A version as wheels write it: 0.33.0 of 0.33, 0.34.0rc1 of 0.34rc1."""
-    version = Version(wanted)
+    try:
+        version = Version(wanted)
+    except InvalidVersion:
+        fail(f"{wanted} is no version, such as 0.33")
     release = ".".join(map(str, (*version.release, 0, 0)[: max(3, len(version.release))]))
     return f"{release}{str(version).removeprefix(version.base_version)}"
 

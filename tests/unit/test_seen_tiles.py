@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Image processors of transformers that are kept from finishing tiles."""
 
+import copy
+import pickle
 from collections.abc import Callable
 from threading import Thread
 from typing import Any
@@ -65,6 +67,19 @@ def test_nothing_else_is_normalised(image_processor: Any, monkeypatch: pytest.Mo
     with only_tiles(image_processor, [[0, 1], [0], [0, 3, 2]]):
         tiles_of(image_processor)
     assert sum(made) == 6
+
+
+def test_it_is_printed_saved_and_copied_as_before(image_processor: Any) -> None:
+    before = image_processor.to_dict()
+    with only_tiles(image_processor, [[0], [0], [0]]):
+        tiles_of(image_processor)
+    assert image_processor.to_dict() == before
+    assert repr(image_processor)
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(image_processor)))
+    for _ in range(2):  # wrapped once, whoever asks
+        with only_tiles(copied, [[0, 1], [0], [0]]) as seen:
+            assert [len(one) for one in tiles_of(copied)] == [2, 2, 2]
+        assert seen.cut == 3
 
 
 def test_another_thread_asks_for_itself(image_processor: Any) -> None:

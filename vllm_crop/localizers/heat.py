@@ -157,7 +157,7 @@ def _places(tokens: ImageTokens) -> FloatArray:
     for part in tokens.parts:
         row, col = np.divmod(np.arange(part.num_tokens), part.row_length)
         window, shown = part.window, col < part.grid.cols
-        x = window.x0 + (col + 0.5) / part.grid.cols * (window.x1 - window.x0)
+        x = window.x0 + (col + 0.5) / max(1, part.grid.cols) * (window.x1 - window.x0)
         y = window.y0 + (row + 0.5) / part.grid.rows * (window.y1 - window.y0)
         of_part = slice(part.first, part.first + part.num_tokens)
         places[of_part] = np.where(shown[:, None], np.stack([x, y], axis=-1), np.nan)

@@ -6,14 +6,16 @@ resized picture into tiles, which are views of one tensor, and then normalise, s
 their time where there are many. What is left out between the two is never made.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from threading import local
+from threading import Lock, local
 from typing import Any
 
 _CUTS = "_get_image_patches"  # gives the tile of the whole image first, the others row by row
 _MARK = "_vllm_crop_seen_tiles"
+_wrapping = Lock()
 _asked = local()  # vLLM makes one image processor for all threads
 
 
@@ -44,17 +46,21 @@ def only_tiles(image_processor: Any, tiles: Sequence[Sequence[int] | None]) -> I
 
 
 def _watch(image_processor: Any) -> None:
-    cut = getattr(image_processor, _CUTS, None)
-    if cut is None or hasattr(image_processor, _MARK):
-        return
+    """Wrap the method of its class, once: what an object holds is printed, saved and copied with it."""
+    kind = type(image_processor)
+    with _wrapping:
+        cut = getattr(kind, _CUTS, None)
+        if cut is None or hasattr(cut, _MARK):
+            return
 
-    def cut_and_pick(*args: Any, **kwargs: Any) -> Any:
-        found, wanted = cut(*args, **kwargs), getattr(_asked, "wanted", None)
-        if wanted is None:
-            return found
-        places = wanted.tiles[wanted.cut]
-        wanted.cut += 1
-        return found if places is None else [found[place] for place in places]
+        @functools.wraps(cut)
+        def cut_and_pick(self: Any, *args: Any, **kwargs: Any) -> Any:
+            found, wanted = cut(self, *args, **kwargs), getattr(_asked, "wanted", None)
+            if wanted is None:
+                return found
+            places = wanted.tiles[wanted.cut]
+            wanted.cut += 1
+            return found if places is None else [found[place] for place in places]
 
-    setattr(image_processor, _CUTS, cut_and_pick)
-    setattr(image_processor, _MARK, True)
+        setattr(cut_and_pick, _MARK, True)
+        setattr(kind, _CUTS, cut_and_pick)

@@ -49,8 +49,10 @@ class CropTiledProcessorMixin(CropProcessorMixin):
         for index, decision in enumerate(decisions):
             if not decision.pieces:
                 continue
-            # With other images a batch may be padded; what was not picked before is picked here.
-            tiles[index] = tiles[index][: len(decision.pieces)] if wanted.cut else tiles[index][seen[index]]
+            # What was not picked before is picked here. A batch is padded to the most tiles of an image: a
+            # view of a few would keep all of it in memory.
+            few = slice(len(decision.pieces)) if wanted.cut else seen[index]
+            tiles[index] = tiles[index][few].clone()
             if image_hash := items.image_hashes[index]:
                 keys[index] = piece_keys(image_hash, decision.pieces)
         data["pixel_values"], data[IMAGE_KEY] = tiles, keys
