@@ -36,6 +36,7 @@ eval: setup  ## are answers still right: CROP, rivals, controls (ARGS="--quick" 
 	@$(BIN)/python -m lab.evaluation $(ARGS)
 
 drift: setup  ## what a new vLLM changes in what this project relies on: make drift OLD=0.32.0 NEW=0.33.0
+	$(if $(and $(OLD),$(NEW)),,$(error which two? make drift OLD=0.32.0 NEW=0.33.0))
 	@$(BIN)/python -m lab.drift $(OLD) $(NEW) $(ARGS) || [ $$? = 1 ]  # 1: something is to be read; 2: something breaks
 
 ifdef VLLM

@@ -57,10 +57,10 @@ def main(wanted: str, venv: Path) -> None:
     stamp, made_of = venv / ".vllm-crop-overlay", _hash_inputs(wanted)
     if stamp.is_file() and stamp.read_text() == made_of and _verify(venv, wanted):
         return
-    if venv.exists() and not (venv / "pyvenv.cfg").is_file():
-        fail(f"{venv} is no virtual environment and stays as it is: name another folder")
     if base.resolve() == venv.resolve():
         fail(f"{venv} is the environment this runs in, and would be deleted first: name another folder")
+    if venv.exists() and not stamp.is_file():
+        fail(f"{venv} was not made by this script and stays as it is: name another folder, or remove it")
     wheel = _download(wanted)
     with zipfile.ZipFile(wheel) as archive:
         required = _requirements(archive)
@@ -69,6 +69,8 @@ def main(wanted: str, venv: Path) -> None:
         untested = ", ".join(["new kernels", *KNOWN.values()])
         print(f"overlay: torch stays {version('torch')}; not tested: {untested}")
         shutil.rmtree(venv, ignore_errors=True)
+        venv.mkdir(parents=True)
+        stamp.touch()  # what is interrupted from here on may be made again
         _copy_environment(base, venv)
         _lay_over(archive, _site(base), _site(venv))
     missing = [str(one) for one in required if not _is_satisfied(one)]

@@ -66,9 +66,12 @@ def test_what_the_build_itself_calls_so_is_left_alone(overlay_ops: Any) -> None:
     assert "other_cpu" in found
 
 
-@pytest.mark.parametrize("own", [True, False], ids=["the environment it runs in", "no environment"])
-def test_no_folder_is_deleted_that_is_not_its_own(own: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["the environment it runs in", "somebody's environment", "no environment"])
+def test_no_folder_is_deleted_that_is_not_its_own(kind: str, tmp_path: Path) -> None:
+    own = kind == "the environment it runs in"
     (tmp_path / "file").touch()
+    if kind == "somebody's environment":
+        (tmp_path / "pyvenv.cfg").touch()
     target = Path(sys.prefix) if own else tmp_path
     kept = sorted(target.iterdir())
     command = [sys.executable, str(FILE.with_name("overlay.py")), "0.33.0", str(target)]

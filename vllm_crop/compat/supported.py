@@ -55,13 +55,19 @@ def judge_version(installed: str) -> OtherVersion | None:
     # A build without a number may be as new as any.
     if number is not None and number <= _FIRST:
         return OtherVersion(said, tried=False)
+    is_between = number is not None and number.is_prerelease
+    between = (
+        ". It is a build between releases: of these versions only releases are tested" if is_between else ""
+    )
     if os.environ.get(UNTESTED, "").strip().lower() in _NO:
         return OtherVersion(
             f"{said}, which is not tested: to try it, set {UNTESTED}=1 (functions of vLLM's that have "
-            "changed shape are refused all the same)",
+            f"changed shape are refused all the same){between}",
             tried=False,
         )
-    return OtherVersion(f"{said}, which is not tested and tried because {UNTESTED} is set", tried=True)
+    return OtherVersion(
+        f"{said}, which is not tested and tried because {UNTESTED} is set{between}", tried=True
+    )
 
 
 def _number(installed: str) -> Version | None:
