@@ -49,6 +49,11 @@ CHANGES = (
         "LLMEngine.step, LLMEngine.has_unfinished_requests, of one engine (frontend/own_request.py)",
         "keeps what other requests answer while the offline localizer's runs",
     ),
+    Change(
+        "patch",
+        "_get_image_patches of transformers' LLaVA-NeXT and OneVision image processors (models/seen_tiles.py)",
+        "leaves out tiles that a foveated image does not show",
+    ),
     Change("entry", "sys.meta_path: a finder", "patches vLLM's modules once they are imported", "always"),
     Change(
         "entry", "endpoint plugin Playground", "adds the page's routes where VLLM_PLUGINS says so", "always"
