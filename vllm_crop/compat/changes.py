@@ -51,7 +51,7 @@ CHANGES = (
     ),
     Change(
         "patch",
-        "_get_image_patches of transformers' LLaVA-NeXT and OneVision image processors (models/seen_tiles.py)",
+        "_get_image_patches of transformers' image processors with tiles (models/seen_tiles.py)",
         "leaves out tiles that a foveated image does not show",
     ),
     Change("entry", "sys.meta_path: a finder", "patches vLLM's modules once they are imported", "always"),
