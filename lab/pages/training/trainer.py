@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training loop: phase by phase, step by step, each step with a seed of its own."""
+
+import json
+import math
+import random
+import time
+from collections import defaultdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+from torch.nn import functional
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from lab.pages import checkpoint
+from lab.pages.tokenizer import make_tokenizer
+from lab.pages.training.batches import LENGTH, Batch, Pages
+from lab.pages.training.fewer import fewer_tokens
+from lab.pages.training.letters import IGNORED, LetterHeads
+from lab.pages.training.phases import PHASES, Phase
+from lab.tinyvqa.checkpoint import TOKEN, save
+from lab.tinyvqa.training.batches import moved
+from lab.tinyvqa.training.forward import (
+    Layout,
+    Probes,
+    image_patches,
+    language_states,
+    make_layout,
+    vision_features,
+)
+from lab.tinyvqa.training.optimizers import Optimizers
+from lab.tinyvqa.words import START, VISION_START
+
+SEED = 20261127
+WARMUP = 100  # steps
+REPORT_EVERY = 50  # steps
+SAVE_EVERY = 180.0  # seconds
+
+
+class Trainer:
+    """Holds the model, the optimizer and where the training stands; `out/state.pt` keeps them."""
+
+    def __init__(self, pages: Path, out: Path, device: str, batch_scale: float = 1.0) -> None:
+        """Go on with what `out` has, else begin.
+
+        Args:
+            batch_scale: how many times as many visual tokens a step has as `phases` says.
+        """
+        torch.manual_seed(SEED)
+        self.out, self.device, self.batch_scale = out, torch.device(device), batch_scale
+        out.mkdir(parents=True, exist_ok=True)
+        self.tokenizer = make_tokenizer()
+        self.model: Any = Qwen2_5_VLForConditionalGeneration(checkpoint.make_config(self.tokenizer))
+        self.heads: Any = LetterHeads(checkpoint.HIDDEN)
+        self.model.to(self.device)
+        self.heads.to(self.device)
+        self.pages = Pages(pages, self.tokenizer)
+        self.phase, self.step = 0, 0
+        self.optimizer = Optimizers(self.model, self.heads)
+        self._window: dict[str, list[float]] = defaultdict(list)
+        if (out / "state.pt").exists():
+            self._load()
+
+    def run(self, minutes: float) -> None:
+        """Train until done or so many minutes have passed, then save state and checkpoint."""
+        end, saved = time.monotonic() + 60 * minutes, time.monotonic()
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        with Progress(*columns) as progress:
+            bars = [
+                progress.add_task(phase.name, total=phase.steps, completed=phase.steps * (index < self.phase))
+                for index, phase in enumerate(PHASES)
+            ]
+            while self.phase < len(PHASES) and time.monotonic() < end:
+                bar = bars[self.phase]
+                self.train_step()
+                progress.update(bar, completed=self.step or PHASES[self.phase - 1].steps)
+                if time.monotonic() - saved > SAVE_EVERY:
+                    self.save()
+                    saved = time.monotonic()
+        self.save()
+        save(self.out / "checkpoint", self.model, checkpoint.make_processor(self.tokenizer))
+
+    def train_step(self) -> None:
+        """One step; the last one of a phase begins the next."""
+        phase = PHASES[self.phase]
+        falling = 0.5 * (1 + math.cos(math.pi * self.step / phase.steps))
+        rate = phase.final_rate + (1 - phase.final_rate) * falling
+        self.optimizer.set_rate(phase.learning_rate * rate * min(1.0, (self.step + 1) / WARMUP))
+        seed = SEED + 1_000_003 * self.phase + self.step
+        tokens = int(phase.tokens * self.batch_scale)
+        batch = self.pages.batch(seed, tokens, phase.questions, phase.weights, phase.scales)
+        with torch.autocast(self.device.type, torch.bfloat16):
+            loss = self._loss(phase, moved(batch, self.device), random.Random(seed))
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        self.step += 1
+        if self.step % REPORT_EVERY == 0:
+            self._report(phase)
+        if self.step >= phase.steps:
+            self.phase, self.step = self.phase + 1, 0
+
+    def _loss(self, phase: Phase, batch: Batch, chance: random.Random) -> Tensor:
+        height, width = batch.images.shape[1:3]
+        rows, cols = height // TOKEN, width // TOKEN
+        features = vision_features(self.model.model.visual, image_patches(batch.images), rows, cols)
+        loss: Tensor
+        loss, right = self.heads.loss(features, batch.letters)
+        self._note("letters loss", float(loss.detach()))
+        self._note("letters", right)
+        if not phase.questions:
+            return loss
+        layout = self._layout(rows, cols, phase.questions)
+        kind = ""
+        if chance.random() < phase.fewer:
+            features, layout = fewer_tokens(features, layout, rows, cols, chance)
+            kind = "fewer "
+        answers = self._answer_loss(features, layout, batch, kind)
+        return answers + phase.letters * loss
+
+    def _answer_loss(self, features: Tensor, layout: Layout, batch: Batch, kind: str) -> Tensor:
+        ids = self.tokenizer.convert_tokens_to_ids([START, VISION_START])
+        prefix = torch.tensor(ids, device=self.device)
+        probes = Probes((), torch.zeros(batch.questions.shape[:2], dtype=torch.long, device=self.device))
+        language = self.model.model.language_model
+        states = language_states(language, prefix, features, batch.questions, layout, probes)
+        asked = batch.targets != IGNORED
+        logits = self.model.lm_head(states.last[asked]).float()
+        targets = batch.targets[asked]
+        loss = functional.cross_entropy(logits, targets)
+        self._note(f"{kind}loss", float(loss.detach()))
+        right = torch.ones_like(asked)
+        right[asked] = logits.argmax(-1) == targets
+        for page, families in zip(right.all(-1).tolist(), batch.families, strict=True):
+            for is_right, family in zip(page, families, strict=True):
+                self._note(kind + family, float(is_right))
+        return loss
+
+    def _layout(self, rows: int, cols: int, questions: int) -> Layout:
+        return _layout(rows, cols, questions, self.device)
+
+    def _note(self, name: str, value: float) -> None:
+        self._window[name].append(value)
+
+    def _report(self, phase: Phase) -> None:
+        means = {name: round(sum(values) / len(values), 4) for name, values in sorted(self._window.items())}
+        self._window.clear()
+        line = {"phase": phase.name, "step": self.step, "time": round(time.time()), **means}
+        with (self.out / "log.jsonl").open("a") as log:
+            log.write(json.dumps(line) + "\n")
+
+    def save(self) -> None:
+        """Write the state, so that a run can go on."""
+        state = {"model": self.model.state_dict(), "heads": self.heads.state_dict()}
+        state |= {"optimizer": self.optimizer.state_dict(), "phase": self.phase, "step": self.step}
+        torch.save(state, self.out / "state.new")
+        (self.out / "state.new").replace(self.out / "state.pt")
+
+    def _load(self) -> None:
+        state = torch.load(self.out / "state.pt", map_location=self.device)
+        self.model.load_state_dict(state["model"])
+        self.heads.load_state_dict(state["heads"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.phase, self.step = state["phase"], state["step"]
+
+
+@cache
+def _layout(rows: int, cols: int, questions: int, device: torch.device) -> Layout:
+    """The layout of batches of one size, made once."""
+    return make_layout(rows, cols, questions, LENGTH, device)
