@@ -4,7 +4,7 @@
 import itertools
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     BaseModel,
@@ -19,9 +19,11 @@ from pydantic import (
 from vllm_crop.errors import InvalidConfigError
 from vllm_crop.localizers.settings import LocalizerConfig
 from vllm_crop.planning.budget import Method, method_evicts
+from vllm_crop.planning.image_budgets import MOST_TOKENS, History
 from vllm_crop.planning.plan import Compression
 
 PositionIds = Literal["renumbered", "original"]
+Fit = Literal["refuse", "prune"]
 
 CONFIG_KEY = "crop"
 MAX_STAGES = 4  # each one is a KV cache group of its own
@@ -39,6 +41,18 @@ class CropLimits(BaseModel):
     )
     max_boxes_per_image: int = Field(
         default=16, ge=1, description="Most boxes a request may send for one image."
+    )
+    min_tokens: int = Field(
+        default=0,
+        ge=0,
+        le=MOST_TOKENS,
+        description="Smallest max_tokens a request may ask for; with 0 it may ask for images not to be seen.",
+    )
+    max_tokens_per_request: int | None = Field(
+        default=None,
+        ge=1,
+        description="Most visual tokens that all images of one request may take in its prompt; more are "
+        "pruned or refused, as `fit` says. Left out: as many as the prompt has room for.",
     )
     named_images_mib: int = Field(
         default=128,
@@ -129,6 +143,34 @@ class CropConfig(BaseModel):
         description="Fraction of an image's visual tokens to remove, averaged over layers, in [0, 1). "
         "0.667 / 0.778 / 0.889 leave 192 / 128 / 64 of LLaVA-1.5's 576.",
     )
+    max_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        le=MOST_TOKENS,
+        description="Most visual tokens of an image, in place of a pruning_rate: also of one without a "
+        "region. With 'plc' that is what it takes in the prompt, with eviction the average over layers.",
+    )
+    detail_low_tokens: int = Field(
+        default=85,
+        ge=1,
+        le=MOST_TOKENS,
+        description="Visual tokens of an image that a client sends with OpenAI's `detail: low`: all of it, "
+        "small. 85 is what OpenAI's own cost.",
+    )
+    history: History | None = Field(
+        default=None,
+        description='What older images of a conversation may cost: {"keep": 2, "max_tokens": 64} leaves '
+        "those of the last two messages with images as they are.",
+    )
+    fit: Fit = Field(
+        default="refuse",
+        description="What becomes of a request whose images do not fit into --max-model-len or "
+        "limits.max_tokens_per_request: 'refuse' answers 400, 'prune' brings them to fit, old images first, "
+        "regions last.",
+    )
+    fit_floor: int = Field(
+        default=16, ge=1, le=MOST_TOKENS, description="Visual tokens that 'prune' leaves each image at least."
+    )
     eviction_layers: list[Annotated[int, Field(ge=1)]] | None = Field(
         default=None,
         max_length=MAX_STAGES,
@@ -192,7 +234,11 @@ class CropConfig(BaseModel):
     @classmethod
     def _fit_default_rate(cls, settings: Any) -> Any:
         """Where only a limit is set, the default keeps within it."""
-        if not isinstance(settings, dict) or "pruning_rate" in settings:
+        if not isinstance(settings, dict):
+            return settings
+        if "pruning_rate" in settings:
+            if settings.get("max_tokens") is not None:
+                raise ValueError("max_tokens and pruning_rate are two ways to say one thing: leave one out")
             return settings
         try:
             limit = CropLimits.model_validate(settings.get("limits") or {}).max_pruning_rate
@@ -272,10 +318,9 @@ def describe_errors(error: ValidationError, prefix: str, model: type[BaseModel])
 
 def _keys_at(model: type[BaseModel], place: tuple[int | str, ...]) -> list[str]:
     for part in place:
-        nested = model.model_fields[str(part)].annotation
-        assert isinstance(nested, type)
-        assert issubclass(nested, BaseModel)
-        model = nested
+        annotation = model.model_fields[str(part)].annotation
+        choices = [annotation, *get_args(annotation)]  # itself, or one of a union
+        model = next(one for one in choices if isinstance(one, type) and issubclass(one, BaseModel))
     return list(model.model_fields)
 
 

@@ -9,10 +9,19 @@ from vllm_crop.config import CropConfig
 from vllm_crop.errors import UnsupportedImageError
 from vllm_crop.families.registry import VisionGeometry
 from vllm_crop.planning.budget import BudgetError, Method, retained_count
+from vllm_crop.planning.fitting import Claim, NoRoomError, share_room
 from vllm_crop.planning.foveation import Piece, Sight, tower_tokens
-from vllm_crop.planning.geometry import Region
-from vllm_crop.planning.plan import TokenPlan, make_plan, overview_plan, whole_image_plan
-from vllm_crop.request import CropRequest, Found, ImageRequest, InvalidCropError
+from vllm_crop.planning.geometry import ImageTokens, Region
+from vllm_crop.planning.image_budgets import ImageBudget
+from vllm_crop.planning.plan import (
+    TokenPlan,
+    even_plan,
+    make_plan,
+    overview_plan,
+    small_plan,
+    whole_image_plan,
+)
+from vllm_crop.request import CropRequest, Found, ImageRequest, InvalidCropError, Room
 
 Size = tuple[int, int]
 Whole = Literal["no_region", "out_of_view", "not_possible"]
@@ -91,11 +100,13 @@ class Planner:
         geometry: grid and view of the model it serves.
         room: position ids that are left beyond the longest prompt, for prompts that keep the original ones;
             None where nobody counts them.
+        sees_small: whether the vision tower may be shown an image small where that is all that is left of it.
     """
 
     config: CropConfig
     geometry: VisionGeometry
     room: int | None = None
+    sees_small: bool = True
 
     def plan(
         self,
@@ -113,7 +124,8 @@ class Planner:
                 region.
 
         Raises:
-            InvalidCropError: the client asks for what cannot be done with its images.
+            InvalidCropError: the client asks for what cannot be done with its images, or they do not fit
+                however little is left of them.
             UnsupportedImageError: for a client's region; the image processor refuses the image too.
         """
         if asked.found is not None and len(asked.found) != len(sizes):
@@ -121,23 +133,21 @@ class Planner:
         requests = asked.images(self.config, len(sizes))
         if asked.found is not None and asked.params.method != "plc":
             requests = [
-                self._pruned_late(request) if one.late and not request.off else request
+                self._pruned_late(request) if one.late and not request.off and request.by is None else request
                 for request, one in zip(requests, asked.found, strict=True)
             ]
-        try:
-            if other_kwargs and any(request.region for request in requests):
-                raise _beside(other_kwargs)
-            decisions = [
-                self._decide(request, size, embeddings) for request, size in zip(requests, sizes, strict=True)
-            ]
-            self._check_room(decisions)
-        except _CANNOT_PRUNE:
-            if asked.found is None:
-                raise
-            # Image by image, so that one that cannot be pruned takes none along.
-            decisions = []
-            for request, size in zip(requests, sizes, strict=True):
-                decisions.append(self._decide_or_whole(request, size, embeddings, other_kwargs, decisions))
+        # Image by image, so that one that cannot be pruned takes none along.
+        decisions: list[ImageDecision] = []
+        for request, size in zip(requests, sizes, strict=True):
+            try:
+                decision = self._checked(request, size, embeddings, other_kwargs, decisions)
+            except _CANNOT_PRUNE as error:
+                if request.by == "max_tokens" or (asked.found is None and request.region is not None):
+                    raise  # the client's own wish
+                decision = ImageDecision(request.without_budget(), whole="not_possible", reason=str(error))
+            decisions.append(decision)
+        if asked.room is not None:
+            decisions = self._fitted(decisions, sizes, asked.room, asked.budgets or (), not other_kwargs)
         return tuple(decisions)
 
     def plan_image(self, request: ImageRequest, width: int, height: int) -> ImagePlan:
@@ -150,14 +160,21 @@ class Planner:
         grid = self.geometry.grid(width, height)
         view = self.geometry.view(width, height)
         region = request.region and view.project(request.region)
+        if request.max_tokens is not None and request.max_tokens >= grid.num_tokens:
+            return ImagePlan(region, whole_image_plan(grid))
+        rate = request.rate_for(grid.num_tokens)
+        if region is None and request.max_tokens is not None and request.method == "ilp":
+            region = Region.whole()  # of which some is evicted like the rest
         if region is None:
-            return ImagePlan(None, whole_image_plan(grid, request.pruning_rate))
+            if request.max_tokens is None:
+                return ImagePlan(None, whole_image_plan(grid, request.pruning_rate))
+            return self._seen_evenly(request, width, height, grid)
         around = view.project(request.around) if request.around else None
         if request.overview and request.compression == "foveate":
             overview = self.geometry.overview(width, height)
             unseen = self.geometry.unseen(width, height, overview)
             if unseen is not None:
-                return ImagePlan(region, overview_plan(grid, unseen, request.pruning_rate), overview)
+                return ImagePlan(region, overview_plan(grid, unseen, rate), overview)
         sight = self._sight(request, grid.num_tokens)
         pieces = self.geometry.foveate(width, height, region, around, sight) if sight else ()
         leaves_out = self.config.foveation.unseen_tiles == "left_out"
@@ -165,7 +182,7 @@ class Planner:
             tokens = make_plan(
                 grid,
                 region,
-                request.pruning_rate,
+                rate,
                 request.compression,
                 request.method,
                 self.geometry.num_layers,
@@ -174,8 +191,73 @@ class Planner:
                 self.geometry.unseen(width, height, pieces) if leaves_out else None,
             )
         except BudgetError as error:
-            raise InvalidCropError("crop.pruning_rate", str(error)) from None
+            name = "pruning_rate" if request.max_tokens is None else "max_tokens"
+            raise InvalidCropError(f"crop.{name}", str(error)) from None
         return ImagePlan(region, tokens, pieces if tokens.compresses else ())
+
+    def _seen_evenly(self, request: ImageRequest, width: int, height: int, grid: ImageTokens) -> ImagePlan:
+        """All of an image alike, in `max_tokens` at most: seen small where that can be, else pooled."""
+        assert request.max_tokens is not None
+        count = max(1, request.max_tokens)
+        pieces = self.geometry.small(width, height, count) if self.sees_small else ()
+        if not pieces:
+            return ImagePlan(None, even_plan(grid, count, request.compression))
+        unseen = self.geometry.unseen(width, height, pieces)
+        if unseen is not None:  # the prompt has all of the image once small anyway
+            return ImagePlan(None, even_plan(grid, count, request.compression, unseen), pieces)
+        (part,) = grid.parts
+        return ImagePlan(None, small_plan(part.grid, pieces[0].scale), pieces)
+
+    def _fitted(
+        self,
+        decisions: Sequence[ImageDecision],
+        sizes: Sequence[Size | None],
+        room: Room,
+        budgets: Sequence[ImageBudget],
+        possible: bool,
+    ) -> list[ImageDecision]:
+        """The decisions for images that fit together into the prompt's room.
+
+        Args:
+            possible: whether images of the request can be pruned at all.
+
+        Raises:
+            InvalidCropError: they do not fit, and there is not even room for the floor of each.
+        """
+        if any(size is None for size in sizes):
+            return list(decisions)  # embeddings, and images that nobody knows: vLLM says what becomes of them
+        known: list[Size] = [size for size in sizes if size is not None]
+        claims = [
+            self._claim(decision, size, index < len(budgets) and budgets[index].old)
+            for index, (decision, size) in enumerate(zip(decisions, known, strict=True))
+        ]
+        taken = sum(claim.tokens for claim in claims)
+        if taken <= room.most:
+            return list(decisions)
+        if not room.prunes or not possible:
+            why = "" if possible else "; beside mm_processor_kwargs of the request none can be pruned"
+            raise InvalidCropError(
+                "crop.fit", f"the images take {taken} visual tokens, and there is room for {room.most}{why}"
+            )
+        floor = self.config.fit_floor
+        try:
+            given = share_room(claims, room.aim, floor)
+        except NoRoomError as error:
+            raise InvalidCropError("crop.fit", f"{error}, with {floor} for each image") from None
+        fitted = [
+            decision
+            if tokens == claim.tokens
+            else self._decide(replace(decision.request.bounded(tokens), by="fit"), size, embeddings=False)
+            for decision, size, claim, tokens in zip(decisions, known, claims, given, strict=True)
+        ]
+        self._check_room(fitted)
+        return fitted
+
+    def _claim(self, decision: ImageDecision, size: Size, is_old: bool) -> Claim:
+        grid = self.geometry.grid(*size)
+        tokens = grid.num_tokens if decision.plan is None else decision.plan.num_embeddings
+        region = decision.request.region and self.geometry.view(*size).project(decision.request.region)
+        return Claim(tokens, 0 if region is None else int(grid.mask(region).sum()), is_old)
 
     def _sight(self, request: ImageRequest, full: int) -> Sight | None:
         """How the vision tower is to see an image of `full` visual tokens; None for all of it as it is."""
@@ -209,12 +291,13 @@ class Planner:
         )
 
     def _decide(self, request: ImageRequest, size: Size | None, embeddings: bool) -> ImageDecision:
-        if request.region is None:
+        if not request.wants_less:
             return ImageDecision(request)
         if embeddings:
-            raise InvalidCropError("crop.regions", "not possible for image embeddings")
+            name = "regions" if request.region is not None else "max_tokens"
+            raise InvalidCropError(f"crop.{name}", "not possible for image embeddings")
         if size is None:  # a uuid alone that nobody knows: vLLM says so when it misses the image
-            return ImageDecision(request.without_region())
+            return ImageDecision(request.without_budget())
         planned = self.plan_image(request, *size)
         if not planned.prunes:
             return ImageDecision(request, whole="no_region" if planned.region else "out_of_view")
@@ -222,7 +305,7 @@ class Planner:
         delta = max(0, span - planned.tokens.num_embeddings)
         return ImageDecision(request, planned.tokens, mrope_position_delta=delta, pieces=planned.pieces)
 
-    def _decide_or_whole(
+    def _checked(
         self,
         request: ImageRequest,
         size: Size | None,
@@ -230,13 +313,9 @@ class Planner:
         other_kwargs: Sequence[str],
         before: Sequence[ImageDecision],
     ) -> ImageDecision:
-        try:
-            if other_kwargs and request.region is not None:
-                raise _beside(other_kwargs)
-            decision = self._decide(request, size, embeddings)
-            self._check_room([*before, decision])
-        except _CANNOT_PRUNE as error:
-            return ImageDecision(request.without_region(), whole="not_possible", reason=str(error))
+        _refuse_beside(other_kwargs, request)
+        decision = self._decide(request, size, embeddings)
+        self._check_room([*before, decision])
         return decision
 
     def _check_room(self, decisions: Sequence[ImageDecision]) -> None:
@@ -251,9 +330,11 @@ class Planner:
             )
 
 
-def _beside(other_kwargs: Sequence[str]) -> InvalidCropError:
-    return InvalidCropError(
-        "crop.regions",
+def _refuse_beside(other_kwargs: Sequence[str], request: ImageRequest) -> None:
+    if not other_kwargs or not request.wants_less:
+        return
+    raise InvalidCropError(
+        "crop.regions" if request.region is not None else "crop.max_tokens",
         f"not possible beside other mm_processor_kwargs of the request, {sorted(other_kwargs)}: "
         "they can move the image under the region",
     )

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from vllm_crop.config import CropConfig, CropLimits, FoveationConfig, ShadowConfig, shorten
 from vllm_crop.errors import InvalidConfigError
 from vllm_crop.localizers.settings import LocalizerConfig
+from vllm_crop.planning.image_budgets import History
 
 ALLOWED: dict[str, list[Any]] = {
     "method": ["plc", "ilp", "plc+ilp", "off"],
@@ -21,12 +22,18 @@ ALLOWED: dict[str, list[Any]] = {
     "compression": ["pool", "prune", "foveate"],
     "foveation": [{}, {"halo": 0}, {"view_tokens": 64, "halo": 4, "rim_size": "half"}],
     "rim": [0, 0.0, 0.125, 0.5],
+    "max_tokens": [None, 1, 256],
+    "detail_low_tokens": [1, 85],
+    "history": [None, {"keep": 1, "max_tokens": 0}, {"keep": 2, "max_tokens": 64, "stride": 8}],
+    "fit": ["refuse", "prune"],
+    "fit_floor": [1, 16],
     "position_ids": ["renumbered", "original"],
     "vit_cache_mib": [0, 1, 4096],
     "limits": [
         {},
         {"max_pruning_rate": 0.0},
         {"max_pruning_rate": 0.9, "max_boxes_per_image": 1},
+        {"min_tokens": 16, "max_tokens_per_request": 4096},
         CropLimits(max_boxes_per_image=3),
     ],
     "localizer": [
@@ -38,6 +45,7 @@ ALLOWED: dict[str, list[Any]] = {
 }
 NESTED: dict[str, Any] = {
     "foveation": FoveationConfig,
+    "history": History,
     "limits": CropLimits,
     "localizer": LocalizerConfig,
     "shadow": ShadowConfig,
@@ -59,6 +67,18 @@ REFUSED: list[tuple[dict[Any, Any], list[str]]] = [
     ({"rim": -0.1}, [".rim:", "greater than or equal to 0", "got -0.1"]),
     ({"rim": 0.6}, [".rim:", "less than or equal to 0.5", "got 0.6"]),
     ({"rim": math.nan}, [".rim:", "got nan"]),
+    ({"max_tokens": 0}, [".max_tokens:", "greater than or equal to 1", "got 0"]),
+    ({"max_tokens": 1.5}, [".max_tokens:", "integer", "got 1.5"]),
+    ({"max_tokens": 64, "pruning_rate": 0.5}, ["max_tokens and pruning_rate", "leave one out"]),
+    ({"detail_low_tokens": 0}, [".detail_low_tokens:", "greater than or equal to 1", "got 0"]),
+    ({"history": {"keep": 0, "max_tokens": 1}}, [".history.keep:", "greater than or equal to 1", "got 0"]),
+    ({"history": {"keep": 1}}, [".history.max_tokens:", "required"]),
+    (
+        {"history": {"keep": 1, "max_tokens": 1, "last": 2}},
+        [".history.last:", "allowed are keep, max_tokens"],
+    ),
+    ({"fit": "yes"}, [".fit:", "'refuse' or 'prune'", "got 'yes'"]),
+    ({"limits": {"min_tokens": -1}}, [".limits.min_tokens:", "greater than or equal to 0", "got -1"]),
     ({"eviction_layers": 2}, [".eviction_layers:", "list", "got 2"]),
     ({"eviction_layers": "2"}, [".eviction_layers:", "list", "got '2'"]),
     ({"eviction_layers": True}, [".eviction_layers:", "list", "got True"]),
@@ -135,13 +155,21 @@ def test_defaults_are_plc_at_128_llava_tokens() -> None:
         "eviction_layers": None,
         "compression": "pool",
         "rim": 0.125,
+        "max_tokens": None,
+        "detail_low_tokens": 85,
+        "history": None,
+        "fit": "refuse",
+        "fit_floor": 16,
         "position_ids": None,
         "vit_cache_mib": 256,
         "foveation": {
             **{"view_tokens": None, "rim_size": "full", "reuse": "same"},
             **{"unseen_tiles": "from_whole", "halo": 0},
         },
-        "limits": {"max_pruning_rate": 0.99, "max_boxes_per_image": 16, "named_images_mib": 128},
+        "limits": {
+            **{"max_pruning_rate": 0.99, "max_boxes_per_image": 16, "named_images_mib": 128},
+            **{"min_tokens": 0, "max_tokens_per_request": None},
+        },
         "localizer": LocalizerConfig().model_dump(),
         "shadow": {"rate": 0.0, "max_running": 1, "max_held": 16, "timeout_s": 30.0},
     }

@@ -182,6 +182,10 @@ class LlavaGeometry:
         """Nothing: see `why_no_foveation`."""
         return ()
 
+    def small(self, width: int, height: int, max_tokens: int) -> tuple[Piece, ...]:
+        """Nothing: its vision tower sees pictures of one size."""
+        return ()
+
     def overview(self, width: int, height: int) -> tuple[Piece, ...]:
         """None: the prompt has an image once."""
         return ()

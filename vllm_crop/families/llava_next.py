@@ -367,6 +367,10 @@ class LlavaNextGeometry:
             return ()
         return (*self.overview(width, height), *touched)
 
+    def small(self, width: int, height: int, max_tokens: int) -> tuple[Piece, ...]:
+        """The tile of the whole image; it may have more tokens than wanted, which are pooled."""
+        return self.overview(width, height) if max_tokens <= self.tiling.tile_tokens**2 else ()
+
     def overview(self, width: int, height: int) -> tuple[Piece, ...]:
         """The tile of the whole image."""
         side = self.tiling.tile_tokens

@@ -72,6 +72,14 @@ class VisionGeometry(Protocol):
         """
         ...
 
+    def small(self, width: int, height: int, max_tokens: int) -> tuple[Piece, ...]:
+        """All of an image of this size, small, for as many visual tokens at most.
+
+        Returns:
+            One piece; empty where the vision tower cannot see it so small.
+        """
+        ...
+
     def overview(self, width: int, height: int) -> tuple[Piece, ...]:
         """The piece of all of the image that its prompt has beside larger ones; empty without one."""
         ...

@@ -33,6 +33,7 @@ from vllm_crop.localizers.questions import normalised, questions_of
 from vllm_crop.localizers.remote import OpenAILocalizer
 from vllm_crop.localizers.thumbnails import Picture, as_picture, off_the_loop
 from vllm_crop.planning.geometry import Box, Region
+from vllm_crop.planning.image_budgets import ImageBudget
 from vllm_crop.request import CropParams, is_off
 
 LOCALIZERS: dict[str, Callable[[Any, VisionGeometry, CropConfig], Localizer]] = {
@@ -56,11 +57,13 @@ class RegionQuery:
         question: None where there is none.
         salt: the request's `cache_salt`: its answers are its own.
         waiting: called when the localizer has got all it needs and only its answer is missing.
+        wanted: whether a region would change anything.
     """
 
     picture: Picture | None
     question: str | None
     salt: str | None = None
+    wanted: bool = True
     waiting: Callable[[], None] = nothing
 
     @property
@@ -253,6 +256,7 @@ def images_sought(
     config: CropConfig,
     salt: str | None = None,
     by_name: Callable[[int], Picture | None] = lambda index: None,
+    budgets: Sequence[ImageBudget] = (),
 ) -> list[RegionQuery]:
     """The images of a prompt with their questions; empty if the request wants no regions found.
 
@@ -261,13 +265,16 @@ def images_sought(
         messages: the conversation it was made of; empty for a prompt that came as text or tokens.
         salt: the prompt's `cache_salt`.
         by_name: gives the picture that came as a uuid alone, None if it is not known.
+        budgets: what each image may cost; of some no place counts more than another.
     """
     items = data.get("image")
     if not isinstance(items, list | tuple):
         # A single picture; or embeddings of images, how many only vLLM can tell.
         items = [] if as_picture(items) is None else [items]
     pinning = params.localize or config.localizer.conversation
-    if not items or params.regions is not None or pinning == "off" or is_off(params, config):
+    if not items or params.regions is not None or pinning == "off":
+        return []
+    if is_off(params, config) and all(budget.max_tokens is None for budget in budgets):
         return []
     questions = questions_of(messages, pinning)
     if params.question is not None or len(questions) != len(items):
@@ -275,7 +282,10 @@ def images_sought(
         questions = [params.question] * len(items)
     return [
         RegionQuery(
-            by_name(index) if item is None else _picture(item), question and normalised(question), salt
+            by_name(index) if item is None else _picture(item),
+            question and normalised(question),
+            salt,
+            wanted=index >= len(budgets) or budgets[index].places_count,
         )
         for index, (item, question) in enumerate(zip(items, questions, strict=True))
     ]
@@ -289,6 +299,8 @@ def _picture(item: Any) -> Picture | None:
 
 
 def _missing(sought: RegionQuery) -> Outcome | None:
+    if not sought.wanted:
+        return "not_asked"
     if not sought.question:
         return "no_question"
     return "no_image" if sought.picture is None else None

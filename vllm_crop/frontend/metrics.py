@@ -35,6 +35,12 @@ class CropMetrics:
             "Visual tokens that the vision tower makes of what it sees of served images, cached ones too.",
             ["model_name"],
         )
+        self.visual_tokens_saved = Counter(
+            "crop:visual_tokens_saved",
+            "Visual tokens that served images cost less, averaged over layers, by what they cost less for: "
+            "region, max_tokens, detail, server, history, fit.",
+            ["model_name", "reason"],
+        )
         self.images = Counter(
             "crop:images",
             "Served images by where their region came from: request, engine, openai, none, off, out_of_view.",
@@ -126,6 +132,9 @@ class CropMetrics:
             _labelled(self.visual_tokens, model_name).inc(image.tokens)
             _labelled(self.visual_tokens_retained, model_name).inc(image.tokens_avg)
             _labelled(self.tower_tokens, model_name).inc(image.tower_tokens)
+            if image.pruned:
+                saved = image.tokens - image.tokens_avg
+                _labelled(self.visual_tokens_saved, model_name, image.saved_by).inc(saved)
             _labelled(self.images, model_name, image.source).inc()
         outcome = "pruned" if any(image.pruned for image in images) else "whole"
         _labelled(self.requests, model_name, outcome).inc()

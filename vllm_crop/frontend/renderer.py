@@ -5,22 +5,25 @@ Subclass of vllm/renderers/hf.py; everything that renders a prompt passes here: 
 messages, completions, batches, tokenization and offline `LLM`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 from vllm.exceptions import VLLMClientError, VLLMValidationError
 from vllm.renderers.hf import HfRenderer
 
 from vllm_crop.config import CropConfig
 from vllm_crop.errors import CropError
+from vllm_crop.frontend.conversation import shown_in
 from vllm_crop.frontend.localization import LocalizationService, RegionQuery, images_sought
 from vllm_crop.frontend.metrics import crop_metrics
 from vllm_crop.frontend.own_request import OfflineEngine, ServingEngine
 from vllm_crop.frontend.request_context import FACTS, ImageFacts, RequestContext, Source, current_request
 from vllm_crop.frontend.settling import IN_THE_WAY, evictions_refused
 from vllm_crop.frontend.shadow import ShadowChecks
+from vllm_crop.frontend.unseen_images import take_out
 from vllm_crop.localizers.decision import Localization
 from vllm_crop.localizers.thumbnails import Picture, as_picture
 from vllm_crop.models.ahead import ImagesAhead
@@ -36,9 +39,21 @@ from vllm_crop.models.processor import (
 from vllm_crop.models.sent import OnTheWay, newly_sent
 from vllm_crop.planner import ImageDecision
 from vllm_crop.planning.budget import method_evicts
+from vllm_crop.planning.image_budgets import ImageBudget
 from vllm_crop.planning.plan import use_compiled
-from vllm_crop.request import CropParams, CropRequest, Found, image_requests
+from vllm_crop.request import (
+    CropParams,
+    CropRequest,
+    Found,
+    ImageRequest,
+    Room,
+    UnseenImage,
+    image_requests,
+    request_budgets,
+)
 
+_T = TypeVar("_T")
+_ANSWER_TOKENS = 512  # kept for an answer whose length the request does not say
 MESSAGES = "crop_messages"  # in a prompt on its way through the renderer
 
 
@@ -116,7 +131,7 @@ class CropRenderer(HfRenderer):
         asked, sought = self._look_at(prompt, messages)
         localizations: list[Localization] = []
         if sought and self._localizing is not None:
-            self._refuse_before_work(prompt, asked.params)
+            self._refuse_before_work(prompt, asked)
             localizations = self._localizing.localize_now(sought)
         way = OnTheWay()
         self._hand_over(prompt, asked, _found(localizations, sought, prompt), way)
@@ -155,7 +170,7 @@ class CropRenderer(HfRenderer):
             if kwargs.get("skip_mm_cache", False) or (context is not None and context.only_counts):
                 localizations = self._localizing.not_asked(sought)
             else:
-                sampling = self._refuse_before_work(prompt, asked.params)
+                sampling = self._refuse_before_work(prompt, asked)
                 if context is not None:
                     # Of a batch: while this conversation waits, no other request may find the images of
                     # the ones before it in vLLM's cache: the engine has not got them yet. They go with data.
@@ -197,15 +212,86 @@ class CropRenderer(HfRenderer):
                 given = settings.get(CROP_KEY)
                 params = CropParams.parse({} if given is None else given)
             data = prompt.get("multi_modal_data") or {}
+            num_images, shown = _num_images(data, params), shown_in(messages)
+            budgets = request_budgets(params, config, num_images, shown if len(shown) == num_images else None)
             # Before any localization is paid for, as far as vLLM has not to read the images for it.
-            image_requests(params, config, _num_images(data, params))
+            image_requests(params, config, num_images, budgets=budgets)
         self._refuse_evictions_without_rows(params)
         in_batch = context is not None and context.in_batch
-        asked = CropRequest(params, salt=salt, unsure=in_batch)
+        asked = CropRequest(params, salt=salt, unsure=in_batch, budgets=budgets)
+        sought = self._sought(prompt, messages, asked, set(settings) - {CROP_KEY})
+        if any(budget.max_tokens == 0 for budget in budgets):
+            asked, sought = self._without_unseen(prompt, asked, sought)
+        return replace(asked, room=self._room(prompt, params)), sought
+
+    def _without_unseen(
+        self, prompt: Any, asked: CropRequest, sought: list[RegionQuery]
+    ) -> tuple[CropRequest, list[RegionQuery]]:
+        """Take images that may cost nothing out of the prompt."""
+        assert asked.budgets is not None
+        gone = {
+            index: budget.by or "server"
+            for index, budget in enumerate(asked.budgets)
+            if budget.max_tokens == 0
+        }
+        unseen = take_out(prompt, list(gone.items()), self.model_config.hf_config)
+
+        def left(items: Sequence[_T]) -> list[_T]:
+            return [item for index, item in enumerate(items) if index not in gone]
+
+        params, updates = asked.params, dict[str, Any]()
+        if params.regions is not None:
+            updates["regions"] = left(params.regions)
+        if isinstance(params.max_tokens, tuple):
+            updates["max_tokens"] = tuple(left(params.max_tokens))
+        return (
+            replace(
+                asked,
+                params=params.model_copy(update=updates),
+                budgets=tuple(left(asked.budgets)),
+                unseen=tuple(unseen),
+            ),
+            left(sought),
+        )
+
+    def _room(self, prompt: Any, params: CropParams) -> Room | None:
+        """What the images of a prompt may take together; None where nothing bounds them but vLLM itself."""
+        config: CropConfig = self.mm_processor.crop_config
+        data = prompt.get("multi_modal_data") or {}
+        bound, prunes = config.limits.max_tokens_per_request, (params.fit or config.fit) == "prune"
+        if params.method == "off" or params.pruning_rate == 0:
+            prunes = False  # the client wants all of all
+        rooms = [] if bound is None else [Room(bound, bound, prunes)]
+        # Videos become longer too, and a prompt that is cut to a length is cut after its images have grown.
+        cut = getattr(_vllm_request(), "truncate_prompt_tokens", None) is not None
+        if prunes and not cut and set(data) == {"image"} and prompt.get("prompt_token_ids"):
+            images, longest = _images(data), self.model_config.max_model_len
+            text = len(prompt["prompt_token_ids"]) - len(images)
+            most = max(0, longest - 1 - text)
+            rooms.append(Room(most, max(0, min(most, longest - text - self._answer_tokens())), True))
+        if not rooms:
+            return None
+        return Room(min(room.most for room in rooms), min(room.aim for room in rooms), prunes)
+
+    def _answer_tokens(self) -> int:
+        """How much of the model's length is kept for an answer where images have to give way."""
+        longest: int = self.model_config.max_model_len
+        request = _vllm_request()
+        for name in ("max_completion_tokens", "max_output_tokens", "max_tokens"):
+            if isinstance(asked := getattr(request, name, None), int):
+                return min(asked, longest // 2)
+        return min(_ANSWER_TOKENS, longest // 4)
+
+    def _sought(
+        self, prompt: Any, messages: Sequence[Any], asked: CropRequest, other_settings: Collection[str]
+    ) -> list[RegionQuery]:
+        """The images whose regions are to be found, all of the prompt's or none."""
         if self._localizing is None:
-            return asked, []
-        if set(settings) - {CROP_KEY}:
-            return asked, []  # they can move an image under its region
+            return []
+        if other_settings:
+            return []  # they can move an image under its region
+        params, salt = asked.params, asked.salt
+        config, data = self.mm_processor.crop_config, prompt.get("multi_modal_data") or {}
         known = self.mm_processor.known_images(self.mm_processor_cache)
         uuids = (prompt.get("multi_modal_uuids") or {}).get("image") or ()
         uuids = [uuids] if isinstance(uuids, str) else uuids
@@ -216,9 +302,9 @@ class CropRenderer(HfRenderer):
                 return None
             return known.picture_of(found)
 
-        return asked, images_sought(data, messages, params, config, salt, by_name)
+        return images_sought(data, messages, params, config, salt, by_name, asked.budgets or ())
 
-    def _refuse_before_work(self, prompt: Any, params: CropParams) -> Any:
+    def _refuse_before_work(self, prompt: Any, asked: CropRequest) -> Any:
         """Refuse a request that vLLM will not serve whatever is found, before its images are looked at.
 
         Returns:
@@ -231,8 +317,9 @@ class CropRenderer(HfRenderer):
         sampling = self._sampling()
         # A prompt that is cut to a length is cut after its images have been expanded.
         request = _vllm_request()
-        if getattr(request, "truncate_prompt_tokens", None) is None:
-            self._refuse_too_long(prompt, params)
+        prunes = asked.room is not None and asked.room.prunes
+        if getattr(request, "truncate_prompt_tokens", None) is None and not prunes:
+            self._refuse_too_long(prompt, asked)
         return sampling
 
     def _sampling(self) -> Any:
@@ -269,13 +356,14 @@ class CropRenderer(HfRenderer):
             if getattr(sampling, name, None) is not None:
                 raise evictions_refused(name)
 
-    def _refuse_too_long(self, prompt: Any, params: CropParams) -> None:
-        processor = self.mm_processor
+    def _refuse_too_long(self, prompt: Any, asked: CropRequest) -> None:
+        processor, params = self.mm_processor, asked.params
         rate = processor.crop_config.pruning_rate if params.pruning_rate is None else params.pruning_rate
         method = params.method or processor.crop_config.method
         images = _images(prompt.get("multi_modal_data") or {})
         least, most = len(prompt.get("prompt_token_ids") or ()) - len(images), self.model_config.max_model_len
-        for image in images:
+        budgets = asked.budgets or ()
+        for index, image in enumerate(images):
             size = getattr(image, "size", None)
             if not isinstance(size, tuple):
                 continue
@@ -283,6 +371,9 @@ class CropRenderer(HfRenderer):
                 tokens = processor.geometry.grid(*size).num_tokens
             except CropError:
                 return  # the image processor says so
+            budget = budgets[index] if index < len(budgets) else ImageBudget()
+            if budget.max_tokens is not None:
+                rate = max(0.0, 1 - budget.max_tokens / tokens)
             least += processor.planner.fewest_embeddings(tokens, rate, method)
         if least >= most:
             raise VLLMValidationError(
@@ -330,9 +421,10 @@ class CropRenderer(HfRenderer):
         **_: Any,
     ) -> None:
         decisions: Sequence[ImageDecision] = engine_input.pop(DECISIONS, ())
-        if not decisions or not asked.limited:  # the localizer's own counts for nobody
+        unseen: Sequence[UnseenImage] = asked.unseen
+        if not (decisions or unseen) or not asked.limited:  # the localizer's own counts for nobody
             return
-        placeholders = engine_input["mm_placeholders"]["image"]
+        placeholders = engine_input["mm_placeholders"]["image"] if decisions else ()
         if len(localizations) != len(decisions):
             localizations = ()  # of embeddings that vLLM has taken apart: none of them was looked at
         found = (
@@ -356,6 +448,8 @@ class CropRenderer(HfRenderer):
             )
             for decision, placeholder, localization in zip(decisions, placeholders, found, strict=True)
         ]
+        for image in unseen:  # in the order in which they were sent
+            facts.insert(image.index, self._unseen_facts(image))
         engine_input[FACTS] = facts
         context = current_request.get()
         only_counts = skip_mm_cache or (context is not None and context.only_counts)
@@ -369,6 +463,15 @@ class CropRenderer(HfRenderer):
         context.model_name = model_name
         if not skip_mm_cache:
             self._note_unsent(engine_input, context)
+
+    def _unseen_facts(self, image: UnseenImage) -> ImageFacts:
+        tokens = 0
+        if image.size is not None:
+            with suppress(CropError):  # a size that no image processor takes
+                tokens = self.mm_processor.geometry.grid(*image.size).num_tokens
+        config = self.mm_processor.crop_config
+        request = ImageRequest(None, config.pruning_rate, config.compression, max_tokens=0, by=image.by)
+        return ImageFacts(tokens, 0, 0.0, None, "none", request=request)
 
     def _record(self, localizations: Sequence[Localization]) -> None:
         if self._localizing is not None:
@@ -410,7 +513,8 @@ def _num_images(data: Any, params: CropParams) -> int:
     """How many images a prompt has; where that takes reading embeddings, as many as the request says."""
     images = _images(data)
     if any(image is not None and as_picture(image) is None for image in images):
-        return len(params.regions or ())
+        lists = [params.regions, params.max_tokens]
+        return next((len(each) for each in lists if isinstance(each, list | tuple)), 0)
     return len(images)
 
 
@@ -442,4 +546,5 @@ def _image_facts(
         request=request,
         pieces=decision.pieces,
         foveation=config.foveation if request.compression == "foveate" else None,
+        reason=decision.reason if localization is None else "",
     )

@@ -41,6 +41,7 @@ class ImageFacts:
         request: what was asked for the image, the server's configuration applied.
         pieces: what the vision tower sees instead of the whole image; empty if that is what it sees.
         foveation: the server's settings of it, of an image that could be seen in pieces.
+        reason: why nothing of what was asked for could be done with it.
     """
 
     tokens: int
@@ -52,11 +53,19 @@ class ImageFacts:
     request: ImageRequest | None = None
     pieces: tuple[Piece, ...] = ()
     foveation: FoveationConfig | None = None
+    reason: str = ""
 
     @property
     def tower_tokens(self) -> int:
         """Visual tokens that the vision tower makes of what it sees, if none of it is cached."""
-        return tower_tokens(self.pieces) if self.pieces else self.tokens
+        if self.pieces:
+            return tower_tokens(self.pieces)
+        return self.tokens if self.tokens_after_plc else 0
+
+    @property
+    def saved_by(self) -> str:
+        """What it costs less for: its region, or who bounds it."""
+        return (self.request and self.request.by) or "region"
 
     @property
     def pruned(self) -> bool:
@@ -76,6 +85,13 @@ class ImageFacts:
             **({"tower_tokens": self.tower_tokens} if self.pieces else {}),
             **({"pieces": [piece.to_json() for piece in self.pieces]} if self.pieces and with_region else {}),
             "source": self.source,
+            **({"by": self.request.by} if self.request and self.request.by else {}),
+            **(
+                {"max_tokens": bound}
+                if self.request and (bound := self.request.max_tokens) is not None
+                else {}
+            ),
+            **({"reason": self.reason[:_LONGEST_REASON]} if self.reason else {}),
             **({"localizer": _localization_json(found, with_heat)} if found else {}),
         }
 

@@ -32,9 +32,9 @@ class Localization:
     Attributes:
         region: None serves the image whole.
         outcome: "global" is the localizer's own answer; FALLBACKS are not; "not_asked" is a prompt nobody
-            will answer, as it is only tokenized or will be refused. "too_many" images were sent at once; the
-            localizer is "suspended" after failures; a region is "not_possible" for this image or beside
-            other settings of the request.
+            will answer, as it is only tokenized or will be refused, or an image of which no part counts more
+            than another. "too_many" images were sent at once; the localizer is "suspended" after failures; a
+            region is "not_possible" for this image or beside other settings of the request.
         localizer: its name.
         confidence: None where it is unknown.
         seconds: from the question to the decision, waiting included.

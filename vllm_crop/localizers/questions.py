@@ -50,6 +50,12 @@ def normalised(question: str) -> str:
     return " ".join(question.split())[-LONGEST_QUESTION:]
 
 
+def is_image(part: Mapping[str, Any]) -> bool:
+    """Whether a part of a message is an image."""
+    kind = part.get("type")
+    return kind in _IMAGE_PARTS or (kind is None and bool(_IMAGE_PARTS.intersection(part)))
+
+
 def _is_user(message: Mapping[str, Any]) -> bool:
     return message.get("role") == "user"
 
@@ -66,6 +72,6 @@ def _read(message: Mapping[str, Any]) -> _Turn:
         kind = part.get("type")
         if kind in _TEXT_PARTS or (kind is None and "text" in part):
             texts.append(str(part.get("text") or ""))
-        elif kind in _IMAGE_PARTS or (kind is None and _IMAGE_PARTS.intersection(part)):
+        elif is_image(part):
             num_images += 1
     return _Turn(normalised(" ".join(texts)), num_images)

@@ -91,7 +91,9 @@ class CropProcessorMixin(BaseMultiModalProcessor):
         """Plans this server's images; original position ids must fit into vLLM's rotary table."""
         original = self.crop_config.position_ids == "original"
         room = position_room(self.info.ctx.model_config, self.geometry) if original else None
-        return Planner(self.crop_config, self.geometry, room)
+        # The tower's ranks would split a batch by images, and know nothing of their pieces.
+        sees_small = self.info.ctx.get_mm_config().mm_encoder_tp_mode != "data"
+        return Planner(self.crop_config, self.geometry, room, sees_small)
 
     @cached_property
     def _known_images(self) -> WeakKeyDictionary[Any, KnownImages]:
@@ -137,7 +139,8 @@ class CropProcessorMixin(BaseMultiModalProcessor):
         # Profiling sends one dummy item many times, without `crop`: a key would let the feature cache
         # answer all but the first, and too little memory would be profiled.
         keys = images.keys if is_request else ("",) * len(images.keys)
-        usable = ahead if self._is_ahead(ahead, inputs) else None
+        in_pieces = any(decision.pieces for decision in decisions)
+        usable = ahead if not in_pieces and self._is_ahead(ahead, inputs) else None
         pictures = tuple(one.picture for one in asked.found or ())
         if len(pictures) != len(decisions):
             pictures = (None,) * len(decisions)  # the planner has nothing for such images either

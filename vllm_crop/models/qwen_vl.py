@@ -69,7 +69,7 @@ class CropQwenVLProcessorMixin(CropProcessorMixin):
                 continue
             picture = items.pictures[index] or as_picture(images[index])
             assert picture is not None  # can_be_foveated
-            view = self._view_of(picture)
+            view = self._view_of(picture, decision)
             patches += self._patches_of(picture.open(), view, decision.pieces, hf_kwargs)
             if items.image_hashes[index]:
                 keys[index] = self._keys_of(view, decision.pieces, items.image_hashes[index])
@@ -104,23 +104,31 @@ class CropQwenVLProcessorMixin(CropProcessorMixin):
         processor = self.info.get_image_processor()
         side = processor.patch_size * processor.merge_size
         cut = [pixels_of(image, piece, side, self._resample) for piece in pieces[1:]]
-        seen = self._processed([view], hf_kwargs)
-        as_cut = self._processed(cut, {**hf_kwargs, "do_resize": False})
-        grids = torch.cat([seen["image_grid_thw"], as_cut["image_grid_thw"]]) // processor.merge_size
+        made = [self._processed([view], hf_kwargs)]
+        if cut:
+            made.append(self._processed(cut, {**hf_kwargs, "do_resize": False}))
+        grids = torch.cat([one["image_grid_thw"] for one in made]) // processor.merge_size
         assert grids[:, 1:].tolist() == [[piece.rows, piece.cols] for piece in pieces], grids
-        return [seen["pixel_values"], as_cut["pixel_values"]]
+        return [one["pixel_values"] for one in made]
 
-    def _view_of(self, picture: Picture) -> Image.Image:
-        """The small image that the localizer is shown too, of the same pixels."""
+    def _view_of(self, picture: Picture, decision: ImageDecision) -> Image.Image:
+        """The small image; beside larger pieces the one that the localizer is shown, of the same pixels."""
         width, height = picture.open().size
-        full = self.geometry.grid(width, height).num_tokens
-        size = size_for_tokens(self.geometry, width, height, self.planner.view_tokens(full))
+        if len(decision.pieces) == 1:
+            assert decision.request.max_tokens is not None
+            most = max(1, decision.request.max_tokens)
+        else:
+            most = self.planner.view_tokens(self.geometry.grid(width, height).num_tokens)
+        size = size_for_tokens(self.geometry, width, height, most)
         assert size is not None  # else there were no pieces
         return picture.shrunk(size)
 
     def _keys_of(self, view: Image.Image, pieces: Sequence[Piece], image_hash: str) -> torch.Tensor:
         """Names of what each piece shows; the view's is that of the same small image sent by itself."""
-        return torch.cat([image_key(self._hash_of(view)), piece_keys(image_hash, pieces[1:])])
+        names = [image_key(self._hash_of(view))]
+        if pieces[1:]:
+            names.append(piece_keys(image_hash, pieces[1:]))
+        return torch.cat(names)
 
     def _processed(
         self, images: Sequence[Any], hf_kwargs: Mapping[str, object], others: Mapping[str, Any] | None = None

@@ -17,7 +17,8 @@ from cachetools import LRUCache, cached
 from numpy.typing import NDArray
 
 from vllm_crop.planning.budget import Method, retained_per_stage, rim_count
-from vllm_crop.planning.geometry import ImageTokens, Indices, Mask, Places, Region
+from vllm_crop.planning.foveation import sources, whole_piece
+from vllm_crop.planning.geometry import ImageTokens, Indices, Mask, Places, Region, TokenGrid
 from vllm_crop.planning.groups import Groups, even_groups, middles
 
 logger = logging.getLogger("vllm.plugins.crop")
@@ -200,6 +201,34 @@ def overview_plan(grid: ImageTokens, unseen: Mask, pruning_rate: float) -> Token
         retained_per_stage(grid.num_tokens, pruning_rate, "plc", 1, ()),
         (),
     )
+
+
+def even_plan(
+    grid: ImageTokens, count: int, compression: Compression, unseen: Mask | None = None
+) -> TokenPlan:
+    """Spend `count` embeddings on all of an image alike, or on those tokens of it that are seen.
+
+    Args:
+        compression: "prune" keeps one token of each group, else the group's mean is kept.
+        unseen: tokens that are left out, `[num_tokens]`.
+    """
+    nowhere = np.zeros(grid.num_tokens, dtype=bool)
+    zones = Zones(nowhere, nowhere, nowhere if unseen is None else unseen)
+    count = min(count, int((~zones.left_out).sum()))
+    return _plan_counts(grid, zones, 1 - count / grid.num_tokens, compression, (count,), ())
+
+
+def small_plan(grid: TokenGrid, small: TokenGrid) -> TokenPlan:
+    """Let an image be what it is at another scale: an embedding for each token there."""
+    scale = (whole_piece(small),)
+    row, col = (
+        (2 * np.arange(few) + 1) * many // (2 * few)
+        for few, many in ((small.rows, grid.rows), (small.cols, grid.cols))
+    )
+    position = (row[:, None] * grid.cols + col).reshape(-1).astype(np.int32)
+    assignment = sources(grid, scale).astype(np.int32)
+    stays = np.full_like(position, NEVER)
+    return TokenPlan(grid, 1 - small.num_tokens / grid.num_tokens, assignment, position, stays)
 
 
 # `vllm_crop.planning.compiled_plan.plan`; see use_compiled.
