@@ -132,6 +132,14 @@ def bench(
             help="Measure instead what memory the API process takes for pictures of 20 megapixels; Linux.",
         ),
     ] = False,
+    conversation: Annotated[
+        bool,
+        typer.Option(
+            "--conversation",
+            help="Measure instead what a conversation with a screenshot a turn costs, stock and with "
+            "`history`: KV, prefix cache, time to first token. --repeats conversations.",
+        ),
+    ] = False,
     serve_args: Annotated[
         str, typer.Option(metavar="ARGS", help="More options for `vllm serve`, as one quoted string.")
     ] = "",
@@ -192,6 +200,12 @@ def bench(
 
         with console.status("three servers, one after another, get 20 pictures: about ten minutes"):
             console.print(api_memory_table(list(measure_api_memory())))
+        return
+    if conversation:
+        from vllm_crop.benchmarking.conversation import conversation_table, measure_conversations
+
+        with console.status("four servers start, and hold the same conversations: about ten minutes"):
+            console.print(conversation_table(list(measure_conversations(repeats))))
         return
     if not where and num_prompts < max(concurrency):
         raise typer.BadParameter(

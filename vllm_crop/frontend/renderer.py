@@ -6,10 +6,9 @@ messages, completions, batches, tokenization and offline `LLM`.
 """
 
 from collections.abc import Callable, Collection, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
 from vllm.exceptions import VLLMClientError, VLLMValidationError
 from vllm.renderers.hf import HfRenderer
@@ -20,10 +19,18 @@ from vllm_crop.frontend.conversation import shown_in
 from vllm_crop.frontend.localization import LocalizationService, RegionQuery, images_sought
 from vllm_crop.frontend.metrics import crop_metrics
 from vllm_crop.frontend.own_request import OfflineEngine, ServingEngine
-from vllm_crop.frontend.request_context import FACTS, ImageFacts, RequestContext, Source, current_request
+from vllm_crop.frontend.request_context import (
+    FACTS,
+    ImageFacts,
+    RequestContext,
+    Source,
+    current_request,
+    vllm_request,
+)
+from vllm_crop.frontend.room import images_of, room_of
 from vllm_crop.frontend.settling import IN_THE_WAY, evictions_refused
 from vllm_crop.frontend.shadow import ShadowChecks
-from vllm_crop.frontend.unseen_images import take_out
+from vllm_crop.frontend.unseen_images import unseen_facts, without_unseen
 from vllm_crop.localizers.decision import Localization
 from vllm_crop.localizers.thumbnails import Picture, as_picture
 from vllm_crop.models.ahead import ImagesAhead
@@ -45,15 +52,11 @@ from vllm_crop.request import (
     CropParams,
     CropRequest,
     Found,
-    ImageRequest,
-    Room,
     UnseenImage,
     image_requests,
     request_budgets,
 )
 
-_T = TypeVar("_T")
-_ANSWER_TOKENS = 512  # kept for an answer whose length the request does not say
 MESSAGES = "crop_messages"  # in a prompt on its way through the renderer
 
 
@@ -221,66 +224,9 @@ class CropRenderer(HfRenderer):
         asked = CropRequest(params, salt=salt, unsure=in_batch, budgets=budgets)
         sought = self._sought(prompt, messages, asked, set(settings) - {CROP_KEY})
         if any(budget.max_tokens == 0 for budget in budgets):
-            asked, sought = self._without_unseen(prompt, asked, sought)
-        return replace(asked, room=self._room(prompt, params)), sought
-
-    def _without_unseen(
-        self, prompt: Any, asked: CropRequest, sought: list[RegionQuery]
-    ) -> tuple[CropRequest, list[RegionQuery]]:
-        """Take images that may cost nothing out of the prompt."""
-        assert asked.budgets is not None
-        gone = {
-            index: budget.by or "server"
-            for index, budget in enumerate(asked.budgets)
-            if budget.max_tokens == 0
-        }
-        unseen = take_out(prompt, list(gone.items()), self.model_config.hf_config)
-
-        def left(items: Sequence[_T]) -> list[_T]:
-            return [item for index, item in enumerate(items) if index not in gone]
-
-        params, updates = asked.params, dict[str, Any]()
-        if params.regions is not None:
-            updates["regions"] = left(params.regions)
-        if isinstance(params.max_tokens, tuple):
-            updates["max_tokens"] = tuple(left(params.max_tokens))
-        return (
-            replace(
-                asked,
-                params=params.model_copy(update=updates),
-                budgets=tuple(left(asked.budgets)),
-                unseen=tuple(unseen),
-            ),
-            left(sought),
-        )
-
-    def _room(self, prompt: Any, params: CropParams) -> Room | None:
-        """What the images of a prompt may take together; None where nothing bounds them but vLLM itself."""
-        config: CropConfig = self.mm_processor.crop_config
-        data = prompt.get("multi_modal_data") or {}
-        bound, prunes = config.limits.max_tokens_per_request, (params.fit or config.fit) == "prune"
-        if params.method == "off" or params.pruning_rate == 0:
-            prunes = False  # the client wants all of all
-        rooms = [] if bound is None else [Room(bound, bound, prunes)]
-        # Videos become longer too, and a prompt that is cut to a length is cut after its images have grown.
-        cut = getattr(_vllm_request(), "truncate_prompt_tokens", None) is not None
-        if prunes and not cut and set(data) == {"image"} and prompt.get("prompt_token_ids"):
-            images, longest = _images(data), self.model_config.max_model_len
-            text = len(prompt["prompt_token_ids"]) - len(images)
-            most = max(0, longest - 1 - text)
-            rooms.append(Room(most, max(0, min(most, longest - text - self._answer_tokens())), True))
-        if not rooms:
-            return None
-        return Room(min(room.most for room in rooms), min(room.aim for room in rooms), prunes)
-
-    def _answer_tokens(self) -> int:
-        """How much of the model's length is kept for an answer where images have to give way."""
-        longest: int = self.model_config.max_model_len
-        request = _vllm_request()
-        for name in ("max_completion_tokens", "max_output_tokens", "max_tokens"):
-            if isinstance(asked := getattr(request, name, None), int):
-                return min(asked, longest // 2)
-        return min(_ANSWER_TOKENS, longest // 4)
+            asked, sought = without_unseen(prompt, asked, sought, self.model_config.hf_config)
+        room = room_of(prompt, params, config, self.model_config.max_model_len, vllm_request())
+        return replace(asked, room=room), sought
 
     def _sought(
         self, prompt: Any, messages: Sequence[Any], asked: CropRequest, other_settings: Collection[str]
@@ -292,7 +238,7 @@ class CropRenderer(HfRenderer):
             return []  # they can move an image under its region
         params, salt = asked.params, asked.salt
         config, data = self.mm_processor.crop_config, prompt.get("multi_modal_data") or {}
-        known = self.mm_processor.known_images(self.mm_processor_cache)
+        known = self.mm_processor.knownimages_of(self.mm_processor_cache)
         uuids = (prompt.get("multi_modal_uuids") or {}).get("image") or ()
         uuids = [uuids] if isinstance(uuids, str) else uuids
 
@@ -316,7 +262,7 @@ class CropRenderer(HfRenderer):
         """
         sampling = self._sampling()
         # A prompt that is cut to a length is cut after its images have been expanded.
-        request = _vllm_request()
+        request = vllm_request()
         prunes = asked.room is not None and asked.room.prunes
         if getattr(request, "truncate_prompt_tokens", None) is None and not prunes:
             self._refuse_too_long(prompt, asked)
@@ -328,7 +274,7 @@ class CropRenderer(HfRenderer):
         Raises:
             VLLMValidationError, ValueError: they are wrong, as vLLM would say after rendering.
         """
-        request = _vllm_request()
+        request = vllm_request()
         if getattr(request, "use_beam_search", False) or not hasattr(request, "to_sampling_params"):
             return None
         return request.to_sampling_params(self.model_config.max_model_len, {})
@@ -360,7 +306,7 @@ class CropRenderer(HfRenderer):
         processor, params = self.mm_processor, asked.params
         rate = processor.crop_config.pruning_rate if params.pruning_rate is None else params.pruning_rate
         method = params.method or processor.crop_config.method
-        images = _images(prompt.get("multi_modal_data") or {})
+        images = images_of(prompt.get("multi_modal_data") or {})
         least, most = len(prompt.get("prompt_token_ids") or ()) - len(images), self.model_config.max_model_len
         budgets = asked.budgets or ()
         for index, image in enumerate(images):
@@ -386,7 +332,7 @@ class CropRenderer(HfRenderer):
             # What is processed depends on the regions.
             return ImagesAhead((), self.mm_processor.process_ahead, self._mm_executor.submit)
         data = prompt.get("multi_modal_data") or {}
-        return ImagesAhead(_images(data), self.mm_processor.process_ahead, self._mm_executor.submit)
+        return ImagesAhead(images_of(data), self.mm_processor.process_ahead, self._mm_executor.submit)
 
     def _hand_over(
         self,
@@ -448,8 +394,9 @@ class CropRenderer(HfRenderer):
             )
             for decision, placeholder, localization in zip(decisions, placeholders, found, strict=True)
         ]
+        processor = self.mm_processor
         for image in unseen:  # in the order in which they were sent
-            facts.insert(image.index, self._unseen_facts(image))
+            facts.insert(image.index, unseen_facts(image, processor.crop_config, processor.geometry))
         engine_input[FACTS] = facts
         context = current_request.get()
         only_counts = skip_mm_cache or (context is not None and context.only_counts)
@@ -463,15 +410,6 @@ class CropRenderer(HfRenderer):
         context.model_name = model_name
         if not skip_mm_cache:
             self._note_unsent(engine_input, context)
-
-    def _unseen_facts(self, image: UnseenImage) -> ImageFacts:
-        tokens = 0
-        if image.size is not None:
-            with suppress(CropError):  # a size that no image processor takes
-                tokens = self.mm_processor.geometry.grid(*image.size).num_tokens
-        config = self.mm_processor.crop_config
-        request = ImageRequest(None, config.pruning_rate, config.compression, max_tokens=0, by=image.by)
-        return ImageFacts(tokens, 0, 0.0, None, "none", request=request)
 
     def _record(self, localizations: Sequence[Localization]) -> None:
         if self._localizing is not None:
@@ -490,7 +428,7 @@ def _found(
     """What the image processor is told, with the pictures of images that came as such in the prompt."""
     pictures: list[Picture | None] = [None] * len(localizations)
     if prompt is not None and localizations:
-        images = _images(prompt["multi_modal_data"])
+        images = images_of(prompt["multi_modal_data"])
         pictures = [None if image is None else one.picture for image, one in zip(images, sought, strict=True)]
     return tuple(
         Found(one.region, one.warm, one.late, picture)
@@ -498,20 +436,9 @@ def _found(
     )
 
 
-def _vllm_request() -> Any:
-    """vLLM's object for the request being served over HTTP, where one is known."""
-    context = current_request.get()
-    return None if context is None else context.request
-
-
-def _images(data: Any) -> list[Any]:
-    items = data.get("image")
-    return [] if items is None else list(items) if isinstance(items, list | tuple) else [items]
-
-
 def _num_images(data: Any, params: CropParams) -> int:
     """How many images a prompt has; where that takes reading embeddings, as many as the request says."""
-    images = _images(data)
+    images = images_of(data)
     if any(image is not None and as_picture(image) is None for image in images):
         lists = [params.regions, params.max_tokens]
         return next((len(each) for each in lists if isinstance(each, list | tuple)), 0)

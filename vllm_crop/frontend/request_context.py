@@ -224,3 +224,9 @@ class RequestContext:
 
 
 current_request: ContextVar[RequestContext | None] = ContextVar("vllm_crop_request", default=None)
+
+
+def vllm_request() -> Any:
+    """vLLM's object for the request being served over HTTP, None where none is known."""
+    context = current_request.get()
+    return None if context is None else context.request

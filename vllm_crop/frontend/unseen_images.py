@@ -1,38 +1,92 @@
 # SPDX-License-Identifier: Apache-2.0
 """Takes images that may cost nothing out of a prompt before it is expanded, as if they had not been sent."""
 
-from collections.abc import Collection, Sequence
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any, TypeVar
 
 from vllm.exceptions import VLLMValidationError
 
+from vllm_crop.config import CropConfig
+from vllm_crop.errors import CropError
+from vllm_crop.families.registry import VisionGeometry
+from vllm_crop.frontend.localization import RegionQuery
+from vllm_crop.frontend.request_context import ImageFacts
+from vllm_crop.frontend.room import images_of
 from vllm_crop.localizers.thumbnails import as_picture, image_of
 from vllm_crop.planning.image_budgets import BudgetSource
-from vllm_crop.request import UnseenImage
+from vllm_crop.request import CropRequest, ImageRequest, UnseenImage
+
+_T = TypeVar("_T")
 
 
-def take_out(prompt: Any, unseen: Sequence[tuple[int, BudgetSource]], hf_config: Any) -> list[UnseenImage]:
-    """Remove images from a prompt's token ids and data, in place.
+def without_unseen(
+    prompt: Any, asked: CropRequest, sought: Sequence[RegionQuery], hf_config: Any
+) -> tuple[CropRequest, list[RegionQuery]]:
+    """Take the images out of a prompt, in place, and out of what is asked for.
 
     Args:
-        unseen: which, and who wants it.
+        asked: with the budgets of all images.
+        sought: empty, or one for each image.
         hf_config: the model's, which names the ids that stand for an image and frame it.
 
     Raises:
         VLLMValidationError: the prompt's ids do not say where its images are.
     """
-    data = prompt["multi_modal_data"]
-    images = data["image"] if isinstance(data["image"], list | tuple) else [data["image"]]
-    indices = {index for index, _ in unseen}
-    prompt["prompt_token_ids"] = _without(
-        prompt.get("prompt_token_ids") or (), indices, len(images), hf_config
+    assert asked.budgets is not None
+    gone: dict[int, BudgetSource] = {
+        index: budget.by or "server" for index, budget in enumerate(asked.budgets) if budget.max_tokens == 0
+    }
+    image = getattr(hf_config, "image_token_id", getattr(hf_config, "image_token_index", None))
+    places = [place for place, token in enumerate(prompt.get("prompt_token_ids") or ()) if token == image]
+    if len(places) != len(asked.budgets):
+        if "max_tokens" not in gone.values():  # the server's own wish fails no request
+            least = [replace(one, max_tokens=1) if one.max_tokens == 0 else one for one in asked.budgets]
+            return replace(asked, budgets=tuple(least)), list(sought)
+        raise VLLMValidationError(
+            f"crop.max_tokens: {len(places)} image placeholder(s) in a prompt of {len(asked.budgets)} "
+            "image(s): none can be taken out without knowing where it is",
+            parameter="crop.max_tokens",
+        )
+    unseen = _take_out(prompt, gone, places, hf_config)
+    params, updates = asked.params, dict[str, Any]()
+    if params.regions is not None:
+        updates["regions"] = _others(params.regions, gone)
+    if isinstance(params.max_tokens, tuple):
+        updates["max_tokens"] = tuple(_others(params.max_tokens, gone))
+    left = replace(
+        asked,
+        params=params.model_copy(update=updates),
+        budgets=tuple(_others(asked.budgets, gone)),
+        unseen=tuple(unseen),
     )
+    return left, _others(sought, gone)
+
+
+def unseen_facts(image: UnseenImage, config: CropConfig, geometry: VisionGeometry) -> ImageFacts:
+    """What the answer says of an image that was taken out."""
+    tokens = 0
+    if image.size is not None:
+        with suppress(CropError):  # a size that no image processor takes
+            tokens = geometry.grid(*image.size).num_tokens
+    request = ImageRequest(None, config.pruning_rate, config.compression, max_tokens=0, by=image.by)
+    return ImageFacts(tokens, 0, 0.0, None, "none", request=request)
+
+
+def _take_out(
+    prompt: Any, unseen: Mapping[int, BudgetSource], places: Sequence[int], hf_config: Any
+) -> list[UnseenImage]:
+    token_ids = prompt["prompt_token_ids"]
+    data = prompt["multi_modal_data"]
+    images = images_of(data)
+    prompt["prompt_token_ids"] = _without(token_ids, places, unseen, hf_config)
     prompt.pop("prompt", None)  # the text they were made of
     data = prompt["multi_modal_data"] = dict(data)
-    data["image"] = _others(images, indices)
+    data["image"] = _others(images, unseen)
     uuids = prompt.get("multi_modal_uuids")
     if uuids and isinstance(uuids.get("image"), list | tuple):
-        prompt["multi_modal_uuids"] = {**uuids, "image": _others(uuids["image"], indices)}
+        prompt["multi_modal_uuids"] = {**uuids, "image": _others(uuids["image"], unseen)}
     if not data["image"]:
         del data["image"]
         if prompt.get("multi_modal_uuids"):
@@ -42,21 +96,13 @@ def take_out(prompt: Any, unseen: Sequence[tuple[int, BudgetSource]], hf_config:
     if not data:
         prompt.pop("multi_modal_data")
         prompt.pop("multi_modal_uuids", None)
-    return [UnseenImage(index, _size(images[index]), by) for index, by in unseen]
+    return [UnseenImage(index, _size(images[index]), by) for index, by in unseen.items()]
 
 
 def _without(
-    token_ids: Sequence[int], indices: Collection[int], num_images: int, hf_config: Any
+    token_ids: Sequence[int], places: Sequence[int], indices: Collection[int], hf_config: Any
 ) -> list[int]:
-    image = getattr(hf_config, "image_token_id", getattr(hf_config, "image_token_index", None))
     frame = getattr(hf_config, "vision_start_token_id", None), getattr(hf_config, "vision_end_token_id", None)
-    places = [place for place, token in enumerate(token_ids) if token == image]
-    if len(places) != num_images:
-        raise VLLMValidationError(
-            f"crop.max_tokens: {len(places)} image placeholder(s) in the prompt of {num_images} image(s): "
-            "none can be taken out without knowing where it is",
-            parameter="crop.max_tokens",
-        )
     gone: set[int] = set()
     for index in indices:
         place = places[index]
@@ -67,7 +113,7 @@ def _without(
     return [token for place, token in enumerate(token_ids) if place not in gone]
 
 
-def _others(items: Sequence[Any], indices: Collection[int]) -> list[Any]:
+def _others(items: Sequence[_T], indices: Collection[int]) -> list[_T]:
     return [item for index, item in enumerate(items) if index not in indices]
 
 
