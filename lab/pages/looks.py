@@ -8,7 +8,7 @@ from typing import Literal
 Split = Literal["train", "dev", "test"]
 SPLITS: tuple[Split, ...] = ("train", "dev", "test")
 
-# Debian's names; which packages bring them is in docs/evaluation_pages.md.
+# Debian's names; which packages bring them is in lab/pages/README.md.
 FONTS: dict[Split, tuple[str, ...]] = {
     "train": (
         *("DejaVu Sans", "DejaVu Serif", "Liberation Sans", "Liberation Serif", "Lato", "Roboto", "Cabin"),

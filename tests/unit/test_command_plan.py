@@ -270,3 +270,14 @@ def test_a_foveated_plan_says_what_the_vision_tower_sees(tmp_path: Path, model: 
     assert "every image is one tile of a fixed size" in error_line(
         "--model", model, "--image-size", SQUARE, "--compression", "foveate"
     )
+
+
+def test_a_bound_in_place_of_a_rate(model: str) -> None:
+    asked = ("--model", model, "--image-size", SQUARE, "--max-tokens", "40")
+    assert len(plan_json(*asked)["embeddings"]) == 40
+    assert len(plan_json(*asked, "--region", "0,0,0.1,0.1")["embeddings"]) == 40
+    printed = run(*asked).output
+    assert "at most 40 tokens asked" in printed
+    assert "40 embeddings pooled from 576 tokens" in printed
+    whole = run(*asked[:-1], "4000").output
+    assert "Served whole: it has no more tokens than that." in whole

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What older images of a conversation cost: an agent that sends a screenshot a turn, stock and with `history`.
+"""What older images of a conversation cost: an agent with a screenshot a turn, stock and with `history`.
 
 Servers side by side get the same conversation, turn by turn, in turn. All keep what they have computed (prefix
-caching), so that stock vLLM computes only what is new in a turn; with `history` it is that, and now and then a
-few screenshots that have grown old.
+caching): stock vLLM computes only what is new in a turn; with `history` it is that, and now and then a few
+screenshots that have grown old.
 """
 
 import json

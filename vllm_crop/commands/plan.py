@@ -5,6 +5,7 @@ import json
 import re
 from typing import Annotated
 
+import numpy as np
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -16,6 +17,7 @@ from vllm_crop.commands.region_options import (
     CompressionOption,
     EvictionLayersOption,
     HaloOption,
+    MaxTokensOption,
     MethodOption,
     PruningRateOption,
     RegionOption,
@@ -50,6 +52,7 @@ def plan(
     region: RegionOption = None,
     cells: CellsOption = None,
     pruning_rate: PruningRateOption = DEFAULTS.pruning_rate,
+    max_tokens: MaxTokensOption = None,
     compression: CompressionOption = DEFAULTS.compression,
     rim: RimOption = DEFAULTS.rim,
     method: MethodOption = DEFAULTS.method,
@@ -63,7 +66,7 @@ def plan(
     """Show which visual tokens of an image are kept, pooled, evicted or left out by a server."""
     width, height = _parse_size(image_size)
     asked = parse_regions(region, cells)
-    request = request_for_image(asked, pruning_rate, compression, method, eviction_layers, rim)
+    request = request_for_image(asked, pruning_rate, compression, method, eviction_layers, rim, max_tokens)
     geometry = geometry_of(model)
     foveation = FoveationConfig(
         view_tokens=view_tokens, halo=halo, rim_size=rim_size, unseen_tiles=unseen_tiles
@@ -73,8 +76,9 @@ def plan(
         typer.echo(json.dumps(planned.to_json(geometry.num_layers)))
         return
     console = Console(highlight=False)
-    console.print(_summary(planned, pruning_rate, geometry.num_layers))
-    if planned.region is None:
+    asked_for = f"{pruning_rate:g}" if max_tokens is None else f"at most {max_tokens} tokens"
+    console.print(_summary(planned, asked_for, geometry.num_layers))
+    if not planned.prunes and planned.region is None:
         console.print(f"Served whole: {why_whole(request, asked)}.")
     else:
         longest = max(part.row_length for part in planned.tokens.grid.parts)
@@ -90,7 +94,7 @@ def _parse_size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _summary(planned: ImagePlan, asked: float, num_layers: int) -> Table:
+def _summary(planned: ImagePlan, asked: str, num_layers: int) -> Table:
     token_plan = planned.tokens
     counts = PlanSummary.of(token_plan, planned.region, num_layers)
     table = Table.grid(padding=(0, 2))
@@ -98,6 +102,7 @@ def _summary(planned: ImagePlan, asked: float, num_layers: int) -> Table:
     table.add_row("grid", f"{token_plan.grid.describe()}, {num_layers} decoder layers")
     if counts.region_tokens is not None:
         table.add_row("region", f"{counts.region_kept} of {counts.region_tokens} tokens kept")
+    if counts.region_tokens is not None or planned.prunes:
         table.add_row(
             "context",
             f"{counts.pooled} embeddings pooled from {counts.pooled_tokens} tokens, "
@@ -109,13 +114,15 @@ def _summary(planned: ImagePlan, asked: float, num_layers: int) -> Table:
             table.add_row("embeddings", counts.describe_layers())
     if planned.pieces:
         table.add_row("vision tower", f"{planned.tower_tokens} tokens: {describe_pieces(planned.pieces)}")
-    table.add_row("pruning rate", f"{asked:g} asked, {token_plan.pruning_rate_got(num_layers):.4f} got")
+    table.add_row("pruning rate", f"{asked} asked, {token_plan.pruning_rate_got(num_layers):.4f} got")
     return table
 
 
-def _drawing(token_plan: TokenPlan, region: Region, width: int) -> Text:
+def _drawing(token_plan: TokenPlan, region: Region | None, width: int) -> Text:
     """The grids, `width` characters a token, newlines at the end of their rows, and what they mean."""
-    inside, assigned = token_plan.grid.mask(region).tolist(), token_plan.assignment.tolist()
+    nowhere = np.zeros(token_plan.grid.num_tokens, dtype=bool)
+    inside = (nowhere if region is None else token_plan.grid.mask(region)).tolist()
+    assigned = token_plan.assignment.tolist()
     stages, leaves_at = token_plan.eviction_layers, token_plan.evicted_from_layer.tolist()
     groups = _group_cells(token_plan)
     drawing, shown = Text(), set()

@@ -17,6 +17,7 @@ from vllm_crop.commands.region_options import (
     CompressionOption,
     EvictionLayersOption,
     HaloOption,
+    MaxTokensOption,
     MethodOption,
     PruningRateOption,
     RegionOption,
@@ -67,6 +68,7 @@ class ServerAnswer:
     localizer: dict[str, Any] | None
     settings: dict[str, Any]
     pieces: tuple[Piece, ...] = ()
+    max_tokens: int | None = None
 
     def describe(self) -> str:
         """A sentence on the region."""
@@ -120,6 +122,7 @@ def ask_server(base_url: str, picture: Image.Image, question: str, crop: dict[st
         localizer=image.get("localizer"),
         settings=facts,
         pieces=tuple(Piece.from_json(piece) for piece in image.get("pieces", ())),
+        max_tokens=image.get("max_tokens"),
     )
 
 
@@ -153,6 +156,7 @@ def preview(
     region: RegionOption = None,
     cells: CellsOption = None,
     pruning_rate: PruningRateOption = DEFAULTS.pruning_rate,
+    max_tokens: MaxTokensOption = None,
     compression: CompressionOption = DEFAULTS.compression,
     rim: RimOption = DEFAULTS.rim,
     method: MethodOption = DEFAULTS.method,
@@ -184,7 +188,7 @@ def preview(
     if base_url is not None and question is not None:
         given = {name: value for name, value in ctx.params.items() if _is_given(ctx, name)}
         crop: dict[str, Any] = {
-            name: given[name] for name in ("method", "pruning_rate", "rim") if name in given
+            name: given[name] for name in ("method", "pruning_rate", "max_tokens", "rim") if name in given
         }
         crop |= {"regions": [asked.as_lists()]} if asked else {}
         answer = ask_server(base_url, picture, question, crop)
@@ -192,6 +196,7 @@ def preview(
         # What is not asked for the server decides, and it says what.
         served = answer.settings
         method, pruning_rate, rim = served["method"], served["pruning_rate"], served["rim"]
+        max_tokens = answer.max_tokens
         if compression != served["compression"] and "compression" in given:
             raise typer.BadParameter(
                 f"the server's is {served['compression']}, and requests cannot choose",
@@ -201,7 +206,7 @@ def preview(
         if eviction_layers is None and "eviction_layers" in served:
             eviction_layers = ",".join(map(str, served["eviction_layers"]))
         foveation = FoveationConfig(**served.get("foveation", {}))
-    request = request_for_image(asked, pruning_rate, compression, method, eviction_layers, rim)
+    request = request_for_image(asked, pruning_rate, compression, method, eviction_layers, rim, max_tokens)
     geometry = assumed_llava() if model is None else _served(model) if answer else geometry_of(model)
     planned = plan_for_image(geometry, *picture.size, request, foveation)
     if answer is not None:
@@ -223,7 +228,7 @@ def preview(
     why = why_whole(request, asked)
     if answer is not None and answer.localizer is not None:
         why = _why_not_localized(answer.localizer)
-    reason = "" if planned.region else f": {why}"
+    reason = "" if planned.region or planned.prunes else f": {why}"
     typer.echo(f"{counts.tokens} -> {counts.after} ({counts.change})  {counts.describe()}{reason}")
     if counts.evicted:
         typer.echo(counts.describe_layers())

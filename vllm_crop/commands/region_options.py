@@ -51,6 +51,14 @@ PruningRateOption = Annotated[
         metavar="RATE", help="Fraction of the visual tokens to remove, averaged over layers, in [0, 1)."
     ),
 ]
+MaxTokensOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="TOKENS",
+        help="Most visual tokens of the image, in place of a pruning rate; with or without a region.",
+    ),
+]
 CompressionOption = Annotated[
     Compression,
     typer.Option(
@@ -116,6 +124,7 @@ def request_for_image(
     method: Method,
     eviction_layers: str | None,
     rim: float = DEFAULTS.rim,
+    max_tokens: int | None = None,
 ) -> ImageRequest:
     """What a server makes of these settings for one image.
 
@@ -138,7 +147,8 @@ def request_for_image(
         field = place.removeprefix("additional_config.crop.").partition("[")[0]
         raise typer.BadParameter(reason, param_hint=f"--{field.replace('_', '-')}") from None
     try:
-        return image_requests(CropParams(regions=[region]), config, num_images=1)[0]
+        asked = CropParams(regions=[region], max_tokens=max_tokens)
+        return image_requests(asked, config, num_images=1)[0]
     except InvalidCropError as error:
         raise typer.BadParameter(str(error), param_hint="--region") from None
 
@@ -177,7 +187,8 @@ def plan_for_image(
     except UnsupportedImageError as error:
         raise typer.BadParameter(str(error)) from None
     except InvalidCropError as error:
-        raise typer.BadParameter(error.reason, param_hint="--pruning-rate") from None
+        option = "--pruning-rate" if request.max_tokens is None else "--max-tokens"
+        raise typer.BadParameter(error.reason, param_hint=option) from None
 
 
 def geometry_of(model: str) -> VisionGeometry:
@@ -197,7 +208,9 @@ def why_whole(request: ImageRequest, region: Region | None) -> str:
     if request.method == "off":
         return "the method is off"
     if region is None:
-        return "no region is given"
+        return "it has no more tokens than that" if request.max_tokens else "no region is given"
+    if request.max_tokens is not None:
+        return "it has no more tokens than that"
     if request.region is None:
         return "the pruning rate is 0"
     return "the model sees nothing of the region"

@@ -96,7 +96,7 @@ class PlanSummary:
         if self.average == self.tokens:
             return "served whole, all tokens kept"
         of_all = f" of {self.region_tokens}" if self.region_kept != self.region_tokens else ""
-        parts = [f"region {self.region_kept}{of_all} kept"]
+        parts = [] if self.region_tokens is None else [f"region {self.region_kept}{of_all} kept"]
         if self.others_kept:
             parts.append(f"{self.others_kept} others kept")
         if self.pooled:
