@@ -152,6 +152,17 @@ def test_methods_and_the_slider_change_the_plan_at_once(reader: Reader, picture:
     assert pruned["tokens_avg"] == pytest.approx(288, abs=1)
     assert pruned["tokens_after_plc"] > 288
     assert reader.fact("with", "asked") == "method plc+ilp, 50 % pruned"
+    reader["method"].select_option("plc")
+    reader["most"].fill("40")
+    expect(reader["rate"]).to_be_disabled()
+    expect(reader["plan-text"]).to_contain_text("576 tokens become 40")
+    pruned, _ = reader.ask()
+    assert reader.sent_crop() == {"method": "plc", "max_tokens": 40}
+    assert pruned["tokens_after_plc"] == 40
+    assert reader.fact("with", "asked") == "method plc, at most 40 tokens"
+    reader["most"].fill("")
+    expect(reader["rate"]).to_be_enabled()
+    expect(reader["plan-text"]).to_contain_text("576 tokens become 288")
 
 
 def test_a_box_by_mouse_overrides_the_region_until_it_is_cleared(

@@ -123,6 +123,8 @@ def test_the_plan_is_the_servers(client: TestClient) -> None:
         assert {key: plan[key] for key in expected} == expected
         assert plan["method"] == method
         assert plan["region_in_view"] is True
+    bounded = plan_of(client, max_tokens=40, method="plc")
+    assert (len(bounded["embeddings"]), bounded["region_in_view"]) == (40, False)
 
 
 def test_what_is_left_out_the_server_decides(client: TestClient) -> None:
@@ -166,6 +168,8 @@ def test_an_image_in_several_grids() -> None:
         ({"region": []}, "region", "must be null, a box"),
         ({"pruning_rate": 1}, "pruning_rate", "less than 1"),
         ({"pruning_rate": 0.995}, "pruning_rate", "at most 0.99"),
+        ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
+        ({"max_tokens": 5, "pruning_rate": 0.5}, "max_tokens", "not both"),
         ({"pruning_rate": "much"}, "pruning_rate", "number"),
         ({"method": "magic"}, "method", "plc"),
         ({"method": "ilp", "region": BOX, "pruning_rate": 0.95}, "pruning_rate", "takes at least"),

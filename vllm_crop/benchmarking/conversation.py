@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What older images of a conversation cost: an agent with a screenshot a turn, stock and with `history`.
 
-Servers side by side get the same conversation, turn by turn, in turn. All keep what they have computed (prefix
-caching): stock vLLM computes only what is new in a turn; with `history` it is that, and now and then a few
+Servers side by side get the same conversation, turn by turn, in turn. All keep what they have computed
+(prefix caching): stock vLLM computes only what is new; with `history` it is that, and now and then a few
 screenshots that have grown old.
 """
 

@@ -238,7 +238,7 @@ class CropRenderer(HfRenderer):
             return []  # they can move an image under its region
         params, salt = asked.params, asked.salt
         config, data = self.mm_processor.crop_config, prompt.get("multi_modal_data") or {}
-        known = self.mm_processor.knownimages_of(self.mm_processor_cache)
+        known = self.mm_processor.known_images(self.mm_processor_cache)
         uuids = (prompt.get("multi_modal_uuids") or {}).get("image") or ()
         uuids = [uuids] if isinstance(uuids, str) else uuids
 

@@ -11,10 +11,16 @@ from vllm_crop.errors import UnsupportedImageError
 from vllm_crop.planner import Planner
 from vllm_crop.planning.budget import Method
 from vllm_crop.planning.geometry import Region
+from vllm_crop.planning.image_budgets import MOST_TOKENS
 from vllm_crop.request import CropParams, InvalidCropError, image_requests, parse_region
 
 LONGEST_SIDE = 65535  # in pixels, as JPEG has it
-_FIELDS = {"crop.regions": "region", "crop.pruning_rate": "pruning_rate", "crop.method": "method"}
+_FIELDS = {
+    "crop.regions": "region",
+    "crop.pruning_rate": "pruning_rate",
+    "crop.max_tokens": "max_tokens",
+    "crop.method": "method",
+}
 
 Side = Annotated[int, Field(ge=1, le=LONGEST_SIDE)]
 
@@ -39,6 +45,7 @@ class PlanRequest(BaseModel):
         default=None, description="As an entry of `crop.regions`: null, one box or a list of boxes."
     )
     pruning_rate: float | None = Field(default=None, ge=0, lt=1, allow_inf_nan=False)
+    max_tokens: int | None = Field(default=None, ge=1, le=MOST_TOKENS)
     method: Method | None = None
 
     @classmethod
@@ -76,7 +83,14 @@ class Page:
         Raises:
             InvalidCropError: naming the field of the request that cannot be met.
         """
-        params = CropParams(regions=[asked.region], pruning_rate=asked.pruning_rate, method=asked.method)
+        if asked.pruning_rate is not None and asked.max_tokens is not None:
+            raise InvalidCropError("max_tokens", "send this or a pruning_rate, not both")
+        params = CropParams(
+            regions=[asked.region],
+            pruning_rate=asked.pruning_rate,
+            max_tokens=asked.max_tokens,
+            method=asked.method,
+        )
         width, height = asked.image_size
         try:
             (request,) = image_requests(params, self.planner.config, num_images=1)
@@ -102,6 +116,7 @@ class Page:
             "method": default,
             "pruning_rate": min(config.pruning_rate, config.limits.max_pruning_rate),
             "max_pruning_rate": config.limits.max_pruning_rate,
+            "max_tokens": config.max_tokens,
             "localizer": config.localizer.kind,
             "num_layers": self.planner.geometry.num_layers,
             "eviction_layers": list(config.stages),

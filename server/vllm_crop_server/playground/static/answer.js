@@ -91,8 +91,9 @@ export class Answer {
   }
 }
 
-function pruningOf({ method, pruning_rate: rate }) {
-  return method === "off" ? "method off" : `method ${method}, ${number(100 * rate)} % pruned`;
+function pruningOf({ method, pruning_rate: rate, max_tokens: most }) {
+  if (method === "off") return "method off";
+  return `method ${method}, ${most ? `at most ${number(most)} tokens` : `${number(100 * rate)} % pruned`}`;
 }
 
 function averageOf(image) {

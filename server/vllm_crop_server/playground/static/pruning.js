@@ -1,4 +1,4 @@
-// The choices of method and pruning rate, as far as the server offers them.
+// The choices of method and budget, as far as the server offers them.
 
 const METHODS = {
   plc: "plc: compress",
@@ -17,12 +17,15 @@ export class Pruning {
     this.method = find("method");
     this.rate = find("rate");
     this.shownRate = find("rate-shown");
+    this.most = find("most");
     this.hint = find("box-hint");
     this.method.addEventListener("change", onChange);
-    this.rate.addEventListener("input", () => {
-      this.#show();
-      onChange();
-    });
+    for (const each of [this.rate, this.most]) {
+      each.addEventListener("input", () => {
+        this.#show();
+        onChange();
+      });
+    }
     this.#show();
   }
 
@@ -33,17 +36,27 @@ export class Pruning {
     this.method.replaceChildren(...options);
     this.method.value = settings.methods.includes(chosen) ? chosen : settings.method;
     this.rate.max = settings.max_pruning_rate;
-    if (!chosen) this.rate.value = settings.pruning_rate;
+    if (!chosen) {
+      this.rate.value = settings.pruning_rate;
+      this.most.value = settings.max_tokens ?? "";
+    }
     this.hint.textContent = HINTS[settings.localizer] ?? "";
     this.#show();
   }
 
   /** As fields of `crop` and of a plan. */
   get value() {
-    return { method: this.method.value, pruning_rate: Number(this.rate.value) };
+    const budget = this.#bound ? { max_tokens: this.#bound } : { pruning_rate: Number(this.rate.value) };
+    return { method: this.method.value, ...budget };
+  }
+
+  /** Tokens an image may cost; 0 where the rate counts. */
+  get #bound() {
+    return this.most.validity.valid ? Number(this.most.value) : 0;
   }
 
   #show() {
+    this.rate.disabled = this.#bound > 0;
     this.shownRate.textContent = `${Math.round(1000 * this.rate.value) / 10} %`;
     this.rate.setAttribute("aria-valuetext", `${this.shownRate.textContent} of the image's tokens removed`);
   }
