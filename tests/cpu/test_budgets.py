@@ -26,7 +26,6 @@ from tests.families import (
 from tests.foveated_reference import tiled
 from tests.pictures import noise_image
 from tests.reference import HfReference, Reference
-from vllm_crop.families.view_size import size_for_tokens
 from vllm_crop.localizers.thumbnails import shrink
 from vllm_crop.planner import ImageDecision
 from vllm_crop.planning.plan import TokenPlan
@@ -111,9 +110,10 @@ class Expected:
         """Each token of the image is the one of the small image that shows its middle."""
         assert decision.plan is not None
         (part,) = decision.plan.grid.parts
-        size = size_for_tokens(self.hf.geometry, *image.size, decision.request.max_tokens or 0)
-        assert size is not None
-        features, scale = self.hf.features(shrink(image, size)), self.hf.geometry.grid(*size).parts[0].grid
+        (piece,), processor = decision.pieces, self.hf.processor.image_processor
+        side, scale = processor.patch_size * processor.merge_size, piece.scale
+        features = self.hf.features(shrink(image, (scale.cols * side, scale.rows * side)))
+        assert len(features) == scale.num_tokens
         rows = [
             int((row + 0.5) / part.grid.rows * scale.rows) * scale.cols
             + int((col + 0.5) / part.grid.cols * scale.cols)

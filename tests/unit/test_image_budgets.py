@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from vllm_crop.config import CropConfig
 from vllm_crop.families.llava import ClipPreprocessing, LlavaGeometry
 from vllm_crop.families.qwen_vl import Qwen2_5VLGeometry, SmartResize
+from vllm_crop.families.view_size import MOST_DISTORTED, small_scale
 from vllm_crop.frontend.conversation import shown_in
 from vllm_crop.planner import ImageDecision, Planner
 from vllm_crop.planning.budget import retained_count
@@ -321,3 +322,21 @@ def test_an_unknown_key_of_history_is_named() -> None:
         InvalidCropError, match=r"history\.of: unknown key, allowed are keep, max_tokens, stride"
     ):
         CropParams.parse({"history": {"keep": 1, "max_tokens": 1, "of": 2}})
+
+
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 900))
+def test_small_images_use_their_tokens_up(rows: int, cols: int, most: int) -> None:
+    """As many as of any grid of about the same aspect."""
+    found = small_scale(TokenGrid(rows, cols), most)
+    assert found.rows <= rows
+    assert found.cols <= cols
+    assert found.num_tokens <= most
+    others = [
+        (r, c)
+        for r in range(1, rows + 1)
+        for c in range(1, cols + 1)
+        if r * c <= most and max(r * cols, c * rows) <= MOST_DISTORTED * min(r * cols, c * rows)
+    ]
+    assert found.num_tokens >= max((r * c for r, c in others), default=1)
+    if 1 not in (found.rows, found.cols):
+        assert (found.rows, found.cols) in others

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 
 from vllm_crop.errors import UnsupportedImageError, UnsupportedModelError
 from vllm_crop.families.text_layers import decoder_layers
-from vllm_crop.families.view_size import size_for_tokens
+from vllm_crop.families.view_size import size_for_tokens, small_scale
 from vllm_crop.planning.foveation import FoveationRule, Piece, Sight, foveate, whole_piece
 from vllm_crop.planning.geometry import Box, ImageTokens, ImageView, Region, TokenGrid
 
@@ -170,13 +170,9 @@ class Qwen2_5VLGeometry:
 
     def small(self, width: int, height: int, max_tokens: int) -> tuple[Piece, ...]:
         """The image resized, unless the image processor would enlarge it again."""
-        size = size_for_tokens(self, width, height, max_tokens)
-        if size is None:
-            return ()
-        scale, full = self.grid(*size), self.grid(width, height)
-        if scale.num_tokens > max_tokens or scale.rows > full.rows or scale.cols > full.cols:
-            return ()
-        return (whole_piece(scale),)
+        scale, side = small_scale(self.grid(width, height), max_tokens), self.resize.token_side
+        kept = self.grid(scale.cols * side, scale.rows * side) == scale
+        return (whole_piece(scale),) if kept else ()
 
     def overview(self, width: int, height: int) -> tuple[Piece, ...]:
         """None: the prompt has an image once."""

@@ -5,8 +5,9 @@ import math
 from typing import Protocol
 
 from vllm_crop.errors import UnsupportedImageError
-from vllm_crop.planning.geometry import ImageTokens
+from vllm_crop.planning.geometry import ImageTokens, TokenGrid
 
+MOST_DISTORTED = 1.25  # an image seen small may become so much wider or narrower to use its tokens up
 _ATTEMPTS = 50  # token counts come in steps: a little smaller each time until they fit
 
 
@@ -16,6 +17,25 @@ class HasGrid(Protocol):
     def grid(self, width: int, height: int) -> ImageTokens:
         """The visual tokens of an image of this size in pixels."""
         ...
+
+
+def small_scale(full: TokenGrid, max_tokens: int) -> TokenGrid:
+    """As many tokens as an image may cost, of about its aspect and no more than it has along either side.
+
+    Of several with as many tokens that with the truest aspect.
+    """
+    found, rank = TokenGrid(1, 1), (0, 0.0)
+    for rows in range(1, min(full.rows, max_tokens) + 1):
+        cols = min(full.cols, max_tokens // rows, math.floor(MOST_DISTORTED * rows * full.cols / full.rows))
+        if cols < 1:
+            continue
+        ratio = rows * full.cols / (cols * full.rows)
+        distorted = max(ratio, 1 / ratio)
+        # A line so narrow that no token of it has its aspect is seen as it can be.
+        near = distorted <= MOST_DISTORTED or 1 in (rows, cols)
+        if near and (rows * cols, -distorted) > rank:
+            found, rank = TokenGrid(rows, cols), (rows * cols, -distorted)
+    return found
 
 
 def size_for_tokens(geometry: HasGrid, width: int, height: int, max_tokens: int) -> tuple[int, int] | None:

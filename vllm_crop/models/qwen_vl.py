@@ -115,10 +115,10 @@ class CropQwenVLProcessorMixin(CropProcessorMixin):
         """The small image; beside larger pieces the one that the localizer is shown, of the same pixels."""
         width, height = picture.open().size
         if len(decision.pieces) == 1:
-            assert decision.request.max_tokens is not None
-            most = max(1, decision.request.max_tokens)
-        else:
-            most = self.planner.view_tokens(self.geometry.grid(width, height).num_tokens)
+            processor, (view,) = self.info.get_image_processor(), decision.pieces
+            side = processor.patch_size * processor.merge_size
+            return picture.shrunk((view.cols * side, view.rows * side))
+        most = self.planner.view_tokens(self.geometry.grid(width, height).num_tokens)
         size = size_for_tokens(self.geometry, width, height, most)
         assert size is not None  # else there were no pieces
         return picture.shrunk(size)

@@ -77,11 +77,11 @@ def _levelled(given: Sequence[int], least: Sequence[int], room: int) -> list[int
             high = level - 1
     cut = _cut(given, least, low)
     # What whole numbers leave over goes to the first of those that were cut to the level.
+    left = room - sum(cut)
     for index, tokens in enumerate(cut):
-        if sum(cut) >= room:
-            break
-        if tokens == low and given[index] > tokens:
+        if left > 0 and tokens == low and given[index] > tokens:
             cut[index] += 1
+            left -= 1
     return cut
 
 
