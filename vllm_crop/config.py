@@ -237,14 +237,27 @@ class CropConfig(BaseModel):
         if not isinstance(settings, dict):
             return settings
         if "pruning_rate" in settings:
-            if settings.get("max_tokens") is not None:
+            if settings.get("max_tokens") is not None and not cls._is_default_rate(settings):
                 raise ValueError("max_tokens and pruning_rate are two ways to say one thing: leave one out")
             return settings
         try:
-            limit = CropLimits.model_validate(settings.get("limits") or {}).max_pruning_rate
+            return {**settings, "pruning_rate": cls._default_rate(settings)}
         except ValidationError:
             return settings  # said again, with its place, when the field itself is read
-        return {**settings, "pruning_rate": min(cls.model_fields["pruning_rate"].default, limit)}
+
+    @classmethod
+    def _default_rate(cls, settings: Mapping[str, Any]) -> float:
+        limit = CropLimits.model_validate(settings.get("limits") or {}).max_pruning_rate
+        default: float = cls.model_fields["pruning_rate"].default
+        return min(default, limit)
+
+    @classmethod
+    def _is_default_rate(cls, settings: Mapping[str, Any]) -> bool:
+        """Whether the rate may have been filled in: settings are written down and read again."""
+        try:
+            return bool(settings["pruning_rate"] == cls._default_rate(settings))
+        except ValidationError:
+            return True
 
     @field_validator("limits")
     @classmethod

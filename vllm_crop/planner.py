@@ -242,12 +242,15 @@ class Planner:
         floor = self.config.fit_floor
         try:
             given = share_room(claims, room.aim, floor)
-        except NoRoomError as error:
-            raise InvalidCropError("crop.fit", f"{error}, with {floor} for each image") from None
+        except NoRoomError:
+            try:  # with as little room for an answer as stock vLLM leaves
+                given = share_room(claims, room.most, floor)
+            except NoRoomError as error:
+                raise InvalidCropError("crop.fit", f"{error}, with {floor} for each image") from None
         fitted = [
             decision
             if tokens == claim.tokens
-            else self._decide(replace(decision.request.bounded(tokens), by="fit"), size, embeddings=False)
+            else self._decide(_brought_to_fit(decision.request, tokens), size, embeddings=False)
             for decision, size, claim, tokens in zip(decisions, known, claims, given, strict=True)
         ]
         self._check_room(fitted)
@@ -300,7 +303,8 @@ class Planner:
             return ImageDecision(request.without_budget())
         planned = self.plan_image(request, *size)
         if not planned.prunes:
-            return ImageDecision(request, whole="no_region" if planned.region else "out_of_view")
+            seen = planned.region is not None or request.region is None
+            return ImageDecision(request, whole="no_region" if seen else "out_of_view")
         span = self.geometry.position_span(planned.tokens.grid)
         delta = max(0, span - planned.tokens.num_embeddings)
         return ImageDecision(request, planned.tokens, mrope_position_delta=delta, pieces=planned.pieces)
@@ -328,6 +332,12 @@ class Planner:
                 f"{delta} tokens removed, but this server keeps their position ids and has room for "
                 f"{self.room}: prune fewer images or less of them",
             )
+
+
+def _brought_to_fit(request: ImageRequest, tokens: int) -> ImageRequest:
+    """No more than what it was to cost on average before."""
+    bound = tokens if request.max_tokens is None else min(tokens, request.max_tokens)
+    return replace(request.bounded(bound), by="fit")
 
 
 def _refuse_beside(other_kwargs: Sequence[str], request: ImageRequest) -> None:

@@ -67,7 +67,9 @@ def parse_max_tokens(value: Any) -> int | tuple[int | None, ...] | None:
         bound: int | None = value
         return bound
     if not isinstance(value, list | tuple):
-        raise ValueError(f"must be a whole number of tokens or a list of such, got {shorten(value)}")
+        raise ValueError(
+            f"must be a whole number from 0 to {MOST_TOKENS} or a list of such, got {shorten(value)}"
+        )
     if len(value) > MAX_IMAGES:
         raise ValueError(f"at most {MAX_IMAGES} entries, got {len(value)}")
     for each in value:
@@ -296,7 +298,7 @@ class CropRequest:
     def images(self, config: CropConfig, num_images: int) -> list["ImageRequest"]:
         """What is asked for each image; see image_requests."""
         budgets = self.budgets if self.budgets is not None and len(self.budgets) == num_images else None
-        if not self.limited:
+        if not self.limited and budgets is None:
             budgets = NO_BUDGET * num_images  # the localizer's view is what the server wants it to be
         if self.found is None:
             requests = image_requests(self.params, config, num_images, self.limited, budgets)
@@ -414,6 +416,7 @@ def request_budgets(
         config.detail_low_tokens,
         None if params.pruning_rate is not None else config.max_tokens,
         (params.history or config.history) if shown is not None else None,
+        in_prompt=not method_evicts(params.method or config.method),
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from tests.conftest import CheckpointOf
-from tests.cpu.conftest import CHUNKED, STEPS, Engine, Question
+from tests.cpu.conftest import CHUNKED, STEPS, Engine, Question, decided
 from tests.cpu.test_parity import NOTICEABLE, TOLERANCE, cells, difference
 from tests.families import (
     LLAVA,
@@ -156,3 +156,18 @@ def test_counts_are_the_clients_own_arithmetic(engine_of: Callable[[Family], Eng
         exact = family not in QWEN or name == "with a region"
         assert taken - frame == bound if exact else bound // 2 < taken - frame <= bound, (name, taken, frame)
     assert grid(*SQUARE.size).num_tokens > 40
+
+
+def test_a_servers_own_bound(checkpoint_of: CheckpointOf) -> None:
+    """Of images that nobody says anything about; with eviction, what layers run with on average."""
+    crop = {"max_tokens": 40, "method": "plc+ilp", "eviction_layers": [2]}
+    engine = Engine(checkpoint_of(LLAVA, LLAVA.deep), crop, LLAVA)
+    text = engine.ask(Question())[0].num_prompt_tokens
+    asked: list[dict[str, Any]] = [{"method": "plc"}, {"regions": [HERE]}, {"method": "off"}]
+    answers = [engine.ask(Question((SQUARE,), crop))[0] for crop in asked]
+    compressed, evicted, off = (answer.num_prompt_tokens - text - 1 for answer in answers)  # a line break
+    full = engine.processor.geometry.grid(*SQUARE.size).num_tokens
+    assert (compressed, off) == (40, full)
+    plan = decided(engine.processor, SQUARE, asked[1]).plan
+    assert evicted == plan.num_embeddings > 40
+    assert plan.tokens_avg(LLAVA.deep.layers) == pytest.approx(40, abs=0.5)

@@ -131,12 +131,12 @@ def test_the_right_one_wins_and_counts_are_exact(case: Case) -> None:
         assert [got(decision) for decision in case.decide()] == before
         return
     floors = [min(one, case.config["fit_floor"]) for one in before]
-    if not case.room.prunes or sum(floors) > case.room.aim:
+    if not case.room.prunes or sum(floors) > case.room.most:
         with pytest.raises(InvalidCropError, match=r"crop\.fit: the images take"):
             case.decide()
         return
     counts = [got(decision) for decision in case.decide()]
-    assert sum(counts) <= case.room.aim
+    assert sum(counts) <= (case.room.aim if sum(floors) <= case.room.aim else case.room.most)
     assert all(low <= less <= one for low, less, one in zip(floors, counts, before, strict=True))
 
 
@@ -340,3 +340,47 @@ def test_small_images_use_their_tokens_up(rows: int, cols: int, most: int) -> No
     assert found.num_tokens >= max((r * c for r, c in others), default=1)
     if 1 not in (found.rows, found.cols):
         assert (found.rows, found.cols) in others
+
+
+def test_a_servers_bound_survives_being_written_down() -> None:
+    """As settings travel in the HF config."""
+    for limits in ({}, {"max_pruning_rate": 0.5}):
+        config = CropConfig.from_mapping({"max_tokens": 512, "limits": limits})
+        assert CropConfig.from_mapping(config.model_dump()) == config
+
+
+@pytest.mark.parametrize("method", ["ilp", "plc+ilp"])
+def test_with_eviction_history_is_still_about_the_prompt(method: str) -> None:
+    """A smaller bound on the average does not make the prompt shorter."""
+    crop = {"method": method, "max_tokens": 50, "history": {"keep": 1, "max_tokens": 64, "stride": 1}}
+    params, config = CropParams.parse(crop), CropConfig.from_mapping({"eviction_layers": [1]})
+    budgets = request_budgets(params, config, 2, [Shown(0), Shown(1)])
+    regions = tuple(Found(Region.from_grid_cells(1, 1, 1, 1)) for _ in budgets)
+    asked = CropRequest(params, regions, budgets=budgets)
+    old, new = Planner(config, LLAVA).plan(asked, [(672, 672)] * 2)
+    assert old.request.by == "history"
+    assert got(old) == 50
+    assert old.plan is not None
+    assert not old.plan.evicts
+    assert new.plan is not None
+    assert new.plan.evicts
+    fitted = CropRequest(params, regions, budgets=budgets, room=Room(130, 130, True))
+    for decision in Planner(config, LLAVA).plan(fitted, [(672, 672)] * 2):
+        assert decision.plan is not None
+        assert decision.plan.tokens_avg(32) <= 50.5
+
+
+def test_a_check_of_the_servers_own_keeps_budgets() -> None:
+    """Limits do not hold for it; what was asked for does."""
+    config = CropConfig.from_mapping({"limits": {"min_tokens": 16}})
+    params = CropParams.parse({"max_tokens": 1})
+    asked = CropRequest(params, limited=False, budgets=request_budgets(params, config, 1, [Shown()]))
+    (request,) = asked.images(config, 1)
+    assert request.max_tokens == 1
+    (view,) = CropRequest(CropParams(), limited=False).images(CropConfig(max_tokens=5), 1)
+    assert view.max_tokens is None
+
+
+def test_where_no_answer_fits_as_long_as_hoped_a_shorter_one_does() -> None:
+    case = Case({}, {"fit_floor": 16}, (Shown(), Shown()), None, Room(40, 0, True))
+    assert sum(map(got, case.decide())) == 40

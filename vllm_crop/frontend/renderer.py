@@ -295,7 +295,8 @@ class CropRenderer(HfRenderer):
     def _refuse_evictions_without_rows(self, params: CropParams) -> None:
         """Refuse evictions asked for beside prompt logprobs, before vLLM's caches know of the images."""
         config = self.mm_processor.crop_config
-        evicts = method_evicts(params.method or config.method) and any(params.regions or ())
+        pruned = any(params.regions or ()) or params.max_tokens is not None
+        evicts = method_evicts(params.method or config.method) and pruned
         if not evicts or (sampling := self._sampling()) is None:
             return
         for name in IN_THE_WAY:
@@ -319,8 +320,11 @@ class CropRenderer(HfRenderer):
                 return  # the image processor says so
             budget = budgets[index] if index < len(budgets) else ImageBudget()
             if budget.max_tokens is not None:
-                rate = max(0.0, 1 - budget.max_tokens / tokens)
-            least += processor.planner.fewest_embeddings(tokens, rate, method)
+                least += 1  # what it is then is not known before it is planned
+            elif budget.whole:
+                least += tokens
+            else:
+                least += processor.planner.fewest_embeddings(tokens, rate, method)
         if least >= most:
             raise VLLMValidationError(
                 f"Input length (at least {least}) exceeds model's maximum context length ({most})."

@@ -40,10 +40,16 @@ def without_unseen(
     }
     image = getattr(hf_config, "image_token_id", getattr(hf_config, "image_token_index", None))
     places = [place for place, token in enumerate(prompt.get("prompt_token_ids") or ()) if token == image]
-    if len(places) != len(asked.budgets):
+    images = images_of(prompt["multi_modal_data"])
+    pictures = all(one is None or as_picture(one) is not None for one in images)
+    if not pictures or not len(places) == len(asked.budgets) == len(images):
         if "max_tokens" not in gone.values():  # the server's own wish fails no request
             least = [replace(one, max_tokens=1) if one.max_tokens == 0 else one for one in asked.budgets]
             return replace(asked, budgets=tuple(least)), list(sought)
+        if not pictures:
+            raise VLLMValidationError(
+                "crop.max_tokens: not possible for image embeddings", parameter="crop.max_tokens"
+            )
         raise VLLMValidationError(
             f"crop.max_tokens: {len(places)} image placeholder(s) in a prompt of {len(asked.budgets)} "
             "image(s): none can be taken out without knowing where it is",

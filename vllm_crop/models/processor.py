@@ -158,7 +158,7 @@ class CropProcessorMixin(BaseMultiModalProcessor):
                 known.remember(name, asked.salt, image, data)
         processed[DECISIONS] = decisions
         if any(decision.plan is not None and decision.plan.evicts for decision in decisions):
-            if asked.found is not None:
+            if asked.found is not None or not any(_evicted_by_client(decision) for decision in decisions):
                 first = min(one.offset for one in processed["mm_placeholders"]["image"])
                 processed[UNMARKED] = Unmarked(tuple(processed["prompt_token_ids"]), first)
             self._mark_evicted(processed, decisions)
@@ -199,17 +199,20 @@ class CropProcessorMixin(BaseMultiModalProcessor):
         cache: Any = inputs.cache
         items = inputs.mm_data_items["image"]
         data = [items.get(index) for index in range(len(items))]
-        settled = list(decisions)
+        settled, decoded = list(decisions), dict[str, Any]()
         for index, image in images.by_name.items():
             decision = decisions[index]
             (image_hash,) = self._hashes_with_requests([image.key], [decision])
             if cache.is_cached_item(image_hash):
                 continue
-            data[index] = known.data_of(image)
-            if data[index] is None and asked.found is not None and cache.is_cached_item(image.key):
+            if image.key not in decoded:
+                decoded[image.key] = known.data_of(image)
+            data[index] = decoded[image.key]
+            servers_own = asked.found is not None or decision.request.by not in (None, "max_tokens")
+            if data[index] is None and servers_own and cache.is_cached_item(image.key):
                 # Only the whole image is left: what the server found must not make it a miss.
                 settled[index] = ImageDecision(
-                    decision.request.without_region(),
+                    decision.request.without_budget(),
                     whole="not_possible",
                     reason="of an image that came as a name alone only the whole is left",
                 )
@@ -234,9 +237,11 @@ class CropProcessorMixin(BaseMultiModalProcessor):
     ) -> list[str]:
         settings = self.crop_config.position_ids, self.crop_config.foveation.unseen_tiles
         return [
-            hash_with_request(image_hash, decision.request, settings, decision.pieces)
-            if decision.compression is not None
-            else image_hash
+            image_hash
+            if (plan := decision.compression) is None
+            else hash_with_request(
+                image_hash, decision.request, settings, decision.pieces, plan.num_embeddings
+            )
             for image_hash, decision in zip(image_hashes, decisions, strict=True)
         ]
 
@@ -330,6 +335,11 @@ def as_validation_error() -> Iterator[None]:
         raise VLLMValidationError(str(error), parameter=error.parameter) from None
 
 
+def _evicted_by_client(decision: ImageDecision) -> bool:
+    """Whether the client itself has asked for what becomes of an image, and that is an eviction."""
+    return decision.plan is not None and decision.plan.evicts and decision.request.by in (None, "max_tokens")
+
+
 def _take(kwargs: Mapping[str, object], key: str, kind: type[_T]) -> tuple[_T | None, dict[str, object]]:
     """An object of ours under a key, and the other settings."""
     found = kwargs.get(key)
@@ -363,7 +373,11 @@ _NOTHING, _NO_KEY = torch.empty(0, dtype=torch.int32), torch.empty(0, 2, dtype=t
 
 
 def hash_with_request(
-    image_hash: str, request: ImageRequest, settings: tuple[str | None, ...], pieces: Sequence[Piece]
+    image_hash: str,
+    request: ImageRequest,
+    settings: tuple[str | None, ...],
+    pieces: Sequence[Piece],
+    num_embeddings: int,
 ) -> str:
     """Images not compressed keep the hash stock vLLM gives them; any region gets a key of its own.
 
@@ -374,6 +388,8 @@ def hash_with_request(
     request_key = request.cache_key()
     if request_key is None:
         return image_hash
+    if request.region is None:  # all of it alike: whatever bound has led to as many tokens
+        request_key = ("even-1", request.compression, num_embeddings)
     seen = tuple(piece.as_numbers() for piece in pieces)
     key = repr((image_hash, request_key, settings, seen))
     return hashlib.blake2b(key.encode(), digest_size=32).hexdigest()

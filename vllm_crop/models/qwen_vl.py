@@ -62,12 +62,15 @@ class CropQwenVLProcessorMixin(CropProcessorMixin):
         others = {name: data for name, data in mm_items.items() if name != "image"}
         data = self._processed(whole, hf_kwargs, others)
         of_whole, patches = iter(_split(data)), []
+        opened: dict[int, Picture | None] = {}  # one image may come several times
         keys = [image_key(image_hash) for image_hash in items.image_hashes]
         for index, decision in enumerate(decisions):
             if not decision.pieces:
                 patches.append(next(of_whole))
                 continue
-            picture = items.pictures[index] or as_picture(images[index])
+            if id(images[index]) not in opened:
+                opened[id(images[index])] = as_picture(images[index])
+            picture = items.pictures[index] or opened[id(images[index])]
             assert picture is not None  # can_be_foveated
             view = self._view_of(picture, decision)
             patches += self._patches_of(picture.open(), view, decision.pieces, hf_kwargs)

@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Detail = Literal["auto", "low", "high"]
+Detail = Literal["auto", "low", "high", "original"]
 BudgetSource = Literal["max_tokens", "detail", "server", "history", "fit"]
 MOST_TOKENS = 1 << 20  # of an image: more than any model has
 
@@ -84,12 +84,17 @@ class ImageBudget:
         """Whether it matters where in the image the answer is."""
         return not (self.whole or self.evenly or self.max_tokens == 0)
 
-    def at_most(self, other: "ImageBudget") -> "ImageBudget":
-        """The smaller of two bounds; a place counts as long as both let it."""
-        assert other.max_tokens is not None
-        if self.max_tokens is not None and self.max_tokens <= other.max_tokens:
+    def grown_old(self, history: History, in_prompt: bool) -> "ImageBudget":
+        """The smaller of two bounds.
+
+        Args:
+            in_prompt: whether this bound is about the prompt, as `history` is, and not about an average.
+        """
+        own = self.max_tokens
+        if own is not None and own <= history.max_tokens and (in_prompt or self.by == "detail"):
             return self
-        return replace(self, max_tokens=other.max_tokens, by=other.by)
+        bound = history.max_tokens if own is None else min(own, history.max_tokens)
+        return replace(self, max_tokens=bound, by="history")
 
 
 def image_budgets(
@@ -99,6 +104,7 @@ def image_budgets(
     low_tokens: int,
     default: int | None,
     history: History | None,
+    in_prompt: bool = True,
 ) -> tuple[ImageBudget, ...]:
     """Per image of a request what it may cost.
 
@@ -109,6 +115,7 @@ def image_budgets(
         low_tokens: what an image of detail "low" costs.
         default: the server's bound for images of which nobody says anything.
         history: for older ones; None without any bound.
+        in_prompt: whether bounds that are asked for are about the prompt, and not an average over layers.
     """
     num_messages = max((one.message for one in shown), default=-1) + 1
     num_old = history.num_old(num_messages) if history is not None else 0
@@ -116,7 +123,7 @@ def image_budgets(
     for tokens, speaks, one in zip(asked, crop_speaks, shown, strict=True):
         budget = _own_budget(tokens, speaks, one.detail, low_tokens, default)
         if history is not None and one.message < num_old:
-            budget = budget.at_most(ImageBudget(history.max_tokens, "history"))
+            budget = budget.grown_old(history, in_prompt)
         budgets.append(replace(budget, old=one.message < num_messages - 1))
     return tuple(budgets)
 
@@ -127,5 +134,5 @@ def _own_budget(
     if asked is not None:
         return ImageBudget(asked, "max_tokens")
     if detail != "auto" and not crop_speaks:
-        return ImageBudget(low_tokens, "detail", True) if detail == "low" else ImageBudget(None, "detail")
+        return ImageBudget(low_tokens, "detail", evenly=True) if detail == "low" else ImageBudget(by="detail")
     return ImageBudget() if default is None else ImageBudget(default, "server")
