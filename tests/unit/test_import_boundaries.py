@@ -50,6 +50,7 @@ LIGHT_IMPORTS = {
     "import vllm_crop.comparing.run": (*HEAVY, "openai"),
     "import vllm_crop.comparing.page": (*HEAVY, "openai"),
     "import vllm_crop.localizers.calibration": HEAVY,
+    "import vllm_crop.lmms_eval": (*HEAVY, "lmms_eval"),
     "import vllm_crop.calibrating.data": (*HEAVY, "matplotlib"),
     "import vllm_crop.calibrating.rule": (*HEAVY, "matplotlib"),
     "import vllm_crop.commands.app": (
@@ -78,6 +79,7 @@ DISTRIBUTIONS = {
     "transformers": "vllm",
     "numba": "vllm",
     "safetensors": "vllm",
+    "lmms_eval": "lmms-eval",
     "tokenizers": "vllm",
 }
 ON_THEIR_OWN = ("vllm_crop.planning.geometry", "vllm_crop.errors")
@@ -180,7 +182,8 @@ def test_geometry_and_errors_import_nothing_of_ours() -> None:
 def test_what_is_imported_is_declared() -> None:
     project = tomllib.loads((LIBRARY.parent / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    declared = [*project["dependencies"], *extras["vllm"], *extras["openai"], *extras["calibrate"]]
+    extra = ("vllm", "openai", "calibrate", "lmms-eval")
+    declared = [*project["dependencies"], *(one for name in extra for one in extras[name])]
     names = {re.split(r"[^\w.-]", requirement)[0] for requirement in declared}
     for source in (*sources("vllm_crop"), *sources("vllm_crop_server")):
         for name in imports_of(source):
