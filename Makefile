@@ -18,7 +18,7 @@ LANE := set -o pipefail; OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(BI
 export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 
-.PHONY: help setup demo serve eval drift test test-all lane-other-v1 lane-other-v2 lane-v1 lane-v2 lane-trained lane-served test-unit lint format clean
+.PHONY: help setup demo serve eval lmms-eval drift test test-all lane-other-v1 lane-other-v2 lane-v1 lane-v2 lane-trained lane-served test-unit lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -34,6 +34,11 @@ serve: setup  ## the same server, left running until Ctrl-C
 
 eval: setup  ## are answers still right: CROP, rivals, controls (ARGS="--quick" in minutes)
 	@$(BIN)/python -m lab.evaluation $(ARGS)
+
+lmms-eval: setup  ## do lmms-eval and our own evaluation get the same answers? in an environment of its own, 1 GB (ARGS="--n 4")
+	@lab/lmms_eval/install.sh $(VENV) .venv-lmms-eval
+	@.venv-lmms-eval/bin/python -m lab.lmms_eval.proof $(ARGS)
+	@.venv-lmms-eval/bin/python -m pytest -p no:cacheprovider tests/unit/test_lmms_eval.py tests/e2e/test_lmms_eval.py $(PYTEST_ARGS)
 
 drift: setup  ## what a new vLLM changes in what this project relies on: make drift OLD=0.32.0 NEW=0.33.0
 	$(if $(and $(OLD),$(NEW)),,$(error which two? make drift OLD=0.32.0 NEW=0.33.0))
