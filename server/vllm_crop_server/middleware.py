@@ -139,18 +139,21 @@ class _Exchange:
         try:
             large = len(body) > LARGE_BODY_BYTES
             self.context.params = await asyncio.to_thread(read_crop, body) if large else read_crop(body)
-            self._refuse_shared_regions()
+            self._refuse_shared_lists()
         except InvalidCropError as error:
             self._end_route(400, error)
 
-    def _refuse_shared_regions(self) -> None:
+    def _refuse_shared_lists(self) -> None:
         params = self.context.params
-        if params is not None and params.regions is not None and self.scope["path"].endswith(BATCH_ROUTE):
-            raise InvalidCropError(
-                "crop.regions",
-                "this route answers several conversations, and regions belong to the images of one: "
-                "send them one by one",
-            )
+        if params is None or not self.scope["path"].endswith(BATCH_ROUTE):
+            return
+        for name, value in (("regions", params.regions), ("max_tokens", params.max_tokens)):
+            if isinstance(value, list | tuple):
+                raise InvalidCropError(
+                    f"crop.{name}",
+                    f"this route answers several conversations, and {name} in a list belong to the images of "
+                    "one: send them one by one",
+                )
 
     def _end_route(self, status: int, error: InvalidCropError) -> NoReturn:
         self.rejection = status, error

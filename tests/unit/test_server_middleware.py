@@ -846,7 +846,11 @@ def test_regions_for_a_batch_of_conversations_are_refused() -> None:
     refused = post('{"crop": {"regions": [[0, 0, 1, 1]]}}', path=path)
     assert refused.status_code == 400
     assert refused.json()["error"]["param"] == "crop.regions"
-    assert post('{"crop": {"pruning_rate": 0.5}}', path=path).status_code == 200
+    refused = post('{"crop": {"max_tokens": [64]}}', path=path)
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "crop.max_tokens"
+    for crop in ('{"pruning_rate": 0.5}', '{"max_tokens": 64}'):
+        assert post(f'{{"crop": {crop}}}', path=path).status_code == 200
 
 
 @pytest.mark.parametrize(

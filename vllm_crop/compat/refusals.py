@@ -155,7 +155,7 @@ def served_geometry(model_config: Any) -> VisionGeometry:
 
 
 def refuse_budget(geometry: VisionGeometry, config: CropConfig) -> None:
-    """Refuse eviction layers the model does not have, or that cannot meet the server's pruning rate.
+    """Refuse eviction layers the model does not have, or that cannot meet the server's rate or bound.
 
     Raises:
         InvalidConfigError: naming layers or a rate that would do.
@@ -164,16 +164,18 @@ def refuse_budget(geometry: VisionGeometry, config: CropConfig) -> None:
         check_eviction_layers(config.stages, geometry.num_layers, geometry.first_eviction_layer)
     except BudgetError as error:
         raise InvalidConfigError(f"--crop-config {error}") from None
+    largest, bound = geometry.max_tokens, config.max_tokens
     try:
         retained_per_stage(
-            geometry.max_tokens,
-            config.pruning_rate,
+            largest,
+            config.pruning_rate if bound is None else max(0.0, 1 - bound / largest),
             config.method,
             geometry.num_layers,
             config.stages,
         )
     except BudgetError as error:
-        raise InvalidConfigError(f"--crop-config pruning_rate: {error}") from None
+        name = "pruning_rate" if bound is None else f"max_tokens {bound}, of the largest image"
+        raise InvalidConfigError(f"--crop-config {name}: {error}") from None
 
 
 def uses_rust_front_end() -> bool:
