@@ -221,7 +221,7 @@ def test_another_question_encodes_only_its_crop(engine_of: Callable[[Family], En
     _, crop = pieces_of(engine, image, elsewhere)
     assert encoded(elsewhere) == (1, crop.num_tokens)
     # The view is an image like others: sent by itself, it is known.
-    (seen,) = [engine.processor._view_of(Picture(lambda: image))]
+    seen = engine.processor._view_of(Picture(lambda: image), decided(engine.processor, image, inside))
     before = encoder.num_encoded
     engine.ask(Question((seen,), {"method": "off"}))
     assert encoder.num_encoded == before
