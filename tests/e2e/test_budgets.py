@@ -207,11 +207,15 @@ def test_sixty_images_are_brought_to_fit(client: openai.OpenAI) -> None:
     assert 60 * 16 < facts["tokens_after_plc"] < usage.prompt_tokens
     usage, facts = asked(client, messages[:1], {"fit": "prune"})
     old_ones = facts["tokens_after_plc"]
+    assert old_ones > 40 * 16  # alone they had more room
+    # An answer that leaves too little for the images gets what vLLM would leave it.
+    usage, _ = asked(client, messages, {"fit": "prune"}, max_tokens=1100)
+    assert LONGEST - 1100 < usage.prompt_tokens < LONGEST
+    long = [*messages, {"role": "assistant", "content": "7"}, user(text="x " * 1100)]
     with pytest.raises(openai.BadRequestError) as refused:
-        asked(client, messages, {"fit": "prune"}, max_tokens=1100)
+        asked(client, long, {"fit": "prune"})
     assert "at least 960 visual tokens" in str(refused.value)
     assert refused.value.param == "crop.fit"  # type: ignore[attr-defined]
-    assert old_ones > 40 * 16  # alone they had more room
 
 
 def test_regions_give_way_last(client: openai.OpenAI) -> None:
