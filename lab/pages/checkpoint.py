@@ -6,9 +6,9 @@ from typing import Any
 from lab.pages import tokenizer as words
 from lab.tinyvqa.checkpoint import MERGE, PATCH, TOKEN
 from lab.tinyvqa.words import (
-    CHAT_TEMPLATE,
     END,
     IMAGE_PAD,
+    MAX_POSITIONS,
     SPECIAL_TOKENS,
     VIDEO_PAD,
     VISION_END,
@@ -18,7 +18,7 @@ from lab.tinyvqa.words import (
 HIDDEN, LAYERS, HEAD_DIM = 192, 16, 32
 TOWER_HIDDEN, TOWER_LAYERS = 160, 6
 WINDOW = 4 * TOKEN  # pixels
-LEAST_SIDE, LARGEST_SIDE = 96, 768  # pixels of a square picture that is not scaled
+LEAST_SIDE = 96  # pixels of a square picture that is not enlarged
 # M-RoPE gives columns the slowest rotations: over a page they must neither stand still nor turn twice.
 ROPE_THETA = 30.0
 MROPE_SECTION = (4, 6, 6)
@@ -48,7 +48,7 @@ def make_config(tokenizer: Any) -> Any:
         "num_attention_heads": HIDDEN // HEAD_DIM,
         "num_key_value_heads": HIDDEN // HEAD_DIM,
         "vocab_size": words.VOCAB_SIZE,
-        "max_position_embeddings": words.MAX_POSITIONS,
+        "max_position_embeddings": MAX_POSITIONS,
         "rope_parameters": {
             "rope_type": "default",
             "rope_theta": ROPE_THETA,
@@ -69,19 +69,4 @@ def make_config(tokenizer: Any) -> Any:
         vision_end_token_id=ids[VISION_END],
         tie_word_embeddings=True,
         dtype="float32",
-    )
-
-
-def make_processor(tokenizer: Any) -> Any:
-    """Pictures keep their size, rounded to whole visual tokens."""
-    from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
-
-    mean = [0.5, 0.5, 0.5]
-    options = {"patch_size": PATCH, "merge_size": MERGE, "image_mean": mean, "image_std": mean}
-    size = {"shortest_edge": LEAST_SIDE**2, "longest_edge": LARGEST_SIDE**2}
-    return Qwen2_5_VLProcessor(
-        image_processor=Qwen2VLImageProcessor(size=size, **options),
-        tokenizer=tokenizer,
-        video_processor=Qwen2VLVideoProcessor(size=size, **options),
-        chat_template=CHAT_TEMPLATE,
     )

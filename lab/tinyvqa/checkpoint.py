@@ -73,13 +73,17 @@ def make_config(tokenizer: Any, hidden: int = HIDDEN, layers: int = LAYERS, visi
     )
 
 
-def make_processor(tokenizer: Any) -> Any:
-    """Images keep their size, rounded to whole visual tokens."""
+def make_processor(tokenizer: Any, least_side: int = 8 * THUMBNAIL // 2) -> Any:
+    """Images keep their size, rounded to whole visual tokens.
+
+    Args:
+        least_side: pixels of a square picture that is not enlarged.
+    """
     from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
     mean = [0.5, 0.5, 0.5]
     options = {"patch_size": PATCH, "merge_size": MERGE, "image_mean": mean, "image_std": mean}
-    size = {"shortest_edge": (8 * THUMBNAIL // 2) ** 2, "longest_edge": LARGEST_SIDE**2}
+    size = {"shortest_edge": least_side**2, "longest_edge": LARGEST_SIDE**2}
     return Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessor(size=size, **options),
         tokenizer=tokenizer,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tokenizer: byte-level, so that any text can be written, with a token for each word of the scenes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lab.tinyvqa.scenes import COLOURS, SHAPES
@@ -47,6 +47,15 @@ def _sentences() -> Iterator[str]:
 
 def make_tokenizer() -> Any:
     """A transformers tokenizer; each word is one token, with and without the space before it as it occurs."""
+    return learn_tokenizer([*_sentences()] * 2, VOCAB_SIZE - PADDED_IDS)
+
+
+def learn_tokenizer(sentences: Sequence[str], num_ids: int) -> Any:
+    """A transformers tokenizer of pairs of bytes learned from sentences; digits one by one.
+
+    Args:
+        num_ids: at most so many tokens, special ones among them.
+    """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -59,12 +68,12 @@ def make_tokenizer() -> Any:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE - PADDED_IDS,
+        vocab_size=num_ids,
         special_tokens=[AddedToken(token, special=True) for token in SPECIAL_TOKENS],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([*_sentences()] * 2, trainer)
+    tokenizer.train_from_iterator(sentences, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=END,

@@ -27,13 +27,11 @@ class Claim:
         tokens: of the prompt.
         region: how many of them show what the question is about.
         old: whether it came with an earlier message.
-        fixed: whether nothing can be taken from it.
     """
 
     tokens: int
     region: int = 0
     old: bool = False
-    fixed: bool = False
 
 
 def share_room(claims: Sequence[Claim], room: int, floor: int) -> list[int]:
@@ -53,7 +51,7 @@ def share_room(claims: Sequence[Claim], room: int, floor: int) -> list[int]:
     for old, spares_regions in steps:
         least = [
             claim.tokens
-            if claim.fixed or claim.old != old
+            if claim.old != old
             else min(claim.tokens, max(floor, claim.region if spares_regions else 0))
             for claim in claims
         ]

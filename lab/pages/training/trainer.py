@@ -22,7 +22,7 @@ from lab.pages.training.batches import LENGTH, Batch, Pages
 from lab.pages.training.fewer import fewer_tokens
 from lab.pages.training.letters import IGNORED, LetterHeads
 from lab.pages.training.phases import PHASES, Phase
-from lab.tinyvqa.checkpoint import TOKEN, save
+from lab.tinyvqa.checkpoint import TOKEN, make_processor, save
 from lab.tinyvqa.training.batches import moved
 from lab.tinyvqa.training.forward import (
     Layout,
@@ -82,7 +82,7 @@ class Trainer:
                     self.save()
                     saved = time.monotonic()
         self.save()
-        save(self.out / "checkpoint", self.model, checkpoint.make_processor(self.tokenizer))
+        save(self.out / "checkpoint", self.model, make_processor(self.tokenizer, checkpoint.LEAST_SIDE))
 
     def train_step(self) -> None:
         """One step; the last one of a phase begins the next."""
@@ -113,7 +113,7 @@ class Trainer:
         self._note("letters", right)
         if not phase.questions:
             return loss
-        layout = self._layout(rows, cols, phase.questions)
+        layout = _layout(rows, cols, phase.questions, self.device)
         kind = ""
         if chance.random() < phase.fewer:
             features, layout = fewer_tokens(features, layout, rows, cols, chance)
@@ -138,9 +138,6 @@ class Trainer:
             for is_right, family in zip(page, families, strict=True):
                 self._note(kind + family, float(is_right))
         return loss
-
-    def _layout(self, rows: int, cols: int, questions: int) -> Layout:
-        return _layout(rows, cols, questions, self.device)
 
     def _note(self, name: str, value: float) -> None:
         self._window[name].append(value)
