@@ -117,14 +117,14 @@ MUTATIONS = (
     Mutation(
         "cache key without the compression",
         "request.py",
-        "*numbers, self.compression, self",
-        "*numbers, self",
+        "settings = self.compression, self",
+        "settings = self",
     ),
     Mutation(
         "limits hold for the localizer too",
         "request.py",
-        "    if limited and params.pruning_rate is not None and rate",
-        "    if params.pruning_rate is not None and rate",
+        "    if limited:\n        _check",
+        "    if True:\n        _check",
         (LOCALIZER,),
     ),
     Mutation(
@@ -135,7 +135,11 @@ MUTATIONS = (
         ("tests/cpu/test_qwen3_vl.py -k rotary",),
     ),
     Mutation(
-        "a found region fails a request", "planner.py", "if asked.found is None:", "if True:", (LOCALIZER,)
+        "a found region fails a request",
+        "planner.py",
+        'return request.by == "max_tokens" or (asked.found is None and',
+        'return request.by == "max_tokens" or (',
+        (LOCALIZER,),
     ),
     # families
     Mutation(

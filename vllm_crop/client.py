@@ -22,7 +22,7 @@ from typing import Any
 
 from PIL import Image
 
-from vllm_crop.request import FACTS_HEADER
+from vllm_crop.crop_params import FACTS_HEADER
 
 
 def data_url(picture: Image.Image) -> str:

@@ -281,6 +281,16 @@ class CropConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _check_floor(self) -> Self:
+        most = self.limits.max_tokens_per_request
+        if most is not None and self.fit == "prune" and most < self.fit_floor:
+            raise ValueError(
+                f"limits.max_tokens_per_request ({most}) is less than fit_floor ({self.fit_floor}): no image "
+                "could be brought to fit"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_view(self) -> Self:
         looked_at = self.localizer.kind in ("attention", "engine") or self.compression == "foveate"
         if self.localizer.thumbnail_tokens is not None and not looked_at:
@@ -324,6 +334,8 @@ def describe_errors(error: ValidationError, prefix: str, model: type[BaseModel])
         message = detail["msg"].removeprefix("Value error, ")
         if detail["type"] == "extra_forbidden":
             message = f"unknown key, allowed are {', '.join(_keys_at(model, detail['loc'][:-1]))}"
+        if detail["type"] == "model_type":
+            message = f"must be an object with {', '.join(_keys_at(model, detail['loc']))}"
         given = "" if detail["type"] in ("missing", "value_error") else f", got {shorten(detail['input'])}"
         sentences.append(f"{prefix}{place}: {message}{given}")
     return "; ".join(sentences[:5])

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from vllm_crop.config import CropConfig
+from vllm_crop.crop_params import InvalidCropError
 from vllm_crop.errors import UnsupportedImageError
 from vllm_crop.families.registry import VisionGeometry
 from vllm_crop.planning.budget import BudgetError, Method, retained_count
@@ -21,7 +22,7 @@ from vllm_crop.planning.plan import (
     small_plan,
     whole_image_plan,
 )
-from vllm_crop.request import CropRequest, Found, ImageRequest, InvalidCropError, Room
+from vllm_crop.request import CropRequest, Found, ImageRequest, Room
 
 Size = tuple[int, int]
 Whole = Literal["no_region", "out_of_view", "not_possible"]
@@ -29,6 +30,7 @@ Whole = Literal["no_region", "out_of_view", "not_possible"]
 # choose"): the words of the answer have been read by then.
 LATE, KEPT_LATE = 0.57, 0.1
 _CANNOT_PRUNE = (InvalidCropError, UnsupportedImageError)
+_NOT_BESIDE = "; beside mm_processor_kwargs of the request none can be pruned"
 
 
 @dataclass(frozen=True)
@@ -142,8 +144,8 @@ class Planner:
             try:
                 decision = self._checked(request, size, embeddings, other_kwargs, decisions)
             except _CANNOT_PRUNE as error:
-                if request.by == "max_tokens" or (asked.found is None and request.region is not None):
-                    raise  # the client's own wish
+                if _is_clients_wish(request, asked):
+                    raise
                 decision = ImageDecision(request.without_budget(), whole="not_possible", reason=str(error))
             decisions.append(decision)
         if asked.room is not None:
@@ -191,8 +193,12 @@ class Planner:
                 self.geometry.unseen(width, height, pieces) if leaves_out else None,
             )
         except BudgetError as error:
-            name = "pruning_rate" if request.max_tokens is None else "max_tokens"
-            raise InvalidCropError(f"crop.{name}", str(error)) from None
+            if request.max_tokens is None:
+                raise InvalidCropError("crop.pruning_rate", str(error)) from None
+            # The sentence speaks of rates, which cannot be sent beside it.
+            few = f"{request.max_tokens} of {grid.num_tokens} tokens are too few for {request.method!r}"
+            needed = "" if error.least is None else f", which needs {error.least} with these eviction layers"
+            raise InvalidCropError("crop.max_tokens", few + needed) from None
         return ImagePlan(region, tokens, pieces if tokens.compresses else ())
 
     def _seen_evenly(self, request: ImageRequest, width: int, height: int, grid: ImageTokens) -> ImagePlan:
@@ -225,7 +231,7 @@ class Planner:
             InvalidCropError: they do not fit, and there is not even room for the floor of each.
         """
         if any(size is None for size in sizes):
-            return list(decisions)  # embeddings, and images that nobody knows: vLLM says what becomes of them
+            return list(decisions)  # embeddings, and images that nobody knows: counted when they are expanded
         known: list[Size] = [size for size in sizes if size is not None]
         claims = [
             self._claim(decision, size, index < len(budgets) and budgets[index].old)
@@ -235,18 +241,15 @@ class Planner:
         if taken <= room.most:
             return list(decisions)
         if not room.prunes or not possible:
-            why = "" if possible else "; beside mm_processor_kwargs of the request none can be pruned"
-            raise InvalidCropError(
-                "crop.fit", f"the images take {taken} visual tokens, and there is room for {room.most}{why}"
-            )
+            room.check(taken, "" if possible else _NOT_BESIDE)
         floor = self.config.fit_floor
         try:
             given = share_room(claims, room.aim, floor)
-        except NoRoomError:
-            try:  # with as little room for an answer as stock vLLM leaves
-                given = share_room(claims, room.most, floor)
-            except NoRoomError as error:
-                raise InvalidCropError("crop.fit", f"{error}, with {floor} for each image") from None
+        except NoRoomError as error:
+            if error.least > room.most:
+                what = f"take at least {error.least} visual tokens, with {floor} for each"
+                raise room.refusal(what) from None
+            given = share_room(claims, error.least, floor)  # what is left is the answer's
         fitted = [
             decision
             if tokens == claim.tokens
@@ -297,8 +300,7 @@ class Planner:
         if not request.wants_less:
             return ImageDecision(request)
         if embeddings:
-            name = "regions" if request.region is not None else "max_tokens"
-            raise InvalidCropError(f"crop.{name}", "not possible for image embeddings")
+            raise InvalidCropError(_field_of(request), "not possible for image embeddings")
         if size is None:  # a uuid alone that nobody knows: vLLM says so when it misses the image
             return ImageDecision(request.without_budget())
         planned = self.plan_image(request, *size)
@@ -340,11 +342,25 @@ def _brought_to_fit(request: ImageRequest, tokens: int) -> ImageRequest:
     return replace(request.bounded(bound), by="fit")
 
 
+def _field_of(request: ImageRequest) -> str:
+    """Which of the client's fields asks for less of an image."""
+    if request.by == "history":
+        return "crop.history"
+    return "crop.regions" if request.region is not None else "crop.max_tokens"
+
+
+def _is_clients_wish(request: ImageRequest, asked: CropRequest) -> bool:
+    """Whether the client itself wants less of an image; what the server wants fails no request."""
+    if request.by == "history":
+        return asked.params.history is not None
+    return request.by == "max_tokens" or (asked.found is None and request.region is not None)
+
+
 def _refuse_beside(other_kwargs: Sequence[str], request: ImageRequest) -> None:
     if not other_kwargs or not request.wants_less:
         return
     raise InvalidCropError(
-        "crop.regions" if request.region is not None else "crop.max_tokens",
+        _field_of(request),
         f"not possible beside other mm_processor_kwargs of the request, {sorted(other_kwargs)}: "
         "they can move the image under the region",
     )

@@ -22,10 +22,11 @@ from lab.evaluation.questions import make_test_set
 from lab.evaluation.rim_regions import SOURCES, Asked, Regions
 from lab.evaluation.stats import difference, wilson
 from vllm_crop.config import FoveationConfig
+from vllm_crop.crop_params import CropParams
 from vllm_crop.measuring.shares import Estimate
 from vllm_crop.planner import Planner
 from vllm_crop.planning.plan import Compression
-from vllm_crop.request import CropParams, CropRequest, Found
+from vllm_crop.request import CropRequest, Found
 
 FROM = ("exact", "shifted", "attention", "random")
 SCENES_AT_ONCE = 8

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from lab.evaluation.rim_regions import Asked
+from vllm_crop.crop_params import CropParams
 from vllm_crop.localizers.settings import LocalizerConfig
 from vllm_crop.measuring.shares import Estimate
-from vllm_crop.request import CropParams, CropRequest
+from vllm_crop.request import CropRequest
 
 LOCAL = ("read", "relation", "compare")  # families of questions of which a region holds the answer
 ANSWER_TOKENS = 4

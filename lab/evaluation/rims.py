@@ -20,8 +20,9 @@ from lab.evaluation.questions import TestScene, make_test_set
 from lab.evaluation.regions import area, coverage
 from lab.evaluation.rim_regions import SOURCES, Asked, Regions
 from lab.tinyvqa.questions import Question
+from vllm_crop.crop_params import CropParams
 from vllm_crop.measuring.shares import Estimate, wilson
-from vllm_crop.request import CropParams, CropRequest, Found
+from vllm_crop.request import CropRequest, Found
 
 RIMS = (0.0, 0.0625, 0.125, 0.1875, 0.25)
 LATE_LAYER = 7  # of twelve

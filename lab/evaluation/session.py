@@ -15,9 +15,9 @@ from lab.evaluation.questions import TestScene
 from lab.evaluation.regions import parse_location, regions_for
 from lab.evaluation.store import ConditionResult, Store
 from vllm_crop.benchmarking.session import progress_bar
+from vllm_crop.crop_params import InvalidCropError
 from vllm_crop.planning.budget import BudgetError
 from vllm_crop.planning.geometry import Region
-from vllm_crop.request import InvalidCropError
 
 SCENES_AT_ONCE = 16
 

@@ -10,7 +10,7 @@ import json
 import re
 from typing import Any
 
-from vllm_crop.request import MAX_FIELD_BYTES, MAX_FIELD_DEPTH, InvalidCropError
+from vllm_crop.crop_params import MAX_FIELD_BYTES, MAX_FIELD_DEPTH, InvalidCropError
 
 FIELD = "crop"
 LONGEST_NAME = 26  # bytes: every letter may be written as an escape

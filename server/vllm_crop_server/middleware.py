@@ -15,9 +15,9 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from vllm_crop.crop_params import FACTS_HEADER, CropParams, InvalidCropError
 from vllm_crop.frontend.metrics import crop_metrics
 from vllm_crop.frontend.request_context import RequestContext, current_request, facts_header
-from vllm_crop.request import FACTS_HEADER, CropParams, InvalidCropError
 from vllm_crop_server.body import FIELD, LONGEST_NAME, find_field, is_utf8, may_have_field
 from vllm_crop_server.schemas import error_body
 

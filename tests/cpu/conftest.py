@@ -26,7 +26,8 @@ from tests.conftest import STARTS, CheckpointOf
 from tests.families import LLAVA, Family
 from tests.reference import HfReference, Reference
 from vllm_crop.config import CropConfig
-from vllm_crop.request import CropParams, CropRequest, image_requests
+from vllm_crop.crop_params import CropParams
+from vllm_crop.request import CropRequest, image_requests
 
 TEXT = "USER: {images}What is the time, and where?\nASSISTANT:"
 # Of an answer. Interpreted kernels take 0.3 s a step: the prompt and three answer tokens say what more would.

@@ -26,10 +26,11 @@ from tests.families import (
 from tests.foveated_reference import tiled
 from tests.pictures import noise_image
 from tests.reference import HfReference, Reference
+from vllm_crop.crop_params import CropParams
 from vllm_crop.localizers.thumbnails import shrink
 from vllm_crop.planner import ImageDecision
 from vllm_crop.planning.plan import TokenPlan
-from vllm_crop.request import CropParams, CropRequest, Room, request_budgets
+from vllm_crop.request import CropRequest, Room, request_budgets
 
 pytestmark = pytest.mark.vllm_runtime
 FAMILIES = (LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_VL, QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE)

@@ -17,8 +17,8 @@ from lab.evaluation.transformers_answers import TransformersAnswers
 from tests.cpu import conftest
 from tests.untrained_tinyvqa import make_untrained
 from vllm_crop.config import CropConfig
+from vllm_crop.crop_params import InvalidCropError
 from vllm_crop.families.qwen_vl import SmartResize
-from vllm_crop.request import InvalidCropError
 
 pytestmark = pytest.mark.vllm_runtime
 

@@ -21,6 +21,7 @@ from tests.foveated_reference import foveating
 from tests.pictures import noise_image
 from tests.sample_picture import draw_sample_picture
 from vllm_crop.config import CropConfig
+from vllm_crop.crop_params import CropParams
 from vllm_crop.localizers import thumbnails
 from vllm_crop.localizers.thumbnails import Picture, shrink
 from vllm_crop.models.piece_pixels import pixels_of
@@ -28,7 +29,7 @@ from vllm_crop.models.placed_pieces import metadata_of_pieces
 from vllm_crop.models.processor import REQUEST_KEY
 from vllm_crop.planning.foveation import Piece, tower_tokens, whole_piece
 from vllm_crop.planning.geometry import TokenGrid
-from vllm_crop.request import CropParams, CropRequest
+from vllm_crop.request import CropRequest
 
 pytestmark = pytest.mark.vllm_runtime
 FAMILIES = (QWEN2_VL, QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE)

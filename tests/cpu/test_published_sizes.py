@@ -22,12 +22,13 @@ from tests.families import (
     Family,
 )
 from tests.published import PUBLISHED
+from vllm_crop.crop_params import CropParams
 from vllm_crop.eviction.grouping import predict_grouping
 from vllm_crop.eviction.report import recommended_layer
 from vllm_crop.families.checkpoint import load_geometry
 from vllm_crop.families.view_size import size_for_tokens
 from vllm_crop.planning.budget import BudgetError, retained_per_stage
-from vllm_crop.request import CropParams, CropRequest
+from vllm_crop.request import CropRequest
 
 pytestmark = pytest.mark.vllm_runtime
 SIZES = ((336, 336), (640, 480), (1280, 720), (3840, 2160), (300, 1500), (4000, 500))

@@ -33,11 +33,12 @@ from tests.families import QWEN2_5_VL, QWEN3_VL, Family
 from tests.pictures import noise_image
 from tests.reference import HfReference
 from vllm_crop.config import CropConfig
+from vllm_crop.crop_params import CropParams, InvalidCropError
 from vllm_crop.models.processor import position_room
 from vllm_crop.planner import Planner
 from vllm_crop.planning.geometry import Region, TokenGrid
 from vllm_crop.planning.plan import TokenPlan
-from vllm_crop.request import CropParams, CropRequest, InvalidCropError
+from vllm_crop.request import CropRequest
 
 pytestmark = pytest.mark.vllm_runtime
 

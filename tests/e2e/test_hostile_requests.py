@@ -28,8 +28,8 @@ from lab.evaluation.questions import make_test_set
 from tests.e2e.conftest import MODEL, OPERATORS, OPTIONS, metric, serve
 from tests.tinyvqa import CHECKPOINT, ENGINE, ask, crop_options, facts, found
 from vllm_crop.client import data_url, question_about
+from vllm_crop.crop_params import MAX_FIELD_BYTES, MAX_KEYS
 from vllm_crop.measuring.server import Server, get_text
-from vllm_crop.request import MAX_FIELD_BYTES, MAX_KEYS
 
 pytestmark = pytest.mark.e2e
 

@@ -15,9 +15,9 @@ from lab.evaluation.questions import make_test_set
 from tests.e2e.conftest import API_KEY, MODEL, metric
 from tests.tinyvqa import ask
 from vllm_crop.client import question_about
+from vllm_crop.crop_params import FACTS_HEADER
 from vllm_crop.measuring.metrics import metric_sum
 from vllm_crop.measuring.server import Server, get_text
-from vllm_crop.request import FACTS_HEADER
 
 pytestmark = pytest.mark.e2e
 

@@ -56,6 +56,13 @@ def test_json_is_the_plan_of_the_library(model: str) -> None:
     assert set(printed) == {"grid", "pruning_rate", "pruning_rate_got", "embeddings", "tokens_per_layer"}
 
 
+def test_budgets_are_a_requests(model: str) -> None:
+    asked = ("--model", model, "--image-size", SQUARE, "--max-tokens", "64")
+    assert plan_json(*asked)["tokens_per_layer"] == [64] * 40
+    assert plan_json(*asked, "--method", "off")["tokens_per_layer"] == [576] * 40
+    assert "give one of them" in error_line(*asked, "--pruning-rate", "0.5")
+
+
 def test_defaults_are_the_servers(model: str) -> None:
     printed = plan_json("--model", model, "--image-size", SQUARE, "--region", "0,0,0.2,0.2")
     rate = CropConfig().pruning_rate

@@ -75,6 +75,14 @@ def test_settings_of_foveation_are_said_where_they_are_not_the_defaults() -> Non
         assert ("foveation" in header) == (settings != FoveationConfig())
 
 
+def test_totals_say_who_bounded_how_many() -> None:
+    asked = ImageRequest(None, 0.5, "pool", max_tokens=16)
+    fitted = [replace(PRUNED, request=replace(asked, by="fit"))] * 80
+    told = json.loads(facts_header([*fitted, replace(PRUNED, request=replace(asked, by="detail")), WHOLE]))
+    assert told["num_images"] == 82
+    assert told["by"] == {"fit": 80, "detail": 1}
+
+
 def test_averages_are_rounded_to_hundredths() -> None:
     facts = [ImageFacts(3, 2, 1.23456, None, "request")] * 3
     header = json.loads(facts_header(facts))

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_crop.config import CropConfig
+from vllm_crop.crop_params import CropParams, InvalidCropError
 from vllm_crop.families.llava import ClipPreprocessing, LlavaGeometry
 from vllm_crop.families.qwen_vl import Qwen2_5VLGeometry, SmartResize
 from vllm_crop.families.view_size import MOST_DISTORTED, small_scale
@@ -20,7 +21,7 @@ from vllm_crop.planning.budget import retained_count
 from vllm_crop.planning.fitting import Claim, NoRoomError, share_room
 from vllm_crop.planning.geometry import Region, TokenGrid
 from vllm_crop.planning.image_budgets import History, Shown
-from vllm_crop.request import CropParams, CropRequest, Found, InvalidCropError, Room, request_budgets
+from vllm_crop.request import CropRequest, Found, Room, request_budgets
 
 LLAVA = LlavaGeometry(TokenGrid(24, 24), ClipPreprocessing.from_settings({}), num_layers=32)
 QWEN = Qwen2_5VLGeometry(SmartResize(28, 3136, 12845056), 28)
@@ -94,9 +95,7 @@ def wanted(case: Case, index: int) -> int:
     asked = crop.get("max_tokens")
     own = asked[index] if isinstance(asked, list) else asked
     region: Any = (crop.get("regions") or [None] * len(case.shown))[index]
-    speaks = region is not None or any(
-        crop.get(name) is not None for name in ("pruning_rate", "max_tokens", "method")
-    )
+    speaks = region is not None or own is not None or bool({"pruning_rate", "method"} & set(crop))
     if case.found is not None:
         region = case.found[index].region
     bound: float = math.inf
@@ -132,11 +131,11 @@ def test_the_right_one_wins_and_counts_are_exact(case: Case) -> None:
         return
     floors = [min(one, case.config["fit_floor"]) for one in before]
     if not case.room.prunes or sum(floors) > case.room.most:
-        with pytest.raises(InvalidCropError, match=r"crop\.fit: the images take"):
+        with pytest.raises(InvalidCropError, match=r"images of the request: together they take"):
             case.decide()
         return
     counts = [got(decision) for decision in case.decide()]
-    assert sum(counts) <= (case.room.aim if sum(floors) <= case.room.aim else case.room.most)
+    assert sum(counts) <= max(case.room.aim, sum(floors)), "all that is left is the answer's"
     assert all(low <= less <= one for low, less, one in zip(floors, counts, before, strict=True))
 
 
@@ -381,6 +380,35 @@ def test_a_check_of_the_servers_own_keeps_budgets() -> None:
     assert view.max_tokens is None
 
 
-def test_where_no_answer_fits_as_long_as_hoped_a_shorter_one_does() -> None:
-    case = Case({}, {"fit_floor": 16}, (Shown(), Shown()), None, Room(40, 0, True))
-    assert sum(map(got, case.decide())) == 40
+def test_where_no_answer_fits_as_long_as_hoped_it_gets_what_the_floors_leave() -> None:
+    case = Case({}, {"fit_floor": 16}, (Shown(), Shown()), None, Room(40, 31, True))
+    assert [got(one) for one in case.decide()] == [16, 16]
+
+
+def test_what_does_not_fit_names_the_setting_and_what_to_send() -> None:
+    images = (Shown(), Shown())
+    with pytest.raises(InvalidCropError) as refused:
+        Case({}, {}, images, None, Room(500, 500, False)).decide()
+    assert str(refused.value) == (
+        f"images of the request: together they take {2 * FULL} visual tokens, and there is room for 500 "
+        '(limits.max_tokens_per_request): send "fit": "prune" in crop'
+    )
+    with pytest.raises(InvalidCropError, match=r"at least 32 visual tokens, with 16 for each.*max-model-len"):
+        Case({}, {}, images, None, Room(20, 20, True, "--max-model-len")).decide()
+
+
+def test_null_in_a_list_says_nothing_of_an_image() -> None:
+    shown = (Shown(detail="low"), Shown(detail="high"), Shown())
+    case = Case({"max_tokens": [None, None, 9]}, {"max_tokens": 100}, shown, None, None)
+    assert [got(one) for one in case.decide()] == [85, FULL, 9]
+
+
+def test_too_few_for_eviction_says_how_many_it_needs() -> None:
+    config = {"method": "ilp", "eviction_layers": [2]}
+    with pytest.raises(InvalidCropError, match=r"20 of 576 .* 'ilp', which needs (\d+) ") as refused:
+        Case({"max_tokens": 20}, config, (Shown(),), None, None).decide()
+    least = int(str(refused.value).split("which needs ")[1].split()[0])
+    (decision,) = Case({"max_tokens": least}, config, (Shown(),), None, None).decide()
+    assert decision.plan is not None
+    with pytest.raises(InvalidCropError):
+        Case({"max_tokens": least - 1}, config, (Shown(),), None, None).decide()

@@ -4,10 +4,11 @@
 import pytest
 
 from vllm_crop.config import CropConfig
+from vllm_crop.crop_params import CropParams, InvalidCropError
 from vllm_crop.families.qwen_vl import Qwen2_5VLGeometry
 from vllm_crop.planner import ImageDecision, Planner
 from vllm_crop.planning.geometry import Region
-from vllm_crop.request import CropParams, CropRequest, Found, InvalidCropError
+from vllm_crop.request import CropRequest, Found
 
 BOX = [0.25, 0.25, 0.5, 0.5]
 REGION = Region.from_grid_cells(2, 2, 3, 3)

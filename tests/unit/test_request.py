@@ -12,20 +12,13 @@ from pydantic import ValidationError
 from strategies import regions
 
 from vllm_crop.config import CropConfig, CropLimits
+from vllm_crop.crop_params import MAX_BOXES, MAX_IMAGES, CropParams, InvalidCropError, parse_region
 from vllm_crop.families.llava import ClipPreprocessing, LlavaGeometry
 from vllm_crop.planner import Planner
 from vllm_crop.planning.budget import Method
 from vllm_crop.planning.geometry import Box, Region, TokenGrid
 from vllm_crop.planning.plan import Compression
-from vllm_crop.request import (
-    MAX_BOXES,
-    MAX_IMAGES,
-    CropParams,
-    ImageRequest,
-    InvalidCropError,
-    image_requests,
-    parse_region,
-)
+from vllm_crop.request import ImageRequest, image_requests
 
 BOX = [0.1, 0.2, 0.3, 0.4]
 REGION = Region((Box(0.1, 0.2, 0.3, 0.4),))

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vllm_crop_server.body import LONGEST_NAME, find_field, may_have_field
 
-from vllm_crop.request import MAX_FIELD_BYTES, MAX_FIELD_DEPTH, InvalidCropError
+from vllm_crop.crop_params import MAX_FIELD_BYTES, MAX_FIELD_DEPTH, InvalidCropError
 
 NAMES = [
     '"crop"',

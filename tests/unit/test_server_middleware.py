@@ -26,9 +26,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
 from vllm_crop_server.middleware import FACTS_HEADER, CropMiddleware, read_crop
 
+from vllm_crop.crop_params import CropParams, InvalidCropError
 from vllm_crop.frontend.request_context import MAX_HEADER_BYTES, ImageFacts, RequestContext, current_request
 from vllm_crop.planning.geometry import Box, Region
-from vllm_crop.request import CropParams, InvalidCropError
 
 PATH = "/v1/chat/completions"
 JSON_TYPE = {"content-type": "application/json"}

@@ -208,6 +208,16 @@ def test_an_image_the_processor_would_refuse_is_a_400() -> None:
     assert response.json()["error"]["param"] == "image_size"
 
 
+def test_a_servers_limit_holds_for_plans() -> None:
+    limits = {"max_tokens_per_request": 100}
+    fitted = client_of(limits=limits, fit="prune")
+    assert plan_of(fitted)["tokens_per_layer"] == [100] * 8
+    assert plan_of(fitted, max_tokens=50)["tokens_per_layer"] == [50] * 8
+    refused = client_of(limits=limits).post(PLAN_PATH, json={"image_size": [9, 9]})
+    assert refused.status_code == 400
+    assert "room for 100 (limits.max_tokens_per_request)" in refused.json()["error"]["message"]
+
+
 def test_a_method_the_server_is_not_prepared_for_is_a_400() -> None:
     response = client_of().post(PLAN_PATH, json={"image_size": [9, 9], "method": "ilp"})
     assert response.json()["error"]["param"] == "method"

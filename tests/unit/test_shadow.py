@@ -13,11 +13,12 @@ from PIL import Image
 from prometheus_client import REGISTRY
 
 from vllm_crop.config import ShadowConfig
+from vllm_crop.crop_params import CropParams
 from vllm_crop.frontend.request_context import FACTS, ImageFacts, RequestContext, current_request
 from vllm_crop.frontend.shadow import LAST, FirstToken, ShadowChecks, nats_lost
 from vllm_crop.models.processor import AHEAD_KEY, CROP_KEY, REQUEST_KEY
 from vllm_crop.planning.geometry import Region
-from vllm_crop.request import CropParams, CropRequest
+from vllm_crop.request import CropRequest
 
 PRUNED = ImageFacts(576, 64, 64.0, Region.whole(), "request")
 WHOLE = ImageFacts(576, 576, 576.0, None, "none")

@@ -9,12 +9,13 @@ from typing import Any, Literal
 
 from vllm_crop.benchmarking.runs import LOCALIZED_MODES, LocalizedMode, Mode
 from vllm_crop.config import CropConfig
+from vllm_crop.crop_params import InvalidCropError
 from vllm_crop.families.registry import VisionGeometry
 from vllm_crop.planner import Planner
 from vllm_crop.planning.budget import BudgetError, Method, check_eviction_layers, method_evicts
 from vllm_crop.planning.geometry import Region
 from vllm_crop.planning.plan import Compression, TokenPlan
-from vllm_crop.request import ImageRequest, InvalidCropError
+from vllm_crop.request import ImageRequest
 
 Dummy = Literal["llava", "llava_next", "qwen2_5_vl"]
 IMAGE_SIDE = 336  # LLaVA-1.5's own, for what times the dummy model only

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vllm_crop.calibrating.scenes import make_scene
 from vllm_crop.config import describe_errors
+from vllm_crop.crop_params import parse_region
 from vllm_crop.errors import CropError
 from vllm_crop.measuring.question_files import (
     json_object,
@@ -21,7 +22,6 @@ from vllm_crop.measuring.question_files import (
     why_unreadable,
 )
 from vllm_crop.planning.geometry import Region
-from vllm_crop.request import parse_region
 
 FEWEST = 2  # pictures: one to choose layers, one to judge them
 

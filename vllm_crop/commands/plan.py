@@ -51,7 +51,7 @@ def plan(
     image_size: Annotated[str, typer.Option(metavar="WxH", help="Size of the image in pixels, as sent.")],
     region: RegionOption = None,
     cells: CellsOption = None,
-    pruning_rate: PruningRateOption = DEFAULTS.pruning_rate,
+    pruning_rate: PruningRateOption = None,
     max_tokens: MaxTokensOption = None,
     compression: CompressionOption = DEFAULTS.compression,
     rim: RimOption = DEFAULTS.rim,
@@ -76,7 +76,7 @@ def plan(
         typer.echo(json.dumps(planned.to_json(geometry.num_layers)))
         return
     console = Console(highlight=False)
-    asked_for = f"{pruning_rate:g}" if max_tokens is None else f"at most {max_tokens} tokens"
+    asked_for = f"{request.pruning_rate:g}" if max_tokens is None else f"at most {max_tokens} tokens"
     console.print(_summary(planned, asked_for, geometry.num_layers))
     if not planned.prunes and planned.region is None:
         console.print(f"Served whole: {why_whole(request, asked)}.")

@@ -155,7 +155,7 @@ def preview(
     ] = None,
     region: RegionOption = None,
     cells: CellsOption = None,
-    pruning_rate: PruningRateOption = DEFAULTS.pruning_rate,
+    pruning_rate: PruningRateOption = None,
     max_tokens: MaxTokensOption = None,
     compression: CompressionOption = DEFAULTS.compression,
     rim: RimOption = DEFAULTS.rim,
@@ -195,8 +195,8 @@ def preview(
         asked, model = answer.region, model or answer.checkpoint
         # What is not asked for the server decides, and it says what.
         served = answer.settings
-        method, pruning_rate, rim = served["method"], served["pruning_rate"], served["rim"]
-        max_tokens = answer.max_tokens
+        method, rim, max_tokens = served["method"], served["rim"], answer.max_tokens
+        pruning_rate = served["pruning_rate"] if max_tokens is None else None
         if compression != served["compression"] and "compression" in given:
             raise typer.BadParameter(
                 f"the server's is {served['compression']}, and requests cannot choose",

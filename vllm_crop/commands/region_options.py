@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import typer
 
 from vllm_crop.config import DEFAULT_STAGES, CropConfig, FoveationConfig
+from vllm_crop.crop_params import MAX_BOXES, CropParams, InvalidCropError, parse_region
 from vllm_crop.errors import CropError, UnsupportedImageError
 from vllm_crop.families.checkpoint import load_geometry
 from vllm_crop.families.registry import VisionGeometry
@@ -18,14 +19,7 @@ from vllm_crop.planner import ImagePlan, Planner
 from vllm_crop.planning.budget import BudgetError, Method, check_eviction_layers
 from vllm_crop.planning.geometry import Region
 from vllm_crop.planning.plan import Compression
-from vllm_crop.request import (
-    MAX_BOXES,
-    CropParams,
-    ImageRequest,
-    InvalidCropError,
-    image_requests,
-    parse_region,
-)
+from vllm_crop.request import ImageRequest, image_requests
 
 DEFAULTS = CropConfig()
 
@@ -46,9 +40,11 @@ CellsOption = Annotated[
     ),
 ]
 PruningRateOption = Annotated[
-    float,
+    float | None,
     typer.Option(
-        metavar="RATE", help="Fraction of the visual tokens to remove, averaged over layers, in [0, 1)."
+        metavar="RATE",
+        help="Fraction of the visual tokens to remove, averaged over layers, in [0, 1). "
+        f"{DEFAULTS.pruning_rate:g} where neither this nor --max-tokens is given.",
     ),
 ]
 MaxTokensOption = Annotated[
@@ -56,7 +52,8 @@ MaxTokensOption = Annotated[
     typer.Option(
         min=1,
         metavar="TOKENS",
-        help="Most visual tokens of the image, in place of a pruning rate; with or without a region.",
+        help="Most visual tokens of the image, in place of a pruning rate; with or without a region. (With 0 "
+        "a request takes an image out of its prompt: there is nothing to show.)",
     ),
 ]
 CompressionOption = Annotated[
@@ -119,7 +116,7 @@ def parse_regions(regions: list[str] | None, cells: list[str] | None) -> Region 
 
 def request_for_image(
     region: Region | None,
-    pruning_rate: float,
+    pruning_rate: float | None,
     compression: Compression,
     method: Method,
     eviction_layers: str | None,
@@ -131,9 +128,13 @@ def request_for_image(
     Raises:
         typer.BadParameter: a setting is out of range.
     """
+    if pruning_rate is not None and max_tokens is not None:
+        raise typer.BadParameter(
+            "and --pruning-rate are two ways to say one thing: give one of them", param_hint="--max-tokens"
+        )
     settings = {
         "method": method,
-        "pruning_rate": pruning_rate,
+        "pruning_rate": DEFAULTS.pruning_rate if pruning_rate is None else pruning_rate,
         "compression": compression,
         "rim": rim,
         "eviction_layers": parse_layers(eviction_layers) if eviction_layers is not None else None,
@@ -147,7 +148,7 @@ def request_for_image(
         field = place.removeprefix("additional_config.crop.").partition("[")[0]
         raise typer.BadParameter(reason, param_hint=f"--{field.replace('_', '-')}") from None
     try:
-        asked = CropParams(regions=[region], max_tokens=max_tokens)
+        asked = CropParams(regions=[region], max_tokens=max_tokens, method=method)
         return image_requests(asked, config, num_images=1)[0]
     except InvalidCropError as error:
         raise typer.BadParameter(str(error), param_hint="--region") from None

@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from vllm_crop.comparing.metrics import Metric, why_no_answers
 from vllm_crop.comparing.questions import Question, about, image_urls, last_text
+from vllm_crop.crop_params import CropParams, InvalidCropError, parse_region
 from vllm_crop.errors import CropError
 from vllm_crop.measuring.question_files import (
     json_object,
@@ -20,7 +21,6 @@ from vllm_crop.measuring.question_files import (
     pictures_in,
     why_unreadable,
 )
-from vllm_crop.request import CropParams, InvalidCropError, parse_region
 
 # Keys of a logged request that change what the model reads or may write. The others are the run's own.
 PASSED_ON = (

@@ -15,6 +15,7 @@ from vllm.exceptions import VLLMClientError
 from vllm.multimodal.image import convert_image_mode, normalize_image
 
 from vllm_crop.config import CropConfig
+from vllm_crop.crop_params import CropParams
 from vllm_crop.families.registry import VisionGeometry
 from vllm_crop.frontend.attention_localizer import AttentionLocalizer
 from vllm_crop.frontend.engine_localizer import EngineLocalizer
@@ -34,7 +35,7 @@ from vllm_crop.localizers.remote import OpenAILocalizer
 from vllm_crop.localizers.thumbnails import Picture, as_picture, off_the_loop
 from vllm_crop.planning.geometry import Box, Region
 from vllm_crop.planning.image_budgets import ImageBudget
-from vllm_crop.request import CropParams, is_off
+from vllm_crop.request import is_off
 
 LOCALIZERS: dict[str, Callable[[Any, VisionGeometry, CropConfig], Localizer]] = {
     "attention": lambda renderer, geometry, config: AttentionLocalizer(renderer, geometry, config.localizer),

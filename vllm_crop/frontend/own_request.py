@@ -9,6 +9,7 @@ from typing import Any
 
 from vllm.renderers.params import ChatParams
 
+from vllm_crop.crop_params import CropParams
 from vllm_crop.families.registry import VisionGeometry
 from vllm_crop.families.view_size import size_for_tokens
 from vllm_crop.frontend.settling import SERVERS_OWN
@@ -18,7 +19,7 @@ from vllm_crop.localizers.thumbnails import Picture, image_of, not_huge, off_the
 from vllm_crop.models.processor import REQUEST_KEY, WAY_KEY
 from vllm_crop.models.sent import OnTheWay, newly_sent
 from vllm_crop.planning.geometry import ImageView, Region
-from vllm_crop.request import CropParams, CropRequest
+from vllm_crop.request import CropRequest
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from vllm.exceptions import VLLMClientError, VLLMValidationError
 from vllm.renderers.hf import HfRenderer
 
 from vllm_crop.config import CropConfig
+from vllm_crop.crop_params import CropParams
 from vllm_crop.errors import CropError
 from vllm_crop.frontend.conversation import shown_in
 from vllm_crop.frontend.localization import LocalizationService, RegionQuery, images_sought
@@ -34,6 +35,7 @@ from vllm_crop.frontend.unseen_images import unseen_facts, without_unseen
 from vllm_crop.localizers.decision import Localization
 from vllm_crop.localizers.thumbnails import Picture, as_picture
 from vllm_crop.models.ahead import ImagesAhead
+from vllm_crop.models.known_images import KnownImage
 from vllm_crop.models.processor import (
     AHEAD_KEY,
     CROP_KEY,
@@ -48,14 +50,7 @@ from vllm_crop.planner import ImageDecision
 from vllm_crop.planning.budget import method_evicts
 from vllm_crop.planning.image_budgets import ImageBudget
 from vllm_crop.planning.plan import use_compiled
-from vllm_crop.request import (
-    CropParams,
-    CropRequest,
-    Found,
-    UnseenImage,
-    image_requests,
-    request_budgets,
-)
+from vllm_crop.request import CropRequest, Found, UnseenImage, image_requests, request_budgets
 
 MESSAGES = "crop_messages"  # in a prompt on its way through the renderer
 
@@ -215,16 +210,20 @@ class CropRenderer(HfRenderer):
                 given = settings.get(CROP_KEY)
                 params = CropParams.parse({} if given is None else given)
             data = prompt.get("multi_modal_data") or {}
-            num_images, shown = _num_images(data, params), shown_in(messages)
-            budgets = request_budgets(params, config, num_images, shown if len(shown) == num_images else None)
+            num_images, places = _num_images(data, params), shown_in(messages)
+            budgets = request_budgets(
+                params, config, num_images, places if len(places) == num_images else None
+            )
             # Before any localization is paid for, as far as vLLM has not to read the images for it.
             image_requests(params, config, num_images, budgets=budgets)
         self._refuse_evictions_without_rows(params)
         in_batch = context is not None and context.in_batch
-        asked = CropRequest(params, salt=salt, unsure=in_batch, budgets=budgets)
+        shown = hasattr(vllm_request(), "return_token_strs")  # vLLM's requests to /tokenize
+        asked = CropRequest(params, salt=salt, unsure=in_batch, budgets=budgets, shown=shown)
         sought = self._sought(prompt, messages, asked, set(settings) - {CROP_KEY})
         if any(budget.max_tokens == 0 for budget in budgets):
-            asked, sought = without_unseen(prompt, asked, sought, self.model_config.hf_config)
+            names = self._names(prompt, salt)
+            asked, sought = without_unseen(prompt, asked, sought, self.model_config.hf_config, names)
         room = room_of(prompt, params, config, self.model_config.max_model_len, vllm_request())
         return replace(asked, room=room), sought
 
@@ -238,17 +237,22 @@ class CropRenderer(HfRenderer):
             return []  # they can move an image under its region
         params, salt = asked.params, asked.salt
         config, data = self.mm_processor.crop_config, prompt.get("multi_modal_data") or {}
-        known = self.mm_processor.known_images(self.mm_processor_cache)
-        uuids = (prompt.get("multi_modal_uuids") or {}).get("image") or ()
-        uuids = [uuids] if isinstance(uuids, str) else uuids
+        known, names = self.mm_processor.known_images(self.mm_processor_cache), self._names(prompt, salt)
 
         def by_name(index: int) -> Picture | None:
-            uuid = uuids[index] if index < len(uuids) else None
-            if known is None or not isinstance(uuid, str) or (found := known.find(uuid, salt)) is None:
-                return None
-            return known.picture_of(found)
+            return known.picture_of(names[index]) if known is not None and index in names else None
 
         return images_sought(data, messages, params, config, salt, by_name, asked.budgets or ())
+
+    def _names(self, prompt: Any, salt: str | None) -> dict[int, KnownImage]:
+        """The images of a prompt whose names are known, by their index."""
+        known = self.mm_processor.known_images(self.mm_processor_cache)
+        uuids = (prompt.get("multi_modal_uuids") or {}).get("image") or ()
+        named = enumerate([uuids] if isinstance(uuids, str) else uuids)
+        if known is None:
+            return {}
+        found = {index: known.find(uuid, salt) for index, uuid in named if isinstance(uuid, str)}
+        return {index: image for index, image in found.items() if image is not None}
 
     def _refuse_before_work(self, prompt: Any, asked: CropRequest) -> Any:
         """Refuse a request that vLLM will not serve whatever is found, before its images are looked at.
@@ -261,11 +265,17 @@ class CropRenderer(HfRenderer):
                 model takes with the fewest tokens its images can have.
         """
         sampling = self._sampling()
+        fewest = self._fewest_tokens(prompt, asked)
+        room = asked.room
+        if room is not None:
+            floor = self.mm_processor.crop_config.fit_floor
+            least = sum(min(tokens, floor) if room.prunes else tokens for tokens in fewest)
+            with as_validation_error():
+                room.check(least, f", with {floor} for each" if room.prunes else "")
         # A prompt that is cut to a length is cut after its images have been expanded.
-        request = vllm_request()
-        prunes = asked.room is not None and asked.room.prunes
-        if getattr(request, "truncate_prompt_tokens", None) is None and not prunes:
-            self._refuse_too_long(prompt, asked)
+        cut = getattr(vllm_request(), "truncate_prompt_tokens", None) is not None
+        if not cut and (room is None or not room.prunes):
+            self._refuse_too_long(prompt, fewest)
         return sampling
 
     def _sampling(self) -> Any:
@@ -303,32 +313,38 @@ class CropRenderer(HfRenderer):
             if getattr(sampling, name, None) is not None:
                 raise evictions_refused(name)
 
-    def _refuse_too_long(self, prompt: Any, asked: CropRequest) -> None:
+    def _refuse_too_long(self, prompt: Any, fewest: Sequence[int]) -> None:
+        text = len(prompt.get("prompt_token_ids") or ()) - len(
+            images_of(prompt.get("multi_modal_data") or {})
+        )
+        least, most = text + sum(fewest), self.model_config.max_model_len
+        if least >= most:
+            raise VLLMValidationError(
+                f"Input length (at least {least}) exceeds model's maximum context length ({most})."
+            )
+
+    def _fewest_tokens(self, prompt: Any, asked: CropRequest) -> list[int]:
+        """What each image of a known size takes in the prompt at least, wherever its region is."""
         processor, params = self.mm_processor, asked.params
         rate = processor.crop_config.pruning_rate if params.pruning_rate is None else params.pruning_rate
         method = params.method or processor.crop_config.method
-        images = images_of(prompt.get("multi_modal_data") or {})
-        least, most = len(prompt.get("prompt_token_ids") or ()) - len(images), self.model_config.max_model_len
-        budgets = asked.budgets or ()
-        for index, image in enumerate(images):
+        budgets, fewest = asked.budgets or (), list[int]()
+        for index, image in enumerate(images_of(prompt.get("multi_modal_data") or {})):
             size = getattr(image, "size", None)
             if not isinstance(size, tuple):
                 continue
             try:
                 tokens = processor.geometry.grid(*size).num_tokens
             except CropError:
-                return  # the image processor says so
+                return []  # the image processor says so
             budget = budgets[index] if index < len(budgets) else ImageBudget()
             if budget.max_tokens is not None:
-                least += 1  # what it is then is not known before it is planned
-            elif budget.whole:
-                least += tokens
+                fewest.append(1)  # what it is then is not known before it is planned
             else:
-                least += processor.planner.fewest_embeddings(tokens, rate, method)
-        if least >= most:
-            raise VLLMValidationError(
-                f"Input length (at least {least}) exceeds model's maximum context length ({most})."
-            )
+                fewest.append(
+                    tokens if budget.whole else processor.planner.fewest_embeddings(tokens, rate, method)
+                )
+        return fewest
 
     def _ahead(self, prompt: Any) -> ImagesAhead:
         """The images of a prompt, to be processed while their regions are sought."""

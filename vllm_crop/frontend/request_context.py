@@ -6,6 +6,7 @@ The facts become the header `x-crop-facts` and the metrics.
 
 import base64
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -14,11 +15,12 @@ from typing import Any, Literal
 import numpy as np
 
 from vllm_crop.config import FoveationConfig
+from vllm_crop.crop_params import CropParams
 from vllm_crop.localizers.decision import Localization
 from vllm_crop.localizers.heat import HeatMap
 from vllm_crop.planning.foveation import Piece, tower_tokens
 from vllm_crop.planning.geometry import Box, Region
-from vllm_crop.request import CropParams, ImageRequest
+from vllm_crop.request import ImageRequest
 
 Source = Literal["request", "attention", "engine", "openai", "none", "off", "out_of_view"]
 MAX_HEADER_BYTES = 4096
@@ -111,7 +113,8 @@ def facts_header(images: Sequence[ImageFacts]) -> str:
         header = json.dumps({**totals, "images": described}, separators=(",", ":"))
         if len(header) <= MAX_HEADER_BYTES:
             return header
-    return json.dumps({**totals, "num_images": len(images)}, separators=(",", ":"))
+    by = Counter(image.request.by for image in images if image.request and image.request.by)
+    return json.dumps({**totals, "num_images": len(images), "by": dict(by)}, separators=(",", ":"))
 
 
 def _tower_json(images: Sequence[ImageFacts]) -> dict[str, int]:

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """How much room a prompt has for its images, beside its text and an answer."""
 
+from dataclasses import replace
 from typing import Any
 
 from vllm_crop.config import CropConfig
-from vllm_crop.request import CropParams, Room
+from vllm_crop.crop_params import CropParams
+from vllm_crop.request import Room
 
 _ANSWER_TOKENS = 512  # kept for an answer whose length the request does not say
 _LENGTHS = ("max_completion_tokens", "max_output_tokens", "max_tokens")
@@ -29,10 +31,12 @@ def room_of(prompt: Any, params: CropParams, config: CropConfig, longest: int, r
     if prunes and not cut and set(data) == {"image"} and token_ids:
         left = longest - (len(token_ids) - len(images_of(data)))
         most = max(0, left - 1)  # vLLM takes no prompt that leaves no token for an answer
-        rooms.append(Room(most, max(0, min(most, left - _answer_tokens(request, longest))), True))
+        aim = max(0, min(most, left - _answer_tokens(request, longest)))
+        rooms.append(Room(most, aim, True, "--max-model-len"))
     if not rooms:
         return None
-    return Room(min(room.most for room in rooms), min(room.aim for room in rooms), prunes)
+    narrowest = min(rooms, key=lambda room: room.most)
+    return replace(narrowest, aim=min(room.aim for room in rooms))
 
 
 def images_of(data: Any) -> list[Any]:

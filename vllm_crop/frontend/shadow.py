@@ -22,13 +22,14 @@ from typing import Any
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from vllm_crop.config import ShadowConfig
+from vllm_crop.crop_params import CropParams
 from vllm_crop.frontend.metrics import ShadowOutcome, crop_metrics
 from vllm_crop.frontend.own_request import ServingEngine, servers_own
 from vllm_crop.frontend.request_context import FACTS, ImageFacts, RequestContext
 from vllm_crop.localizers.failures import ThrottledLog
 from vllm_crop.localizers.thumbnails import as_picture
 from vllm_crop.models.processor import AHEAD_KEY, CROP_KEY, REQUEST_KEY
-from vllm_crop.request import CropParams, CropRequest
+from vllm_crop.request import CropRequest
 
 LAST = sys.maxsize  # of vLLM's 64-bit priorities: lower is earlier
 MOST_LOGPROBS = 20  # vLLM's own default for --max-logprobs

@@ -15,6 +15,7 @@ from vllm_crop.frontend.localization import RegionQuery
 from vllm_crop.frontend.request_context import ImageFacts
 from vllm_crop.frontend.room import images_of
 from vllm_crop.localizers.thumbnails import as_picture, image_of
+from vllm_crop.models.known_images import KnownImage
 from vllm_crop.planning.image_budgets import BudgetSource
 from vllm_crop.request import CropRequest, ImageRequest, UnseenImage
 
@@ -22,7 +23,11 @@ _T = TypeVar("_T")
 
 
 def without_unseen(
-    prompt: Any, asked: CropRequest, sought: Sequence[RegionQuery], hf_config: Any
+    prompt: Any,
+    asked: CropRequest,
+    sought: Sequence[RegionQuery],
+    hf_config: Any,
+    names: Mapping[int, KnownImage],
 ) -> tuple[CropRequest, list[RegionQuery]]:
     """Take the images out of a prompt, in place, and out of what is asked for.
 
@@ -30,6 +35,7 @@ def without_unseen(
         asked: with the budgets of all images.
         sought: empty, or one for each image.
         hf_config: the model's, which names the ids that stand for an image and frame it.
+        names: images that are known by name, by their index: some come without data.
 
     Raises:
         VLLMValidationError: the prompt's ids do not say where its images are.
@@ -55,7 +61,9 @@ def without_unseen(
             "image(s): none can be taken out without knowing where it is",
             parameter="crop.max_tokens",
         )
-    unseen = _take_out(prompt, gone, places, hf_config)
+    sizes = {index: _size(images[index], names.get(index)) for index in gone}
+    _take_out(prompt, gone, places, hf_config)
+    unseen = [UnseenImage(index, sizes[index], by) for index, by in gone.items()]
     params, updates = asked.params, dict[str, Any]()
     if params.regions is not None:
         updates["regions"] = _others(params.regions, gone)
@@ -80,9 +88,7 @@ def unseen_facts(image: UnseenImage, config: CropConfig, geometry: VisionGeometr
     return ImageFacts(tokens, 0, 0.0, None, "none", request=request)
 
 
-def _take_out(
-    prompt: Any, unseen: Mapping[int, BudgetSource], places: Sequence[int], hf_config: Any
-) -> list[UnseenImage]:
+def _take_out(prompt: Any, unseen: Mapping[int, BudgetSource], places: Sequence[int], hf_config: Any) -> None:
     token_ids = prompt["prompt_token_ids"]
     data = prompt["multi_modal_data"]
     images = images_of(data)
@@ -102,7 +108,6 @@ def _take_out(
     if not data:
         prompt.pop("multi_modal_data")
         prompt.pop("multi_modal_uuids", None)
-    return [UnseenImage(index, _size(images[index]), by) for index, by in unseen.items()]
 
 
 def _without(
@@ -123,8 +128,10 @@ def _others(items: Sequence[_T], indices: Collection[int]) -> list[_T]:
     return [item for index, item in enumerate(items) if index not in indices]
 
 
-def _size(item: Any) -> tuple[int, int] | None:
-    if item is None or as_picture(item) is None:
+def _size(item: Any, known: KnownImage | None) -> tuple[int, int] | None:
+    if item is None:
+        return None if known is None else known.size
+    if as_picture(item) is None:
         return None
     size = getattr(image_of(item), "size", None)
     return size if isinstance(size, tuple) else None

@@ -21,8 +21,8 @@ from vllm.multimodal.parse import ImageProcessorItems
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from vllm_crop.config import shorten
+from vllm_crop.crop_params import InvalidCropError
 from vllm_crop.localizers.thumbnails import Picture, as_picture
-from vllm_crop.request import InvalidCropError
 
 MAX_NAMES = 65536  # images; what is kept of one, without its data, is a few hundred bytes
 _SAME_FOR_ALL = None  # the salt under which an image is found by those who never sent it

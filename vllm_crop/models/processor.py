@@ -23,6 +23,7 @@ from vllm.multimodal.processing import BaseMultiModalProcessor, PromptReplacemen
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from vllm_crop.config import CropConfig
+from vllm_crop.crop_params import CropParams, InvalidCropError
 from vllm_crop.eviction.markers import UNMARKED, EvictionSettings, Unmarked, embed_indices, write_markers
 from vllm_crop.families.registry import VisionGeometry, geometry_from_configs
 from vllm_crop.localizers.thumbnails import Picture, as_picture
@@ -32,7 +33,7 @@ from vllm_crop.models.sent import OnTheWay, newly_sent, withhold
 from vllm_crop.planner import ImageDecision, Planner
 from vllm_crop.planning.foveation import Piece
 from vllm_crop.planning.plan import TokenPlan
-from vllm_crop.request import CropParams, CropRequest, ImageRequest, InvalidCropError
+from vllm_crop.request import CropRequest, ImageRequest
 
 # Keys of a request's processor settings: what the client sent, what the renderer makes of it, and what a call
 # of the processor tells its own parts. Under the last two, only objects of ours mean anything.
@@ -153,11 +154,14 @@ class CropProcessorMixin(BaseMultiModalProcessor):
             withhold(processed, inputs.cache)
         if way is not None and inputs.cache is not None:
             way.note(newly_sent(processed), inputs.cache.invalidate)
+        if asked.room is not None:  # embeddings have no size that could be planned with
+            with as_validation_error():
+                asked.room.check(sum(one.length for one in processed["mm_placeholders"].get("image", ())))
         if known is not None:  # not before: vLLM's cache knows nothing of a request that failed either
             for name, image, data in images.named:
                 known.remember(name, asked.salt, image, data)
         processed[DECISIONS] = decisions
-        if any(decision.plan is not None and decision.plan.evicts for decision in decisions):
+        if not asked.shown and any(one.plan is not None and one.plan.evicts for one in decisions):
             if asked.found is not None or not any(_evicted_by_client(decision) for decision in decisions):
                 first = min(one.offset for one in processed["mm_placeholders"]["image"])
                 processed[UNMARKED] = Unmarked(tuple(processed["prompt_token_ids"]), first)

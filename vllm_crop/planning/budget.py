@@ -21,7 +21,15 @@ _BISECTIONS = 60  # halve [0, 1] down to the precision of a float
 
 
 class BudgetError(CropError):
-    """No whole numbers of tokens meet the pruning rate with these eviction layers."""
+    """No whole numbers of tokens meet the pruning rate with these eviction layers.
+
+    Attributes:
+        least: tokens on average over layers that can be met; None where nothing can.
+    """
+
+    def __init__(self, message: str, least: int | None = None) -> None:
+        super().__init__(message)
+        self.least = least
 
 
 def method_evicts(method: Method) -> bool:
@@ -147,5 +155,6 @@ def _budget_error(num_tokens: int, pruning_rate: float, num_layers: int, first_l
     return BudgetError(
         f"{pruning_rate:g} leaves {target:.1f} of {num_tokens} tokens per layer, but method 'ilp' with "
         f"eviction from layer {first_layer} of {num_layers} takes at least {least:.1f}: needs {layers}"
-        f"a pruning_rate of at most {highest:g}"
+        f"a pruning_rate of at most {highest:g}",
+        next(count for count in range(1, num_tokens + 1) if fits(1 - count / num_tokens, first_layer)),
     )

@@ -9,12 +9,13 @@ from typing import Any
 
 from lab.evaluation.asking import Answer, Asked
 from vllm_crop.config import CropConfig
+from vllm_crop.crop_params import CropParams
 from vllm_crop.errors import CropError
 from vllm_crop.families.checkpoint import load_geometry
 from vllm_crop.families.qwen_vl import SmartResize
 from vllm_crop.planner import Planner
 from vllm_crop.planning.geometry import Region
-from vllm_crop.request import CropParams, image_requests
+from vllm_crop.request import image_requests
 
 _geometry = cache(load_geometry)  # reads files
 

@@ -5,7 +5,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from vllm_crop.request import InvalidCropError
+from vllm_crop.crop_params import InvalidCropError
 from vllm_crop_server.playground.plans import Page, PlanRequest
 from vllm_crop_server.schemas import error_body
 

@@ -7,12 +7,14 @@ from typing import Annotated, Any, Protocol, Self, runtime_checkable
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from vllm_crop.config import describe_errors
+from vllm_crop.crop_params import CropParams, InvalidCropError, parse_region
 from vllm_crop.errors import UnsupportedImageError
+from vllm_crop.frontend.room import room_of
 from vllm_crop.planner import Planner
 from vllm_crop.planning.budget import Method
 from vllm_crop.planning.geometry import Region
 from vllm_crop.planning.image_budgets import MOST_TOKENS
-from vllm_crop.request import CropParams, InvalidCropError, image_requests, parse_region
+from vllm_crop.request import CropRequest
 
 LONGEST_SIDE = 65535  # in pixels, as JPEG has it
 _FIELDS = {
@@ -20,6 +22,7 @@ _FIELDS = {
     "crop.pruning_rate": "pruning_rate",
     "crop.max_tokens": "max_tokens",
     "crop.method": "method",
+    "crop.fit": "image_size",
 }
 
 Side = Annotated[int, Field(ge=1, le=LONGEST_SIDE)]
@@ -93,7 +96,10 @@ class Page:
         )
         width, height = asked.image_size
         try:
-            (request,) = image_requests(params, self.planner.config, num_images=1)
+            room = room_of({}, params, self.planner.config, longest=0, request=None)
+            asked_for = CropRequest(params, room=room)
+            (decision,) = self.planner.plan(asked_for, [(width, height)])
+            request = decision.request
             planned = self.planner.plan_image(request, width, height)
         except InvalidCropError as error:
             raise InvalidCropError(_FIELDS[error.parameter], error.reason) from None

@@ -60,6 +60,7 @@ function missing() {
   if (!stage.picture) return [find("file"), "Choose an image first."];
   if (!find("question").value.trim()) return [find("question"), "Type a question first."];
   if (box.problem) return [box.fields[0], `The region is no box: ${box.problem}`];
+  if (!find("most").checkValidity()) return [find("most"), "At most so many image tokens: a whole number from 1, or nothing."];
   if (!find("longest").checkValidity()) return [find("longest"), "The answer needs room: a whole number of tokens from 1."];
   return null;
 }

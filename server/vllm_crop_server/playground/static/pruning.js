@@ -10,6 +10,7 @@ const HINTS = {
   engine: "Without a box the served model itself looks for the region.",
   openai: "Without a box another model looks for the region.",
 };
+const BOUNDED = "Without a box the image costs the tokens named below, all of it alike.";
 
 /** Shows the server's settings; onChange is called when the reader changes one. */
 export class Pruning {
@@ -40,7 +41,8 @@ export class Pruning {
       this.rate.value = settings.pruning_rate;
       this.most.value = settings.max_tokens ?? "";
     }
-    this.hint.textContent = HINTS[settings.localizer] ?? "";
+    const alone = settings.localizer === "request" && settings.max_tokens;
+    this.hint.textContent = alone ? BOUNDED : (HINTS[settings.localizer] ?? "");
     this.#show();
   }
 
