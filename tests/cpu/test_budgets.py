@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
 
 from tests.conftest import CheckpointOf
 from tests.cpu.conftest import CHUNKED, STEPS, Engine, Question, decided
@@ -62,7 +64,11 @@ WHOLE = {"more than it has"}  # which still has to fit
 
 @pytest.fixture(scope="module")
 def engine_of(checkpoint_of: CheckpointOf) -> Callable[[Family], Engine]:
-    return cache(lambda family: Engine(checkpoint_of(family, family.shallow), CROP, family, **CHUNKED))
+    return cache(
+        lambda family: Engine(
+            checkpoint_of(family, family.shallow), CROP, family, **CHUNKED, enable_mm_embeds=True
+        )
+    )
 
 
 class Expected:
@@ -157,6 +163,24 @@ def test_counts_are_the_clients_own_arithmetic(engine_of: Callable[[Family], Eng
         exact = family not in QWEN or name == "with a region"
         assert taken - frame == bound if exact else bound // 2 < taken - frame <= bound, (name, taken, frame)
     assert grid(*SQUARE.size).num_tokens > 40
+
+
+def test_a_limit_holds_for_embeddings_too(engine_of: Callable[[Family], Engine]) -> None:
+    """Nobody can prune them: they are counted when the prompt has been expanded."""
+    engine, sampling = engine_of(LLAVA), SamplingParams(max_tokens=1)
+    width = engine.llm.model_config.get_hidden_size()
+
+    def ask(rows: int, question: Question) -> int:
+        data = {"multi_modal_data": {"image": torch.randn(len(question.images), rows, width)}}
+        (answer,) = engine.llm.generate([question.prompt(engine.image) | data], sampling, use_tqdm=False)
+        return len(answer.prompt_token_ids or ())
+
+    one, two = Question((SQUARE,)), Question((SQUARE, SQUARE))
+    assert ask(MOST, one) - ask(MOST - 50, one) == 50
+    assert ask(MOST // 2, two) > MOST
+    for rows, question in ((MOST + 1, one), (MOST // 2 + 1, two)):
+        with pytest.raises(VLLMValidationError, match=f"room for {MOST} .limits.max_tokens_per_request"):
+            ask(rows, question)
 
 
 def test_a_servers_own_bound(checkpoint_of: CheckpointOf) -> None:

@@ -115,7 +115,7 @@ def test_crop_wins_over_detail(client: openai.OpenAI) -> None:
     counts, _ = visual(client, [user(low, high)], {"method": "off"})
     assert counts == [FULL, FULL]
     counts, facts = visual(client, [user(low, high)], {"max_tokens": [None, 0], "rim": 0})
-    assert counts == [FULL, 0]
+    assert counts == [square(LOW), 0], "null says nothing of the first"
     assert facts["images"][1] == {
         **{"tokens": FULL, "tokens_after_plc": 0, "tokens_avg": 0.0, "region": None, "source": "none"},
         **{"by": "max_tokens", "max_tokens": 0},

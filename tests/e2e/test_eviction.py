@@ -110,6 +110,17 @@ def test_every_method_on_one_server(client: openai.OpenAI, hf: HfLlava, method: 
     assert facts["tokens_avg"] == pytest.approx((2 * counts[0] + 6 * counts[-1]) / 8, abs=0.01)
 
 
+def test_tokens_are_shown_as_the_tokenizer_has_them(client: openai.OpenAI, server: Server) -> None:
+    """Marks of what is evicted are for the engine: no text stands for them."""
+    asked = {"model": MODEL, "messages": messages(SQUARE), "return_token_strs": True}
+    for method in METHODS:
+        body = {**asked, "crop": {"regions": FIRST.as_lists(), "method": method}}
+        shown: Any = client.post(f"{server.base_url}/tokenize", body=body, cast_to=object)
+        count = facts_of(chat(client, [SQUARE], body["crop"]).headers)["tokens_after_plc"]
+        assert shown["token_strs"].count("<image>") == count
+        assert len(set(shown["tokens"])) == len(set(shown["token_strs"]))
+
+
 def test_all_at_once(client: openai.OpenAI, hf: HfLlava) -> None:
     asked = [
         (image, region, method)

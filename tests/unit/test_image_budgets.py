@@ -397,6 +397,21 @@ def test_what_does_not_fit_names_the_setting_and_what_to_send() -> None:
         Case({}, {}, images, None, Room(20, 20, True, "--max-model-len")).decide()
 
 
+def test_who_asks_for_less_of_embeddings_is_told_and_who_only_gets_it_is_not() -> None:
+    history = {"keep": 1, "max_tokens": 4, "stride": 1}
+    shown, sizes = [Shown(0), Shown(1)], (None, None)
+    for crop, config in (({"history": history}, {}), ({}, {"history": history})):
+        params, settings = CropParams.parse(crop), CropConfig.from_mapping(config)
+        asked = CropRequest(params, budgets=request_budgets(params, settings, 2, shown))
+        if crop:
+            with pytest.raises(InvalidCropError, match=r"crop\.history: not possible for image embeddings"):
+                Planner(settings, LLAVA).plan(asked, sizes, embeddings=True)
+        else:
+            old, new = Planner(settings, LLAVA).plan(asked, sizes, embeddings=True)
+            assert (old.whole, old.plan, new.reason) == ("not_possible", None, "")
+            assert "embeddings" in old.reason
+
+
 def test_null_in_a_list_says_nothing_of_an_image() -> None:
     shown = (Shown(detail="low"), Shown(detail="high"), Shown())
     case = Case({"max_tokens": [None, None, 9]}, {"max_tokens": 100}, shown, None, None)
