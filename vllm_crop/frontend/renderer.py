@@ -17,6 +17,7 @@ from vllm_crop.config import CropConfig
 from vllm_crop.crop_params import CropParams
 from vllm_crop.errors import CropError
 from vllm_crop.frontend.conversation import shown_in
+from vllm_crop.frontend.embedded import note_request
 from vllm_crop.frontend.localization import LocalizationService, RegionQuery, images_sought
 from vllm_crop.frontend.metrics import crop_metrics
 from vllm_crop.frontend.own_request import OfflineEngine, ServingEngine
@@ -91,6 +92,11 @@ class CropRenderer(HfRenderer):
         if isinstance(self.mm_processor, CropProcessorMixin) and kind is ServingEngine:
             shadow = self.mm_processor.crop_config.shadow
             self.shadow_checks = ShadowChecks(self, kind(engine), shadow) if shadow.rate else None
+
+    def note_request(self, request: Any) -> None:
+        """Told by vLLM's renderer of each request over HTTP (compat/patches/online_renderer.py)."""
+        if isinstance(self.mm_processor, CropProcessorMixin):
+            note_request(request)
 
     def shutdown(self) -> None:
         """As upstream, without checks that are under way."""
@@ -187,7 +193,8 @@ class CropRenderer(HfRenderer):
             self._record(localizations)
             raise
         self._report(engine_input, asked, localizations, **kwargs)
-        if self.shadow_checks is not None and (context := current_request.get()) is not None:
+        context = current_request.get()
+        if self.shadow_checks is not None and context is not None and context.tracked:
             if localizations:
                 asked = replace(asked, found=_found(localizations))  # a check keeps no pictures
             self.shadow_checks.consider(prompt, asked, engine_input, context)
@@ -421,7 +428,7 @@ class CropRenderer(HfRenderer):
         context = current_request.get()
         only_counts = skip_mm_cache or (context is not None and context.only_counts)
         model_name = None if only_counts else self.model_config.served_model_name
-        if context is None:
+        if context is None or not context.tracked:
             if model_name is not None:
                 crop_metrics().record(model_name, facts)
             return

@@ -182,7 +182,7 @@ FACTS = "crop_facts"  # key of the engine's input: what the renderer says of its
 
 @dataclass
 class RequestContext:
-    """One HTTP request. The localizer's own requests run without one.
+    """One HTTP request. The localizer's own requests run without one, offline ones too.
 
     Attributes:
         params: its `crop` field, None if absent.
@@ -194,6 +194,7 @@ class RequestContext:
         request: vLLM's own object for the request, with its sampling parameters, where one is known.
         unsent: items that vLLM's processor cache takes for sent since this request was rendered, with what
             makes it forget them. They are sent once the request has reached the engine.
+        tracked: whether the middleware sees its answer: adds the facts, counts them, says when it is over.
         ended: whether it is over; a response made in the background goes on being rendered.
         afterwards: called when the request is over, with whether its whole answer was sent; they never raise.
     """
@@ -207,6 +208,7 @@ class RequestContext:
     request: Any = None
     unsent: dict[str, Callable[[str], None]] = field(default_factory=dict)
     afterwards: list[Callable[[bool], None]] = field(default_factory=list)
+    tracked: bool = True
     ended: bool = False
 
     def forget_unsent(self) -> None:

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`crop` in a server without our middleware: honoured or refused, never ignored."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+from PIL import Image
+
+from tests.e2e.conftest import ENVIRONMENT, MODEL
+from tests.pictures import noise_image
+from tests.tinyvqa import CHECKPOINT
+from vllm_crop.client import question_about
+from vllm_crop.measuring.server import HOST, free_port, get_text, log_tail
+
+pytestmark = pytest.mark.e2e
+SIDE, FULL = 256, 256  # pixels; visual tokens of a picture
+HERE = [0.1, 0.1, 0.3, 0.3]
+
+
+@pytest.fixture(scope="module")
+def client(logs: Path) -> Iterator[openai.OpenAI]:
+    port, log_path = free_port(), logs / "embedding.log"
+    crop = json.dumps({"crop": {"pruning_rate": 0.75, "limits": {"max_boxes_per_image": 2}}})
+    command = [
+        *(sys.executable, "-m", "tests.e2e.embedding_server", "--model", str(CHECKPOINT)),
+        *("--host", HOST, "--port", str(port), "--served-model-name", MODEL, "--dtype", "float32"),
+        *("--enforce-eager", "--max-model-len", "2048", "--additional-config", crop),
+    ]
+    with log_path.open("wb") as log:
+        server = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **ENVIRONMENT}
+        )
+    try:
+        _wait_until_healthy(server, f"http://{HOST}:{port}/health", log_path)
+        yield openai.OpenAI(base_url=f"http://{HOST}:{port}/v1", api_key="unused", max_retries=0)
+    finally:
+        server.terminate()
+        server.wait(20)
+
+
+def _wait_until_healthy(server: subprocess.Popen[bytes], url: str, log_path: Path) -> None:
+    deadline = time.monotonic() + 300
+    while True:
+        assert server.poll() is None, log_tail(log_path)
+        try:
+            get_text(url)
+        except OSError:
+            assert time.monotonic() < deadline, log_tail(log_path)
+            time.sleep(0.5)
+        else:
+            return
+
+
+def prompt_tokens(client: openai.OpenAI, picture: Image.Image, crop: object = None) -> int:
+    answer = client.chat.completions.create(
+        model=MODEL,
+        messages=question_about(picture, "what is it?"),
+        max_tokens=1,
+        extra_body={} if crop is None else {"crop": crop},
+    )
+    assert answer.usage is not None
+    return answer.usage.prompt_tokens
+
+
+def test_the_field_is_honoured_request_by_request(client: openai.OpenAI) -> None:
+    """The same task answers all: what one request asks for is not the next one's."""
+    picture = noise_image(1, SIDE, SIDE)
+    whole = prompt_tokens(client, picture)
+    for _ in range(2):
+        assert whole - prompt_tokens(client, picture, {"regions": [HERE]}) == FULL - FULL // 4
+        assert prompt_tokens(client, picture) == whole
+    assert whole - prompt_tokens(client, picture, {"max_tokens": 9}) == FULL - 9
+    assert prompt_tokens(client, picture, {"regions": [HERE], "method": "off"}) == whole
+
+
+@pytest.mark.parametrize(
+    ("crop", "words"),
+    [
+        ({"regions": [[2, 0, 0, 0]]}, r"crop\.regions.* four fractions"),
+        ({"region": HERE}, r"crop\.region: unknown key"),
+        ("whole", r"crop: must be an object"),
+        ({"regions": [[HERE] * 3]}, r"at most 2 boxes per image"),
+        ({"method": "ilp", "regions": [HERE]}, r"prepared to evict"),
+        ({"regions": [HERE, HERE]}, r"one entry per image"),
+    ],
+)
+def test_what_is_wrong_is_refused_and_the_next_request_served(
+    client: openai.OpenAI, crop: object, words: str
+) -> None:
+    picture = noise_image(2, SIDE, SIDE)
+    with pytest.raises(openai.BadRequestError, match=words):
+        prompt_tokens(client, picture, crop)
+    assert prompt_tokens(client, picture) > FULL
