@@ -28,11 +28,23 @@ def check(
     settings: Annotated[
         bool, typer.Option("--settings", help="Only list the settings of --crop-config, with their defaults.")
     ] = False,
+    base_url: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Ask a running endpoint, such as http://localhost:8000/v1, whatever is in front of it, what "
+            "of pruning arrives at a client; --model is then the name to ask for, the key OPENAI_API_KEY.",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Check this installation, and list settings and limits. Exits with 1 if pruning would not start.
+    """Check this installation, or a running endpoint, and list settings and limits.
+
+    Exits with 1 if pruning would not start, or does not reach a client.
 
     \b
+    Does pruning work through my router?
+      vllm-crop check --base-url http://router:8000/v1
     Which settings are there?
       vllm-crop check --settings
     Does a calibration fit a checkpoint?
@@ -49,12 +61,43 @@ def check(
         else:
             _print_settings(Console(highlight=False), described)
         return
+    if base_url is not None:
+        raise typer.Exit(_check_endpoint(base_url, model, as_json))
     report = describe_installation(model, crop_config)
     if as_json:
         typer.echo(json.dumps(report, indent=2))
     else:
         _print_report(Console(highlight=False), report)
     raise typer.Exit(0 if report["ok"] else 1)
+
+
+def _check_endpoint(base_url: str, model: str | None, as_json: bool) -> int:
+    """Print what was found, one thing after the other; the exit status."""
+    from vllm_crop.measuring.endpoint import EndpointError, Finding, probe
+
+    console, findings = Console(highlight=False), list[Finding]()
+    try:
+        for finding in probe(base_url, model):
+            findings.append(finding)
+            if not as_json:
+                mark = _MARKS[finding.state]
+                console.print(f"{mark} {finding.what:28}{escape(finding.detail)}", soft_wrap=True)
+    except EndpointError as error:
+        raise typer.BadParameter(str(error), param_hint="--base-url") from None
+    except ImportError:
+        raise typer.BadParameter(
+            "needs the package openai: pip install 'vllm-crop[openai]'", param_hint="--base-url"
+        ) from None
+    if as_json:
+        typer.echo(json.dumps([finding.to_json() for finding in findings], indent=2))
+    return int(any(finding.state == "fails" for finding in findings))
+
+
+_MARKS = {
+    "works": "[green]  works[/green]",
+    "fails": "[red]  fails[/red]",
+    "absent": "[yellow] absent[/yellow]",
+}
 
 
 def _print_report(console: Console, report: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Protocol, Self, runtime_checkable
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from vllm_crop import __version__
 from vllm_crop.config import describe_errors
 from vllm_crop.crop_params import CropParams, InvalidCropError, parse_region
 from vllm_crop.errors import UnsupportedImageError
@@ -126,4 +127,5 @@ class Page:
             "localizer": config.localizer.kind,
             "num_layers": self.planner.geometry.num_layers,
             "eviction_layers": list(config.stages),
+            "version": __version__,
         }
