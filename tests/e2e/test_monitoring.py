@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What dashboard and alerts ask for is what servers export."""
 
-import json
 import re
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import yaml
 
 from lab.evaluation.questions import make_test_set
+from lab.monitoring import RULES, as_query, panels, scraping
 from tests.e2e.conftest import API_KEY
 from tests.tinyvqa import ask
 from vllm_crop.localizers.decision import FALLBACKS
@@ -18,9 +20,10 @@ from vllm_crop.measuring.server import Server, get_text
 
 pytestmark = pytest.mark.e2e
 
-DEPLOY = Path(__file__).parents[2] / "deploy"
-DASHBOARD = json.loads((DEPLOY / "grafana" / "vllm-crop.json").read_text())
-RULES = yaml.safe_load((DEPLOY / "prometheus" / "vllm-crop.rules.yml").read_text())
+ALERTS = [rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]]
+promtool = pytest.mark.skipif(
+    shutil.which("promtool") is None, reason="needs Prometheus: apt-get install prometheus"
+)
 
 
 @pytest.fixture
@@ -50,7 +53,7 @@ def require_exported(expression: str, exported: str) -> None:
 
 
 def test_the_dashboard_shows_what_servers_export(exported: str) -> None:
-    expressions = [target["expr"] for panel in DASHBOARD["panels"] for target in panel.get("targets", ())]
+    expressions = [target["expr"] for panel in panels() for target in panel.get("targets", ())]
     assert len(expressions) > 15
     for expression in expressions:
         require_exported(expression, exported)
@@ -60,18 +63,56 @@ def test_the_dashboard_shows_what_servers_export(exported: str) -> None:
 
 def test_panels_have_ids_of_their_own_and_do_not_lie_on_each_other() -> None:
     taken: dict[tuple[int, int], str] = {}
-    for panel in DASHBOARD["panels"]:
+    for panel in panels():
         place = panel["gridPos"]
         for x in range(place["x"], place["x"] + place["w"]):
             for y in range(place["y"], place["y"] + place["h"]):
                 assert (x, y) not in taken, (panel["title"], taken[x, y])
                 taken[x, y] = panel["title"]
-    assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
+    assert len({panel["id"] for panel in panels()}) == len(panels())
 
 
 def test_alerts_watch_what_servers_export(exported: str) -> None:
-    rules = [rule for group in RULES["groups"] for rule in group["rules"]]
-    assert [rule["alert"] for rule in rules] == ["CropAnswersDiffer"]
-    for rule in rules:
+    for rule in ALERTS:
         require_exported(rule["expr"], exported)
         assert set(rule["annotations"]) == {"summary", "description"}
+
+
+def test_failures_of_the_localizer_are_fallbacks() -> None:
+    (expression,) = (rule["expr"] for rule in ALERTS if rule["alert"] == "CropLocalizerFails")
+    (outcomes,) = re.findall(r'outcome=~"([^"]*)"', expression)
+    assert set(outcomes.split("|")) < set(FALLBACKS)
+
+
+@promtool
+def test_each_alert_fires_when_it_should_and_not_before() -> None:
+    tested = yaml.safe_load(RULES.with_suffix(".test.yml").read_text())
+    assert {case["alertname"] for test in tested["tests"] for case in test["alert_rule_test"]} == {
+        rule["alert"] for rule in ALERTS
+    }
+    for command in (["check", "rules", RULES.name], ["test", "rules", RULES.with_suffix(".test.yml").name]):
+        done = subprocess.run(["promtool", *command], cwd=RULES.parent, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+@promtool
+def test_a_real_prometheus_answers_every_panel(
+    exported: str, localizing_server: Server, checked_server: Server, tmp_path: Path
+) -> None:
+    with scraping([localizing_server.base_url, checked_server.base_url], tmp_path) as prometheus:
+        # A rate takes two scrapes.
+        prometheus.wait_for("rate(crop:requests_total[30s])")
+        prometheus.wait_for("rate(crop:shadow_first_tokens_total[30s])")
+        empty = []
+        for panel in panels():
+            for target in panel.get("targets", ()):
+                query = as_query(target["expr"], "30s")
+                if not prometheus.get("query", query=query)["result"]:
+                    empty.append(panel["title"])
+        # Rates of histograms that nothing was added to meanwhile have no quantiles: NaN, but a value.
+        assert not empty
+        groups = prometheus.get("rules")["groups"]
+        prometheus.wait_for('up{job="vllm"} == 1')
+        healths = {rule["name"]: rule["health"] for group in groups for rule in group["rules"]}
+        assert set(healths) == {rule["alert"] for rule in ALERTS}
+        assert "err" not in healths.values()

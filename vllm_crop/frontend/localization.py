@@ -86,6 +86,7 @@ class LocalizationService:
         self.breaker = CircuitBreaker(self.config.suspend_after, self.config.suspend_s)
         self.log = ThrottledLog(logger)
         self._slots = asyncio.Semaphore(self.config.max_running)
+        crop_metrics().begin_localizations(self.model_name, self.localizer.name)
         self._asking: set[Key] = set()  # those that the localizer is busy with, waiting ones apart
 
     async def localize(self, sought: Sequence[RegionQuery]) -> list[Localization]:

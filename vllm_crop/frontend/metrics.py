@@ -9,7 +9,7 @@ from prometheus_client import Counter, Histogram
 from prometheus_client.metrics import MetricWrapperBase
 
 from vllm_crop.frontend.request_context import ImageFacts
-from vllm_crop.localizers.decision import FALLBACKS, Localization
+from vllm_crop.localizers.decision import FALLBACKS, OUTCOMES, Localization
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _NATS = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
@@ -93,6 +93,15 @@ class CropMetrics:
             ["model_name"],
             buckets=_NATS,
         )
+
+    def begin_localizations(self, model_name: str, localizer: str) -> None:
+        """Show zeros: without them the first failure, or the first suspension, would be no increase."""
+        labels = model_name, localizer
+        for outcome in (*OUTCOMES, *FALLBACKS):
+            self.localizations.labels(*labels, outcome)
+        self.localizer_cache_hits.labels(*labels)
+        self.localizer_suspensions.labels(*labels)
+        self.localizer_seconds.labels(*labels)
 
     def begin_shadow_checks(self, model_name: str) -> None:
         """Show zeros: a rate needs a counter's value before its first event."""

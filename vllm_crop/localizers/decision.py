@@ -21,7 +21,9 @@ Fallback = Literal[
     "suspended",
     "not_possible",
 ]
-Outcome = Literal["region", "widened", "global", "not_asked"] | Fallback
+_Found = Literal["region", "widened", "global", "not_asked"]
+Outcome = _Found | Fallback
+OUTCOMES: tuple[str, ...] = get_args(_Found)  # beside FALLBACKS
 FALLBACKS: tuple[str, ...] = get_args(Fallback)
 
 
