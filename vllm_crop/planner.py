@@ -144,7 +144,7 @@ class Planner:
             try:
                 decision = self._checked(request, size, embeddings, other_kwargs, decisions)
             except _CANNOT_PRUNE as error:
-                if _is_clients_wish(request, asked):
+                if is_clients_wish(request, asked):
                     raise
                 decision = ImageDecision(request.without_budget(), whole="not_possible", reason=str(error))
             decisions.append(decision)
@@ -241,7 +241,7 @@ class Planner:
         if taken <= room.most:
             return list(decisions)
         if not room.prunes or not possible:
-            room.check(taken, "" if possible else _NOT_BESIDE)
+            room.check(taken, room.advice if possible else _NOT_BESIDE)
         floor = self.config.fit_floor
         try:
             given = share_room(claims, room.aim, floor)
@@ -320,7 +320,14 @@ class Planner:
         before: Sequence[ImageDecision],
     ) -> ImageDecision:
         _refuse_beside(other_kwargs, request)
-        decision = self._decide(request, size, embeddings)
+        try:
+            decision = self._decide(request, size, embeddings)
+        except InvalidCropError:
+            if request.by != "server" or not request.eviction_layers or embeddings:
+                raise
+            # The server's own bound is too small for the client's method: it holds all the same.
+            assert request.max_tokens is not None
+            decision = self._decide(request.bounded(request.max_tokens), size, embeddings)
         self._check_room([*before, decision])
         return decision
 
@@ -349,7 +356,7 @@ def _field_of(request: ImageRequest) -> str:
     return "crop.regions" if request.region is not None else "crop.max_tokens"
 
 
-def _is_clients_wish(request: ImageRequest, asked: CropRequest) -> bool:
+def is_clients_wish(request: ImageRequest, asked: CropRequest) -> bool:
     """Whether the client itself wants less of an image; what the server wants fails no request."""
     if request.by == "history":
         return asked.params.history is not None

@@ -54,25 +54,27 @@ class Room:
         aim: what is left of them if it is pruned: the answer needs room too.
         prunes: whether it is.
         setting: the server's that bounds them.
+        advice: what a client can do where they are not pruned.
     """
 
     most: int
     aim: int
     prunes: bool
     setting: str = "limits.max_tokens_per_request"
+    advice: str = """: send "fit": "prune" in crop"""
 
     def check(self, tokens: int, why: str = "") -> None:
-        """Refuse images that take more, and are not pruned.
+        """Refuse images that take more.
 
         Args:
             tokens: what they take together.
-            why: they are not, if that is not for the client to say.
+            why: they are not pruned, or what to do.
 
         Raises:
             InvalidCropError: with both numbers.
         """
         if tokens > self.most:
-            raise self.refusal(f"take {tokens} visual tokens", why or """: send "fit": "prune" in crop""")
+            raise self.refusal(f"take {tokens} visual tokens", why)
 
     def refusal(self, what: str, why: str = "") -> InvalidCropError:
         """The error for images that do not fit; `what` they do, and `why` they are not made to fit."""

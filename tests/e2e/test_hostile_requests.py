@@ -306,6 +306,42 @@ def test_who_asks_for_too_much_takes_no_image_from_others(server: Server) -> Non
         assert statuses == [400, 200, 200]
 
 
+def test_a_prompt_cut_to_nothing_takes_no_image_from_others(server: Server) -> None:
+    """vLLM finds no place for its image when it has processed it, and stock forgets to forget it."""
+    body = chat([part(noise(61, (200, 200)))], "?", max_tokens=2)
+    cut = post(server, "/v1/chat/completions", {**body, "truncate_prompt_tokens": 1})
+    assert cut.status_code >= 400
+    for _ in range(2):
+        assert post(server, "/v1/chat/completions", body).status_code == 200
+
+
+def test_prompt_logprobs_where_nothing_is_evicted(server: Server) -> None:
+    for images, crop in (
+        ([], {"max_tokens": 20, "method": "ilp"}),
+        ([part(noise(62, (200, 200)))], {"max_tokens": 20, "method": "plc+ilp"}),
+        ([part(noise(63, (200, 200)))], {"max_tokens": 0, "method": "ilp"}),
+    ):
+        body = chat(images, "?", max_tokens=1, prompt_logprobs=1, crop=crop)
+        answer = post(server, "/v1/chat/completions", body)
+        assert answer.status_code == 200, answer.text
+
+
+def test_history_beside_embeddings_is_refused(server: Server) -> None:
+    rows = {"image_embeds": torch.ones(16, 128), "image_grid_thw": torch.tensor([1, 8, 8])}
+    embedded = {
+        "type": "image_embeds",
+        "image_embeds": {name: tensor2base64(tensor) for name, tensor in rows.items()},
+    }
+    body = chat([embedded], "?")
+    (turn,) = body["messages"]
+    for turns, status in ((1, 200), (2, 400)):
+        history = {"keep": 1, "max_tokens": 4, "stride": 1}
+        asked = {**body, "messages": [turn] * turns, "crop": {"history": history}}
+        answer = post(server, "/v1/chat/completions", asked)
+        assert answer.status_code == status, answer.text
+        assert status == 200 or "crop.history" in answer.text
+
+
 def test_a_batch_that_is_localized_takes_no_image_from_others(server: Server) -> None:
     """Whenever others ask: while one of its pictures is localized, processed, or waits for the last."""
     scene, question = LOCAL[1]

@@ -397,6 +397,13 @@ def test_what_does_not_fit_names_the_setting_and_what_to_send() -> None:
         Case({}, {}, images, None, Room(20, 20, True, "--max-model-len")).decide()
 
 
+@pytest.mark.parametrize("region", [None, [HERE]])
+def test_the_servers_bound_holds_where_a_clients_method_cannot_meet_it(region: Any) -> None:
+    config = {"max_tokens": 20, "eviction_layers": [2]}
+    (decision,) = Case({"method": "ilp", "regions": region}, config, (Shown(),), None, None).decide()
+    assert (got(decision), decision.request.by, decision.request.method) == (20, "server", "plc")
+
+
 def test_who_asks_for_less_of_embeddings_is_told_and_who_only_gets_it_is_not() -> None:
     history = {"keep": 1, "max_tokens": 4, "stride": 1}
     shown, sizes = [Shown(0), Shown(1)], (None, None)

@@ -174,8 +174,12 @@ def refuse_budget(geometry: VisionGeometry, config: CropConfig) -> None:
             config.stages,
         )
     except BudgetError as error:
-        name = "pruning_rate" if bound is None else f"max_tokens {bound}, of the largest image"
-        raise InvalidConfigError(f"--crop-config {name}: {error}") from None
+        if bound is None:
+            raise InvalidConfigError(f"--crop-config pruning_rate: {error}") from None
+        raise InvalidConfigError(
+            f"--crop-config max_tokens: {bound} of the {largest} tokens of the largest image are too few for "
+            f"method {config.method!r} with eviction_layers {list(config.stages)}, which needs {error.least}"
+        ) from None
 
 
 def uses_rust_front_end() -> bool:

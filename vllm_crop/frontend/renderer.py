@@ -217,13 +217,15 @@ class CropRenderer(HfRenderer):
                 given = settings.get(CROP_KEY)
                 params = CropParams.parse({} if given is None else given)
             data = prompt.get("multi_modal_data") or {}
-            num_images, places = _num_images(data, params), shown_in(messages)
+            places = shown_in(messages)
+            num_images = _num_images(data, params, len(places))
             budgets = request_budgets(
                 params, config, num_images, places if len(places) == num_images else None
             )
             # Before any localization is paid for, as far as vLLM has not to read the images for it.
             image_requests(params, config, num_images, budgets=budgets)
-        self._refuse_evictions_without_rows(params)
+        if num_images:
+            self._refuse_evictions_without_rows(params, budgets)
         in_batch = context is not None and context.in_batch
         shown = hasattr(vllm_request(), "return_token_strs")  # vLLM's requests to /tokenize
         asked = CropRequest(params, salt=salt, unsure=in_batch, budgets=budgets, shown=shown)
@@ -309,11 +311,12 @@ class CropRenderer(HfRenderer):
             return True
         return False
 
-    def _refuse_evictions_without_rows(self, params: CropParams) -> None:
+    def _refuse_evictions_without_rows(self, params: CropParams, budgets: Sequence[ImageBudget]) -> None:
         """Refuse evictions asked for beside prompt logprobs, before vLLM's caches know of the images."""
-        config = self.mm_processor.crop_config
-        pruned = any(params.regions or ()) or params.max_tokens is not None
-        evicts = method_evicts(params.method or config.method) and pruned
+        method = params.method or self.mm_processor.crop_config.method
+        # Without a region "plc+ilp" only compresses.
+        bounded = method == "ilp" and any(one.by == "max_tokens" and one.max_tokens for one in budgets)
+        evicts = method_evicts(method) and (any(params.regions or ()) or bounded)
         if not evicts or (sampling := self._sampling()) is None:
             return
         for name in IN_THE_WAY:
@@ -463,12 +466,16 @@ def _found(
     )
 
 
-def _num_images(data: Any, params: CropParams) -> int:
-    """How many images a prompt has; where that takes reading embeddings, as many as the request says."""
+def _num_images(data: Any, params: CropParams, num_shown: int) -> int:
+    """How many images a prompt has; where that takes reading embeddings, as many as the request says.
+
+    Args:
+        num_shown: images in its messages.
+    """
     images = images_of(data)
     if any(image is not None and as_picture(image) is None for image in images):
         lists = [params.regions, params.max_tokens]
-        return next((len(each) for each in lists if isinstance(each, list | tuple)), 0)
+        return next((len(each) for each in lists if isinstance(each, list | tuple)), num_shown)
     return len(images)
 
 

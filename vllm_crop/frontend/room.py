@@ -21,10 +21,11 @@ def room_of(prompt: Any, params: CropParams, config: CropConfig, longest: int, r
         request: vLLM's object for the request, None where none is known.
     """
     prunes = (params.fit or config.fit) == "prune"
-    if params.method == "off" or params.pruning_rate == 0:
-        prunes = False  # the client wants all of all
     bound = config.limits.max_tokens_per_request
     rooms = [] if bound is None else [Room(bound, bound, prunes)]
+    if params.method == "off" or params.pruning_rate == 0:  # the client wants all of all
+        prunes = False
+        rooms = [replace(room, prunes=False, advice="") for room in rooms]
     data, token_ids = prompt.get("multi_modal_data") or {}, prompt.get("prompt_token_ids")
     # Videos become longer too, and a prompt that is cut to a length is cut after its images have grown.
     cut = getattr(request, "truncate_prompt_tokens", None) is not None

@@ -16,6 +16,7 @@ from vllm_crop.frontend.request_context import ImageFacts
 from vllm_crop.frontend.room import images_of
 from vllm_crop.localizers.thumbnails import as_picture, image_of
 from vllm_crop.models.known_images import KnownImage
+from vllm_crop.models.processor import image_token_of
 from vllm_crop.planning.image_budgets import BudgetSource
 from vllm_crop.request import CropRequest, ImageRequest, UnseenImage
 
@@ -44,7 +45,7 @@ def without_unseen(
     gone: dict[int, BudgetSource] = {
         index: budget.by or "server" for index, budget in enumerate(asked.budgets) if budget.max_tokens == 0
     }
-    image = getattr(hf_config, "image_token_id", getattr(hf_config, "image_token_index", None))
+    image = image_token_of(hf_config)
     places = [place for place, token in enumerate(prompt.get("prompt_token_ids") or ()) if token == image]
     images = images_of(prompt["multi_modal_data"])
     pictures = all(one is None or as_picture(one) is not None for one in images)

@@ -29,8 +29,8 @@ from vllm_crop.families.registry import VisionGeometry, geometry_from_configs
 from vllm_crop.localizers.thumbnails import Picture, as_picture
 from vllm_crop.models.ahead import ImagesAhead
 from vllm_crop.models.known_images import KnownImages, RequestImages, identify
-from vllm_crop.models.sent import OnTheWay, newly_sent, withhold
-from vllm_crop.planner import ImageDecision, Planner
+from vllm_crop.models.sent import OnTheWay, forgotten_on_failure, newly_sent, withhold
+from vllm_crop.planner import ImageDecision, Planner, is_clients_wish
 from vllm_crop.planning.foveation import Piece
 from vllm_crop.planning.plan import TokenPlan
 from vllm_crop.request import CropRequest, ImageRequest
@@ -140,15 +140,17 @@ class CropProcessorMixin(BaseMultiModalProcessor):
         # Profiling sends one dummy item many times, without `crop`: a key would let the feature cache
         # answer all but the first, and too little memory would be profiled.
         keys = images.keys if is_request else ("",) * len(images.keys)
+        self._refuse_images_without_places(inputs)
         in_pieces = any(decision.pieces for decision in decisions)
         usable = ahead if not in_pieces and self._is_ahead(ahead, inputs) else None
         pictures = tuple(one.picture for one in asked.found or ())
         if len(pictures) != len(decisions):
             pictures = (None,) * len(decisions)  # the planner has nothing for such images either
         known_here = CropItems(decisions, keys, hashes, usable, pictures)
-        processed = super().apply(
-            replace(inputs, hf_processor_mm_kwargs={**plain, ITEMS_KEY: known_here}), timing_ctx
-        )
+        with forgotten_on_failure(inputs.cache, hashes):
+            processed = super().apply(
+                replace(inputs, hf_processor_mm_kwargs={**plain, ITEMS_KEY: known_here}), timing_ctx
+            )
         if asked.unsure and inputs.cache is not None:
             # Until it is there, others would find in vLLM's cache what the engine has not got.
             withhold(processed, inputs.cache)
@@ -156,7 +158,8 @@ class CropProcessorMixin(BaseMultiModalProcessor):
             way.note(newly_sent(processed), inputs.cache.invalidate)
         if asked.room is not None:  # embeddings have no size that could be planned with
             with as_validation_error():
-                asked.room.check(sum(one.length for one in processed["mm_placeholders"].get("image", ())))
+                taken = sum(one.length for one in processed["mm_placeholders"].get("image", ()))
+                asked.room.check(taken, "; embeddings cannot be pruned" if embeddings else "")
         if known is not None:  # not before: vLLM's cache knows nothing of a request that failed either
             for name, image, data in images.named:
                 known.remember(name, asked.salt, image, data)
@@ -167,6 +170,21 @@ class CropProcessorMixin(BaseMultiModalProcessor):
                 processed[UNMARKED] = Unmarked(tuple(processed["prompt_token_ids"]), first)
             self._mark_evicted(processed, decisions)
         return processed
+
+    def _refuse_images_without_places(self, inputs: ProcessorInputs) -> None:
+        """Refuse a prompt that was cut, or whose template has left images out.
+
+        vLLM finds out when it has processed them, and answers with an internal error.
+        """
+        images = inputs.mm_data_items.get("image")
+        if images is None:
+            return
+        places = inputs.prompt.count(image_token_of(self.info.get_hf_config()))
+        if places < len(images):
+            raise VLLMValidationError(
+                f"the prompt has {places} place(s) for {len(images)} image(s): it was cut, or the chat "
+                "template leaves images of such a message out"
+            )
 
     def _without_impossible_pieces(
         self, items: ImageProcessorItems, images: RequestImages, decisions: tuple[ImageDecision, ...]
@@ -212,7 +230,7 @@ class CropProcessorMixin(BaseMultiModalProcessor):
             if image.key not in decoded:
                 decoded[image.key] = known.data_of(image)
             data[index] = decoded[image.key]
-            servers_own = asked.found is not None or decision.request.by not in (None, "max_tokens")
+            servers_own = not is_clients_wish(decision.request, asked)
             if data[index] is None and servers_own and cache.is_cached_item(image.key):
                 # Only the whole image is left: what the server found must not make it a miss.
                 settled[index] = ImageDecision(
@@ -328,6 +346,12 @@ def position_room(model_config: Any, geometry: VisionGeometry) -> int:
     """Position ids in vLLM's rotary table beyond those of the longest prompt."""
     positions: int = model_config.hf_text_config.max_position_embeddings * geometry.rotary_room
     return positions - int(model_config.max_model_len)
+
+
+def image_token_of(hf_config: Any) -> int:
+    """The id that stands for an image in a prompt before it is expanded; transformers has two names for it."""
+    found: int = getattr(hf_config, "image_token_id", None) or hf_config.image_token_index
+    return found
 
 
 @contextmanager

@@ -6,7 +6,8 @@ other has. They must remember and forget alike, in the same order (vllm/multimod
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 _WITHHELD = "crop_withheld"  # key of the engine's input: per hash what the cache kept beside it
@@ -15,6 +16,31 @@ _WITHHELD = "crop_withheld"  # key of the engine's input: per hash what the cach
 def newly_sent(prompt: Any) -> list[str]:
     """The items of a prompt whose data goes along: vLLM's cache did not know them before."""
     return [mm_hash for mm_hash, _ in _with_data(prompt)]
+
+
+@contextmanager
+def forgotten_on_failure(cache: Any, hashes: Mapping[str, Sequence[str]]) -> Iterator[None]:
+    """Let the cache forget what was put into it within the block, if that fails.
+
+    vLLM puts items there before it looks for their places in the prompt: where it finds none, the next
+    request with such an image would be told that the engine has it.
+
+    Args:
+        cache: None where there is none.
+        hashes: of all items of the prompt, by modality.
+    """
+    new = [
+        mm_hash
+        for items in (hashes.values() if cache is not None else ())
+        for mm_hash in items
+        if not cache.is_cached_item(mm_hash)
+    ]
+    try:
+        yield
+    except BaseException:
+        for mm_hash in new:
+            cache.invalidate(mm_hash)
+        raise
 
 
 def withhold(prompt: Any, cache: Any) -> None:
