@@ -6,8 +6,10 @@ called vllm-crop:cpu or vllm-crop:gpu, or what IMAGE names.
 """
 
 import os
+import subprocess
 import sys
 import tempfile
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,13 +24,22 @@ def tag_of(kind: str) -> str:
     return os.environ.get("IMAGE") or f"vllm-crop:{kind}"
 
 
+def labels() -> list[str]:
+    """Options that say which version and commit is inside; a base's own labels would say the base's."""
+    version = tomllib.loads(Path("pyproject.toml").read_text())["project"]["version"]
+    asked = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    told = {"version": version, "revision": asked.stdout.strip() or "unknown"}
+    return [f"--label=org.opencontainers.image.{name}={value}" for name, value in told.items()]
+
+
 def build(tool: Tool, kind: str, args: Sequence[str]) -> None:
     """Build the image of a kind, with pip's sources of this machine."""
     settings = pip_sources.of_this_machine()
     with tempfile.TemporaryDirectory() as folder:
         pip_conf = Path(folder) / "pip.conf"
         pip_conf.write_text(pip_sources.as_file(settings))
-        code = tool.build(DOCKERFILES[kind], tag_of(kind), pip_conf, pip_sources.on_disk(settings), args)
+        files = pip_sources.on_disk(settings)
+        code = tool.build(DOCKERFILES[kind], tag_of(kind), pip_conf, files, [*labels(), *args])
     if code:
         fail(f"{tool.name} could not build {DOCKERFILES[kind]}, see above")
 

