@@ -18,7 +18,7 @@ LANE := set -o pipefail; OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(BI
 export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 
-.PHONY: help setup demo serve eval lmms-eval drift test test-all lane-other-v1 lane-other-v2 lane-v1 lane-v2 lane-trained lane-served test-unit lint format clean
+.PHONY: help setup demo serve image image-gpu image-test eval lmms-eval drift test test-all lane-other-v1 lane-other-v2 lane-v1 lane-v2 lane-trained lane-served test-unit lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -31,6 +31,15 @@ demo: setup  ## serve a small model, ask with every method, show what each saves
 
 serve: setup  ## the same server, left running until Ctrl-C
 	@$(BIN)/python -m lab.demo --serve
+
+image:  ## build docker/Dockerfile.cpu with docker, podman or buildah (ARGS="--build-arg BASE_IMAGE=...")
+	@$(PYTHON) docker/build_image.py cpu $(ARGS)
+
+image-gpu:  ## build docker/Dockerfile, the official vLLM image with this project (ARGS="--build-arg VLLM_TAG=...")
+	@$(PYTHON) docker/build_image.py gpu $(ARGS)
+
+image-test: setup  ## build the CPU image, serve, ask with and without crop, crash, stop (ARGS=--no-build)
+	@PYTHONPATH=. $(BIN)/python docker/try_image.py $(ARGS)
 
 eval: setup  ## are answers still right: CROP, rivals, controls (ARGS="--quick" in minutes)
 	@$(BIN)/python -m lab.evaluation $(ARGS)

@@ -4,6 +4,7 @@
 CropError
 ├── UnsupportedVersionError   this vLLM is not one we know
 ├── UnsupportedModelError     this checkpoint cannot be pruned, with the reason
+├── MissingCompilerError      a server on a CPU could not compile what it must while it serves
 ├── UnsupportedFlagError      a vLLM option that does not go together with pruning
 ├── InvalidConfigError        a setting of ours is wrong, or this model cannot have it
 └── UnsupportedImageError     the checkpoint's own image processor refuses such an image
@@ -38,6 +39,10 @@ def reads_settings() -> Iterator[None]:
 
 class UnsupportedModelError(CropError):
     """The checkpoint's architecture or vision tower is not supported."""
+
+
+class MissingCompilerError(CropError):
+    """torch cannot compile C++ here, which a server on a CPU needs once it is asked."""
 
 
 class UnsupportedFlagError(CropError):

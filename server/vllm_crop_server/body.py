@@ -17,9 +17,11 @@ LONGEST_NAME = 26  # bytes: every letter may be written as an escape
 
 # "crop" as a JSON string, in every spelling that JSON has for it.
 _NAME = re.compile(rb'"(?:c|\\u0063)(?:r|\\u0072)(?:o|\\u006[fF])(?:p|\\u0070)"')
-# Short strings whole, of others the beginning; within values, where no name counts, many at once.
+# Short strings whole, of others the beginning; within values, where no name counts, many at once. No `)++`:
+# before Python 3.11.5 such a repeat keeps what its last, failed round has matched (gh-106052), and the rest
+# of the body is misread. A bounded one needs as little memory.
 _TOKEN = re.compile(rb'[{}\[\]]|"[^"\\]{0,64}+"|"')
-_WITHIN = re.compile(rb'[{}\[\]]|(?:"[^"\\]{0,64}+"[\s,:]*+)++|"')
+_WITHIN = re.compile(rb'[{}\[\]]|(?:"[^"\\]{0,64}+"[\s,:]*+){1,256}|"')
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 _VALUE = re.compile(rb"\s*+:\s*+")
 _SCALAR = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[^,\]}\s]++', re.DOTALL)

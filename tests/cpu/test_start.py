@@ -161,6 +161,19 @@ def test_the_rust_front_end_is_refused(checkpoint: Path, monkeypatch: pytest.Mon
         engine_config(checkpoint, {})
 
 
+def test_a_cpu_that_cannot_compile_is_refused(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from torch._inductor.cpp_builder import cpp_compiler_search
+
+    cpp_compiler_search.cache_clear()
+    engine_config(checkpoint, {})
+    cpp_compiler_search.cache_clear()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ValueError, match=r"apt-get install g\+\+"):
+        engine_config(checkpoint, {})
+
+
 def test_original_positions_need_room(checkpoint: Path) -> None:
     engine_config(checkpoint, {"position_ids": "original"}, max_model_len=3520)
     with pytest.raises(ValueError, match="at most 3520"):

@@ -27,6 +27,7 @@ from vllm_crop.compat.points import UPSTREAM_POINTS, UpstreamPoint
 from vllm_crop.compat.refusals import REFUSED
 from vllm_crop.compat.supported import SUPPORTED_VERSIONS, UNTESTED, find_problem
 from vllm_crop.config import CropConfig
+from vllm_crop.errors import MissingCompilerError
 from vllm_crop.eviction.refusals import refused_with_eviction
 from vllm_crop.eviction.report import recommended_layer, savings
 from vllm_crop.planning.budget import check_eviction_layers
@@ -55,6 +56,7 @@ def fine_installation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(diagnosis, "EVICTION_POINTS", ())
     monkeypatch.setattr(diagnosis, "HEAT_POINTS", ())
     monkeypatch.setattr(diagnosis, "CPU_RUNNER_POINTS", ())
+    monkeypatch.setattr(diagnosis, "require_compiler", lambda: None)
     monkeypatch.setattr(diagnosis, "_found_entry_points", lambda group=None: {"crop": "vllm_crop:register"})
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
     monkeypatch.delenv("VLLM_USE_RUST_FRONTEND", raising=False)
@@ -70,6 +72,18 @@ def test_a_fine_installation() -> None:
     assert found["refused"] == REFUSED
     assert found["refused_with_eviction"] == refused_with_eviction()
     assert found["model"] is None
+
+
+@pytest.mark.parametrize("error", [MissingCompilerError("no g++"), AttributeError("is_cpu")])
+def test_what_keeps_a_cpu_from_compiling_is_a_problem(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(diagnosis, "require_compiler", fail)
+    (problem,) = report(1)["problems"]
+    assert str(error) in problem
 
 
 def test_every_setting_is_listed_with_its_default() -> None:

@@ -19,6 +19,7 @@ from pydantic import BaseModel
 from vllm_crop import __version__
 from vllm_crop.compat import hooks
 from vllm_crop.compat.changes import CHANGES
+from vllm_crop.compat.compiler import require_compiler
 from vllm_crop.compat.points import CPU_RUNNER_POINTS, EVICTION_POINTS, HEAT_POINTS, UPSTREAM_POINTS
 from vllm_crop.compat.refusals import REFUSED, refuse_for_geometry, uses_rust_front_end
 from vllm_crop.compat.supported import (
@@ -61,6 +62,7 @@ def describe_installation(model: str | None = None, crop_config: str | None = No
     problems += [point["problem"] for point in upstream_points if point["problem"]]
     problems += unhooked()
     problems += _environment_problems()
+    problems += [] if vllm_version in (NOT_INSTALLED, BROKEN) else _compiler_problems()
     checkpoint = describe_checkpoint(model) if model is not None else None
     if checkpoint and not checkpoint["supported"]:
         problems.append(checkpoint["reason"])
@@ -225,6 +227,17 @@ def _environment_problems() -> list[str]:
     if uses_rust_front_end():
         problems.append(f"VLLM_USE_RUST_FRONTEND is set: {REFUSED['VLLM_USE_RUST_FRONTEND=1']}")
     return problems
+
+
+def _compiler_problems() -> list[str]:
+    try:
+        with _quiet():
+            require_compiler()
+    except CropError as error:
+        return [str(error)]
+    except Exception as error:  # vLLM's platform, or torch, may not answer here
+        return [f"whether vLLM could compile on this machine cannot be said: {error}"]
+    return []
 
 
 def _found_entry_points(group: str = ENTRY_POINT_GROUP) -> dict[str, str]:

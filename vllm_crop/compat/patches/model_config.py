@@ -15,6 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from vllm_crop.compat.compiler import require_compiler
 from vllm_crop.compat.hf_overrides import compose_hf_overrides
 from vllm_crop.compat.refusals import (
     refuse_flags,
@@ -63,6 +64,7 @@ def patch(engine_args: Any, require_supported: Callable[[CropConfig, Any], None]
             refuse_localizer(self, config.localizer)
             refuse_shadow(self, config.shadow)
             refuse_foveation(self, config)
+        require_compiler()
         user_overrides = self.hf_overrides
         self.hf_overrides = compose_hf_overrides(config.model_dump(), user_overrides)
         try:
