@@ -349,7 +349,7 @@ def position_room(model_config: Any, geometry: VisionGeometry) -> int:
 
 
 def image_token_of(hf_config: Any) -> int:
-    """The id that stands for an image in a prompt before it is expanded; transformers has two names for it."""
+    """The id that stands for an image in an unexpanded prompt; transformers has two names for it."""
     found: int = getattr(hf_config, "image_token_id", None) or hf_config.image_token_index
     return found
 
