@@ -35,7 +35,7 @@ RULES = ROOT / "deploy" / "prometheus" / "vllm-crop.rules.yml"
 READY_S = 30.0
 _SERVER = (
     *("--dtype", "float32", "--enforce-eager", "--max-model-len", "2048"),
-    *("--plugin", "crop", "--crop-config"),
+    *("--kv-cache-memory-bytes", "512M", "--plugin", "crop", "--crop-config"),
     json.dumps({"localizer": {"kind": "attention", "timeout_s": 60}, "shadow": {"rate": 0.3}}),
 )
 

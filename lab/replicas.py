@@ -40,18 +40,12 @@ CHECKPOINT = Path(__file__).parent / "checkpoints" / "tinyvqa"
 POLICIES = ("round_robin", "consistent_hash")
 READY_S = 60.0
 _OPTIONS = (
-    *(
-        "--dtype",
-        "float32",
-        "--enforce-eager",
-        "--max-model-len",
-        "2048",
-        "--plugin",
-        "crop",
-        "--crop-config",
-    ),
+    *("--dtype", "float32", "--enforce-eager", "--max-model-len", "2048"),
+    *("--kv-cache-memory-bytes", "512M", "--plugin", "crop", "--crop-config"),
     json.dumps({"pruning_rate": 0.889, "localizer": {"kind": "attention", "timeout_s": 60}}),
 )
+# vLLM would bind the threads of both to the same cores.
+_UNBOUND = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 # How much of what is asked a cache knows: hits, and of how many.
 _CACHES = {
     "regions known": ("crop:localizer_cache_hits_total", "crop:localizations_total"),
@@ -159,7 +153,11 @@ def main(
             with ExitStack() as running:
                 servers = [
                     running.enter_context(
-                        serve(str(CHECKPOINT), *_OPTIONS, log_path=Path(folder) / f"{policy}{number}.log")
+                        serve(
+                            *(str(CHECKPOINT), *_OPTIONS),
+                            log_path=Path(folder) / f"{policy}{number}.log",
+                            env=_UNBOUND,
+                        )
                     )
                     for number in range(2)
                 ]
