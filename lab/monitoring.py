@@ -22,6 +22,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from lab.demo.setting import LOCALIZER, PRUNING_RATE
 from lab.tinyvqa.drawing import draw_scene
 from lab.tinyvqa.questions import ask
 from lab.tinyvqa.scenes import make_scene, test_seed
@@ -36,7 +37,7 @@ READY_S = 30.0
 _SERVER = (
     *("--dtype", "float32", "--enforce-eager", "--max-model-len", "2048"),
     *("--kv-cache-memory-bytes", "512M", "--plugin", "crop", "--crop-config"),
-    json.dumps({"localizer": {"kind": "attention", "timeout_s": 60}, "shadow": {"rate": 0.3}}),
+    json.dumps({"pruning_rate": PRUNING_RATE, "localizer": LOCALIZER, "shadow": {"rate": 0.3}}),
 )
 
 
@@ -126,11 +127,10 @@ def keep_asking(base_url: str, seconds: float, console: Console) -> None:
         task = progress.add_task("asking", total=seconds)
         while (left := end - time.monotonic()) > 0:
             scene = make_scene(test_seed(11, chance.randrange(200)))
-            question = ask(scene, chance.choice(["read", "count", "relation"]), chance)
-            crop: Any = chance.choice(
-                [None, None, None, {"max_tokens": 64}, {"method": "off"}, {"regions": [[0.2, 0.2, 0.4, 0.4]]}]
-            )
+            question = ask(scene, chance.choice(["read", "relation", "compare"]), chance)
             if question is not None:
+                own = {"regions": [question.region(scene.side).as_lists()]}
+                crop: Any = chance.choice([None, None, None, own, {"max_tokens": 96}, {"method": "off"}])
                 client.ask(draw_scene(scene), question.text, crop, max_tokens=4)
             progress.update(task, completed=seconds - left)
 
@@ -156,6 +156,8 @@ def draw(prometheus: Prometheus, start: float, end: float, output: Path) -> None
             )
             for series in found["result"]:
                 points = [(float(at) - start, float(value)) for at, value in series["values"]]
+                if not any(value for _, value in points):
+                    continue  # an outcome that has not come up
                 axes.plot(*zip(*points, strict=True), label=_legend(target, series["metric"]))
         axes.set_title(panel["title"], fontsize=10, loc="left")
         axes.tick_params(labelsize=8)
