@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[2]
 DOCUMENTS = [
     *sorted(ROOT.glob("*.md")),
     *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "deploy").rglob("*.md")),
     *sorted((ROOT / "docker").rglob("*.md")),
     *sorted((ROOT / "lab").rglob("*.md")),
 ]
