@@ -137,9 +137,24 @@ def test_late_pruning_needs_a_late_layer(layers: list[int] | None) -> None:
 def test_a_localizer_that_could_never_answer_is_refused() -> None:
     adapter = LocalizerConfig(kind="engine", adapter="locate")
     with pytest.raises(UnsupportedFlagError, match="--enable-lora"):
-        refuse_localizer(SimpleNamespace(enable_lora=False), adapter)
-    refuse_localizer(SimpleNamespace(enable_lora=True), adapter)
-    refuse_localizer(SimpleNamespace(enable_lora=False), LocalizerConfig(kind="engine"))
+        refuse_localizer(localizing(enable_lora=False), adapter)
+    refuse_localizer(localizing(enable_lora=True), adapter)
+    refuse_localizer(localizing(enable_lora=False), LocalizerConfig(kind="engine"))
+
+
+def localizing(enable_lora: bool = False, kv_role: str | None = None) -> SimpleNamespace:
+    transfer = kv_role and SimpleNamespace(kv_role=kv_role)
+    return SimpleNamespace(enable_lora=enable_lora, kv_transfer_config=transfer)
+
+
+@pytest.mark.parametrize("kv_role", ["kv_producer", "kv_consumer", "kv_both", None])
+def test_two_servers_of_one_request_may_not_both_look_for_its_region(kv_role: str | None) -> None:
+    refuse_localizer(localizing(kv_role=kv_role), LocalizerConfig())
+    if kv_role in (None, "kv_both"):  # a cache of one server
+        refuse_localizer(localizing(kv_role=kv_role), LocalizerConfig(kind="attention"))
+    else:
+        with pytest.raises(UnsupportedFlagError, match="--kv-transfer-config"):
+            refuse_localizer(localizing(kv_role=kv_role), LocalizerConfig(kind="attention"))
 
 
 def test_image_sizes_are_the_checkpoints_and_not_a_librarys_default() -> None:

@@ -24,6 +24,9 @@ REFUSED = {
     "--enable-scale-out, --tokens-only": "prompts and image features come in past our processor",
     "vllm run-batch": "it has no HTTP layer to take the field `crop` off a request",
     "localizer.adapter without --enable-lora": "the localizer could not answer with its adapter",
+    "localizer.kind with --kv-transfer-config kv_role kv_producer|kv_consumer": (
+        "two servers would look for the region of one request, and might find two: prompts of two lengths"
+    ),
     "shadow.rate with --max-logprobs 0": "a check compares log-probabilities of first tokens",
     "shadow.rate with --logprobs-mode raw_logits|processed_logits": "logits of two prompts do not compare",
     "compression=foveate with --mm-encoder-tp-mode data": "pieces of images are one batch of the tower",
@@ -59,6 +62,9 @@ def refuse_localizer(engine_args: Any, config: LocalizerConfig) -> None:
     """
     if config.kind in ("attention", "engine") and config.adapter is not None and not engine_args.enable_lora:
         refuse("localizer.adapter without --enable-lora")
+    transfer = engine_args.kv_transfer_config
+    if config.localizes and transfer is not None and transfer.kv_role in ("kv_producer", "kv_consumer"):
+        refuse("localizer.kind with --kv-transfer-config kv_role kv_producer|kv_consumer")
 
 
 def refuse_shadow(engine_args: Any, config: ShadowConfig) -> None:
