@@ -156,7 +156,7 @@ def draw(prometheus: Prometheus, start: float, end: float, output: Path) -> None
             )
             for series in found["result"]:
                 points = [(float(at) - start, float(value)) for at, value in series["values"]]
-                if not any(value for _, value in points):
+                if len(found["result"]) > 1 and not any(value for _, value in points):
                     continue  # an outcome that has not come up
                 axes.plot(*zip(*points, strict=True), label=_legend(target, series["metric"]))
         axes.set_title(panel["title"], fontsize=10, loc="left")
