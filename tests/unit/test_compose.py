@@ -2,6 +2,7 @@
 """deploy/compose: what containers are told, as far as it can be told without running them."""
 
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -80,10 +81,17 @@ def test_servers_are_told_what_they_understand() -> None:
     command = SERVICES["localizer"]["command"]
     assert localizer.base_url == "http://localizer:8000/v1"
     assert localizer.model == command[command.index("--served-model-name") + 1]
-    default = SERVICES["gpu"]["command"]
-    given = default[default.index("--crop-config") + 1]
-    assert given.startswith("${CROP_CONFIG:-")
-    CropConfig.from_mapping(json.loads(given.removeprefix("${CROP_CONFIG:-")[:-1]))
+    command = SERVICES["gpu"]["command"]
+    assert command[command.index("--crop-config") + 1] == "${CROP_CONFIG}"
+    lines = (COMPOSE / ".env").read_text().splitlines()
+    settings = dict(line.split("=", 1) for line in lines if not line.startswith("#"))
+    CropConfig.from_mapping(json.loads(settings["CROP_CONFIG"].strip("'")))
+
+
+def test_defaults_within_braces_have_none_of_their_own() -> None:
+    """Compose ends `${NAME:-default}` at the first closing brace."""
+    text = (COMPOSE / "compose.yaml").read_text()
+    assert not [found for found in re.findall(r"\$\{[^}\n]*", text) if "{" in found[2:]]
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="needs Prometheus: apt-get install prometheus")
