@@ -45,7 +45,7 @@ eval: setup  ## are answers still right: CROP, rivals, controls (ARGS="--quick" 
 	@$(BIN)/python -m lab.evaluation $(ARGS)
 
 lmms-eval: setup  ## do lmms-eval and our own evaluation get the same answers? in an environment of its own, 1 GB (ARGS="--n 4")
-	@lab/lmms_eval/install.sh $(VENV) .venv-lmms-eval
+	@lab/environment.sh $(VENV) .venv-lmms-eval lab/lmms_eval/constraints.txt lmms-eval
 	@.venv-lmms-eval/bin/python -m lab.lmms_eval.proof $(ARGS)
 	@.venv-lmms-eval/bin/python -m pytest -p no:cacheprovider tests/unit/test_lmms_eval.py tests/e2e/test_lmms_eval.py $(PYTEST_ARGS)
 
