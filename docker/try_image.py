@@ -17,10 +17,9 @@ from containers import Container, make_container, run_once
 from image_tools import Tool, fail, find_tool
 from openai import BadRequestError
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from lab.evaluation.questions import make_test_set
+from lab.findings import Findings, seconds
 from vllm_crop.client import CropAnswer, CropClient
 from vllm_crop.measuring.metrics import metric_sum
 from vllm_crop.measuring.server import free_port, get_text, log_tail
@@ -31,19 +30,6 @@ ANOTHER_USER = "54321:0"  # of group 0, as OpenShift's are
 WHOLE = 576  # visual tokens of a scene
 BOX = {"regions": [[0.25, 0.5, 0.5, 0.75]]}
 NONE_OF_THESE = {"regions": [[2, 0, 0, 0]]}
-
-
-class Findings:
-    """What was found, line by line, and whether all of it is right."""
-
-    def __init__(self) -> None:
-        self.table = Table(box=None, padding=(0, 2), show_header=False)
-        self.right = True
-
-    def note(self, what: str, found: object, right: bool = True) -> None:
-        """Add a line."""
-        self.table.add_row(escape(what), escape(str(found)), "" if right else "[red]wrong[/red]")
-        self.right = self.right and right
 
 
 def main() -> None:
@@ -143,11 +129,6 @@ def tokens(answer: CropAnswer) -> float:
 def visual_tokens(base_url: str) -> float:
     """What /metrics says has been asked about."""
     return metric_sum(get_text(f"{base_url}/metrics"), "crop:visual_tokens_total")
-
-
-def seconds(value: float) -> str:
-    """A time, for people."""
-    return f"{value:.1f} s"
 
 
 if __name__ == "__main__":
