@@ -18,7 +18,7 @@ LANE := set -o pipefail; OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(BI
 export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 
-.PHONY: help setup demo serve image image-gpu image-test eval lmms-eval drift test test-all lane-other-v1 lane-other-v2 lane-v1 lane-v2 lane-trained lane-served test-unit lint format clean
+.PHONY: help setup demo serve image image-gpu image-test ray-test eval lmms-eval drift test test-all lane-other-v1 lane-other-v2 lane-v1 lane-v2 lane-trained lane-served test-unit lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -40,6 +40,10 @@ image-gpu:  ## build docker/Dockerfile, the official vLLM image with this projec
 
 image-test: setup  ## build the CPU image, serve, ask with and without crop, crash, stop (ARGS=--no-build)
 	@PYTHONPATH=. $(BIN)/python docker/try_image.py $(ARGS)
+
+ray-test: setup  ## deploy/ray with two replicas: ask, kill one, ask on; in an environment of its own, half a GB, some minutes
+	@lab/environment.sh $(VENV) .venv-ray deploy/ray/constraints.txt "ray[serve]" jsonref pandas pyarrow
+	@PYTHONPATH=. .venv-ray/bin/python deploy/ray/try_app.py
 
 eval: setup  ## are answers still right: CROP, rivals, controls (ARGS="--quick" in minutes)
 	@$(BIN)/python -m lab.evaluation $(ARGS)
