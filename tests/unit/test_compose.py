@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """deploy/compose: what containers are told, as far as it can be told without running them."""
 
-import json
 import re
 import shutil
 import subprocess
@@ -81,15 +80,14 @@ def test_servers_are_told_what_they_understand() -> None:
     command = SERVICES["localizer"]["command"]
     assert localizer.base_url == "http://localizer:8000/v1"
     assert localizer.model == command[command.index("--served-model-name") + 1]
-    command = SERVICES["gpu"]["command"]
-    assert command[command.index("--crop-config") + 1] == "${CROP_CONFIG}"
-    lines = (COMPOSE / ".env").read_text().splitlines()
-    settings = dict(line.split("=", 1) for line in lines if not line.startswith("#"))
-    CropConfig.from_mapping(json.loads(settings["CROP_CONFIG"].strip("'")))
+    CropConfig.from_mapping(yaml.safe_load((COMPOSE / "gpu.yaml").read_text())["crop-config"])
+    for name in ("gpu", "cpu-asking"):
+        command, targets = SERVICES[name]["command"], [target for _, target in mounts(SERVICES[name])]
+        assert command[command.index("--config") + 1] in targets
 
 
 def test_defaults_within_braces_have_none_of_their_own() -> None:
-    """Compose ends `${NAME:-default}` at the first closing brace."""
+    """Older composes end `${NAME:-default}` at the first closing brace."""
     text = (COMPOSE / "compose.yaml").read_text()
     assert not [found for found in re.findall(r"\$\{[^}\n]*", text) if "{" in found[2:]]
 
