@@ -270,8 +270,8 @@ class CropRenderer(HfRenderer):
             Its sampling parameters, None where they are not known.
 
         Raises:
-            VLLMValidationError: vLLM's own for a wrong sampling parameter; or the prompt is longer than the
-                model takes with the fewest tokens its images can have.
+            VLLMValidationError: vLLM's own for a wrong sampling parameter; or the images find no room, or the
+                prompt is longer than the model takes, with the fewest tokens its images can have.
         """
         sampling = self._sampling()
         fewest = self._fewest_tokens(prompt, asked)
@@ -280,7 +280,7 @@ class CropRenderer(HfRenderer):
             floor = self.mm_processor.crop_config.fit_floor
             least = sum(min(tokens, floor) if room.prunes else tokens for tokens in fewest)
             with as_validation_error():
-                room.check(least, f", with {floor} for each" if room.prunes else "")
+                room.check(least, f", with {floor} for each" if room.prunes else room.advice)
         # A prompt that is cut to a length is cut after its images have been expanded.
         cut = getattr(vllm_request(), "truncate_prompt_tokens", None) is not None
         if not cut and (room is None or not room.prunes):
