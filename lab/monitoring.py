@@ -27,7 +27,7 @@ from lab.tinyvqa.drawing import draw_scene
 from lab.tinyvqa.questions import ask
 from lab.tinyvqa.scenes import make_scene, test_seed
 from vllm_crop.client import CropClient
-from vllm_crop.measuring.server import HOST, ServerError, free_port, get_text, log_tail, serve
+from vllm_crop.measuring.server import HOST, free_port, get_text, serve, wait_until_ready
 
 ROOT = Path(__file__).parents[1]
 CHECKPOINT = ROOT / "lab" / "checkpoints" / "tinyvqa"
@@ -91,23 +91,11 @@ def scraping(base_urls: Sequence[str], folder: Path, interval: str = "1s") -> It
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         try:
             running = Prometheus(f"http://{HOST}:{port}")
-            _wait_until_ready(process, f"{running.base_url}/-/ready", log_path)
+            wait_until_ready(process, "Prometheus", f"{running.base_url}/-/ready", log_path)
             yield running
         finally:
             process.terminate()
             process.wait()
-
-
-def _wait_until_ready(process: "subprocess.Popen[bytes]", url: str, log_path: Path) -> None:
-    deadline = time.monotonic() + READY_S
-    while process.poll() is None and time.monotonic() < deadline:
-        try:
-            get_text(url)
-        except OSError:
-            time.sleep(0.2)
-        else:
-            return
-    raise ServerError(f"Prometheus is not ready. The end of {log_path}:\n{log_tail(log_path)}")
 
 
 def panels() -> list[dict[str, Any]]:

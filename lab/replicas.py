@@ -15,7 +15,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -34,11 +33,10 @@ from lab.tinyvqa.scenes import make_scene, test_seed
 from vllm_crop.client import CropClient
 from vllm_crop.measuring.metrics import metric_sum
 from vllm_crop.measuring.provenance import provenance
-from vllm_crop.measuring.server import HOST, Server, ServerError, free_port, get_text, log_tail, serve
+from vllm_crop.measuring.server import HOST, Server, free_port, get_text, serve, wait_until_ready
 
 CHECKPOINT = Path(__file__).parent / "checkpoints" / "tinyvqa"
 POLICIES = ("round_robin", "consistent_hash")
-READY_S = 60.0
 _OPTIONS = (
     *("--dtype", "float32", "--enforce-eager", "--max-model-len", "2048"),
     *("--kv-cache-memory-bytes", "512M", "--plugin", "crop", "--crop-config"),
@@ -86,23 +84,11 @@ def router_in_front(servers: Sequence[Server], policy: str, log_path: Path) -> I
     with log_path.open("wb") as log:
         router = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         try:
-            _wait_until_ready(router, f"http://{HOST}:{port}/health", log_path)
+            wait_until_ready(router, "vllm-router", f"http://{HOST}:{port}/health", log_path)
             yield Replicas(f"http://{HOST}:{port}", tuple(servers))
         finally:
             router.terminate()
             router.wait()
-
-
-def _wait_until_ready(router: "subprocess.Popen[bytes]", url: str, log_path: Path) -> None:
-    deadline = time.monotonic() + READY_S
-    while router.poll() is None and time.monotonic() < deadline:
-        try:
-            get_text(url)
-        except OSError:
-            time.sleep(0.2)
-        else:
-            return
-    raise ServerError(f"vllm-router is not ready. The end of {log_path}:\n{log_tail(log_path)}")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from tests.e2e.conftest import ENVIRONMENT, MODEL
 from tests.pictures import noise_image
 from tests.tinyvqa import CHECKPOINT
 from vllm_crop.client import question_about
-from vllm_crop.measuring.server import HOST, free_port, get_text, log_tail
+from vllm_crop.measuring.server import HOST, free_port, wait_until_ready
 
 pytestmark = pytest.mark.e2e
 SIDE, FULL = 256, 256  # pixels; visual tokens of a picture
@@ -38,24 +37,11 @@ def client(logs: Path) -> Iterator[openai.OpenAI]:
             command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **ENVIRONMENT}
         )
     try:
-        _wait_until_healthy(server, f"http://{HOST}:{port}/health", log_path)
+        wait_until_ready(server, "the server", f"http://{HOST}:{port}/health", log_path, 300)
         yield openai.OpenAI(base_url=f"http://{HOST}:{port}/v1", api_key="unused", max_retries=0)
     finally:
         server.terminate()
         server.wait(20)
-
-
-def _wait_until_healthy(server: subprocess.Popen[bytes], url: str, log_path: Path) -> None:
-    deadline = time.monotonic() + 300
-    while True:
-        assert server.poll() is None, log_tail(log_path)
-        try:
-            get_text(url)
-        except OSError:
-            assert time.monotonic() < deadline, log_tail(log_path)
-            time.sleep(0.5)
-        else:
-            return
 
 
 def prompt_tokens(client: openai.OpenAI, picture: Image.Image, crop: object = None) -> int:

@@ -98,6 +98,23 @@ def serve(
             _stop(process)
 
 
+def wait_until_ready(
+    process: "subprocess.Popen[bytes]", name: str, url: str, log_path: Path, timeout_s: float = 60.0
+) -> None:
+    """Wait until a program other than `vllm serve` answers at an address.
+
+    Raises:
+        ServerError: it ended, or did not answer in time.
+    """
+    deadline = time.monotonic() + timeout_s
+    while process.poll() is None and time.monotonic() < deadline:
+        with suppress(OSError):
+            get_text(url)
+            return
+        time.sleep(POLL_INTERVAL_S)
+    raise ServerError(f"{name} is not ready. The end of {log_path}:\n{log_tail(log_path)}")
+
+
 def log_tail(log_path: Path, lines: int = LOG_TAIL_LINES) -> str:
     """The last lines of a server's log, below the first exceptions in it, indented for an error message.
 
