@@ -4,14 +4,17 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from tests.checkpoints import llava_onevision, qwen2_vl, qwen3_vl, qwen3_vl_moe
+from tests.checkpoints import llava_onevision, qwen2_vl, qwen3_5, qwen3_5_moe, qwen3_vl, qwen3_vl_moe
 from tests.reference import (
     HfLlava,
     HfLlavaNext,
     HfLlavaOnevision,
     HfQwen2_5VL,
     HfQwen2VL,
+    HfQwen3_5,
+    HfQwen3_5Moe,
     HfQwen3VL,
     HfQwen3VLMoe,
     HfReference,
@@ -26,10 +29,13 @@ class Family:
     """One model family.
 
     Attributes:
-        name: of the module of its model class, vLLM's and ours.
+        name: short, for the names of tests.
         make_checkpoint: writes a tiny one with random weights, whose logits depend on all of the input.
         shallow, deep: the sizes for compression and for eviction.
         reference: the same model in transformers.
+        module: of its model class, vLLM's and ours; the name if left out.
+        evicts: whether some of its layers can run with fewer rows than others.
+        looking: layers that heat maps are made of in tests.
     """
 
     name: str
@@ -37,6 +43,9 @@ class Family:
     shallow: DummySize
     deep: DummySize
     reference: type[HfReference]
+    module: str = ""
+    evicts: bool = True
+    looking: tuple[int, ...] = (1, 3, 6)
 
     def __str__(self) -> str:
         return self.name
@@ -61,4 +70,13 @@ QWEN3_VL = Family("qwen3_vl", qwen3_vl.make_checkpoint, qwen3_vl.TINY, qwen3_vl.
 QWEN3_VL_MOE = Family(
     "qwen3_vl_moe", qwen3_vl_moe.make_checkpoint, qwen3_vl.TINY, qwen3_vl.TINY, HfQwen3VLMoe
 )
-FAMILIES = (LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_VL, QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE)
+_HYBRID: dict[str, Any] = {"module": "qwen3_5", "evicts": False, "looking": (3, 7)}
+QWEN3_5 = Family("qwen3_5", qwen3_5.make_checkpoint, qwen3_vl.TINY, qwen3_vl.TINY, HfQwen3_5, **_HYBRID)
+QWEN3_5_MOE = Family(
+    "qwen3_5_moe", qwen3_5_moe.make_checkpoint, qwen3_vl.TINY, qwen3_vl.TINY, HfQwen3_5Moe, **_HYBRID
+)
+FAMILIES = (
+    *(LLAVA, LLAVA_NEXT, LLAVA_ONEVISION),
+    *(QWEN2_VL, QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE, QWEN3_5, QWEN3_5_MOE),
+)
+EVICTING = tuple(family for family in FAMILIES if family.evicts)

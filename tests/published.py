@@ -17,6 +17,8 @@ from tests.families import (
     LLAVA_ONEVISION,
     QWEN2_5_VL,
     QWEN2_VL,
+    QWEN3_5,
+    QWEN3_5_MOE,
     QWEN3_VL,
     QWEN3_VL_MOE,
     Family,
@@ -79,6 +81,14 @@ _QWEN3_ROPE = {
     **{"rope_type": "default", "rope_theta": 5e6, "mrope_interleaved": True},
     "mrope_section": [24, 20, 20],
 }
+_QWEN3_5_TEXT = {
+    **{"head_dim": 256, "full_attention_interval": 4, "max_position_embeddings": 262144},
+    "rope_parameters": {
+        **{"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25},
+        **{"mrope_interleaved": True, "mrope_section": [11, 11, 10]},
+    },
+}
+_QWEN3_5_VISION = {"depth": 27, "hidden_size": 1152, "num_heads": 16, "num_position_embeddings": 2304}
 PUBLISHED: dict[Family, Published] = {
     LLAVA: Published(
         "llava-hf/llava-1.5-7b-hf",
@@ -146,6 +156,28 @@ PUBLISHED: dict[Family, Published] = {
             **{"num_key_value_heads": 4, "max_position_embeddings": 262144, "rope_parameters": _QWEN3_ROPE},
         },
         {**_QWEN3_VISION, "out_hidden_size": 2048},
+        {},
+        _QWEN3_PIXELS,
+    ),
+    QWEN3_5: Published(
+        "Qwen/Qwen3.5-9B",
+        {
+            **_QWEN3_5_TEXT,
+            **{"hidden_size": 4096, "num_hidden_layers": 32},
+            **{"num_attention_heads": 16, "num_key_value_heads": 4},
+        },
+        {**_QWEN3_5_VISION, "out_hidden_size": 4096},
+        {},
+        _QWEN3_PIXELS,
+    ),
+    QWEN3_5_MOE: Published(
+        "Qwen/Qwen3.5-35B-A3B",
+        {
+            **_QWEN3_5_TEXT,
+            **{"hidden_size": 2048, "num_hidden_layers": 40},
+            **{"num_attention_heads": 16, "num_key_value_heads": 2},
+        },
+        {**_QWEN3_5_VISION, "out_hidden_size": 2048},
         {},
         _QWEN3_PIXELS,
     ),

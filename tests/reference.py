@@ -20,6 +20,8 @@ from transformers import (
     LlavaOnevisionForConditionalGeneration,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLForConditionalGeneration,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeForConditionalGeneration,
     Qwen3VLForConditionalGeneration,
     Qwen3VLMoeForConditionalGeneration,
 )
@@ -80,9 +82,9 @@ class HfReference:
     model_class: ClassVar[Any]
     image: ClassVar[str]  # as it is written in a prompt
 
-    def __init__(self, checkpoint: Path) -> None:
+    def __init__(self, checkpoint: Path, dtype: torch.dtype = torch.float32) -> None:
         self.model = self.model_class.from_pretrained(
-            checkpoint, dtype=torch.float32, attn_implementation="eager"
+            checkpoint, dtype=dtype, attn_implementation="eager"
         ).eval()
         self.processor = AutoProcessor.from_pretrained(checkpoint)
         self.image_token_id = self.processor.image_token_id
@@ -265,21 +267,28 @@ class HfReference:
 
     @torch.inference_mode()
     def attention(self, prompt: Prompt) -> torch.Tensor:
-        """How much the last row looks at every row, mean over heads, `[layers, rows]`."""
-        seen: list[torch.Tensor] = []
-        language_model = self.model.model.language_model
+        """How much the last row looks at every row, mean over heads, `[layers, rows]`; zeros of layers that
+        do not look."""
+        layers = self.model.model.language_model.layers
+        seen = torch.zeros(len(layers), len(prompt.rows), dtype=torch.float64)
+
+        def note(layer: int) -> Callable[..., None]:
+            def look(module: Any, args: Any, output: Any) -> None:
+                seen[layer] = output[1][0, :, -1].double().mean(0)
+
+            return look
+
         hooks = [
-            layer.self_attn.register_forward_hook(
-                lambda module, args, output: seen.append(output[1][0, :, -1].double().mean(0))
-            )
-            for layer in language_model.layers
+            layer.self_attn.register_forward_hook(note(index))
+            for index, layer in enumerate(layers)
+            if hasattr(layer, "self_attn")
         ]
         try:
             self.decode(prompt, steps=1)
         finally:
             for hook in hooks:
                 hook.remove()
-        return torch.stack(seen)
+        return seen
 
     def _answer(
         self, prompt: Prompt, last_hidden: Callable[[Sequence[int]], torch.Tensor], steps: int
@@ -385,3 +394,15 @@ class HfQwen3VLMoe(HfQwen3VL):
     """The same with a mixture of experts."""
 
     model_class = Qwen3VLMoeForConditionalGeneration
+
+
+class HfQwen3_5(HfQwen2_5VL):
+    """Qwen3.5: most layers remember the rows in a state; nothing is added after the first."""
+
+    model_class = Qwen3_5ForConditionalGeneration
+
+
+class HfQwen3_5Moe(HfQwen3_5):
+    """The same with a mixture of experts."""
+
+    model_class = Qwen3_5MoeForConditionalGeneration

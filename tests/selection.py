@@ -28,9 +28,10 @@ BATCHES = (
 LEFT_OUT = {
     "test_soak": {"one stage"},
     "test_eviction_compiled": {"llava"},
-    "test_foveation": {"qwen3_vl_moe"},  # its vision tower is Qwen3-VL's
+    "test_foveation": {"qwen3_vl_moe", "qwen3_5"},  # their vision tower is Qwen3-VL's
 }
 LEFT_OUT_INTERPRETED = {
+    "test_parity": {"qwen3_5_moe"},  # its class has no line of its own either
     # Qwen2.5-VL's and Qwen3-VL's mixins make all of the two classes.
     "test_eviction_parity": {"evicting", "qwen2_vl", "qwen3_vl_moe"},
     "test_eviction_scheduling": {"evicting_engine"},
@@ -41,6 +42,9 @@ LEFT_OUT_INTERPRETED = {
 # The settings of engines (tests/cpu/conftest.py) that run for every family: on the slow runner, only the one
 # that compresses and evicts.
 EVERYWHERE, EVERYWHERE_INTERPRETED = ("pool", "staged"), ("staged",)
+WITHOUT_EVICTION = ("pool",)  # of families that cannot evict, on both
+# Families that a module's tests run for besides: few of its layers look.
+BESIDES = {"test_heat": ("qwen3_5",)}
 
 
 def left_out(items: Iterable[Any], interpreted: bool) -> list[Any]:
@@ -65,12 +69,21 @@ def _is_selected(item: Any, scenarios: list[Any], others: list[str], interpreted
         return family == SERVED
     if family in ALONE:
         return not interpreted or _is_alone_interpreted(item)
-    if _setting(item) not in (EVERYWHERE_INTERPRETED if interpreted else EVERYWHERE):
+    if family in BESIDES.get(module, ()):
+        return not interpreted
+    if _setting(item) not in _everywhere(item, interpreted):
         return False
     name = _parameter(item, "name")
     if item.originalname in BATCHES or (module == "test_plan_contract" and not interpreted):
         return True
     return name is not None and not interpreted and others[scenarios.index(name) % len(others)] == family
+
+
+def _everywhere(item: Any, interpreted: bool) -> tuple[str, ...]:
+    """The settings of engines that run for a family on a runner."""
+    if not item.callspec.params["family"].evicts:
+        return WITHOUT_EVICTION
+    return EVERYWHERE_INTERPRETED if interpreted else EVERYWHERE
 
 
 def _is_left_out(item: Any, parameters: dict[str, set[str]]) -> bool:

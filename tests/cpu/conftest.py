@@ -22,8 +22,9 @@ os.environ["VLLM_CROP_DEBUG"] = "1"
 # vLLM reads this once in a process. Compiled code of an earlier run would hide what a first start does.
 os.environ["VLLM_CACHE_ROOT"] = tempfile.mkdtemp(prefix="vllm-crop-tests-")
 
+from tests import float32_deltanet
 from tests.conftest import STARTS, CheckpointOf
-from tests.families import LLAVA, Family
+from tests.families import LLAVA, QWEN3_5, Family
 from tests.reference import HfReference, Reference
 from vllm_crop.config import CropConfig
 from vllm_crop.crop_params import CropParams
@@ -98,6 +99,8 @@ class Engine:
         # vLLM looks at each class in a process of its own, to keep CUDA out of this one. Models run here
         # anyway, and each of those processes imports all of vLLM for some seconds.
         registry._run_in_subprocess = lambda inspect: inspect()
+        if family.module == QWEN3_5.module:
+            float32_deltanet.install()
         self.image = family.reference.image
         self.config = CropConfig.from_mapping(crop or {})
         defaults: dict[str, Any] = {

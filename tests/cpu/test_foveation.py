@@ -16,7 +16,16 @@ from transformers import Qwen2VLImageProcessor
 from tests.conftest import CheckpointOf
 from tests.cpu.conftest import CHUNKED, Engine, Question, ReferenceFor, decided, reference_by
 from tests.cpu.test_parity import NOTICEABLE, TOLERANCE, TWO_BOXES, cells, difference
-from tests.families import LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_5_VL, QWEN2_VL, QWEN3_VL, QWEN3_VL_MOE, Family
+from tests.families import (
+    LLAVA_NEXT,
+    LLAVA_ONEVISION,
+    QWEN2_5_VL,
+    QWEN2_VL,
+    QWEN3_5,
+    QWEN3_VL,
+    QWEN3_VL_MOE,
+    Family,
+)
 from tests.foveated_reference import foveating
 from tests.pictures import noise_image
 from tests.sample_picture import draw_sample_picture
@@ -32,7 +41,7 @@ from vllm_crop.planning.geometry import TokenGrid
 from vllm_crop.request import CropRequest
 
 pytestmark = pytest.mark.vllm_runtime
-FAMILIES = (QWEN2_VL, QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE)
+FAMILIES = (QWEN2_VL, QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE, QWEN3_5)
 each_family = pytest.mark.parametrize("family", FAMILIES, ids=str)
 
 CROP: dict[str, Any] = {
@@ -100,7 +109,8 @@ TILED_SCENARIOS = {
 
 def crop_of(family: Family) -> dict[str, Any]:
     """Tiles have no halo, and the view is one of them."""
-    return {**CROP, "foveation": {"rim_size": "half"}} if family in TILED else CROP
+    crop = {**CROP, "foveation": {"rim_size": "half"}} if family in TILED else CROP
+    return crop if family.evicts else {**crop, "method": "plc", "eviction_layers": []}
 
 
 def pieces_of(engine: Engine, image: Image.Image, crop: Any) -> Any:
@@ -112,7 +122,7 @@ def test_all_scenarios_in_one_batch(
     engine_of: Callable[[Family], Engine], reference_of: Callable[[Family], ReferenceFor], family: Family
 ) -> None:
     engine, reference_for = engine_of(family), reference_of(family)
-    pooled = CropConfig.from_mapping({**CROP, "compression": "pool", "foveation": {}})
+    pooled = CropConfig.from_mapping({**crop_of(family), "compression": "pool", "foveation": {}})
     scenarios = TILED_SCENARIOS if family in TILED else SCENARIOS
     answers = engine.ask(*scenarios.values())
     for (name, question), answer in zip(scenarios.items(), answers, strict=True):

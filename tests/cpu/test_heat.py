@@ -18,7 +18,7 @@ from vllm_crop.heat.request import NOWHERE, RING, NoHeatError, extra_args, read,
 
 pytestmark = pytest.mark.vllm_runtime
 
-LAYERS = [1, 3, 6]
+LAYERS = list(LLAVA.looking)
 LOCALIZER = {"kind": "attention", "layers": LAYERS, "timeout_s": 60}
 EVICTING = {
     **{"method": "plc+ilp", "eviction_layers": [2, 5], "pruning_rate": 2 / 3},
@@ -46,7 +46,8 @@ def engine_of(checkpoint_of: CheckpointOf) -> Start:
     def start(family: Family, evicts: bool) -> Engine:
         if (family, evicts) not in known:
             checkpoint = checkpoint_of(family, family.deep)
-            crop = EVICTING if evicts else PLAIN
+            localizer = {**LOCALIZER, "layers": list(family.looking)}
+            crop = {**(EVICTING if evicts else PLAIN), "localizer": localizer}
             known[family, evicts] = Engine(checkpoint, crop, family, max_num_batched_tokens=256)
         return known[family, evicts]
 
@@ -122,6 +123,13 @@ def expected(
     )
 
 
+def skip_unless_it_says_more(family: Family, evicts: bool) -> None:
+    if evicts and not family.evicts:
+        pytest.skip("none of its layers evicts")
+    if not evicts and family.evicts and family is not LLAVA:
+        pytest.skip("the layers run as upstream has them for every family")
+
+
 def differs(got: np.ndarray[Any, Any], want: np.ndarray[Any, Any]) -> float:
     """As a fraction of the hottest cell."""
     return float(np.abs(got - want).max() / want.max())
@@ -132,8 +140,7 @@ def differs(got: np.ndarray[Any, Any], want: np.ndarray[Any, Any]) -> float:
 def test_a_map_is_the_attention_of_transformers(
     family: Family, evicts: bool, engine_of: Start, hf_of: Callable[..., HfReference]
 ) -> None:
-    if not evicts and family is not LLAVA:
-        pytest.skip("the layers run as upstream has them for every family")
+    skip_unless_it_says_more(family, evicts)
     engine, hf = engine_of(family, evicts), hf_of(family, family.deep)
     questions = [
         Question((PICTURE,), OFF),
@@ -150,7 +157,8 @@ def test_a_map_is_the_attention_of_transformers(
         (questions[2], cells[2]),
     ]
     first = ask(engine, *batch)
-    wanted = [expected(hf, engine, *one) for one in zip(questions, cells, strict=True)]
+    layers = family.looking
+    wanted = [expected(hf, engine, *one, layers) for one in zip(questions, cells, strict=True)]
     for got, want in zip((first[1], first[3], first[4]), wanted, strict=True):
         assert differs(got, want) < TOLERANCE
     # Alone, and with the prefix in the cache.
@@ -158,7 +166,7 @@ def test_a_map_is_the_attention_of_transformers(
         assert differs(ask(engine, (question, where))[0], want) < TOLERANCE
     # Another question, another layer, a map of other cells: each would be noticed.
     assert differs(wanted[2], wanted[0]) > NOTICEABLE
-    assert differs(expected(hf, engine, questions[0], cells[0], [1, 3]), wanted[0]) > NOTICEABLE
+    assert differs(expected(hf, engine, questions[0], cells[0], layers[:-1]), wanted[0]) > NOTICEABLE
     assert differs(np.roll(wanted[0], 1), wanted[0]) > NOTICEABLE
 
 
@@ -210,8 +218,7 @@ def test_a_layer_that_nobody_watches_gives_no_map(engine_of: Start) -> None:
 def test_a_step_of_views_alone_ends_at_the_last_layer_that_is_read(
     family: Family, evicts: bool, engine_of: Start
 ) -> None:
-    if not evicts and family is not LLAVA:
-        pytest.skip("the layers run as upstream has them for every family")
+    skip_unless_it_says_more(family, evicts)
     engine = engine_of(family, evicts)
     heat = engine.model.heat
     looked, other = Question((PICTURE,), OFF), Question((OTHER,), OFF, OTHER_TEXT)

@@ -4,13 +4,14 @@
 import pytest
 
 from tests.cpu.conftest import Answer, Engine, EngineOf, Question, ReferenceFor, ReferenceOf
-from tests.families import FAMILIES, Family
+from tests.families import EVICTING, FAMILIES, Family
 from tests.pictures import noise_image
 from tests.reference import Reference
 from vllm_crop.planning.geometry import Region
 
 pytestmark = pytest.mark.vllm_runtime
 each_family = pytest.mark.parametrize("family", FAMILIES, ids=str)
+each_evicting_family = pytest.mark.parametrize("family", EVICTING, ids=str)
 
 TOLERANCE = 1e-5  # nats, float32, over the full vocabulary
 NOTICEABLE = 1e-2  # what a wrong plan or wrong positions must change at least
@@ -139,8 +140,8 @@ def test_vision_tower_batches_hold_no_more_tokens_than_profiled(
 @each_family
 def test_off_is_bitwise_stock_vllm(engine_of: EngineOf, family: Family) -> None:
     pool_engine, stock_engine = engine_of(family, "pool"), engine_of(family, "stock")
-    assert type(stock_engine.model).__module__ == f"vllm.model_executor.models.{family}"
-    assert type(pool_engine.model).__module__ == f"vllm_crop.models.{family}"
+    assert type(stock_engine.model).__module__ == f"vllm.model_executor.models.{family.module or family}"
+    assert type(pool_engine.model).__module__ == f"vllm_crop.models.{family.module or family}"
     fresh = noise_image(17, 400, 400)
     (off,) = pool_engine.ask(Question((fresh,), {"method": "off"}))
     (stock,) = stock_engine.ask(Question((fresh,)))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.cpu.test_parity import each_family
+from tests.cpu.test_parity import each_evicting_family, each_family
 from tests.families import (
     FAMILIES,
     LLAVA,
@@ -17,6 +17,8 @@ from tests.families import (
     LLAVA_ONEVISION,
     QWEN2_5_VL,
     QWEN2_VL,
+    QWEN3_5,
+    QWEN3_5_MOE,
     QWEN3_VL,
     QWEN3_VL_MOE,
     Family,
@@ -44,6 +46,8 @@ TOKENS = {
     QWEN2_5_VL: (1196, 10549, 16384),
     QWEN3_VL: (880, 8160, 16384),
     QWEN3_VL_MOE: (880, 8160, 16384),
+    QWEN3_5: (880, 8160, 16384),
+    QWEN3_5_MOE: (880, 8160, 16384),
 }
 ServerOf = Callable[[Family], SimpleNamespace]
 
@@ -59,7 +63,8 @@ def server_of(tmp_path_factory: pytest.TempPathFactory) -> ServerOf:
         published = PUBLISHED[family]
         folder = published.write(family, tmp_path_factory.mktemp(str(family)))
         layers = load_geometry(str(folder)).num_layers
-        crop = {"method": "plc+ilp", "eviction_layers": [recommended_layer(layers, 3)]}
+        evicting = {"method": "plc+ilp", "eviction_layers": [recommended_layer(layers, 3)]}
+        crop = evicting if family.evicts else {}
         longest = min(32768, published.text["max_position_embeddings"])
         arguments = EngineArgs(model=str(folder), additional_config={"crop": crop}, max_model_len=longest)
         model_config = arguments.create_model_config()
@@ -131,12 +136,12 @@ def test_the_localizer_looks_at_a_small_view(server_of: ServerOf, family: Family
             continue
         assert size is not None
         # The least that Qwen3-VL's image processor makes of an image that is not square.
-        at_most = 72 if family in (QWEN3_VL, QWEN3_VL_MOE) else THUMBNAIL
+        at_most = 72 if PUBLISHED[family].processor is PUBLISHED[QWEN3_VL].processor else THUMBNAIL
         assert geometry.grid(*size).num_tokens <= at_most
         assert abs(math.log(size[0] / size[1] * height / width)) < 0.5
 
 
-@each_family
+@each_evicting_family
 def test_the_recommended_layer_makes_groups_without_much_padding(server_of: ServerOf, family: Family) -> None:
     geometry = server_of(family).processor.geometry
     layer = recommended_layer(geometry.num_layers, geometry.first_eviction_layer)

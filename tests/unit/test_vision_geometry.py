@@ -14,6 +14,8 @@ from transformers import (
     LlavaOnevisionImageProcessor,
     Qwen2_5_VLConfig,
     Qwen2VLConfig,
+    Qwen3_5Config,
+    Qwen3_5MoeConfig,
     Qwen3VLConfig,
     Qwen3VLMoeConfig,
 )
@@ -21,7 +23,7 @@ from transformers import (
 from vllm_crop.errors import UnsupportedModelError
 from vllm_crop.families.llava import LlavaGeometry
 from vllm_crop.families.llava_next import LlavaNextGeometry, LlavaOnevisionGeometry
-from vllm_crop.families.qwen_vl import Qwen2_5VLGeometry, Qwen3VLGeometry
+from vllm_crop.families.qwen_vl import Qwen2_5VLGeometry, Qwen3_5Geometry, Qwen3VLGeometry
 from vllm_crop.families.registry import FAMILIES, geometry_from_configs
 from vllm_crop.families.text_layers import decoder_layers
 from vllm_crop.planning.geometry import Box, TokenGrid
@@ -145,6 +147,22 @@ QWEN3_VL_30B_A3B = {
     "text_config": {"model_type": "qwen3_vl_moe_text", "hidden_size": 2048, "num_hidden_layers": 48},
     "vision_config": {**QWEN3_VL_8B["vision_config"], "model_type": "qwen3_vl_moe", "out_hidden_size": 2048},
 }
+# As published with Qwen/Qwen3.5-9B and Qwen/Qwen3.5-35B-A3B, layer types left out.
+QWEN3_5_9B: dict[str, Any] = {
+    "architectures": ["Qwen3_5ForConditionalGeneration"],
+    "model_type": "qwen3_5",
+    "text_config": {"model_type": "qwen3_5_text", "hidden_size": 4096, "num_hidden_layers": 32},
+    "vision_config": {
+        **{"model_type": "qwen3_5_vision", "depth": 27, "out_hidden_size": 4096},
+        **{"patch_size": 16, "spatial_merge_size": 2},
+    },
+}
+QWEN3_5_35B_A3B: dict[str, Any] = {
+    "architectures": ["Qwen3_5MoeForConditionalGeneration"],
+    "model_type": "qwen3_5_moe",
+    "text_config": {"model_type": "qwen3_5_moe_text", "hidden_size": 2048, "num_hidden_layers": 40},
+    "vision_config": {**QWEN3_5_9B["vision_config"], "model_type": "qwen3_5_moe_vision"},
+}
 PUBLISHED = {
     "LlavaForConditionalGeneration": (LLAVA_7B, LLAVA_PREPROCESSOR),
     "LlavaNextForConditionalGeneration": (LLAVA_NEXT_7B, LLAVA_NEXT_PREPROCESSOR),
@@ -153,6 +171,8 @@ PUBLISHED = {
     "Qwen2_5_VLForConditionalGeneration": (QWEN2_5_VL_7B, QWEN2_5_VL_PREPROCESSOR),
     "Qwen3VLForConditionalGeneration": (QWEN3_VL_8B, QWEN3_VL_PREPROCESSOR),
     "Qwen3VLMoeForConditionalGeneration": (QWEN3_VL_30B_A3B, QWEN3_VL_PREPROCESSOR),
+    "Qwen3_5ForConditionalGeneration": (QWEN3_5_9B, QWEN3_VL_PREPROCESSOR),
+    "Qwen3_5MoeForConditionalGeneration": (QWEN3_5_35B_A3B, QWEN3_VL_PREPROCESSOR),
 }
 
 
@@ -223,11 +243,27 @@ def test_published_qwen3_has_a_token_per_32_pixels_and_deepstack_below_layer_3()
     assert geometry.view(640, 480).window == Box(0.0, 0.0, 1.0, 1.0)
 
 
+def test_of_published_qwen3_5_every_fourth_layer_looks_and_none_evicts() -> None:
+    for model, last in ((QWEN3_5_9B, 31), (QWEN3_5_35B_A3B, 39)):
+        geometry = geometry_from_configs(model, QWEN3_VL_PREPROCESSOR)
+        assert isinstance(geometry, Qwen3_5Geometry)
+        assert list(geometry.looking_layers) == list(range(3, last + 1, 4))
+        assert geometry.first_eviction_layer == 1
+        assert "Gated DeltaNets" in geometry.why_no_eviction
+        assert geometry.grid(640, 480) == TokenGrid(15, 20)
+    deepstack = {**QWEN3_5_9B, "vision_config": {**QWEN3_5_9B["vision_config"]}}
+    deepstack["vision_config"]["deepstack_visual_indexes"] = [8, 16]
+    with pytest.raises(UnsupportedModelError, match="deepstack_visual_indexes"):
+        geometry_from_configs(deepstack, QWEN3_VL_PREPROCESSOR)
+
+
 QWENS = {
     "Qwen2VLForConditionalGeneration": Qwen2VLConfig,
     "Qwen2_5_VLForConditionalGeneration": Qwen2_5_VLConfig,
     "Qwen3VLForConditionalGeneration": Qwen3VLConfig,
     "Qwen3VLMoeForConditionalGeneration": Qwen3VLMoeConfig,
+    "Qwen3_5ForConditionalGeneration": Qwen3_5Config,
+    "Qwen3_5MoeForConditionalGeneration": Qwen3_5MoeConfig,
 }
 
 

@@ -10,9 +10,9 @@ from typing import Any, Literal
 from vllm_crop.benchmarking.runs import LOCALIZED_MODES, LocalizedMode, Mode
 from vllm_crop.config import CropConfig
 from vllm_crop.crop_params import InvalidCropError
-from vllm_crop.families.registry import VisionGeometry
+from vllm_crop.families.registry import VisionGeometry, check_layers_that_evict
 from vllm_crop.planner import Planner
-from vllm_crop.planning.budget import BudgetError, Method, check_eviction_layers, method_evicts
+from vllm_crop.planning.budget import BudgetError, Method, method_evicts
 from vllm_crop.planning.geometry import Region
 from vllm_crop.planning.plan import Compression, TokenPlan
 from vllm_crop.request import ImageRequest
@@ -91,7 +91,7 @@ class Options:
         region = None if method == "off" else self.region
         stages = self.stages if method_evicts(method) else ()
         if stages:
-            check_eviction_layers(stages, geometry.num_layers, geometry.first_eviction_layer)
+            check_layers_that_evict(geometry, stages)
         request = ImageRequest(region, self.pruning_rate, self.compression, method, stages, CropConfig().rim)
         try:
             planner, side = Planner(CropConfig(), geometry), self.image_side

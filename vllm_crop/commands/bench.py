@@ -265,7 +265,11 @@ def bench(
 
 
 def _first_layers(model: str) -> str:
-    """The default, or the first layer that this model can evict at."""
+    """The default, or the first layer that this model can evict at.
+
+    Raises:
+        typer.BadParameter: the checkpoint cannot be read or pruned.
+    """
     from vllm_crop.families.checkpoint import load_geometry
 
     try:

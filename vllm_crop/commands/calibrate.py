@@ -150,9 +150,8 @@ def calibrate(
 
     try:
         num_layers = load_geometry(model).num_layers
-        watched = _parse_layers(layers, num_layers) or full_attention_layers(
-            load_model_config(model), num_layers
-        )
+        looking = full_attention_layers(load_model_config(model), num_layers)
+        watched = _parse_layers(layers, num_layers) or looking
         if not watched:
             raise CropError(
                 f"no layer of {model} has full attention, which maps are made of: localizer kind 'attention' "
@@ -171,7 +170,7 @@ def calibrate(
                 f"there are {boxes}: write more boxes, use more --pictures, or leave --fit out"
             )
         config = _localizer(settings, watched)
-        by_default = config.model_copy(update={"layers": None}).layers_of(num_layers)
+        by_default = config.model_copy(update={"layers": None}).layers_of(num_layers, looking)
         plan = Plan(
             layers=tuple(watched),
             uncalibrated=tuple(by_default) if set(by_default) <= set(watched) else (),

@@ -14,9 +14,9 @@ from vllm_crop.config import DEFAULT_STAGES, CropConfig, FoveationConfig
 from vllm_crop.crop_params import MAX_BOXES, CropParams, InvalidCropError, parse_region
 from vllm_crop.errors import CropError, UnsupportedImageError
 from vllm_crop.families.checkpoint import load_geometry
-from vllm_crop.families.registry import VisionGeometry
+from vllm_crop.families.registry import VisionGeometry, check_layers_that_evict
 from vllm_crop.planner import ImagePlan, Planner
-from vllm_crop.planning.budget import BudgetError, Method, check_eviction_layers
+from vllm_crop.planning.budget import BudgetError, Method
 from vllm_crop.planning.geometry import Region
 from vllm_crop.planning.plan import Compression
 from vllm_crop.request import ImageRequest, image_requests
@@ -181,7 +181,7 @@ def plan_for_image(
     planner = Planner(DEFAULTS.model_copy(update={"foveation": foveation}), geometry)
     try:
         if request.eviction_layers:
-            check_eviction_layers(request.eviction_layers, geometry.num_layers, geometry.first_eviction_layer)
+            check_layers_that_evict(geometry, request.eviction_layers)
         return planner.plan_image(request, width, height)
     except BudgetError as error:
         raise typer.BadParameter(str(error), param_hint="--eviction-layers") from None

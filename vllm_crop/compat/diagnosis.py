@@ -151,6 +151,8 @@ def describe_checkpoint(model: str) -> dict[str, Any]:
 
 
 def _describe_eviction(num_tokens: int, geometry: VisionGeometry) -> dict[str, Any]:
+    if geometry.why_no_eviction:
+        return {"why_no_eviction": geometry.why_no_eviction, "savings": []}
     num_layers = geometry.num_layers
     layer = recommended_layer(num_layers, geometry.first_eviction_layer)
     return {

@@ -8,10 +8,10 @@ from typing import Any, NoReturn
 from vllm_crop.compat.hf_overrides import settle_position_ids
 from vllm_crop.config import CONFIG_KEY, CropConfig, FoveationConfig, ShadowConfig
 from vllm_crop.errors import InvalidConfigError, UnsupportedFlagError
-from vllm_crop.families.registry import VisionGeometry, geometry_from_configs
+from vllm_crop.families.registry import VisionGeometry, check_layers_that_evict, geometry_from_configs
 from vllm_crop.localizers.settings import LocalizerConfig
 from vllm_crop.planner import LATE
-from vllm_crop.planning.budget import BudgetError, check_eviction_layers, retained_per_stage
+from vllm_crop.planning.budget import BudgetError, retained_per_stage
 
 REFUSED = {
     "VLLM_USE_RUST_FRONTEND=1": "the Rust front end replaces the Python API server that reads `crop`",
@@ -136,11 +136,17 @@ def refuse_for_geometry(geometry: VisionGeometry, config: CropConfig) -> None:
                 f"{earliest} for this model, got {list(config.stages)}"
             )
     if config.localizer.kind == "attention":
-        layers = config.localizer.layers_of(geometry.num_layers)
+        layers = config.localizer.layers_of(geometry.num_layers, geometry.looking_layers)
         if layers[-1] >= geometry.num_layers:
             raise InvalidConfigError(
                 f"--crop-config localizer.layers {layers}: the model's decoder layers are 0 to "
                 f"{geometry.num_layers - 1}"
+            )
+        if strangers := sorted(set(layers) - set(geometry.looking_layers)):
+            raise InvalidConfigError(
+                f"--crop-config localizer.layers {layers}: of this model's layers only "
+                f"{list(geometry.looking_layers)} have full attention, which maps are made of; "
+                f"{strangers} have none"
             )
 
 
@@ -167,7 +173,7 @@ def refuse_budget(geometry: VisionGeometry, config: CropConfig) -> None:
         InvalidConfigError: naming layers or a rate that would do.
     """
     try:
-        check_eviction_layers(config.stages, geometry.num_layers, geometry.first_eviction_layer)
+        check_layers_that_evict(geometry, config.stages)
     except BudgetError as error:
         raise InvalidConfigError(f"--crop-config {error}") from None
     largest, bound = geometry.max_tokens, config.max_tokens

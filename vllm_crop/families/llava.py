@@ -138,6 +138,7 @@ class LlavaGeometry:
 
     uses_mrope: ClassVar[bool] = False
     rotary_room: ClassVar[int] = 1
+    why_no_eviction: ClassVar[str] = ""
     first_eviction_layer: ClassVar[int] = 1
     why_no_foveation: ClassVar[str] = "every image is one tile of a fixed size"
     foveation_settings: ClassVar[frozenset[str]] = frozenset()
@@ -158,6 +159,11 @@ class LlavaGeometry:
         preprocessing = ClipPreprocessing.from_settings(preprocessor)
         layers = decoder_layers(model.get("text_config") or {})
         return cls(TokenGrid(side, side), preprocessing, layers, pixels)
+
+    @property
+    def looking_layers(self) -> Sequence[int]:
+        """All."""
+        return range(self.num_layers)
 
     @property
     def max_tokens(self) -> int:

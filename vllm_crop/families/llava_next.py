@@ -320,6 +320,7 @@ class LlavaNextGeometry:
 
     uses_mrope: ClassVar[bool] = False
     rotary_room: ClassVar[int] = 1
+    why_no_eviction: ClassVar[str] = ""
     first_eviction_layer: ClassVar[int] = 1
     why_no_foveation: ClassVar[str] = ""
     foveation_settings: ClassVar[frozenset[str]] = frozenset({"rim_size", "unseen_tiles"})
@@ -338,6 +339,11 @@ class LlavaNextGeometry:
         pinpoints = model.get("image_grid_pinpoints")
         tiling = AnyResolution.from_settings(preprocessor, LLAVA_NEXT, *CLIP.sides(model), pinpoints)
         return cls(tiling, decoder_layers(model.get("text_config") or {}))
+
+    @property
+    def looking_layers(self) -> Sequence[int]:
+        """All."""
+        return range(self.num_layers)
 
     @property
     def max_tokens(self) -> int:

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: the whole image in as many tokens as its size asks for.
+"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5: the whole image in as many tokens as its size asks for.
 
 Sizes follow transformers' Qwen2VLImageProcessor and its smart_resize.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 from vllm_crop.errors import UnsupportedImageError, UnsupportedModelError
-from vllm_crop.families.text_layers import decoder_layers
+from vllm_crop.families.text_layers import decoder_layers, full_attention_layers
 from vllm_crop.families.view_size import size_for_tokens, small_scale
 from vllm_crop.planning.foveation import FoveationRule, Piece, Sight, foveate, whole_piece
 from vllm_crop.planning.geometry import Box, ImageTokens, ImageView, Region, TokenGrid
@@ -113,6 +113,7 @@ class Qwen2_5VLGeometry:
     default_patch: ClassVar[int] = 14
     default_deepstack: ClassVar[tuple[int, ...]] = ()
     default_window: ClassVar[int] = 112
+    why_no_eviction: ClassVar[str] = ""
     why_no_foveation: ClassVar[str] = ""
     foveation_settings: ClassVar[frozenset[str]] = frozenset({"view_tokens", "rim_size", "reuse", "halo"})
 
@@ -139,6 +140,11 @@ class Qwen2_5VLGeometry:
         window = vision.get("window_size", cls.default_window) if cls.default_window else 0
         window_tokens = max(1, window // (patch * merge))
         return cls(resize, decoder_layers(text), max(1, len(deepstack)), window_tokens)
+
+    @property
+    def looking_layers(self) -> Sequence[int]:
+        """All."""
+        return range(self.num_layers)
 
     @property
     def max_tokens(self) -> int:
@@ -202,3 +208,35 @@ class Qwen3VLGeometry(Qwen2_5VLGeometry):
     rotary_room: ClassVar[int] = 1
     default_patch: ClassVar[int] = 16
     default_deepstack: ClassVar[tuple[int, ...]] = (8, 16, 24)
+
+
+@dataclass(frozen=True)
+class Qwen3_5Geometry(Qwen3VLGeometry):
+    """Qwen3.5, 3.6 and 3.8: Qwen3-VL's vision tower without deepstack; every fourth layer looks."""
+
+    default_deepstack: ClassVar[tuple[int, ...]] = ()
+    why_no_eviction: ClassVar[str] = (
+        "three of four layers are Gated DeltaNets, whose states hold every token that has passed"
+    )
+
+    full_attention: tuple[int, ...] = ()
+
+    @classmethod
+    def from_configs(cls, model: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> Self:
+        """Read `config.json` and the image processor's settings.
+
+        Raises:
+            UnsupportedModelError: the two do not fit each other, or there is deepstack.
+        """
+        found = super().from_configs(model, preprocessor)
+        if found.first_eviction_layer > 1:
+            raise UnsupportedModelError(
+                "vision_config.deepstack_visual_indexes is not supported for this family, no released "
+                "checkpoint of which has it"
+            )
+        return replace(found, full_attention=tuple(full_attention_layers(model, found.num_layers)))
+
+    @property
+    def looking_layers(self) -> Sequence[int]:
+        """Every fourth."""
+        return self.full_attention

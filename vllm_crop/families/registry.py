@@ -12,7 +12,13 @@ from typing import Any, ClassVar, Protocol
 from vllm_crop.errors import UnsupportedModelError
 from vllm_crop.families.llava import LlavaGeometry
 from vllm_crop.families.llava_next import LlavaNextGeometry, LlavaOnevisionGeometry
-from vllm_crop.families.qwen_vl import Qwen2_5VLGeometry, Qwen2VLGeometry, Qwen3VLGeometry
+from vllm_crop.families.qwen_vl import (
+    Qwen2_5VLGeometry,
+    Qwen2VLGeometry,
+    Qwen3_5Geometry,
+    Qwen3VLGeometry,
+)
+from vllm_crop.planning.budget import BudgetError, check_eviction_layers
 from vllm_crop.planning.foveation import Piece, Sight
 from vllm_crop.planning.geometry import ImageTokens, ImageView, Mask, Region
 
@@ -23,18 +29,25 @@ class VisionGeometry(Protocol):
     Attributes:
         uses_mrope: position ids are coordinates in the image, which the tokens that are left keep.
         rotary_room: how many times the model's positions vLLM's rotary table holds.
+        why_no_eviction: why no layer of its language model can run with fewer image tokens; empty if one can.
         why_no_foveation: why its vision tower cannot see parts of an image at several sizes; empty if it can.
         foveation_settings: which of FoveationConfig's settings mean something to it.
     """
 
     uses_mrope: ClassVar[bool]
     rotary_room: ClassVar[int]
+    why_no_eviction: ClassVar[str]
     why_no_foveation: ClassVar[str]
     foveation_settings: ClassVar[frozenset[str]]
 
     @property
     def num_layers(self) -> int:
         """Decoder layers of the language model."""
+        ...
+
+    @property
+    def looking_layers(self) -> Sequence[int]:
+        """Those of them that look at every earlier token, ascending: heat maps are made of these."""
         ...
 
     @property
@@ -125,6 +138,8 @@ FAMILIES = {
     "Qwen2_5_VLForConditionalGeneration": Family(Qwen2_5VLGeometry, "qwen2_5_vl", ("qwen2",)),
     "Qwen3VLForConditionalGeneration": Family(Qwen3VLGeometry, "qwen3_vl", ("qwen3",)),
     "Qwen3VLMoeForConditionalGeneration": Family(Qwen3VLGeometry, "qwen3_vl_moe", ("qwen3_vl", "qwen3_moe")),
+    "Qwen3_5ForConditionalGeneration": Family(Qwen3_5Geometry, "qwen3_5", ("qwen3_vl", "qwen3_next")),
+    "Qwen3_5MoeForConditionalGeneration": Family(Qwen3_5Geometry, "qwen3_5", ("qwen3_vl", "qwen3_next")),
 }
 
 
@@ -150,3 +165,16 @@ def geometry_from_configs(model: Mapping[str, Any], preprocessor: Mapping[str, A
         UnsupportedModelError: no supported family, or a variant of one that is not supported.
     """
     return FAMILIES[family_of(model)].geometry.from_configs(model, preprocessor)
+
+
+def check_layers_that_evict(geometry: VisionGeometry, eviction_layers: Sequence[int]) -> None:
+    """Check that a checkpoint can evict at these layers.
+
+    Raises:
+        BudgetError: it cannot at any, or not at these.
+    """
+    if geometry.why_no_eviction:
+        raise BudgetError(
+            f"eviction_layers cannot be used with this model: {geometry.why_no_eviction}. Use method 'plc'"
+        )
+    check_eviction_layers(eviction_layers, geometry.num_layers, geometry.first_eviction_layer)

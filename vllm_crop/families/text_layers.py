@@ -12,6 +12,7 @@ _DEFAULT_LAYERS = {
     **{"qwen2_vl": 80, "qwen2_vl_text": 80},
     **{"qwen2_5_vl": 80, "qwen2_5_vl_text": 80, "qwen3_vl": 32, "qwen3_vl_text": 32},
     **{"qwen3_vl_moe": 24, "qwen3_vl_moe_text": 24},
+    **{"qwen3_5": 32, "qwen3_5_text": 32, "qwen3_5_moe": 40, "qwen3_5_moe_text": 40},
 }
 
 
@@ -24,7 +25,15 @@ def decoder_layers(text_config: Mapping[str, Any]) -> int:
     return int(layers)
 
 
+# Hybrids whose config.json may leave `layer_types` out: every so many layers look, as transformers has it.
+_FULL_ATTENTION_EVERY = dict.fromkeys(("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"), 4)
+
+
 def full_attention_layers(model: Mapping[str, Any], num_layers: int) -> list[int]:
     """The layers that look at every earlier token; all, where a config.json says nothing."""
-    kinds = (model.get("text_config") or model).get("layer_types") or ["full_attention"] * num_layers
+    text = model.get("text_config") or model
+    every = text.get("full_attention_interval") or _FULL_ATTENTION_EVERY.get(text.get("model_type", ""), 1)
+    kinds = text.get("layer_types") or [
+        "linear_attention" if (layer + 1) % every else "full_attention" for layer in range(num_layers)
+    ]
     return [layer for layer, kind in enumerate(kinds[:num_layers]) if kind == "full_attention"]

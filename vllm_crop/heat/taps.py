@@ -23,6 +23,7 @@ from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_
 from vllm_crop.config import CropConfig
 from vllm_crop.errors import UnsupportedModelError
 from vllm_crop.eviction.decoder import attention_of
+from vllm_crop.families.text_layers import full_attention_layers
 from vllm_crop.heat.request import NOWHERE, SCALE, STAMP
 from vllm_crop.heat.step import HeatRows, HeatStep
 
@@ -198,7 +199,8 @@ def start_heat(model: Any, vllm_config: Any, stages: tuple[int, ...]) -> HeatTap
     if config.localizer.kind != "attention":
         return None
     decoder = list(model.language_model.model.layers)
-    layers = config.localizer.layers_of(len(decoder))
+    configuration = vllm_config.model_config.hf_config.to_dict()
+    layers = config.localizer.layers_of(len(decoder), full_attention_layers(configuration, len(decoder)))
     return HeatTaps(
         [(layer, sum(layer >= first for first in stages), attention_of(decoder[layer])) for layer in layers],
         may_leave=_may_leave(vllm_config),

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """LocalizerConfig: who finds regions, and what is made of the answer."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
@@ -246,12 +247,17 @@ class LocalizerConfig(BaseModel):
             return SMALLEST_VIEW
         return min(LARGEST_VIEW, max(SMALLEST_VIEW, full // VIEW_SHARE))
 
-    def layers_of(self, num_layers: int) -> list[int]:
-        """The layers whose attention is read, ascending, of a decoder with this many."""
+    def layers_of(self, num_layers: int, looking: Sequence[int]) -> list[int]:
+        """The layers whose attention is read, ascending, of a decoder with this many.
+
+        Args:
+            looking: those that look at every earlier token, ascending.
+        """
         if self.layers is not None:
             return sorted(set(self.layers))
         first, last = (int(share * num_layers) for share in LOOKING)
-        return list(range(first, max(first + 1, last)))
+        in_the_middle = [layer for layer in looking if first <= layer < max(first + 1, last)]
+        return in_the_middle or [min(looking, key=lambda layer: abs(layer - first))]
 
     @property
     def least_confidence(self) -> float:

@@ -13,6 +13,7 @@ from vllm.config import VllmConfig
 from vllm_crop.errors import UnsupportedVersionError
 from vllm_crop.eviction.decoder import EvictingDecoder, EvictingStep, attention_of, start_eviction
 from vllm_crop.eviction.markers import EvictionSettings
+from vllm_crop.families.text_layers import full_attention_layers
 from vllm_crop.heat.step import HeatStep
 from vllm_crop.heat.taps import start_heat
 from vllm_crop.models.encoder import CompressingEncoder, Encode, SeenImage
@@ -36,12 +37,15 @@ class CropModelMixin(nn.Module):
             self._require_our_runner_before_kv_cache()
 
     def _require_our_runner_before_kv_cache(self) -> None:
-        """Have the first layer check it, which is asked for its KV cache after loading and before serving.
+        """Have the first layer that looks check it.
 
-        A stock runner would run stock steps where the scheduler has blocks for kept tokens only.
+        It is asked for its KV cache after loading and before serving. A stock runner would run stock steps
+        where the scheduler has blocks for kept tokens only.
         """
         model: Any = self
-        attention = attention_of(model.language_model.model.layers[0])
+        layers = model.language_model.model.layers
+        first = full_attention_layers(model.config.to_dict(), len(layers))[0]
+        attention = attention_of(layers[first])
         stock = attention.get_kv_cache_spec
 
         def get_kv_cache_spec(*args: Any, **kwargs: Any) -> Any:

@@ -12,6 +12,7 @@ _FAMILIES = (
     ("qwen2_vl", "Qwen2VLForConditionalGeneration", "Qwen2VLMultiModalProcessor"),
     ("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLMultiModalProcessor"),
     ("qwen3_vl", "Qwen3VLForConditionalGeneration", "Qwen3VLMultiModalProcessor"),
+    ("qwen3_5", "Qwen3_5ForConditionalGeneration", "Qwen3VLMultiModalProcessor"),
 )
 _OF_MODELS = (
     ("embed_multimodal", "self kwargs", "returns compressed embeddings"),
