@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model families that parity tests run over: a new one needs an entry here, and a reference."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.checkpoints import llava_onevision, qwen2_vl, qwen3_5, qwen3_5_moe, qwen3_vl, qwen3_vl_moe
+from tests.checkpoints import internvl, llava_onevision, qwen2_vl, qwen3_5, qwen3_5_moe, qwen3_vl, qwen3_vl_moe
 from tests.reference import (
+    HfInternVL,
+    HfInternVLChat,
     HfLlava,
     HfLlavaNext,
     HfLlavaOnevision,
@@ -36,6 +38,7 @@ class Family:
         module: of its model class, vLLM's and ours; the name if left out.
         evicts: whether some of its layers can run with fewer rows than others.
         looking: layers that heat maps are made of in tests.
+        options: of engines with such a checkpoint.
     """
 
     name: str
@@ -46,6 +49,7 @@ class Family:
     module: str = ""
     evicts: bool = True
     looking: tuple[int, ...] = (1, 3, 6)
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __str__(self) -> str:
         return self.name
@@ -75,8 +79,21 @@ QWEN3_5 = Family("qwen3_5", qwen3_5.make_checkpoint, qwen3_vl.TINY, qwen3_vl.TIN
 QWEN3_5_MOE = Family(
     "qwen3_5_moe", qwen3_5_moe.make_checkpoint, qwen3_vl.TINY, qwen3_vl.TINY, HfQwen3_5Moe, **_HYBRID
 )
+INTERNVL = Family(
+    "internvl_hf", internvl.make_checkpoint, internvl.TINY, internvl.TINY, HfInternVL, module="interns1"
+)
+INTERNVL_CHAT = Family(
+    "internvl_chat",
+    internvl.make_chat_checkpoint,
+    internvl.TINY,
+    internvl.TINY,
+    HfInternVLChat,
+    module="internvl",
+    options={"trust_remote_code": True},
+)
 FAMILIES = (
     *(LLAVA, LLAVA_NEXT, LLAVA_ONEVISION),
     *(QWEN2_VL, QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE, QWEN3_5, QWEN3_5_MOE),
+    *(INTERNVL, INTERNVL_CHAT),
 )
 EVICTING = tuple(family for family in FAMILIES if family.evicts)

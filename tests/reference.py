@@ -15,6 +15,7 @@ from PIL import Image
 from transformers import (
     AutoProcessor,
     DynamicCache,
+    InternVLForConditionalGeneration,
     LlavaForConditionalGeneration,
     LlavaNextForConditionalGeneration,
     LlavaOnevisionForConditionalGeneration,
@@ -28,6 +29,7 @@ from transformers import (
 
 from tests.slow_plan import embeddings_of
 from vllm_crop.config import CropConfig
+from vllm_crop.families.internvl import InternVLGeometry
 from vllm_crop.families.registry import geometry_from_configs
 from vllm_crop.planning.budget import Method
 from vllm_crop.planning.geometry import ImageTokens, Region, TokenGrid
@@ -81,6 +83,7 @@ class HfReference:
 
     model_class: ClassVar[Any]
     image: ClassVar[str]  # as it is written in a prompt
+    frame: ClassVar[tuple[str, ...]] = ()  # tokens of text before and after the tokens of an image
 
     def __init__(self, checkpoint: Path, dtype: torch.dtype = torch.float32) -> None:
         self.model = self.model_class.from_pretrained(
@@ -176,7 +179,7 @@ class HfReference:
         evicted_from: list[int | None] = []
         next_position = 0
         pending = iter(zip(images, plans, strict=True))
-        for token in prompt_ids:
+        for token in self._framed(prompt_ids):
             if token != self.image_token_id:
                 rows.append(self._embed_token(token))
                 positions.append(self._same_in_all_dimensions(torch.tensor([next_position])))
@@ -208,6 +211,13 @@ class HfReference:
             next_position=next_position,
             added=torch.stack(added) if added else wide.new_empty(0, len(wide), hidden),
         )
+
+    def _framed(self, prompt_ids: Sequence[int]) -> list[int]:
+        if not self.frame:
+            return list(prompt_ids)
+        before, after = self.processor.tokenizer.convert_tokens_to_ids(list(self.frame))
+        framed = [[before, one, after] if one == self.image_token_id else [one] for one in prompt_ids]
+        return [token for some in framed for token in some]
 
     def _same_in_all_dimensions(self, positions: torch.Tensor) -> torch.Tensor:
         return positions.expand(len(self.image_positions(TokenGrid(1, 1))[0]), -1)
@@ -406,3 +416,53 @@ class HfQwen3_5Moe(HfQwen3_5):
     """The same with a mixture of experts."""
 
     model_class = Qwen3_5MoeForConditionalGeneration
+
+
+class HfInternVL(HfLlava):
+    """InternVL: tiles one after another, the whole image last, framed by two tokens of text."""
+
+    model_class = InternVLForConditionalGeneration
+    image = "<IMG_CONTEXT>"
+    frame = ("<img>", "</img>")
+
+    def features(self, image: Image.Image) -> torch.Tensor:
+        found = self.model.get_image_features(pixel_values=self.tiles(image))
+        return found.pooler_output.flatten(0, 1)
+
+    def tiles(self, image: Image.Image) -> torch.Tensor:
+        """`[tiles, 3, side, side]`."""
+        process = self.processor.image_processor
+        tiles: torch.Tensor = process(image.convert("RGB"), crop_to_patches=True, return_tensors="pt")[
+            "pixel_values"
+        ]
+        return tiles
+
+
+class HfInternVLChat(HfInternVL):
+    """The same model as OpenGVLab publishes it, its pixels as vLLM makes them: there is no other code here."""
+
+    image = "<image>"
+
+    def __init__(self, checkpoint: Path, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(checkpoint / "hf", dtype)
+
+    def tiles(self, image: Image.Image) -> torch.Tensor:
+        from vllm.transformers_utils.processors.internvl import image_to_pixel_values_internvl
+
+        known = self.geometry
+        assert isinstance(known, InternVLGeometry)
+        return image_to_pixel_values_internvl(
+            image,
+            input_size=known.tile_pixels,
+            min_num=known.min_tiles,
+            max_num=known.max_tiles,
+            use_thumbnail=known.thumbnail,
+        )
+
+    def _framed(self, prompt_ids: Sequence[int]) -> list[int]:
+        letters = self.processor.tokenizer.encode(self.image, add_special_tokens=False)
+        found = list(prompt_ids)
+        for place in reversed(range(len(found))):
+            if found[place : place + len(letters)] == letters:
+                found[place : place + len(letters)] = [self.image_token_id]
+        return super()._framed(found)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 from vllm_crop.errors import UnsupportedModelError
+from vllm_crop.families.internvl import InternVLChatGeometry, InternVLGeometry
 from vllm_crop.families.llava import LlavaGeometry
 from vllm_crop.families.llava_next import LlavaNextGeometry, LlavaOnevisionGeometry
 from vllm_crop.families.qwen_vl import (
@@ -120,7 +121,7 @@ class Family:
         also: further files there that its model is made of.
     """
 
-    geometry: type[LlavaGeometry | LlavaNextGeometry | Qwen2_5VLGeometry]
+    geometry: type[LlavaGeometry | LlavaNextGeometry | Qwen2_5VLGeometry | InternVLGeometry]
     module: str
     also: tuple[str, ...] = ()
 
@@ -140,6 +141,8 @@ FAMILIES = {
     "Qwen3VLMoeForConditionalGeneration": Family(Qwen3VLGeometry, "qwen3_vl_moe", ("qwen3_vl", "qwen3_moe")),
     "Qwen3_5ForConditionalGeneration": Family(Qwen3_5Geometry, "qwen3_5", ("qwen3_vl", "qwen3_next")),
     "Qwen3_5MoeForConditionalGeneration": Family(Qwen3_5Geometry, "qwen3_5", ("qwen3_vl", "qwen3_next")),
+    "InternVLForConditionalGeneration": Family(InternVLGeometry, "interns1"),
+    "InternVLChatModel": Family(InternVLChatGeometry, "internvl"),
 }
 
 

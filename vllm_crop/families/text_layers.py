@@ -8,7 +8,7 @@ from vllm_crop.errors import UnsupportedModelError
 
 # transformers' defaults for what a config.json may leave out.
 _DEFAULT_LAYERS = {
-    **{"llama": 32, "mistral": 32, "qwen2": 32},
+    **{"llama": 32, "mistral": 32, "qwen2": 32, "qwen3": 32},
     **{"qwen2_vl": 80, "qwen2_vl_text": 80},
     **{"qwen2_5_vl": 80, "qwen2_5_vl_text": 80, "qwen3_vl": 32, "qwen3_vl_text": 32},
     **{"qwen3_vl_moe": 24, "qwen3_vl_moe_text": 24},

@@ -16,6 +16,7 @@ from vllm.renderers.hf import HfRenderer
 from vllm_crop.config import CropConfig
 from vllm_crop.crop_params import CropParams
 from vllm_crop.errors import CropError
+from vllm_crop.eviction.markers import embed_indices
 from vllm_crop.frontend.conversation import shown_in
 from vllm_crop.frontend.embedded import note_request
 from vllm_crop.frontend.localization import LocalizationService, RegionQuery, images_sought
@@ -233,7 +234,10 @@ class CropRenderer(HfRenderer):
         if any(budget.max_tokens == 0 for budget in budgets):
             names = self._names(prompt, salt)
             asked, sought = without_unseen(prompt, asked, sought, self.model_config.hf_config, names)
-        room = room_of(prompt, params, config, self.model_config.max_model_len, vllm_request())
+        room = room_of(
+            *(prompt, params, config, self.model_config.max_model_len, vllm_request()),
+            self.mm_processor.beside_image,
+        )
         return replace(asked, room=room), sought
 
     def _sought(
@@ -324,9 +328,9 @@ class CropRenderer(HfRenderer):
                 raise evictions_refused(name)
 
     def _refuse_too_long(self, prompt: Any, fewest: Sequence[int]) -> None:
-        text = len(prompt.get("prompt_token_ids") or ()) - len(
-            images_of(prompt.get("multi_modal_data") or {})
-        )
+        images, processor = images_of(prompt.get("multi_modal_data") or {}), self.mm_processor
+        of_each = processor.beside_image - processor.place_length
+        text = len(prompt.get("prompt_token_ids") or ()) + of_each * len(images)
         least, most = text + sum(fewest), self.model_config.max_model_len
         if least >= most:
             raise VLLMValidationError(
@@ -417,7 +421,7 @@ class CropRenderer(HfRenderer):
         facts = [
             _image_facts(
                 decision,
-                placeholder.length,
+                len(embed_indices(placeholder)),
                 self.mm_processor.geometry.num_layers,
                 localization,
                 self.mm_processor.crop_config,

@@ -12,13 +12,16 @@ _ANSWER_TOKENS = 512  # kept for an answer whose length the request does not say
 _LENGTHS = ("max_completion_tokens", "max_output_tokens", "max_tokens")
 
 
-def room_of(prompt: Any, params: CropParams, config: CropConfig, longest: int, request: Any) -> Room | None:
+def room_of(
+    prompt: Any, params: CropParams, config: CropConfig, longest: int, request: Any, beside_image: int = 0
+) -> Room | None:
     """What the images of a prompt may take together; None where nothing bounds them but vLLM itself.
 
     Args:
         prompt: with one id for each image.
         longest: the model's length, `--max-model-len`.
         request: vLLM's object for the request, None where none is known.
+        beside_image: tokens of an expanded image that take no embedding.
     """
     prunes = (params.fit or config.fit) == "prune"
     bound = config.limits.max_tokens_per_request
@@ -30,7 +33,7 @@ def room_of(prompt: Any, params: CropParams, config: CropConfig, longest: int, r
     # Videos become longer too, and a prompt that is cut to a length is cut after its images have grown.
     cut = getattr(request, "truncate_prompt_tokens", None) is not None
     if prunes and not cut and set(data) == {"image"} and token_ids:
-        left = longest - (len(token_ids) - len(images_of(data)))
+        left = longest - (len(token_ids) + (beside_image - 1) * len(images_of(data)))
         most = max(0, left - 1)  # vLLM takes no prompt that leaves no token for an answer
         aim = max(0, min(most, left - _answer_tokens(request, longest)))
         rooms.append(Room(most, aim, True, "--max-model-len"))

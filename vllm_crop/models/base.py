@@ -4,7 +4,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ from vllm.config import VllmConfig
 
 from vllm_crop.errors import UnsupportedVersionError
 from vllm_crop.eviction.decoder import EvictingDecoder, EvictingStep, attention_of, start_eviction
-from vllm_crop.eviction.markers import EvictionSettings
+from vllm_crop.eviction.markers import EvictionSettings, embed_indices
 from vllm_crop.families.text_layers import full_attention_layers
 from vllm_crop.heat.step import HeatStep
 from vllm_crop.heat.taps import start_heat
@@ -21,7 +21,13 @@ from vllm_crop.models.processor import ASSIGNMENT, PLAN_FIELDS, POSITIONS
 
 
 class CropModelMixin(nn.Module):
-    """Mixed in front of a vision-language model of vLLM that has `language_model.model`, the decoder."""
+    """Mixed in front of a vision-language model of vLLM that has `language_model.model`, the decoder.
+
+    Attributes:
+        pixels: what its images come as, a keyword of `embed_multimodal`.
+    """
+
+    pixels: ClassVar[str] = "pixel_values"
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
@@ -61,7 +67,7 @@ class CropModelMixin(nn.Module):
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
         """The embeddings of a batch of images or videos, one `[num_embeddings, hidden]` tensor each."""
-        if kwargs.get("pixel_values") is None:  # videos, and image embeddings from the client
+        if kwargs.get(self.pixels) is None:  # videos, and image embeddings from the client
             return self.embed_stock(**kwargs)
         images, encode = self.images_of(kwargs)
         return self.crop_encoder(images, encode, **{name: kwargs[name] for name in PLAN_FIELDS})
@@ -75,7 +81,7 @@ class CropModelMixin(nn.Module):
         """How a family's images are encoded.
 
         Args:
-            kwargs: of `embed_multimodal`, with `pixel_values`.
+            kwargs: of `embed_multimodal`, with `pixels`.
 
         Returns:
             What is seen of each image; and what takes the indices of some of their parts, counted through all
@@ -184,7 +190,7 @@ def unpruned_prompt(num_tokens: int, mm_features: Sequence[Any]) -> UnprunedProm
         survivors.append(torch.arange(start, place.offset) + shift)
         within, full_length = _within_image(feature)
         survivors.append(within + place.offset + shift)
-        full = replace(place, offset=place.offset + shift, length=full_length)
+        full = replace(place, offset=place.offset + shift, length=full_length, is_embed=None)
         features.append(replace(feature, mm_position=full))
         start = place.offset + place.length
         shift += full_length - place.length
@@ -193,11 +199,15 @@ def unpruned_prompt(num_tokens: int, mm_features: Sequence[Any]) -> UnprunedProm
 
 
 def _within_image(feature: Any) -> tuple[torch.Tensor, int]:
-    """The tokens of an image (or video) that are left, and how many there were."""
+    """The tokens of an image (or video) that are left, and how many there were; with text that frames them."""
     length = feature.mm_position.length
     if POSITIONS not in feature.data or not len(feature.data[POSITIONS].data):
         return torch.arange(length), length
-    return feature.data[POSITIONS].data.long(), len(feature.data[ASSIGNMENT].data)
+    left, num_tokens = feature.data[POSITIONS].data.long(), len(feature.data[ASSIGNMENT].data)
+    before = int(embed_indices(feature.mm_position)[0]) - feature.mm_position.offset
+    after = length - before - len(left)
+    within = [torch.arange(before), before + left, before + num_tokens + torch.arange(after)]
+    return torch.cat(within), before + num_tokens + after
 
 
 def original_positions(num_tokens: int, mm_features: Sequence[Any]) -> tuple[torch.Tensor, int]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -19,7 +19,12 @@ from numpy.typing import NDArray
 from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import ImageProcessorItems, MultiModalDataItems
-from vllm.multimodal.processing import BaseMultiModalProcessor, PromptReplacement, PromptUpdate
+from vllm.multimodal.processing import (
+    BaseMultiModalProcessor,
+    PromptReplacement,
+    PromptUpdate,
+    PromptUpdateDetails,
+)
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from vllm_crop.config import CropConfig
@@ -64,7 +69,15 @@ class CropItems:
 
 
 class CropProcessorMixin(BaseMultiModalProcessor):
-    """Overrides for a processor with the modality "image"; see the module docstring."""
+    """Overrides for a processor with the modality "image"; see the module docstring.
+
+    Attributes:
+        beside_image: tokens of an image in the prompt that take no embedding.
+        place_length: tokens that stand for an image in an unexpanded prompt, at most.
+    """
+
+    beside_image: ClassVar[int] = 0
+    place_length: ClassVar[int] = 1
 
     @cached_property
     def crop_config(self) -> CropConfig:
@@ -158,7 +171,7 @@ class CropProcessorMixin(BaseMultiModalProcessor):
             way.note(newly_sent(processed), inputs.cache.invalidate)
         if asked.room is not None:  # embeddings have no size that could be planned with
             with as_validation_error():
-                taken = sum(one.length for one in processed["mm_placeholders"].get("image", ()))
+                taken = sum(len(embed_indices(one)) for one in processed["mm_placeholders"].get("image", ()))
                 asked.room.check(taken, "; embeddings cannot be pruned" if embeddings else "")
         if known is not None:  # not before: vLLM's cache knows nothing of a request that failed either
             for name, image, data in images.named:
@@ -179,12 +192,16 @@ class CropProcessorMixin(BaseMultiModalProcessor):
         images = inputs.mm_data_items.get("image")
         if images is None:
             return
-        places = inputs.prompt.count(image_token_of(self.info.get_hf_config()))
+        places = self.num_places(inputs.prompt)
         if places < len(images):
             raise VLLMValidationError(
                 f"the prompt has {places} place(s) for {len(images)} image(s): it was cut, or the chat "
                 "template leaves images of such a message out"
             )
+
+    def num_places(self, prompt: Sequence[int]) -> int:
+        """How many images an unexpanded prompt has places for."""
+        return prompt.count(image_token_of(self.info.get_hf_config()))
 
     def _without_impossible_pieces(
         self, items: ImageProcessorItems, images: RequestImages, decisions: tuple[ImageDecision, ...]
@@ -387,8 +404,13 @@ def _with_planned_count(update: PromptUpdate, out_mm_kwargs: Any) -> PromptUpdat
         planned, num_tokens = len(item[POSITIONS].data), len(item[ASSIGNMENT].data)
         if not planned:
             return full
-        assert num_tokens == len(full), f"planned for {num_tokens} visual tokens, the image has {len(full)}"
-        return full[:planned]
+        framed = full if isinstance(full, PromptUpdateDetails) else PromptUpdateDetails(full)
+        takes = range(len(framed.full))
+        if framed.is_embed is not None:
+            takes = framed.is_embed(framed.full).nonzero()[:, 0].tolist()
+        assert num_tokens == len(takes), f"planned for {num_tokens} visual tokens, the image has {len(takes)}"
+        gone = set(takes[planned:])
+        return replace(framed, full=[token for place, token in enumerate(framed.full) if place not in gone])
 
     return replace(update, replacement=planned_replacement)
 
