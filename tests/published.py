@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.families import (
+    INTERNVL,
+    INTERNVL_CHAT,
     LLAVA,
     LLAVA_NEXT,
     LLAVA_ONEVISION,
@@ -40,6 +42,7 @@ class Published:
         text, vision: the values of `text_config` and `vision_config` that sizes depend on.
         top: values beside them.
         processor: the image processor's settings that differ from the tiny checkpoint's.
+        beside: those of the processor it is part of.
     """
 
     name: str
@@ -47,22 +50,24 @@ class Published:
     vision: Mapping[str, Any]
     top: Mapping[str, Any]
     processor: Mapping[str, Any] = field(default_factory=dict)
+    beside: Mapping[str, Any] = field(default_factory=dict)
 
     def write(self, family: Family, folder: Path) -> Path:
         """A checkpoint folder without weights, in published sizes."""
         family.make_checkpoint(folder, family.shallow)
         path = folder / "config.json"
         config = json.loads(path.read_text())
-        text = config.get("text_config") or config
+        text = config.get("text_config") or config.get("llm_config") or config
         text.update(self.text)
         text.pop("layer_types", None)  # of each layer of the tiny one
         config["vision_config"].update(self.vision)
         config.update(self.top)
         path.write_text(json.dumps(config))
         settings_path = folder / "processor_config.json"
-        settings = json.loads(settings_path.read_text())
-        settings["image_processor"].update(self.processor)
-        settings_path.write_text(json.dumps(settings))
+        if settings_path.exists():
+            settings = json.loads(settings_path.read_text())
+            settings["image_processor"].update(self.processor)
+            settings_path.write_text(json.dumps({**settings, **self.beside}))
         (folder / "model.safetensors").unlink()
         return folder
 
@@ -81,6 +86,11 @@ _QWEN3_ROPE = {
     **{"rope_type": "default", "rope_theta": 5e6, "mrope_interleaved": True},
     "mrope_section": [24, 20, 20],
 }
+_INTERNVL_TEXT = {
+    **{"hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32, "head_dim": 128},
+    **{"num_key_value_heads": 8, "max_position_embeddings": 40960},
+}
+_INTERNVL_VISION = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
 _QWEN3_5_TEXT = {
     **{"head_dim": 256, "full_attention_interval": 4, "max_position_embeddings": 262144},
     "rope_parameters": {
@@ -180,5 +190,19 @@ PUBLISHED: dict[Family, Published] = {
         {**_QWEN3_5_VISION, "out_hidden_size": 2048},
         {},
         _QWEN3_PIXELS,
+    ),
+    INTERNVL: Published(
+        "OpenGVLab/InternVL3_5-8B-HF",
+        _INTERNVL_TEXT,
+        {**_INTERNVL_VISION, "image_size": [448, 448], "patch_size": [14, 14]},
+        {"image_seq_length": 256},
+        {"size": {"height": 448, "width": 448}},
+        {"image_seq_length": 256},
+    ),
+    INTERNVL_CHAT: Published(
+        "OpenGVLab/InternVL3_5-8B",
+        _INTERNVL_TEXT,
+        {**_INTERNVL_VISION, "image_size": 448, "patch_size": 14},
+        {"force_image_size": 448},
     ),
 }

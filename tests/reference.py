@@ -179,7 +179,7 @@ class HfReference:
         evicted_from: list[int | None] = []
         next_position = 0
         pending = iter(zip(images, plans, strict=True))
-        for token in self._framed(prompt_ids):
+        for token in self.framed(prompt_ids):
             if token != self.image_token_id:
                 rows.append(self._embed_token(token))
                 positions.append(self._same_in_all_dimensions(torch.tensor([next_position])))
@@ -212,7 +212,8 @@ class HfReference:
             added=torch.stack(added) if added else wide.new_empty(0, len(wide), hidden),
         )
 
-    def _framed(self, prompt_ids: Sequence[int]) -> list[int]:
+    def framed(self, prompt_ids: Sequence[int]) -> list[int]:
+        """The prompt with what stands beside the tokens of images, which are still one token each."""
         if not self.frame:
             return list(prompt_ids)
         before, after = self.processor.tokenizer.convert_tokens_to_ids(list(self.frame))
@@ -439,7 +440,7 @@ class HfInternVL(HfLlava):
 
 
 class HfInternVLChat(HfInternVL):
-    """The same model as OpenGVLab publishes it, its pixels as vLLM makes them: there is no other code here."""
+    """The same model as OpenGVLab publishes it, its pixels as vLLM makes them."""
 
     image = "<image>"
 
@@ -459,10 +460,10 @@ class HfInternVLChat(HfInternVL):
             use_thumbnail=known.thumbnail,
         )
 
-    def _framed(self, prompt_ids: Sequence[int]) -> list[int]:
+    def framed(self, prompt_ids: Sequence[int]) -> list[int]:
         letters = self.processor.tokenizer.encode(self.image, add_special_tokens=False)
         found = list(prompt_ids)
         for place in reversed(range(len(found))):
             if found[place : place + len(letters)] == letters:
                 found[place : place + len(letters)] = [self.image_token_id]
-        return super()._framed(found)
+        return super().framed(found)

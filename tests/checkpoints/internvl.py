@@ -12,12 +12,12 @@ from vllm_crop.benchmarking.dummy_llava import DummySize, make_tokenizer, scale_
 
 TINY = DummySize(layers=8, branch_gain=0.6)
 PATCH, TILE, MAX_TILES = 14, 112, 12  # 16 tokens a tile
-START, END, CONTEXT, VIDEO = "<img>", "</img>", "<IMG_CONTEXT>", "<video>"
+START, END, CONTEXT, VIDEO = "<img>", "</img>", "<IMG_CONTEXT>", "<|video_pad|>"
 SPECIAL_TOKENS = (*dummy_llava.SPECIAL_TOKENS, START, END, CONTEXT, VIDEO)
 # Images are written as their format's chat templates write them.
 CHAT_TEMPLATE = dummy_llava.CHAT_TEMPLATE.replace(dummy_llava.IMAGE_TOKEN, CONTEXT)
 # What a checkpoint in OpenGVLab's format brings along: transformers has no configuration of its kind.
-_CONFIGURATION = '''
+_CONFIGURATION = """
 from transformers import PretrainedConfig, Qwen3Config
 
 
@@ -28,7 +28,7 @@ class InternVLChatConfig(PretrainedConfig):
         super().__init__(**kwargs)
         self.vision_config = PretrainedConfig(**(vision_config or {}))
         self.llm_config = Qwen3Config(**(llm_config or {}))
-'''
+"""
 
 
 def named_tokenizer() -> Any:

@@ -16,6 +16,7 @@ from tests.conftest import CheckpointOf
 from tests.cpu.conftest import CHUNKED, STEPS, Engine, Question, decided
 from tests.cpu.test_parity import NOTICEABLE, TOLERANCE, cells, difference
 from tests.families import (
+    INTERNVL,
     LLAVA,
     LLAVA_NEXT,
     LLAVA_ONEVISION,
@@ -35,7 +36,7 @@ from vllm_crop.planning.plan import TokenPlan
 from vllm_crop.request import CropRequest, Room, request_budgets
 
 pytestmark = pytest.mark.vllm_runtime
-FAMILIES = (LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_VL, QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE)
+FAMILIES = (LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_VL, QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE, INTERNVL)
 QWEN = (QWEN2_VL, QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE)
 
 MOST = 300  # visual tokens of a request

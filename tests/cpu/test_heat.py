@@ -109,7 +109,7 @@ def expected(
     ids = hf.processor.tokenizer.encode(question.prompt(hf.image)["prompt"], add_special_tokens=False)
     original = True if engine.config.position_ids == "original" else None
     prompt = hf.embed(ids, [picture], [plan], original)
-    start = ids.index(hf.image_token_id)
+    start = hf.framed(ids).index(hf.image_token_id)
     attention = hf.attention(prompt)[list(layers), start : start + len(cells)]
     where = torch.tensor(cells)
     shares = attention / attention[:, where != NOWHERE].sum(-1, keepdim=True)
@@ -243,7 +243,7 @@ def test_a_step_of_views_alone_ends_at_the_last_layer_that_is_read(
     )
     assert differs(read(together[0].outputs[0].logprobs[0], NUM_CELLS), wanted) < TOLERANCE
     assert float((_answer(together[1]).logprobs - before.logprobs).abs().max()) < TOLERANCE
-    assert heat.steps_left - left < num_steps
+    assert heat.steps_left - left < num_steps or num_steps == 1  # too short to be cut where the other begins
 
 
 @pytest.mark.parametrize("evicts", [True, False], ids=["evicting", "plain"])

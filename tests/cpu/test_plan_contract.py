@@ -12,6 +12,7 @@ from tests.cpu.test_parity import each_family
 from tests.families import Family
 from tests.pictures import noise_image
 from vllm_crop.commands.app import app
+from vllm_crop.eviction.markers import embed_indices
 
 pytestmark = pytest.mark.vllm_runtime
 
@@ -60,19 +61,20 @@ def test_the_command_prints_the_servers_plan(
     plan: dict[str, Any] = json.loads(printed.stdout)
 
     (placeholder,) = served["mm_placeholders"]["image"]
-    assert placeholder.length == len(plan["embeddings"])
+    takes = embed_indices(placeholder)
+    assert len(takes) == len(plan["embeddings"])
     if "image_grid_thw" in item:
         rows, cols = plan["grid"]
         assert item["image_grid_thw"].data.tolist() == [1, 2 * rows, 2 * cols]
-    ids = served["prompt_token_ids"][placeholder.offset :][: placeholder.length]
-    settings = processor.eviction_settings
-    image_token_id = processor.info.get_hf_processor().image_token_id
+    ids = [served["prompt_token_ids"][place] for place in takes]
+    settings, hf_processor = processor.eviction_settings, processor.info.get_hf_processor()
+    image_token_id = getattr(hf_processor, "ctx_image_token_id", None) or hf_processor.image_token_id
     stage_of = {None: 0, **{layer: stage for stage, layer in enumerate(settings.stages, start=1)}}
     leaves_at = [stage_of[e["evicted_from_layer"]] for e in plan["embeddings"]]
     assert ids == [settings.marker_ids[stage - 1] if stage else image_token_id for stage in leaves_at]
     assignment = item["crop_assignment"].data.tolist()
     if not assignment:  # not compressed, so vLLM's own count
-        assert [e["tokens"] for e in plan["embeddings"]] == [[token] for token in range(placeholder.length)]
+        assert [e["tokens"] for e in plan["embeddings"]] == [[token] for token in range(len(takes))]
         return
     assert item["crop_positions"].data.tolist() == [e["position"] for e in plan["embeddings"]]
     for index, embedding in enumerate(plan["embeddings"]):

@@ -12,6 +12,8 @@ import pytest
 from tests.cpu.test_parity import each_evicting_family, each_family
 from tests.families import (
     FAMILIES,
+    INTERNVL,
+    INTERNVL_CHAT,
     LLAVA,
     LLAVA_NEXT,
     LLAVA_ONEVISION,
@@ -48,6 +50,8 @@ TOKENS = {
     QWEN3_VL_MOE: (880, 8160, 16384),
     QWEN3_5: (880, 8160, 16384),
     QWEN3_5_MOE: (880, 8160, 16384),
+    INTERNVL: (2304, 2304, 3328),
+    INTERNVL_CHAT: (2304, 2304, 3328),
 }
 ServerOf = Callable[[Family], SimpleNamespace]
 
@@ -66,7 +70,9 @@ def server_of(tmp_path_factory: pytest.TempPathFactory) -> ServerOf:
         evicting = {"method": "plc+ilp", "eviction_layers": [recommended_layer(layers, 3)]}
         crop = evicting if family.evicts else {}
         longest = min(32768, published.text["max_position_embeddings"])
-        arguments = EngineArgs(model=str(folder), additional_config={"crop": crop}, max_model_len=longest)
+        arguments = EngineArgs(
+            model=str(folder), additional_config={"crop": crop}, max_model_len=longest, **family.options
+        )
         model_config = arguments.create_model_config()
         processor = MULTIMODAL_REGISTRY.create_processor(model_config)
         return SimpleNamespace(folder=folder, processor=processor, longest=longest)
@@ -91,7 +97,11 @@ def test_images_have_as_many_tokens_as_vllm_says(server_of: ServerOf, family: Fa
 
 
 def _options(info: Any) -> dict[str, Any]:
-    """Arguments that vLLM's Qwen-VL wants."""
+    """Arguments that some of vLLM's count with."""
+    if "Intern" in type(info).__name__:
+        processor = {"processor": info.get_hf_processor()}
+        chats = "InternVL" in type(info).__name__
+        return processor if chats else {**processor, "mm_kwargs": {"crop_to_patches": True}}
     if not hasattr(info, "get_image_processor") or "Qwen" not in type(info).__name__:
         return {}
     return {"image_processor": info.get_image_processor(), "mm_kwargs": {}}
@@ -131,7 +141,7 @@ def test_the_localizer_looks_at_a_small_view(server_of: ServerOf, family: Family
     geometry = server_of(family).processor.geometry
     for width, height in SIZES:
         size = size_for_tokens(geometry, width, height, THUMBNAIL)
-        if family in (LLAVA, LLAVA_NEXT, LLAVA_ONEVISION):
+        if family in (LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, INTERNVL, INTERNVL_CHAT):
             assert size is None  # a smaller image costs as much, so it is averaged
             continue
         assert size is not None

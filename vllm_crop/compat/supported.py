@@ -22,8 +22,13 @@ _FIRST = Version("0.32.0")
 SUPPORTED_VERSIONS = SpecifierSet(f">={_FIRST},<0.34")
 UNTESTED = "VLLM_CROP_UNTESTED_VLLM"
 _NO = ("", "0", "false", "no", "off")
-# The files of vllm/model_executor/models that language models of the LLaVA families are in.
-_LANGUAGE_FILES = {"llama": ("llama",), "mistral": ("mistral", "llama"), "qwen2": ("qwen2",), "qwen3": ("qwen3", "qwen2")}
+# The files of vllm/model_executor/models that language models of the LLaVA families and InternVL are in.
+_LANGUAGE_FILES = {
+    "llama": ("llama",),
+    "mistral": ("mistral", "llama"),
+    "qwen2": ("qwen2",),
+    "qwen3": ("qwen3", "qwen2"),
+}
 
 _VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 # What could not be hooked into in this process, by module (hooks.py).

@@ -145,7 +145,10 @@ class InternVLChatGeometry(InternVLGeometry):
             UnsupportedModelError: tiles are of another size than the vision tower's.
         """
         pixels, tokens = _tile(model)
-        sizes = {"force_image_size": model.get("force_image_size"), "image_size": preprocessor.get("image_size")}
+        sizes = {
+            "force_image_size": model.get("force_image_size"),
+            "image_size": preprocessor.get("image_size"),
+        }
         for name, size in sizes.items():
             if size not in (None, pixels):
                 raise UnsupportedModelError(
@@ -180,6 +183,8 @@ def _tile(model: Mapping[str, Any]) -> tuple[int, int]:
     sides = [vision.get("image_size", 448), vision.get("patch_size", 14)]
     squares = [set(side) if isinstance(side, list | tuple) else {side} for side in sides]
     if any(len(square) > 1 for square in squares):
-        raise UnsupportedModelError(f"tiles and patches of {sides} pixels are not supported: only squares are")
+        raise UnsupportedModelError(
+            f"tiles and patches of {sides} pixels are no squares, which is not supported"
+        )
     pixels, patch = (square.pop() for square in squares)
     return pixels, int(pixels // patch * model.get("downsample_ratio", 0.5))

@@ -199,7 +199,7 @@ def unpruned_prompt(num_tokens: int, mm_features: Sequence[Any]) -> UnprunedProm
 
 
 def _within_image(feature: Any) -> tuple[torch.Tensor, int]:
-    """The tokens of an image (or video) that are left, and how many there were; with text that frames them."""
+    """The tokens of an image (or video) that are left, and how many there were, with what frames them."""
     length = feature.mm_position.length
     if POSITIONS not in feature.data or not len(feature.data[POSITIONS].data):
         return torch.arange(length), length

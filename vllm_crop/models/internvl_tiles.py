@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models that see an image in tiles of one size, one after another in the prompt, framed by two tokens of text.
+"""Models that see an image in tiles of one size, one after another in the prompt, framed by text.
 
 `image_num_patches` says how many tiles an image has; those of all images lie one after another in one tensor.
 """
