@@ -11,14 +11,16 @@ V2_TESTS := $(addprefix tests/cpu/test_,runner.py parity.py caches.py image_name
 	eviction_graphs.py heat.py soak.py qwen2_5_vl.py llava_next.py tinyvqa_served.py) \
 	"tests/cpu/test_foveation.py::test_all_scenarios_in_one_batch[qwen3_vl]" $(ONE_BATCH)
 TRAINED_TESTS := $(addprefix tests/e2e/test_,attention_localizer.py shadow.py monitoring.py engine_localizer.py playground.py compare.py remote_localizer.py not_asked_for.py hostile_requests.py)
-# Another vLLM than setup installs: each family compresses and evicts in one batch, on both runners; start; a server.
-OTHER_TESTS := tests/cpu/test_points.py tests/cpu/test_start.py tests/cpu/test_grouping_matches_vllm.py tests/e2e/test_eviction.py
+# Another vLLM than setup installs: each family compresses and evicts in one batch, on both runners, or compresses if it
+# cannot evict; start; a server.
+OTHER_TESTS := tests/cpu/test_points.py tests/cpu/test_start.py tests/cpu/test_grouping_matches_vllm.py tests/e2e/test_eviction.py \
+	"tests/cpu/test_parity.py::test_all_scenarios_in_one_batch[qwen3_5]"
 # Two lanes side by side on two cores, those with one process each first: a thread for each process, which vLLM must not bind to a core.
 LANE := set -o pipefail; OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(BIN)/python -m pytest -p no:cacheprovider
 export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 
-.PHONY: help setup demo serve image image-gpu image-test ray-test eval lmms-eval drift test test-all lane-other-v1 lane-other-v2 lane-v1 lane-v2 lane-trained lane-served test-unit lint format clean
+.PHONY: help setup demo serve image image-gpu image-test ray-test eval lmms-eval drift test test-all also-v1 also-v2 lane-other-v1 lane-other-v2 lane-v1 lane-v2 lane-trained lane-served test-unit lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -58,23 +60,28 @@ drift: setup  ## what a new vLLM changes in what this project relies on: make dr
 	@$(BIN)/python -m lab.drift $(OLD) $(NEW) $(ARGS) || [ $$? = 1 ]  # 1: something is to be read; 2: something breaks
 
 ifdef VLLM
-test: setup
+test: setup  # with that one alone
 	@$(BIN)/python docker/cpu/overlay.py $(VLLM) .venv-$(VLLM)
 	@$(MAKE) --no-print-directory -j2 VENV=.venv-$(VLLM) lane-other-v2 lane-other-v1
 else
-test: setup  ## all tests, two lanes at a time: real vLLM engines on both model runners, `vllm serve` over HTTP, a browser; VLLM=0.33: a part of them with that one
-	@$(MAKE) --no-print-directory -j2 lane-v2 lane-v1 lane-trained lane-served
+test: setup  ## all tests, two lanes at a time: real vLLM engines on both model runners, `vllm serve` over HTTP, a browser; VLLM=0.33: a part of them with that one; ALSO=0.33: both
+	$(if $(ALSO),@$(BIN)/python docker/cpu/overlay.py $(ALSO) .venv-$(ALSO))
+	@$(MAKE) --no-print-directory -j2 lane-v2 lane-v1 lane-trained lane-served $(if $(ALSO),also-v1 also-v2)
 endif
+
+# Lanes with another vLLM beside the others, so that no core waits for the longest of these.
+also-%:
+	@$(MAKE) --no-print-directory VENV=.venv-$(ALSO) lane-other-$*
 
 test-all: setup  ## the same with every scenario for every model family, one after the other: over an hour
 	@SOAK_REQUESTS=500 $(BIN)/python -m pytest --all-families $(PYTEST_ARGS)
 	@$(BIN)/python -m pytest -p tests.v2_runner --all-families $(V2_TESTS) tests/cpu/test_foveation.py $(PYTEST_ARGS)
 
 lane-other-v1:
-	@$(LANE) $(OTHER_TESTS) $(ONE_BATCH) $(PYTEST_ARGS) | sed -u 's/^/V1      /'
+	@$(LANE) $(OTHER_TESTS) $(ONE_BATCH) $(PYTEST_ARGS) | sed -u 's/^/V1 $(VLLM)$(ALSO) /'
 
 lane-other-v2:
-	@$(LANE) -p tests.v2_runner $(ONE_BATCH) --all-families -k staged $(PYTEST_ARGS) | sed -u 's/^/V2      /'
+	@$(LANE) -p tests.v2_runner $(ONE_BATCH) --all-families -k staged $(PYTEST_ARGS) | sed -u 's/^/V2 $(VLLM)$(ALSO) /'
 
 lane-v1:
 	@$(LANE) tests/unit tests/cpu $(PYTEST_ARGS) | sed -u 's/^/V1      /'

@@ -32,8 +32,8 @@ LEFT_OUT = {
 }
 LEFT_OUT_INTERPRETED = {
     "test_parity": {"qwen3_5_moe"},  # its class has no line of its own either
-    # Qwen2.5-VL's and Qwen3-VL's mixins make all of the two classes.
-    "test_eviction_parity": {"evicting", "qwen2_vl", "qwen3_vl_moe"},
+    # Qwen2.5-VL's, Qwen3-VL's and InternVL's mixins make all of the classes.
+    "test_eviction_parity": {"evicting", "qwen2_vl", "qwen3_vl_moe", "internvl_chat"},
     "test_eviction_scheduling": {"evicting_engine"},
     "test_eviction_caches": {"evicting_engine"},
     "test_heat": {"False"},  # without eviction

@@ -42,7 +42,7 @@ NOT_ON_CPU = {
 # What every vLLM requires from this one on, beside what the CPU build's own metadata say.
 NEW_ON_CPU = {"certifi", "multidict", "orjson"}
 _COMPILED = {".so", ".h", ".hpp", ".cuh", ".inl", ".cu", ".cpp"}
-# Of these the CPU build leaves files out that need CUDA: only those it has are taken.
+# Of these the CPU build leaves folders out that need CUDA: only those it has are taken, new files included.
 _PARTLY_LEFT_OUT = ("vllm/third_party/", "vllm/vllm_flash_attn/")
 
 
@@ -154,7 +154,7 @@ def _taken(archive: zipfile.ZipFile, base: Path) -> Iterator[str]:
     for name in archive.namelist():
         if not name.startswith("vllm/") or name.endswith("/") or PurePosixPath(name).suffix in _COMPILED:
             continue
-        if not name.startswith(_PARTLY_LEFT_OUT) or (_site(base) / name).exists():
+        if not name.startswith(_PARTLY_LEFT_OUT) or (_site(base) / name).parent.is_dir():
             yield name
 
 

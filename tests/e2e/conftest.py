@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 
 from tests.conftest import STARTS, CheckpointOf
-from tests.families import LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_5_VL, QWEN3_VL, Family
+from tests.families import (
+    INTERNVL,
+    INTERNVL_CHAT,
+    LLAVA,
+    LLAVA_NEXT,
+    LLAVA_ONEVISION,
+    QWEN2_5_VL,
+    QWEN3_VL,
+    Family,
+)
 from tests.foveated_reference import foveating
 from tests.reference import HfReference
 from vllm_crop.config import CropConfig
@@ -33,7 +42,7 @@ OPERATORS = (
 REMOTE_MODEL = "localizer"  # what a server that finds regions for another one calls its model
 # Its two names take the place of the one in OPTIONS.
 STOCK_OPTIONS = (*OPTIONS, *OPERATORS, "--served-model-name", MODEL, REMOTE_MODEL)
-FAMILIES = (LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_5_VL, QWEN3_VL)
+FAMILIES = (LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_5_VL, QWEN3_VL, INTERNVL, INTERNVL_CHAT)
 FAMILY_CROP = {"method": "plc+ilp", "eviction_layers": [2], "pruning_rate": 0.667}
 
 
@@ -143,6 +152,8 @@ def family_server(family: Family, checkpoint_of: CheckpointOf, logs: Path) -> It
     """A server that compresses and evicts, with the page and vLLM's processor cache in shared memory."""
     crop = FAMILY_CROP | {"compression": compression_of(family)}
     options = ("--crop-config", json.dumps(crop), "--mm-processor-cache-type", "shm")
+    if family.options.get("trust_remote_code"):
+        options = (*options, "--trust-remote-code")
     checkpoint, log, page = (
         checkpoint_of(family, family.deep),
         logs / f"{family}.log",

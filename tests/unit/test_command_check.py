@@ -408,7 +408,7 @@ def test_the_window_is_the_same_everywhere() -> None:
     first, last = (f"{one.rpartition('.')[0]}.*" for one in (FIRST, LAST))
     assert row.split(", ")[0] == first
     assert row.split(", ")[-1] == last
-    assert f"VLLM={LAST.rpartition('.')[0]} " in (root / ".ci/run").read_text()
+    assert f"ALSO={LAST.rpartition('.')[0]} " in (root / ".ci/run").read_text()
 
 
 def test_only_what_the_model_is_made_of_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
