@@ -9,6 +9,7 @@ from typing import Any
 from tests.checkpoints import (
     internvl,
     llava_onevision,
+    mistral3,
     qwen2_vl,
     qwen3_5,
     qwen3_5_moe,
@@ -21,6 +22,7 @@ from tests.reference import (
     HfLlava,
     HfLlavaNext,
     HfLlavaOnevision,
+    HfMistral3,
     HfQwen2_5VL,
     HfQwen2VL,
     HfQwen3_5,
@@ -99,9 +101,10 @@ INTERNVL_CHAT = Family(
     module="internvl",
     options={"trust_remote_code": True},
 )
+MISTRAL3 = Family("mistral3", mistral3.make_checkpoint, mistral3.TINY, mistral3.TINY, HfMistral3)
 FAMILIES = (
     *(LLAVA, LLAVA_NEXT, LLAVA_ONEVISION),
     *(QWEN2_VL, QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE, QWEN3_5, QWEN3_5_MOE),
-    *(INTERNVL, INTERNVL_CHAT),
+    *(INTERNVL, INTERNVL_CHAT, MISTRAL3),
 )
 EVICTING = tuple(family for family in FAMILIES if family.evicts)

@@ -17,6 +17,7 @@ from tests.families import (
     LLAVA,
     LLAVA_NEXT,
     LLAVA_ONEVISION,
+    MISTRAL3,
     QWEN2_5_VL,
     QWEN2_VL,
     QWEN3_5,
@@ -204,5 +205,18 @@ PUBLISHED: dict[Family, Published] = {
         _INTERNVL_TEXT,
         {**_INTERNVL_VISION, "image_size": 448, "patch_size": 14},
         {"force_image_size": 448},
+    ),
+    MISTRAL3: Published(
+        "mistralai/Mistral-Small-3.1-24B-Instruct-2503",
+        {
+            **{"hidden_size": 5120, "num_hidden_layers": 40, "num_attention_heads": 32, "head_dim": 128},
+            **{"num_key_value_heads": 8, "max_position_embeddings": 131072},
+        },
+        {
+            **{"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16},
+            **{"image_size": 1540, "patch_size": 14},
+        },
+        {},
+        {"size": {"longest_edge": 1540}},
     ),
 }

@@ -19,6 +19,7 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaNextForConditionalGeneration,
     LlavaOnevisionForConditionalGeneration,
+    Mistral3ForConditionalGeneration,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLForConditionalGeneration,
     Qwen3_5ForConditionalGeneration,
@@ -83,7 +84,7 @@ class HfReference:
 
     model_class: ClassVar[Any]
     image: ClassVar[str]  # as it is written in a prompt
-    frame: ClassVar[tuple[str, ...]] = ()  # tokens of text before and after the tokens of an image
+    frame: ClassVar[tuple[str, ...]] = ()  # tokens of text before and after those of an image, or empty
 
     def __init__(self, checkpoint: Path, dtype: torch.dtype = torch.float32) -> None:
         self.model = self.model_class.from_pretrained(
@@ -216,8 +217,9 @@ class HfReference:
         """The prompt with what stands beside the tokens of images, which are still one token each."""
         if not self.frame:
             return list(prompt_ids)
-        before, after = self.processor.tokenizer.convert_tokens_to_ids(list(self.frame))
-        framed = [[before, one, after] if one == self.image_token_id else [one] for one in prompt_ids]
+        ids = self.processor.tokenizer.convert_tokens_to_ids
+        before, after = ([ids(token)] if token else [] for token in self.frame)
+        framed = [[*before, one, *after] if one == self.image_token_id else [one] for one in prompt_ids]
         return [token for some in framed for token in some]
 
     def _same_in_all_dimensions(self, positions: torch.Tensor) -> torch.Tensor:
@@ -467,3 +469,24 @@ class HfInternVLChat(HfInternVL):
             if found[place : place + len(letters)] == letters:
                 found[place : place + len(letters)] = [self.image_token_id]
         return super().framed(found)
+
+
+class HfMistral3(HfLlava):
+    """Mistral 3: native sizes, a break after each row but the last, and what ends the image."""
+
+    model_class = Mistral3ForConditionalGeneration
+    image = "[IMG]"
+    frame = ("", "[IMG_END]")
+
+    def features(self, image: Image.Image) -> torch.Tensor:
+        side = self.processor.patch_size * self.processor.spatial_merge_size
+        inputs = self.processor.image_processor(
+            image.convert("RGB"), patch_size={"height": side, "width": side}, return_tensors="pt"
+        )
+        ((height, width),) = inputs["image_sizes"].tolist()
+        (found,) = self.model.get_image_features(
+            pixel_values=inputs["pixel_values"][:, :, :height, :width], image_sizes=inputs["image_sizes"]
+        ).pooler_output
+        line_break = self._embed_token(self.processor.image_break_token_id)
+        rows = [torch.cat([row, line_break]) for row in found.split(width // side)]
+        return torch.cat(rows)[:-1]

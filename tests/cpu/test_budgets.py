@@ -20,6 +20,7 @@ from tests.families import (
     LLAVA,
     LLAVA_NEXT,
     LLAVA_ONEVISION,
+    MISTRAL3,
     QWEN2_5_VL,
     QWEN2_VL,
     QWEN3_VL,
@@ -36,7 +37,17 @@ from vllm_crop.planning.plan import TokenPlan
 from vllm_crop.request import CropRequest, Room, request_budgets
 
 pytestmark = pytest.mark.vllm_runtime
-FAMILIES = (LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_VL, QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE, INTERNVL)
+FAMILIES = (
+    LLAVA,
+    LLAVA_NEXT,
+    LLAVA_ONEVISION,
+    QWEN2_VL,
+    QWEN2_5_VL,
+    QWEN3_VL,
+    QWEN3_VL_MOE,
+    INTERNVL,
+    MISTRAL3,
+)
 QWEN = (QWEN2_VL, QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE)
 
 MOST = 300  # visual tokens of a request

@@ -15,6 +15,7 @@ from tests.families import FAMILIES, LLAVA, Family
 from tests.pictures import noise_image
 from tests.reference import HfReference
 from vllm_crop.heat.request import NOWHERE, RING, NoHeatError, extra_args, read, token_ids
+from vllm_crop.planning.geometry import ImageTokens
 
 pytestmark = pytest.mark.vllm_runtime
 
@@ -58,9 +59,15 @@ def cells_of(engine: Engine, picture: Image.Image, crop: Any) -> list[int]:
     """Each embedding in some cell, a few in none."""
     decision = decided(engine.processor, picture, crop)
     grid = engine.processor.geometry.grid(*picture.size)
-    count = grid.num_tokens if decision.compression is None else decision.compression.num_embeddings
+    count = decision.compression.num_embeddings if decision.compression else len(embedded(engine, grid))
     places = np.random.default_rng(0).integers(RING, NUM_CELLS, count)
     return [int(place) for place in places]
+
+
+def embedded(engine: Engine, grid: ImageTokens) -> np.ndarray[Any, Any]:
+    """The tokens of an unpruned image that take an embedding."""
+    assignment = engine.processor.unpruned_assignment(grid)
+    return np.arange(grid.num_tokens) if assignment is None else np.flatnonzero(assignment >= 0)
 
 
 def sampling(
@@ -110,7 +117,8 @@ def expected(
     original = True if engine.config.position_ids == "original" else None
     prompt = hf.embed(ids, [picture], [plan], original)
     start = hf.framed(ids).index(hf.image_token_id)
-    attention = hf.attention(prompt)[list(layers), start : start + len(cells)]
+    rows = np.arange(len(cells)) if plan else embedded(engine, engine.processor.geometry.grid(*picture.size))
+    attention = hf.attention(prompt)[list(layers)][:, start + rows]
     where = torch.tensor(cells)
     shares = attention / attention[:, where != NOWHERE].sum(-1, keepdim=True)
     heat = shares.amax(0)

@@ -16,6 +16,7 @@ from tests.families import (
     LLAVA,
     LLAVA_NEXT,
     LLAVA_ONEVISION,
+    MISTRAL3,
     QWEN2_5_VL,
     QWEN3_VL,
     Family,
@@ -42,7 +43,7 @@ OPERATORS = (
 REMOTE_MODEL = "localizer"  # what a server that finds regions for another one calls its model
 # Its two names take the place of the one in OPTIONS.
 STOCK_OPTIONS = (*OPTIONS, *OPERATORS, "--served-model-name", MODEL, REMOTE_MODEL)
-FAMILIES = (LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_5_VL, QWEN3_VL, INTERNVL, INTERNVL_CHAT)
+FAMILIES = (LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_5_VL, QWEN3_VL, INTERNVL, INTERNVL_CHAT, MISTRAL3)
 FAMILY_CROP = {"method": "plc+ilp", "eviction_layers": [2], "pruning_rate": 0.667}
 
 

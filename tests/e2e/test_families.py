@@ -18,6 +18,7 @@ from tests.families import (
     LLAVA,
     LLAVA_NEXT,
     LLAVA_ONEVISION,
+    MISTRAL3,
     QWEN2_5_VL,
     QWEN3_VL,
     Family,
@@ -41,6 +42,7 @@ TOKENS = {
     QWEN3_VL: [16 * 12, 9 * 13],
     INTERNVL: [13 * 16] * 2,
     INTERNVL_CHAT: [13 * 16] * 2,
+    MISTRAL3: [15 * 18 + 14, 15 * 11 + 14],
 }
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What cannot work together with pruning: refused at start, naming the flag."""
 
+import importlib
 import math
 import os
 from typing import Any, NoReturn
@@ -97,6 +98,14 @@ def refuse_model(model_config: Any, config: CropConfig) -> None:
     """
     if model_config.tokenizer_mode not in ("auto", "hf", "slow"):
         refuse("--tokenizer-mode other than auto|hf|slow")
+    # Of a repository with files of Mistral's own, "auto" takes these, and a renderer that knows no `crop`.
+    tokenizers: Any = importlib.import_module("vllm.tokenizers.registry")
+    mode, *_ = tokenizers.tokenizer_args_from_config(model_config)
+    if mode not in ("hf", "slow"):
+        raise UnsupportedFlagError(
+            f"vLLM chooses --tokenizer-mode {mode} for this model, whose renderer would ignore the request's "
+            "`crop`: say --tokenizer-mode hf"
+        )
     geometry = served_geometry(model_config)
     refuse_for_geometry(geometry, config)
     if config.position_ids == "original" and not geometry.uses_mrope:

@@ -7,12 +7,13 @@ FAMILIES has a row for each architecture, this folder a class for each geometry.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 from vllm_crop.errors import UnsupportedModelError
 from vllm_crop.families.internvl import InternVLChatGeometry, InternVLGeometry
 from vllm_crop.families.llava import LlavaGeometry
 from vllm_crop.families.llava_next import LlavaNextGeometry, LlavaOnevisionGeometry
+from vllm_crop.families.mistral3 import Mistral3Geometry
 from vllm_crop.families.qwen_vl import (
     Qwen2_5VLGeometry,
     Qwen2VLGeometry,
@@ -40,6 +41,15 @@ class VisionGeometry(Protocol):
     why_no_eviction: ClassVar[str]
     why_no_foveation: ClassVar[str]
     foveation_settings: ClassVar[frozenset[str]]
+
+    @classmethod
+    def from_configs(cls, model: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> Self:
+        """Read `config.json` and the image processor's settings, which may be empty.
+
+        Raises:
+            UnsupportedModelError: a variant that is not supported, or the two do not fit each other.
+        """
+        ...
 
     @property
     def num_layers(self) -> int:
@@ -121,7 +131,7 @@ class Family:
         also: further files there that its model is made of.
     """
 
-    geometry: type[LlavaGeometry | LlavaNextGeometry | Qwen2_5VLGeometry | InternVLGeometry]
+    geometry: type[VisionGeometry]
     module: str
     also: tuple[str, ...] = ()
 
@@ -143,6 +153,7 @@ FAMILIES = {
     "Qwen3_5MoeForConditionalGeneration": Family(Qwen3_5Geometry, "qwen3_5", ("qwen3_vl", "qwen3_next")),
     "InternVLForConditionalGeneration": Family(InternVLGeometry, "interns1"),
     "InternVLChatModel": Family(InternVLChatGeometry, "internvl"),
+    "Mistral3ForConditionalGeneration": Family(Mistral3Geometry, "mistral3"),
 }
 
 

@@ -103,9 +103,12 @@ class AttentionLocalizer:
         return self.prompt.replace("{question}", question)
 
     def _grid(self, glance: Glance) -> HeatGrid:
-        (decision,) = self.renderer.mm_processor.planner.plan(glance.request, [glance.size])
+        processor, tokens = self.renderer.mm_processor, self.geometry.grid(*glance.size)
+        (decision,) = processor.planner.plan(glance.request, [glance.size])
         pooled = decision.compression
-        return heat_grid(self.geometry.grid(*glance.size), None if pooled is None else pooled.assignment)
+        return heat_grid(
+            tokens, processor.unpruned_assignment(tokens) if pooled is None else pooled.assignment
+        )
 
     def _read(self, output: Any, glance: Glance, grid: HeatGrid) -> LocalizerAnswer:
         places = output.outputs[0].logprobs

@@ -16,7 +16,6 @@ from vllm.renderers.hf import HfRenderer
 from vllm_crop.config import CropConfig
 from vllm_crop.crop_params import CropParams
 from vllm_crop.errors import CropError
-from vllm_crop.eviction.markers import embed_indices
 from vllm_crop.frontend.conversation import shown_in
 from vllm_crop.frontend.embedded import note_request
 from vllm_crop.frontend.localization import LocalizationService, RegionQuery, images_sought
@@ -418,17 +417,17 @@ class CropRenderer(HfRenderer):
             else [None] * len(decisions)
         )
         self._record([one for one in found if one is not None])
+        processor = self.mm_processor
         facts = [
             _image_facts(
                 decision,
-                len(embed_indices(placeholder)),
-                self.mm_processor.geometry.num_layers,
+                placeholder.length - processor.beside_image,
+                processor.geometry.num_layers,
                 localization,
-                self.mm_processor.crop_config,
+                processor.crop_config,
             )
             for decision, placeholder, localization in zip(decisions, placeholders, found, strict=True)
         ]
-        processor = self.mm_processor
         for image in unseen:  # in the order in which they were sent
             facts.insert(image.index, unseen_facts(image, processor.crop_config, processor.geometry))
         engine_input[FACTS] = facts

@@ -37,6 +37,7 @@ from vllm_crop.models.known_images import KnownImages, RequestImages, identify
 from vllm_crop.models.sent import OnTheWay, forgotten_on_failure, newly_sent, withhold
 from vllm_crop.planner import ImageDecision, Planner, is_clients_wish
 from vllm_crop.planning.foveation import Piece
+from vllm_crop.planning.geometry import ImageTokens
 from vllm_crop.planning.plan import TokenPlan
 from vllm_crop.request import CropRequest, ImageRequest
 
@@ -171,7 +172,8 @@ class CropProcessorMixin(BaseMultiModalProcessor):
             way.note(newly_sent(processed), inputs.cache.invalidate)
         if asked.room is not None:  # embeddings have no size that could be planned with
             with as_validation_error():
-                taken = sum(len(embed_indices(one)) for one in processed["mm_placeholders"].get("image", ()))
+                images_in_prompt = processed["mm_placeholders"].get("image", ())
+                taken = sum(one.length - self.beside_image for one in images_in_prompt)
                 asked.room.check(taken, "; embeddings cannot be pruned" if embeddings else "")
         if known is not None:  # not before: vLLM's cache knows nothing of a request that failed either
             for name, image, data in images.named:
@@ -276,11 +278,7 @@ class CropProcessorMixin(BaseMultiModalProcessor):
     ) -> list[str]:
         settings = self.crop_config.position_ids, self.crop_config.foveation.unseen_tiles
         return [
-            image_hash
-            if (plan := decision.compression) is None
-            else hash_with_request(
-                image_hash, decision.request, settings, decision.pieces, plan.num_embeddings
-            )
+            hash_of(image_hash, self.plan_for_encoder(decision), decision, settings)
             for image_hash, decision in zip(image_hashes, decisions, strict=True)
         ]
 
@@ -315,7 +313,7 @@ class CropProcessorMixin(BaseMultiModalProcessor):
             return self.stock_processed(mm_items, plain) if data is None else data
         if data is None:
             data = self.images_processed(mm_items, plain, items)
-        plans = [decision.compression for decision in items.decisions]
+        plans = [self.plan_for_encoder(decision) for decision in items.decisions]
         data[ASSIGNMENT] = [assignment(plan) for plan in plans]
         data[POSITIONS] = [positions(plan) for plan in plans]
         if IMAGE_KEY not in data:
@@ -356,7 +354,44 @@ class CropProcessorMixin(BaseMultiModalProcessor):
         updates = super()._get_prompt_updates(
             mm_items=mm_items, hf_processor_mm_kwargs=plain, out_mm_kwargs=out_mm_kwargs
         )
-        return [_with_planned_count(update, out_mm_kwargs) for update in updates]
+        return [self._with_planned_count(update, out_mm_kwargs) for update in updates]
+
+    def plan_for_encoder(self, decision: ImageDecision) -> TokenPlan | None:
+        """What the encoder is to do with an image; None if its embeddings are those of stock vLLM."""
+        return decision.compression
+
+    def unpruned_assignment(self, grid: ImageTokens) -> NDArray[np.int32] | None:
+        """Of an unpruned image each token's embedding, -1 for text, `[num_tokens]`; None for one each."""
+        return None
+
+    def planned_prompt(self, full: PromptUpdateDetails, planned: int, num_tokens: int) -> PromptUpdateDetails:
+        """What stands for an image in the prompt, with the planned number of embeddings.
+
+        Args:
+            full: what stands for it unpruned, with `num_tokens` that take an embedding.
+        """
+        takes = range(len(full.full))
+        if full.is_embed is not None:
+            takes = full.is_embed(full.full).nonzero()[:, 0].tolist()
+        assert num_tokens == len(takes), f"planned for {num_tokens} visual tokens, the image has {len(takes)}"
+        gone = set(takes[planned:])
+        return replace(full, full=[token for place, token in enumerate(full.full) if place not in gone])
+
+    def _with_planned_count(self, update: PromptUpdate, out_mm_kwargs: Any) -> PromptUpdate:
+        if update.modality != "image" or not isinstance(update, PromptReplacement):
+            return update
+        full_replacement = update.replacement
+
+        def planned_replacement(item_idx: int) -> Any:
+            full = full_replacement(item_idx) if callable(full_replacement) else full_replacement
+            item = out_mm_kwargs["image"][item_idx]
+            planned, num_tokens = len(item[POSITIONS].data), len(item[ASSIGNMENT].data)
+            if not planned:
+                return full
+            framed = full if isinstance(full, PromptUpdateDetails) else PromptUpdateDetails(full)
+            return self.planned_prompt(framed, planned, num_tokens)
+
+        return replace(update, replacement=planned_replacement)
 
 
 def position_room(model_config: Any, geometry: VisionGeometry) -> int:
@@ -393,33 +428,22 @@ def _take(kwargs: Mapping[str, object], key: str, kind: type[_T]) -> tuple[_T | 
     return found, {name: value for name, value in kwargs.items() if name != key}
 
 
-def _with_planned_count(update: PromptUpdate, out_mm_kwargs: Any) -> PromptUpdate:
-    if update.modality != "image" or not isinstance(update, PromptReplacement):
-        return update
-    full_replacement = update.replacement
-
-    def planned_replacement(item_idx: int) -> Any:
-        full = full_replacement(item_idx) if callable(full_replacement) else full_replacement
-        item = out_mm_kwargs["image"][item_idx]
-        planned, num_tokens = len(item[POSITIONS].data), len(item[ASSIGNMENT].data)
-        if not planned:
-            return full
-        framed = full if isinstance(full, PromptUpdateDetails) else PromptUpdateDetails(full)
-        takes = range(len(framed.full))
-        if framed.is_embed is not None:
-            takes = framed.is_embed(framed.full).nonzero()[:, 0].tolist()
-        assert num_tokens == len(takes), f"planned for {num_tokens} visual tokens, the image has {len(takes)}"
-        gone = set(takes[planned:])
-        return replace(framed, full=[token for place, token in enumerate(framed.full) if place not in gone])
-
-    return replace(update, replacement=planned_replacement)
-
-
 ASSIGNMENT, POSITIONS, IMAGE_KEY = "crop_assignment", "crop_positions", "crop_image_key"
 PLAN_FIELDS = (ASSIGNMENT, POSITIONS, IMAGE_KEY)
 PIECES = "crop_pieces"
 CROP_FIELDS = (*PLAN_FIELDS, PIECES)
 _NOTHING, _NO_KEY = torch.empty(0, dtype=torch.int32), torch.empty(0, 2, dtype=torch.int64)
+
+
+def hash_of(
+    image_hash: str, plan: TokenPlan | None, decision: ImageDecision, settings: tuple[str | None, ...]
+) -> str:
+    """The cache key of what the encoder makes of an image; stock vLLM's where that is stock embeddings."""
+    if plan is None:
+        return image_hash
+    if not plan.compresses:  # all tokens, and not as stock vLLM has them
+        return hashlib.blake2b(repr((image_hash, "all-1")).encode(), digest_size=32).hexdigest()
+    return hash_with_request(image_hash, decision.request, settings, decision.pieces, plan.num_embeddings)
 
 
 def hash_with_request(

@@ -13,6 +13,7 @@ _FAMILIES = (
     ("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLMultiModalProcessor"),
     ("qwen3_vl", "Qwen3VLForConditionalGeneration", "Qwen3VLMultiModalProcessor"),
     ("interns1", "InternS1ForConditionalGeneration", "InternS1MultiModalProcessor"),
+    ("mistral3", "Mistral3ForConditionalGeneration", "Mistral3MultiModalProcessor"),
     ("internvl", "InternVLChatModel", "InternVLMultiModalProcessor"),
     ("qwen3_5", "Qwen3_5ForConditionalGeneration", "Qwen3VLMultiModalProcessor"),
 )

@@ -10,6 +10,12 @@ SERVER_POINTS = (
     UpstreamPoint("vllm.engine.arg_utils", "EngineArgs.from_cli_args", ("args",), cli_flags.REASON),
     UpstreamPoint("vllm.engine.arg_utils", "EngineArgs.create_model_config", ("self",), model_config.REASON),
     UpstreamPoint(
+        "vllm.tokenizers.registry",
+        "tokenizer_args_from_config",
+        ("config",),
+        "says which tokenizer, and so which renderer, 'auto' stands for",
+    ),
+    UpstreamPoint(
         _PROCESSOR,
         "BaseMultiModalProcessor.apply",
         ("self", "inputs", "timing_ctx"),
