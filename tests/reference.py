@@ -484,9 +484,11 @@ class HfMistral3(HfLlava):
             image.convert("RGB"), patch_size={"height": side, "width": side}, return_tensors="pt"
         )
         ((height, width),) = inputs["image_sizes"].tolist()
-        (found,) = self.model.get_image_features(
-            pixel_values=inputs["pixel_values"][:, :, :height, :width], image_sizes=inputs["image_sizes"]
-        ).pooler_output
+        # Twice, as transformers takes the only token of an image for the batch.
+        found = self.model.get_image_features(
+            pixel_values=inputs["pixel_values"][:, :, :height, :width].repeat(2, 1, 1, 1),
+            image_sizes=inputs["image_sizes"].repeat(2, 1),
+        ).pooler_output[0]
         line_break = self._embed_token(self.processor.image_break_token_id)
         rows = [torch.cat([row, line_break]) for row in found.split(width // side)]
         return torch.cat(rows)[:-1]

@@ -23,7 +23,7 @@ from tests.cpu.test_parity import NOTICEABLE, cells, difference
 from tests.families import MISTRAL3
 from tests.pictures import noise_image
 from tests.reference import HfReference
-from vllm_crop.errors import UnsupportedFlagError
+from vllm_crop.errors import UnsupportedFlagError, UnsupportedImageError
 from vllm_crop.families.mistral3 import Mistral3Geometry
 
 pytestmark = pytest.mark.vllm_runtime
@@ -58,7 +58,9 @@ def test_sizes_are_those_of_the_image_processor() -> None:
     for _ in range(20000):
         width, height = (int(2 ** chance.uniform(0, 12.5)) for _ in range(2))
         if max(width, height) > 1540 * min(width, height):
-            continue  # a side of no pixels, which no image processor makes
+            with pytest.raises(UnsupportedImageError, match="nothing left of its short side"):
+                geometry.grid(width, height)
+            continue
         picture = np.broadcast_to(np.uint8(0), (height, width, 3))
         found = get_resize_output_image_size(picture, (1540, 1540), (28, 28), "channels_last")
         rows, cols = found[0] // 28, found[1] // 28

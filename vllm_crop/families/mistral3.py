@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from vllm_crop.errors import UnsupportedModelError
+from vllm_crop.errors import UnsupportedImageError, UnsupportedModelError
 from vllm_crop.families.text_layers import decoder_layers
 from vllm_crop.planning.foveation import Piece, Sight
 from vllm_crop.planning.geometry import Box, GridPart, ImageTokens, ImageView, Region, TokenGrid, TokenGrids
@@ -71,7 +71,11 @@ class Mistral3Geometry:
         return self.grid(self.longest_edge, self.longest_edge).num_tokens
 
     def grid(self, width: int, height: int) -> ImageTokens:
-        """All rows but the last with their breaks, then the last."""
+        """All rows but the last with their breaks, then the last.
+
+        Raises:
+            UnsupportedImageError: one side is reduced to less than a pixel, as no image processor can.
+        """
         rows, cols = self._cells(width, height)
         if rows == 1:
             return TokenGrid(rows, cols)
@@ -84,8 +88,13 @@ class Mistral3Geometry:
     def _cells(self, width: int, height: int) -> tuple[int, int]:
         ratio = max(width / self.longest_edge, height / self.longest_edge)
         if ratio > 1:
-            width, height = math.floor(width / ratio), math.floor(height / ratio)
-        # A side that is reduced to nothing has no row or column: upstream fails then, and so do we later.
+            reduced = math.floor(width / ratio), math.floor(height / ratio)
+            if not all(reduced):
+                raise UnsupportedImageError(
+                    f"an image of {width} x {height} pixels has nothing left of its short side once the long "
+                    f"one is reduced to {self.longest_edge}"
+                )
+            width, height = reduced
         return (height - 1) // self.token_side + 1, (width - 1) // self.token_side + 1
 
     def view(self, width: int, height: int) -> ImageView:
