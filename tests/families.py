@@ -5,8 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.checkpoints import llava_onevision, qwen2_vl, qwen3_vl, qwen3_vl_moe
+from tests.checkpoints import glm4v, glm4v_moe, llava_onevision, qwen2_vl, qwen3_vl, qwen3_vl_moe
 from tests.reference import (
+    HfGlm4v,
+    HfGlm4vMoe,
     HfLlava,
     HfLlavaNext,
     HfLlavaOnevision,
@@ -26,7 +28,7 @@ class Family:
     """One model family.
 
     Attributes:
-        name: of the module of its model class, vLLM's and ours.
+        name: of the module of its model class, vLLM's and ours, unless `of_module` is.
         make_checkpoint: writes a tiny one with random weights, whose logits depend on all of the input.
         shallow, deep: the sizes for compression and for eviction.
         reference: the same model in transformers.
@@ -37,6 +39,12 @@ class Family:
     shallow: DummySize
     deep: DummySize
     reference: type[HfReference]
+    of_module: str = ""
+
+    @property
+    def module(self) -> str:
+        """Of its model class, vLLM's and ours."""
+        return self.of_module or self.name
 
     def __str__(self) -> str:
         return self.name
@@ -61,4 +69,16 @@ QWEN3_VL = Family("qwen3_vl", qwen3_vl.make_checkpoint, qwen3_vl.TINY, qwen3_vl.
 QWEN3_VL_MOE = Family(
     "qwen3_vl_moe", qwen3_vl_moe.make_checkpoint, qwen3_vl.TINY, qwen3_vl.TINY, HfQwen3VLMoe
 )
-FAMILIES = (LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_VL, QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE)
+GLM4V = Family("glm4v", glm4v.make_checkpoint, glm4v.TINY, glm4v.TINY, HfGlm4v, "glm4_1v")
+GLM4V_MOE = Family("glm4v_moe", glm4v_moe.make_checkpoint, glm4v.TINY, glm4v.TINY, HfGlm4vMoe, "glm4_1v")
+FAMILIES = (
+    LLAVA,
+    LLAVA_NEXT,
+    LLAVA_ONEVISION,
+    QWEN2_VL,
+    QWEN2_5_VL,
+    QWEN3_VL,
+    QWEN3_VL_MOE,
+    GLM4V,
+    GLM4V_MOE,
+)

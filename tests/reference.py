@@ -15,6 +15,8 @@ from PIL import Image
 from transformers import (
     AutoProcessor,
     DynamicCache,
+    Glm4vForConditionalGeneration,
+    Glm4vMoeForConditionalGeneration,
     LlavaForConditionalGeneration,
     LlavaNextForConditionalGeneration,
     LlavaOnevisionForConditionalGeneration,
@@ -385,3 +387,16 @@ class HfQwen3VLMoe(HfQwen3VL):
     """The same with a mixture of experts."""
 
     model_class = Qwen3VLMoeForConditionalGeneration
+
+
+class HfGlm4v(HfQwen2_5VL):
+    """GLM-4V: numbered likewise."""
+
+    model_class = Glm4vForConditionalGeneration
+    image = "<|begin_of_image|><|image|><|end_of_image|>"
+
+
+class HfGlm4vMoe(HfGlm4v):
+    """The same with a mixture of experts."""
+
+    model_class = Glm4vMoeForConditionalGeneration

@@ -27,9 +27,13 @@ BATCHES = (
 # Parameters left out: what another one has too. By module, for both runners and for the slow one.
 LEFT_OUT = {
     "test_soak": {"one stage"},
-    "test_eviction_compiled": {"llava"},
+    "test_eviction_compiled": {"llava", "glm4v"},
     "test_foveation": {"qwen3_vl_moe"},  # its vision tower is Qwen3-VL's
+    "test_budgets": {"glm4v"},
+    "test_localizer_offline": {"glm4v"},
 }
+# Families of the whole product only: every line of theirs another one runs.
+WHOLE_PRODUCT = {"glm4v_moe"}
 LEFT_OUT_INTERPRETED = {
     # Qwen2.5-VL's and Qwen3-VL's mixins make all of the two classes.
     "test_eviction_parity": {"evicting", "qwen2_vl", "qwen3_vl_moe"},
@@ -51,12 +55,15 @@ def left_out(items: Iterable[Any], interpreted: bool) -> list[Any]:
     """
     items = list(items)
     scenarios = sorted({name for item in items if (name := _parameter(item, "name")) is not None}, key=str)
-    others = sorted({family for item in items if (family := _family(item)) and family not in ALONE})
+    families = {family for item in items if (family := _family(item))}
+    others = sorted(families.difference(ALONE, WHOLE_PRODUCT))
     return [item for item in items if not _is_selected(item, scenarios, others, interpreted)]
 
 
 def _is_selected(item: Any, scenarios: list[Any], others: list[str], interpreted: bool) -> bool:
     family, module = _family(item), item.path.stem
+    if family in WHOLE_PRODUCT and module != "test_published_sizes":
+        return False
     if _is_left_out(item, LEFT_OUT) or (interpreted and _is_left_out(item, LEFT_OUT_INTERPRETED)):
         return False
     if module not in (*SELECTED, *SELECTED_SERVERS) or family is None:

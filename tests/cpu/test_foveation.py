@@ -16,7 +16,16 @@ from transformers import Qwen2VLImageProcessor
 from tests.conftest import CheckpointOf
 from tests.cpu.conftest import CHUNKED, Engine, Question, ReferenceFor, decided, reference_by
 from tests.cpu.test_parity import NOTICEABLE, TOLERANCE, TWO_BOXES, cells, difference
-from tests.families import LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_5_VL, QWEN2_VL, QWEN3_VL, QWEN3_VL_MOE, Family
+from tests.families import (
+    GLM4V,
+    LLAVA_NEXT,
+    LLAVA_ONEVISION,
+    QWEN2_5_VL,
+    QWEN2_VL,
+    QWEN3_VL,
+    QWEN3_VL_MOE,
+    Family,
+)
 from tests.foveated_reference import foveating
 from tests.pictures import noise_image
 from tests.sample_picture import draw_sample_picture
@@ -32,7 +41,7 @@ from vllm_crop.planning.geometry import TokenGrid
 from vllm_crop.request import CropRequest
 
 pytestmark = pytest.mark.vllm_runtime
-FAMILIES = (QWEN2_VL, QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE)
+FAMILIES = (QWEN2_VL, QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE, GLM4V)
 each_family = pytest.mark.parametrize("family", FAMILIES, ids=str)
 
 CROP: dict[str, Any] = {

@@ -12,6 +12,8 @@ import pytest
 from tests.cpu.test_parity import each_family
 from tests.families import (
     FAMILIES,
+    GLM4V,
+    GLM4V_MOE,
     LLAVA,
     LLAVA_NEXT,
     LLAVA_ONEVISION,
@@ -44,6 +46,8 @@ TOKENS = {
     QWEN2_5_VL: (1196, 10549, 16384),
     QWEN3_VL: (880, 8160, 16384),
     QWEN3_VL_MOE: (880, 8160, 16384),
+    GLM4V: (1196, 6032, 6144),
+    GLM4V_MOE: (1196, 6032, 6144),
 }
 ServerOf = Callable[[Family], SimpleNamespace]
 

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 from transformers import (
     AutoConfig,
+    Glm4vConfig,
+    Glm4vMoeConfig,
     LlavaConfig,
     LlavaNextConfig,
     LlavaNextImageProcessor,
@@ -145,6 +147,36 @@ QWEN3_VL_30B_A3B = {
     "text_config": {"model_type": "qwen3_vl_moe_text", "hidden_size": 2048, "num_hidden_layers": 48},
     "vision_config": {**QWEN3_VL_8B["vision_config"], "model_type": "qwen3_vl_moe", "out_hidden_size": 2048},
 }
+# As published with zai-org/GLM-4.1V-9B-Thinking.
+GLM_4_1V_9B: dict[str, Any] = {
+    "architectures": ["Glm4vForConditionalGeneration"],
+    "model_type": "glm4v",
+    "image_token_id": 151343,
+    "text_config": {"model_type": "glm4v_text", "hidden_size": 4096, "num_hidden_layers": 40},
+    "vision_config": {
+        "depth": 24,
+        "image_size": 336,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "out_hidden_size": 4096,
+    },
+}
+GLM_PREPROCESSOR = {
+    "size": {"shortest_edge": 12544, "longest_edge": 9633792},
+    "patch_size": 14,
+    "temporal_patch_size": 2,
+    "merge_size": 2,
+    "image_processor_type": "Glm4vImageProcessor",
+}
+# As published with zai-org/GLM-4.5V.
+GLM_4_5V = {
+    **GLM_4_1V_9B,
+    "architectures": ["Glm4vMoeForConditionalGeneration"],
+    "model_type": "glm4v_moe",
+    "image_token_id": 151363,
+    "text_config": {"model_type": "glm4v_moe_text", "hidden_size": 4096, "num_hidden_layers": 46},
+}
 PUBLISHED = {
     "LlavaForConditionalGeneration": (LLAVA_7B, LLAVA_PREPROCESSOR),
     "LlavaNextForConditionalGeneration": (LLAVA_NEXT_7B, LLAVA_NEXT_PREPROCESSOR),
@@ -153,6 +185,8 @@ PUBLISHED = {
     "Qwen2_5_VLForConditionalGeneration": (QWEN2_5_VL_7B, QWEN2_5_VL_PREPROCESSOR),
     "Qwen3VLForConditionalGeneration": (QWEN3_VL_8B, QWEN3_VL_PREPROCESSOR),
     "Qwen3VLMoeForConditionalGeneration": (QWEN3_VL_30B_A3B, QWEN3_VL_PREPROCESSOR),
+    "Glm4vForConditionalGeneration": (GLM_4_1V_9B, GLM_PREPROCESSOR),
+    "Glm4vMoeForConditionalGeneration": (GLM_4_5V, GLM_PREPROCESSOR),
 }
 
 
@@ -223,29 +257,31 @@ def test_published_qwen3_has_a_token_per_32_pixels_and_deepstack_below_layer_3()
     assert geometry.view(640, 480).window == Box(0.0, 0.0, 1.0, 1.0)
 
 
-QWENS = {
+QWEN_LINE = {
     "Qwen2VLForConditionalGeneration": Qwen2VLConfig,
     "Qwen2_5_VLForConditionalGeneration": Qwen2_5_VLConfig,
     "Qwen3VLForConditionalGeneration": Qwen3VLConfig,
     "Qwen3VLMoeForConditionalGeneration": Qwen3VLMoeConfig,
+    "Glm4vForConditionalGeneration": Glm4vConfig,
+    "Glm4vMoeForConditionalGeneration": Glm4vMoeConfig,
 }
 
 
-@pytest.mark.parametrize("architecture", QWENS)
+@pytest.mark.parametrize("architecture", QWEN_LINE)
 @pytest.mark.parametrize("from_file", [True, False])
-def test_the_loaded_config_of_qwen_gives_the_same_geometry(
+def test_the_loaded_config_of_the_qwen_line_gives_the_same_geometry(
     tmp_path: Path, from_file: bool, architecture: str
 ) -> None:
     model, preprocessor = PUBLISHED[architecture]
-    config = QWENS[architecture].from_dict(model)
+    config = QWEN_LINE[architecture].from_dict(model)
     config.save_pretrained(tmp_path)
     loaded = type(config).get_config_dict(tmp_path)[0] if from_file else config.to_dict()
     assert geometry_from_configs(loaded, preprocessor) == geometry_from_configs(model, preprocessor)
 
 
-@pytest.mark.parametrize("architecture", QWENS)
-def test_a_bare_qwen_has_transformers_defaults(architecture: str) -> None:
-    default = QWENS[architecture](architectures=[architecture])
+@pytest.mark.parametrize("architecture", QWEN_LINE)
+def test_a_bare_model_of_the_qwen_line_has_transformers_defaults(architecture: str) -> None:
+    default = QWEN_LINE[architecture](architectures=[architecture])
     bare = {"architectures": [architecture], "model_type": default.model_type}
     assert geometry_from_configs(bare, {}) == geometry_from_configs(default.to_dict(), {})
     assert geometry_from_configs(bare, {}).num_layers == default.text_config.num_hidden_layers

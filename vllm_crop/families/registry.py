@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 from vllm_crop.errors import UnsupportedModelError
+from vllm_crop.families.glm4v import Glm4vGeometry
 from vllm_crop.families.llava import LlavaGeometry
 from vllm_crop.families.llava_next import LlavaNextGeometry, LlavaOnevisionGeometry
 from vllm_crop.families.qwen_vl import Qwen2_5VLGeometry, Qwen2VLGeometry, Qwen3VLGeometry
@@ -125,6 +126,8 @@ FAMILIES = {
     "Qwen2_5_VLForConditionalGeneration": Family(Qwen2_5VLGeometry, "qwen2_5_vl", ("qwen2",)),
     "Qwen3VLForConditionalGeneration": Family(Qwen3VLGeometry, "qwen3_vl", ("qwen3",)),
     "Qwen3VLMoeForConditionalGeneration": Family(Qwen3VLGeometry, "qwen3_vl_moe", ("qwen3_vl", "qwen3_moe")),
+    "Glm4vForConditionalGeneration": Family(Glm4vGeometry, "glm4_1v", ("glm4", "llama")),
+    "Glm4vMoeForConditionalGeneration": Family(Glm4vGeometry, "glm4_1v", ("glm4_moe",)),
 }
 
 
