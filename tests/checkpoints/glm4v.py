@@ -71,24 +71,28 @@ def pixels(tokens: int) -> int:
     return tokens * FRAMES * (PATCH * MERGE) ** 2
 
 
+def make_processor(kind: str = "Glm4v") -> Any:
+    """The processor, tokenizer included: "Glm4v" is that of GLM-4.1V and 4.5V, "Glm46V" that of 4.6V."""
+    import transformers
+
+    edges = {"shortest_edge": pixels(4), "longest_edge": pixels(MAX_TOKENS)}
+    whole, images, videos = (
+        getattr(transformers, f"{kind}{of}") for of in ("Processor", "ImageProcessor", "VideoProcessor")
+    )
+    return whole(
+        image_processor=images(size=edges),
+        tokenizer=make_tokenizer(SPECIAL_TOKENS),
+        video_processor=videos(size=edges),
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
 def make_checkpoint(folder: Path, size: DummySize = TINY, seed: int = 0) -> Path:
     """Write config, processor and scaled random weights to `folder`."""
     import torch
-    from transformers import (
-        Glm4vConfig,
-        Glm4vForConditionalGeneration,
-        Glm4vImageProcessor,
-        Glm4vProcessor,
-        Glm4vVideoProcessor,
-    )
+    from transformers import Glm4vConfig, Glm4vForConditionalGeneration
 
-    edges = {"shortest_edge": pixels(4), "longest_edge": pixels(MAX_TOKENS)}
-    processor = Glm4vProcessor(
-        image_processor=Glm4vImageProcessor(size=edges),
-        tokenizer=make_tokenizer(SPECIAL_TOKENS),
-        video_processor=Glm4vVideoProcessor(size=edges),
-        chat_template=CHAT_TEMPLATE,
-    )
+    processor = make_processor()
     config = Glm4vConfig(
         architectures=["Glm4vForConditionalGeneration"], **config_parts(size, processor.tokenizer)
     )

@@ -1,18 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A GLM-4V checkpoint with a mixture of experts and GLM-4.6V's processor, otherwise as glm4v.py makes it."""
+"""A GLM-4V checkpoint with a mixture of experts, otherwise as glm4v.py makes it."""
 
 from pathlib import Path
 from typing import Any
 
-from tests.checkpoints.glm4v import (
-    CHAT_TEMPLATE,
-    MAX_TOKENS,
-    SPECIAL_TOKENS,
-    TINY,
-    config_parts,
-    pixels,
-)
-from vllm_crop.benchmarking.dummy_llava import DummySize, make_tokenizer, scale_weights
+from tests.checkpoints.glm4v import TINY, config_parts, make_processor
+from vllm_crop.benchmarking.dummy_llava import DummySize, scale_weights
 
 EXPERTS = {
     **{"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "first_k_dense_replace": 1},
@@ -34,29 +27,18 @@ def make_moe_config(size: DummySize, tokenizer: Any) -> Any:
     return Glm4vMoeConfig(architectures=["Glm4vMoeForConditionalGeneration"], **parts)
 
 
-def make_checkpoint(folder: Path, size: DummySize = TINY, seed: int = 0) -> Path:
-    """Write config, processor and scaled random weights to `folder`."""
+def make_checkpoint(folder: Path, size: DummySize = TINY, seed: int = 0, processor: str = "Glm4v") -> Path:
+    """Write config, processor (of GLM-4.6V if it is "Glm46V") and scaled random weights to `folder`."""
     import torch
-    from transformers import (
-        Glm4vMoeForConditionalGeneration,
-        Glm46VImageProcessor,
-        Glm46VProcessor,
-        Glm46VVideoProcessor,
-    )
+    from transformers import Glm4vMoeForConditionalGeneration
 
-    edges = {"shortest_edge": pixels(4), "longest_edge": pixels(MAX_TOKENS)}
-    processor = Glm46VProcessor(
-        image_processor=Glm46VImageProcessor(size=edges),
-        tokenizer=make_tokenizer(SPECIAL_TOKENS),
-        video_processor=Glm46VVideoProcessor(size=edges),
-        chat_template=CHAT_TEMPLATE,
-    )
-    config = make_moe_config(size, processor.tokenizer)
+    made = make_processor(processor)
+    config = make_moe_config(size, made.tokenizer)
     torch.manual_seed(seed)
     model = scale_weights(Glm4vMoeForConditionalGeneration(config), size)
     for name, tensor in model.state_dict().items():
         if name.endswith(("_proj.bias", "e_score_correction_bias")):
             tensor.normal_(0, 0.1)  # zeros otherwise, which could be left out unnoticed
     model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    made.save_pretrained(folder)
     return folder
