@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import STARTS, CheckpointOf
-from tests.families import LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_5_VL, QWEN3_VL, Family
+from tests.families import GLM4V, LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_5_VL, QWEN3_VL, Family
 from tests.foveated_reference import foveating
 from tests.reference import HfReference
 from vllm_crop.config import CropConfig
@@ -33,7 +33,7 @@ OPERATORS = (
 REMOTE_MODEL = "localizer"  # what a server that finds regions for another one calls its model
 # Its two names take the place of the one in OPTIONS.
 STOCK_OPTIONS = (*OPTIONS, *OPERATORS, "--served-model-name", MODEL, REMOTE_MODEL)
-FAMILIES = (LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_5_VL, QWEN3_VL)
+FAMILIES = (LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_5_VL, QWEN3_VL, GLM4V)
 FAMILY_CROP = {"method": "plc+ilp", "eviction_layers": [2], "pruning_rate": 0.667}
 
 

@@ -12,7 +12,7 @@ from playwright.sync_api import expect
 from tests.browser import PIECE_PIXEL, Reader, chromium
 from tests.e2e.conftest import FAMILY_CROP, compression_of, metric
 from tests.e2e.test_serve import FIRST, SECOND, chat, expected
-from tests.families import LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_5_VL, QWEN3_VL, Family
+from tests.families import GLM4V, LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_5_VL, QWEN3_VL, Family
 from tests.pictures import noise_image
 from tests.reference import HfReference
 from vllm_crop.client import facts_of
@@ -30,6 +30,7 @@ TOKENS = {
     LLAVA_ONEVISION: [347, 201],
     QWEN2_5_VL: [18 * 14, 11 * 15],
     QWEN3_VL: [16 * 12, 9 * 13],
+    GLM4V: [18 * 14, 11 * 15],
 }
 
 
