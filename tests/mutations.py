@@ -149,6 +149,13 @@ MUTATIONS = (
         "Box(x[0], y[0], x[1], y[1]), first, newlines=False)",
         ("tests/cpu/test_llava_next.py",),
     ),
+    Mutation(
+        "a picture counts as one frame",
+        "families/glm4v.py",
+        'frames=settings.get("temporal_patch_size", _DEFAULT_FRAMES)',
+        "frames=1",
+        ("tests/cpu/test_published_sizes.py -k glm4v",),
+    ),
     # models
     Mutation(
         "positions shifted by one after an image",

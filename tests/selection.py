@@ -5,7 +5,8 @@ A scenario runs alone for a family with plain RoPE and for one with M-RoPE and d
 turn, where an engine of it runs anyway. All of them run in one batch for every family, on an engine that
 compresses and evicts at two layers: whatever a family does of its own, it does there. On the slow runner that
 engine answers for the one that evicts at one layer, too, and a family whose model class has no line of its
-own is left to the other runner. Over HTTP one family answers: for LLaVA, test_eviction.py's server does.
+own is left to the other runner, or altogether to the whole product. Over HTTP one family answers: for LLaVA,
+test_eviction.py's server does.
 """
 
 from collections.abc import Iterable
