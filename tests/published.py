@@ -81,7 +81,7 @@ _QWEN3_ROPE = {
     **{"rope_type": "default", "rope_theta": 5e6, "mrope_interleaved": True},
     "mrope_section": [24, 20, 20],
 }
-# Of config.json and preprocessor_config.json of both; most are transformers' defaults, the bounds of an area not.
+# Of both models' config.json and preprocessor_config.json: transformers' defaults, and public copies of them.
 _GLM_VISION = {
     **{"depth": 24, "hidden_size": 1536, "num_heads": 12, "out_hidden_size": 4096, "image_size": 336},
     "patch_size": 14,
