@@ -8,7 +8,7 @@ ONE_BATCH := tests/cpu/test_eviction_parity.py::test_all_scenarios_in_one_batch
 # What reaches the model runner. In the interpreter a step takes 0.3 s: one batch has all scenarios. Of
 # families, tests/selection.py leaves two to the other runner; another vLLM is asked about all.
 V2_TESTS := $(addprefix tests/cpu/test_,runner.py parity.py caches.py image_names.py eviction_caches.py eviction_scheduling.py \
-	eviction_graphs.py heat.py soak.py qwen2_5_vl.py llava_next.py tinyvqa_served.py) \
+	eviction_graphs.py heat.py soak.py qwen2_5_vl.py llava_next.py glm4v.py tinyvqa_served.py) \
 	"tests/cpu/test_foveation.py::test_all_scenarios_in_one_batch[qwen3_vl]" $(ONE_BATCH)
 TRAINED_TESTS := $(addprefix tests/e2e/test_,attention_localizer.py shadow.py monitoring.py engine_localizer.py playground.py compare.py remote_localizer.py not_asked_for.py hostile_requests.py)
 # Another vLLM than setup installs: each family compresses and evicts in one batch, on both runners, or compresses if it

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.checkpoints import (
+    glm4v,
+    glm4v_moe,
     internvl,
     llava_onevision,
     mistral3,
@@ -17,6 +19,8 @@ from tests.checkpoints import (
     qwen3_vl_moe,
 )
 from tests.reference import (
+    HfGlm4v,
+    HfGlm4vMoe,
     HfInternVL,
     HfInternVLChat,
     HfLlava,
@@ -41,11 +45,10 @@ class Family:
     """One model family.
 
     Attributes:
-        name: short, for the names of tests.
+        name: of the module of its model class, vLLM's and ours, unless `of_module` is.
         make_checkpoint: writes a tiny one with random weights, whose logits depend on all of the input.
         shallow, deep: the sizes for compression and for eviction.
         reference: the same model in transformers.
-        module: of its model class, vLLM's and ours; the name if left out.
         evicts: whether some of its layers can run with fewer rows than others.
         looking: layers that heat maps are made of in tests.
         options: of engines with such a checkpoint.
@@ -56,10 +59,15 @@ class Family:
     shallow: DummySize
     deep: DummySize
     reference: type[HfReference]
-    module: str = ""
+    of_module: str = ""
     evicts: bool = True
     looking: tuple[int, ...] = (1, 3, 6)
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def module(self) -> str:
+        """Of its model class, vLLM's and ours."""
+        return self.of_module or self.name
 
     def __str__(self) -> str:
         return self.name
@@ -84,13 +92,13 @@ QWEN3_VL = Family("qwen3_vl", qwen3_vl.make_checkpoint, qwen3_vl.TINY, qwen3_vl.
 QWEN3_VL_MOE = Family(
     "qwen3_vl_moe", qwen3_vl_moe.make_checkpoint, qwen3_vl.TINY, qwen3_vl.TINY, HfQwen3VLMoe
 )
-_HYBRID: dict[str, Any] = {"module": "qwen3_5", "evicts": False, "looking": (3, 7)}
+_HYBRID: dict[str, Any] = {"of_module": "qwen3_5", "evicts": False, "looking": (3, 7)}
 QWEN3_5 = Family("qwen3_5", qwen3_5.make_checkpoint, qwen3_vl.TINY, qwen3_vl.TINY, HfQwen3_5, **_HYBRID)
 QWEN3_5_MOE = Family(
     "qwen3_5_moe", qwen3_5_moe.make_checkpoint, qwen3_vl.TINY, qwen3_vl.TINY, HfQwen3_5Moe, **_HYBRID
 )
 INTERNVL = Family(
-    "internvl_hf", internvl.make_checkpoint, internvl.TINY, internvl.TINY, HfInternVL, module="interns1"
+    "internvl_hf", internvl.make_checkpoint, internvl.TINY, internvl.TINY, HfInternVL, of_module="interns1"
 )
 INTERNVL_CHAT = Family(
     "internvl_chat",
@@ -98,13 +106,15 @@ INTERNVL_CHAT = Family(
     internvl.TINY,
     internvl.TINY,
     HfInternVLChat,
-    module="internvl",
+    of_module="internvl",
     options={"trust_remote_code": True},
 )
 MISTRAL3 = Family("mistral3", mistral3.make_checkpoint, mistral3.TINY, mistral3.TINY, HfMistral3)
+GLM4V = Family("glm4v", glm4v.make_checkpoint, glm4v.TINY, glm4v.TINY, HfGlm4v, "glm4_1v")
+GLM4V_MOE = Family("glm4v_moe", glm4v_moe.make_checkpoint, glm4v.TINY, glm4v.TINY, HfGlm4vMoe, "glm4_1v")
 FAMILIES = (
     *(LLAVA, LLAVA_NEXT, LLAVA_ONEVISION),
     *(QWEN2_VL, QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE, QWEN3_5, QWEN3_5_MOE),
-    *(INTERNVL, INTERNVL_CHAT, MISTRAL3),
+    *(GLM4V, GLM4V_MOE, INTERNVL, INTERNVL_CHAT, MISTRAL3),
 )
 EVICTING = tuple(family for family in FAMILIES if family.evicts)

@@ -6,7 +6,8 @@ Each piece is cut out of the whole picture at its scale, token by token, with it
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -143,12 +144,28 @@ def piece_features(hf: Any, image: Image.Image, piece: Piece) -> torch.Tensor:
         places |= stretched(visual, grid, patches)
     if hasattr(visual, "window_size"):
         places |= windows(tokens, piece.scale.cols, visual.window_size // side, merge**2)
-    seen = visual(
-        whole["pixel_values"][patches].to(hf.model.dtype),
-        grid_thw=torch.tensor([[1, piece.rows * merge, piece.cols * merge]]),
-        **places,
-    )
+    with stretched_over(visual, grid):
+        seen = visual(
+            whole["pixel_values"][patches].to(hf.model.dtype),
+            grid_thw=torch.tensor([[1, piece.rows * merge, piece.cols * merge]]),
+            **places,
+        )
     return torch.cat([seen.pooler_output, *getattr(seen, "deepstack_features", ())], dim=1)
+
+
+@contextmanager
+def stretched_over(visual: Any, grid: torch.Tensor) -> Iterator[None]:
+    """Learned embeddings are those of the whole picture in a tower that is told its size (GLM-4V)."""
+    if not hasattr(visual, "embeddings"):
+        yield
+        return
+    stock = visual.embeddings.forward
+
+    def forward(patches: Any, lengths: Any, _: Any, rows: Any, cols: Any) -> Any:
+        return stock(patches, lengths, grid, rows, cols)
+
+    with patch.object(visual.embeddings, "forward", forward):
+        yield
 
 
 def stretched(visual: Any, grid: torch.Tensor, patches: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 # Tests without an engine, by the room of the mistake.
 QUICK = {
     "planning": "budget plan geometry plan_arrays token_grids foveation",
-    "families": "llava_next_geometry smart_resize token_grids vision_geometry",
+    "families": "glm4v_geometry llava_next_geometry smart_resize token_grids vision_geometry",
     "request.py": "request",
     "planner.py": "planner request",
     "models": "compression ahead foveation",
@@ -149,6 +149,13 @@ MUTATIONS = (
         "Box(x[0], y[0], x[1], y[1]), first, newlines=False)",
         ("tests/cpu/test_llava_next.py",),
     ),
+    Mutation(
+        "a picture counts as one frame",
+        "families/glm4v.py",
+        'frames=settings.get("temporal_patch_size", _DEFAULT_FRAMES)',
+        "frames=1",
+        ("tests/cpu/test_published_sizes.py -k glm4v",),
+    ),
     # models
     Mutation(
         "positions shifted by one after an image",
@@ -200,6 +207,13 @@ MUTATIONS = (
         (QWEN3,),
     ),
     # what the vision tower sees
+    Mutation(
+        "learned embeddings are stretched over a piece",
+        "models/placed_pieces.py",
+        "shape = [1, piece.scale.rows * merge, piece.scale.cols * merge]",
+        "shape = [1, piece.rows * merge, piece.cols * merge]",
+        ("tests/cpu/test_foveation.py -k one_batch and glm4v",),
+    ),
     Mutation(
         "a middle is taken for the corner",
         "planning/foveation.py",

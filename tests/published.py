@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.families import (
+    GLM4V,
+    GLM4V_MOE,
     INTERNVL,
     INTERNVL_CHAT,
     LLAVA,
@@ -100,6 +102,17 @@ _QWEN3_5_TEXT = {
     },
 }
 _QWEN3_5_VISION = {"depth": 27, "hidden_size": 1152, "num_heads": 16, "num_position_embeddings": 2304}
+# Of both models' config.json and preprocessor_config.json: transformers' defaults, and public copies of them.
+_GLM_VISION = {
+    **{"depth": 24, "hidden_size": 1536, "num_heads": 12, "out_hidden_size": 4096, "image_size": 336},
+    "patch_size": 14,
+}
+_GLM_ROPE = {
+    **{"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+    "mrope_section": [8, 12, 12],
+}
+_GLM_TEXT = {"hidden_size": 4096, "max_position_embeddings": 65536, "rope_parameters": _GLM_ROPE}
+_GLM_PIXELS = {"size": {"shortest_edge": 12544, "longest_edge": 9633792}}
 PUBLISHED: dict[Family, Published] = {
     LLAVA: Published(
         "llava-hf/llava-1.5-7b-hf",
@@ -218,5 +231,23 @@ PUBLISHED: dict[Family, Published] = {
         },
         {},
         {"size": {"longest_edge": 1540}},
+    ),
+    GLM4V: Published(
+        "zai-org/GLM-4.1V-9B-Thinking",
+        {**_GLM_TEXT, "num_hidden_layers": 40, "num_attention_heads": 32, "num_key_value_heads": 2},
+        {**_GLM_VISION, "intermediate_size": 13696},
+        {},
+        _GLM_PIXELS,
+    ),
+    GLM4V_MOE: Published(
+        "zai-org/GLM-4.5V",
+        {
+            **_GLM_TEXT,
+            **{"num_hidden_layers": 46, "num_attention_heads": 96, "num_key_value_heads": 8, "head_dim": 128},
+            **{"n_routed_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 1408},
+        },
+        {**_GLM_VISION, "intermediate_size": 10944},
+        {},
+        _GLM_PIXELS,
     ),
 }

@@ -15,6 +15,8 @@ from PIL import Image
 from transformers import (
     AutoProcessor,
     DynamicCache,
+    Glm4vForConditionalGeneration,
+    Glm4vMoeForConditionalGeneration,
     InternVLForConditionalGeneration,
     LlavaForConditionalGeneration,
     LlavaNextForConditionalGeneration,
@@ -492,3 +494,16 @@ class HfMistral3(HfLlava):
         line_break = self._embed_token(self.processor.image_break_token_id)
         rows = [torch.cat([row, line_break]) for row in found.split(width // side)]
         return torch.cat(rows)[:-1]
+
+
+class HfGlm4v(HfQwen2_5VL):
+    """GLM-4V: numbered likewise."""
+
+    model_class = Glm4vForConditionalGeneration
+    image = "<|begin_of_image|><|image|><|end_of_image|>"
+
+
+class HfGlm4vMoe(HfGlm4v):
+    """The same with a mixture of experts."""
+
+    model_class = Glm4vMoeForConditionalGeneration

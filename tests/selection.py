@@ -5,7 +5,8 @@ A scenario runs alone for a family with plain RoPE and for one with M-RoPE and d
 turn, where an engine of it runs anyway. All of them run in one batch for every family, on an engine that
 compresses and evicts at two layers: whatever a family does of its own, it does there. On the slow runner that
 engine answers for the one that evicts at one layer, too, and a family whose model class has no line of its
-own is left to the other runner. Over HTTP one family answers: for LLaVA, test_eviction.py's server does.
+own is left to the other runner, or altogether to the whole product. Over HTTP one family answers: for LLaVA,
+test_eviction.py's server does.
 """
 
 from collections.abc import Iterable
@@ -27,9 +28,13 @@ BATCHES = (
 # Parameters left out: what another one has too. By module, for both runners and for the slow one.
 LEFT_OUT = {
     "test_soak": {"one stage"},
-    "test_eviction_compiled": {"llava"},
+    "test_eviction_compiled": {"llava", "glm4v"},
     "test_foveation": {"qwen3_vl_moe", "qwen3_5"},  # their vision tower is Qwen3-VL's
+    "test_budgets": {"glm4v"},
+    "test_localizer_offline": {"glm4v"},
 }
+# Families of the whole product only: every line of theirs another one runs.
+WHOLE_PRODUCT = {"glm4v_moe"}
 LEFT_OUT_INTERPRETED = {
     "test_parity": {"qwen3_5_moe"},  # its class has no line of its own either
     # Qwen2.5-VL's, Qwen3-VL's and InternVL's mixins make all of the classes.
@@ -55,12 +60,15 @@ def left_out(items: Iterable[Any], interpreted: bool) -> list[Any]:
     """
     items = list(items)
     scenarios = sorted({name for item in items if (name := _parameter(item, "name")) is not None}, key=str)
-    others = sorted({family for item in items if (family := _family(item)) and family not in ALONE})
+    families = {family for item in items if (family := _family(item))}
+    others = sorted(families.difference(ALONE, WHOLE_PRODUCT))
     return [item for item in items if not _is_selected(item, scenarios, others, interpreted)]
 
 
 def _is_selected(item: Any, scenarios: list[Any], others: list[str], interpreted: bool) -> bool:
     family, module = _family(item), item.path.stem
+    if family in WHOLE_PRODUCT and module != "test_published_sizes":
+        return False
     if _is_left_out(item, LEFT_OUT) or (interpreted and _is_left_out(item, LEFT_OUT_INTERPRETED)):
         return False
     if module not in (*SELECTED, *SELECTED_SERVERS) or family is None:

@@ -16,6 +16,7 @@ from tests.conftest import CheckpointOf
 from tests.cpu.conftest import CHUNKED, STEPS, Engine, Question, decided
 from tests.cpu.test_parity import NOTICEABLE, TOLERANCE, cells, difference
 from tests.families import (
+    GLM4V,
     INTERNVL,
     LLAVA,
     LLAVA_NEXT,
@@ -37,18 +38,8 @@ from vllm_crop.planning.plan import TokenPlan
 from vllm_crop.request import CropRequest, Room, request_budgets
 
 pytestmark = pytest.mark.vllm_runtime
-FAMILIES = (
-    LLAVA,
-    LLAVA_NEXT,
-    LLAVA_ONEVISION,
-    QWEN2_VL,
-    QWEN2_5_VL,
-    QWEN3_VL,
-    QWEN3_VL_MOE,
-    INTERNVL,
-    MISTRAL3,
-)
-QWEN = (QWEN2_VL, QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE)
+QWEN = (QWEN2_VL, QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE, GLM4V)  # and what sees images as they do
+FAMILIES = (LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, *QWEN, INTERNVL, MISTRAL3)
 
 MOST = 300  # visual tokens of a request
 CROP: dict[str, Any] = {

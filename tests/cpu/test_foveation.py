@@ -17,6 +17,7 @@ from tests.conftest import CheckpointOf
 from tests.cpu.conftest import CHUNKED, Engine, Question, ReferenceFor, decided, reference_by
 from tests.cpu.test_parity import NOTICEABLE, TOLERANCE, TWO_BOXES, cells, difference
 from tests.families import (
+    GLM4V,
     LLAVA_NEXT,
     LLAVA_ONEVISION,
     QWEN2_5_VL,
@@ -41,7 +42,7 @@ from vllm_crop.planning.geometry import TokenGrid
 from vllm_crop.request import CropRequest
 
 pytestmark = pytest.mark.vllm_runtime
-FAMILIES = (QWEN2_VL, QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE, QWEN3_5)
+FAMILIES = (QWEN2_VL, QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE, QWEN3_5, GLM4V)
 each_family = pytest.mark.parametrize("family", FAMILIES, ids=str)
 
 CROP: dict[str, Any] = {

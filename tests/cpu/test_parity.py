@@ -140,8 +140,8 @@ def test_vision_tower_batches_hold_no_more_tokens_than_profiled(
 @each_family
 def test_off_is_bitwise_stock_vllm(engine_of: EngineOf, family: Family) -> None:
     pool_engine, stock_engine = engine_of(family, "pool"), engine_of(family, "stock")
-    assert type(stock_engine.model).__module__ == f"vllm.model_executor.models.{family.module or family}"
-    assert type(pool_engine.model).__module__ == f"vllm_crop.models.{family.module or family}"
+    assert type(stock_engine.model).__module__ == f"vllm.model_executor.models.{family.module}"
+    assert type(pool_engine.model).__module__ == f"vllm_crop.models.{family.module}"
     fresh = noise_image(17, 400, 400)
     (off,) = pool_engine.ask(Question((fresh,), {"method": "off"}))
     (stock,) = stock_engine.ask(Question((fresh,)))

@@ -12,6 +12,8 @@ import pytest
 from tests.cpu.test_parity import each_evicting_family, each_family
 from tests.families import (
     FAMILIES,
+    GLM4V,
+    GLM4V_MOE,
     INTERNVL,
     INTERNVL_CHAT,
     LLAVA,
@@ -54,6 +56,8 @@ TOKENS = {
     INTERNVL: (2304, 2304, 3328),
     INTERNVL_CHAT: (2304, 2304, 3328),
     MISTRAL3: (46 * 26 + 25, 55 * 31 + 30, 55 * 55 + 54),  # with breaks
+    GLM4V: (1196, 6032, 6144),
+    GLM4V_MOE: (1196, 6032, 6144),
 }
 ServerOf = Callable[[Family], SimpleNamespace]
 

@@ -11,6 +11,7 @@ import pytest
 
 from tests.conftest import STARTS, CheckpointOf
 from tests.families import (
+    GLM4V,
     INTERNVL,
     INTERNVL_CHAT,
     LLAVA,
@@ -43,7 +44,10 @@ OPERATORS = (
 REMOTE_MODEL = "localizer"  # what a server that finds regions for another one calls its model
 # Its two names take the place of the one in OPTIONS.
 STOCK_OPTIONS = (*OPTIONS, *OPERATORS, "--served-model-name", MODEL, REMOTE_MODEL)
-FAMILIES = (LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_5_VL, QWEN3_VL, INTERNVL, INTERNVL_CHAT, MISTRAL3)
+FAMILIES = (
+    *(LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_5_VL, QWEN3_VL),
+    *(GLM4V, INTERNVL, INTERNVL_CHAT, MISTRAL3),
+)
 FAMILY_CROP = {"method": "plc+ilp", "eviction_layers": [2], "pruning_rate": 0.667}
 
 

@@ -13,6 +13,7 @@ from tests.browser import PIECE_PIXEL, Reader, chromium
 from tests.e2e.conftest import FAMILY_CROP, compression_of, metric
 from tests.e2e.test_serve import FIRST, SECOND, chat, expected
 from tests.families import (
+    GLM4V,
     INTERNVL,
     INTERNVL_CHAT,
     LLAVA,
@@ -43,6 +44,7 @@ TOKENS = {
     INTERNVL: [13 * 16] * 2,
     INTERNVL_CHAT: [13 * 16] * 2,
     MISTRAL3: [15 * 18 + 14, 15 * 11 + 14],
+    GLM4V: [18 * 14, 11 * 15],
 }
 
 

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 from transformers import (
     AutoConfig,
+    Glm4vConfig,
+    Glm4vMoeConfig,
     LlavaConfig,
     LlavaNextConfig,
     LlavaNextImageProcessor,
@@ -163,6 +165,63 @@ QWEN3_5_35B_A3B: dict[str, Any] = {
     "text_config": {"model_type": "qwen3_5_moe_text", "hidden_size": 2048, "num_hidden_layers": 40},
     "vision_config": {**QWEN3_5_9B["vision_config"], "model_type": "qwen3_5_moe_vision"},
 }
+# As published with zai-org/GLM-4.1V-9B-Thinking.
+GLM_4_1V_9B: dict[str, Any] = {
+    "architectures": ["Glm4vForConditionalGeneration"],
+    "model_type": "glm4v",
+    "image_token_id": 151343,
+    "text_config": {"model_type": "glm4v_text", "hidden_size": 4096, "num_hidden_layers": 40},
+    "vision_config": {
+        "depth": 24,
+        "image_size": 336,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "out_hidden_size": 4096,
+    },
+}
+GLM_PREPROCESSOR = {
+    "size": {"shortest_edge": 12544, "longest_edge": 9633792},
+    "patch_size": 14,
+    "temporal_patch_size": 2,
+    "merge_size": 2,
+    "image_processor_type": "Glm4vImageProcessor",
+}
+# As published with zai-org/GLM-4.5V.
+GLM_4_5V = {
+    **GLM_4_1V_9B,
+    "architectures": ["Glm4vMoeForConditionalGeneration"],
+    "model_type": "glm4v_moe",
+    "image_token_id": 151363,
+    "text_config": {"model_type": "glm4v_moe_text", "hidden_size": 4096, "num_hidden_layers": 46},
+}
+# As published with OpenGVLab/InternVL3_5-8B-HF and OpenGVLab/InternVL3_5-8B.
+INTERNVL_8B_HF: dict[str, Any] = {
+    "architectures": ["InternVLForConditionalGeneration"],
+    "model_type": "internvl",
+    "text_config": {"model_type": "qwen3", "num_hidden_layers": 36},
+    "vision_config": {"image_size": [448, 448], "patch_size": [14, 14]},
+    "downsample_ratio": 0.5,
+}
+INTERNVL_PREPROCESSOR = {"size": {"height": 448, "width": 448}, "crop_to_patches": False, "max_patches": 12}
+INTERNVL_8B: dict[str, Any] = {
+    "architectures": ["InternVLChatModel"],
+    "model_type": "internvl_chat",
+    "llm_config": {"model_type": "qwen3", "num_hidden_layers": 36},
+    "vision_config": {"image_size": 448, "patch_size": 14},
+    **{"downsample_ratio": 0.5, "force_image_size": 448, "dynamic_image_size": True, "use_thumbnail": True},
+    **{"min_dynamic_patch": 1, "max_dynamic_patch": 12},
+}
+INTERNVL_CHAT_PREPROCESSOR = {"crop_size": 448, "size": 448, "image_processor_type": "CLIPFeatureExtractor"}
+# As published with mistralai/Mistral-Small-3.1-24B-Instruct-2503.
+MISTRAL_24B: dict[str, Any] = {
+    "architectures": ["Mistral3ForConditionalGeneration"],
+    "model_type": "mistral3",
+    "text_config": {"model_type": "mistral", "num_hidden_layers": 40},
+    "vision_config": {"model_type": "pixtral", "image_size": 1540, "patch_size": 14},
+    "spatial_merge_size": 2,
+}
+MISTRAL_PREPROCESSOR = {"size": {"longest_edge": 1540}, "patch_size": {"height": 14, "width": 14}}
 PUBLISHED = {
     "LlavaForConditionalGeneration": (LLAVA_7B, LLAVA_PREPROCESSOR),
     "LlavaNextForConditionalGeneration": (LLAVA_NEXT_7B, LLAVA_NEXT_PREPROCESSOR),
@@ -171,8 +230,13 @@ PUBLISHED = {
     "Qwen2_5_VLForConditionalGeneration": (QWEN2_5_VL_7B, QWEN2_5_VL_PREPROCESSOR),
     "Qwen3VLForConditionalGeneration": (QWEN3_VL_8B, QWEN3_VL_PREPROCESSOR),
     "Qwen3VLMoeForConditionalGeneration": (QWEN3_VL_30B_A3B, QWEN3_VL_PREPROCESSOR),
+    "InternVLForConditionalGeneration": (INTERNVL_8B_HF, INTERNVL_PREPROCESSOR),
+    "InternVLChatModel": (INTERNVL_8B, INTERNVL_CHAT_PREPROCESSOR),
+    "Mistral3ForConditionalGeneration": (MISTRAL_24B, MISTRAL_PREPROCESSOR),
     "Qwen3_5ForConditionalGeneration": (QWEN3_5_9B, QWEN3_VL_PREPROCESSOR),
     "Qwen3_5MoeForConditionalGeneration": (QWEN3_5_35B_A3B, QWEN3_VL_PREPROCESSOR),
+    "Glm4vForConditionalGeneration": (GLM_4_1V_9B, GLM_PREPROCESSOR),
+    "Glm4vMoeForConditionalGeneration": (GLM_4_5V, GLM_PREPROCESSOR),
 }
 
 
@@ -257,31 +321,82 @@ def test_of_published_qwen3_5_every_fourth_layer_looks_and_none_evicts() -> None
         geometry_from_configs(deepstack, QWEN3_VL_PREPROCESSOR)
 
 
-QWENS = {
+@pytest.mark.parametrize(
+    ("model", "preprocessor"),
+    [(INTERNVL_8B_HF, INTERNVL_PREPROCESSOR), (INTERNVL_8B, INTERNVL_CHAT_PREPROCESSOR)],
+    ids=["transformers", "OpenGVLab"],
+)
+def test_published_internvl_has_tiles_of_256_and_a_small_one_after_them(
+    model: dict[str, Any], preprocessor: dict[str, Any]
+) -> None:
+    geometry = geometry_from_configs(model, preprocessor)
+    assert geometry.num_layers == 36
+    assert geometry.max_tokens == 13 * 256
+    grid = geometry.grid(1024, 1024)  # as many as a half of their pixels still shows
+    assert [part.grid for part in grid.parts] == [TokenGrid(16, 16)] * 10
+    assert grid.parts[5].window == Box(2 / 3, 1 / 3, 1.0, 2 / 3)
+    assert grid.parts[-1].window == Box(0.0, 0.0, 1.0, 1.0)
+    assert geometry.grid(300, 300) == TokenGrid(16, 16)  # a single tile needs no small one
+    wrong = {**model, "vision_config": {"image_size": [448, 336], "patch_size": 14}}
+    with pytest.raises(UnsupportedModelError, match="no squares"):
+        geometry_from_configs(wrong, preprocessor)
+
+
+def test_internvl_is_cut_as_the_server_was_told() -> None:
+    told = {**INTERNVL_CHAT_PREPROCESSOR, "max_dynamic_patch": 4, "use_thumbnail": False}
+    geometry = geometry_from_configs(INTERNVL_8B, told)
+    assert geometry.max_tokens == 4 * 256
+    assert geometry_from_configs(INTERNVL_8B, {"dynamic_image_size": False}).max_tokens == 256
+    fewer = geometry_from_configs(INTERNVL_8B_HF, {**INTERNVL_PREPROCESSOR, "max_patches": 1})
+    assert fewer.max_tokens == 256
+    with pytest.raises(UnsupportedModelError, match="image_size 224 is not the vision tower's"):
+        geometry_from_configs(INTERNVL_8B, {"image_size": 224})
+    with pytest.raises(UnsupportedModelError, match="image processor's size"):
+        geometry_from_configs(INTERNVL_8B_HF, {"size": {"height": 384, "width": 384}})
+
+
+def test_published_mistral3_has_a_token_per_28_pixels_and_breaks() -> None:
+    geometry = geometry_from_configs(MISTRAL_24B, MISTRAL_PREPROCESSOR)
+    assert geometry.num_layers == 40
+    assert geometry.max_tokens == 55 * 55 + 54
+    upper, last = geometry.grid(1024, 1024).parts
+    assert (upper.grid, upper.newlines) == (TokenGrid(36, 37), True)
+    assert (last.grid, last.newlines, last.first) == (TokenGrid(1, 37), False, 36 * 38)
+    assert geometry.pixels(1024, 1024) == (37 * 28, 37 * 28)
+    assert geometry.grid(500, 20) == TokenGrid(1, 18)
+    with pytest.raises(UnsupportedModelError, match="'siglip_vision_model'"):
+        geometry_from_configs({**MISTRAL_24B, "vision_config": {"model_type": "siglip_vision_model"}}, {})
+    with pytest.raises(UnsupportedModelError, match="no 'longest_edge'"):
+        geometry_from_configs(MISTRAL_24B, {"size": {"height": 336, "width": 336}})
+
+
+QWEN_LINE = {
     "Qwen2VLForConditionalGeneration": Qwen2VLConfig,
     "Qwen2_5_VLForConditionalGeneration": Qwen2_5_VLConfig,
     "Qwen3VLForConditionalGeneration": Qwen3VLConfig,
     "Qwen3VLMoeForConditionalGeneration": Qwen3VLMoeConfig,
     "Qwen3_5ForConditionalGeneration": Qwen3_5Config,
     "Qwen3_5MoeForConditionalGeneration": Qwen3_5MoeConfig,
+    "Glm4vForConditionalGeneration": Glm4vConfig,
+    "Glm4vMoeForConditionalGeneration": Glm4vMoeConfig,
 }
 
 
-@pytest.mark.parametrize("architecture", QWENS)
+@pytest.mark.parametrize("architecture", QWEN_LINE)
 @pytest.mark.parametrize("from_file", [True, False])
-def test_the_loaded_config_of_qwen_gives_the_same_geometry(
+def test_the_loaded_config_of_the_qwen_line_gives_the_same_geometry(
     tmp_path: Path, from_file: bool, architecture: str
 ) -> None:
     model, preprocessor = PUBLISHED[architecture]
-    config = QWENS[architecture].from_dict(model)
+    config = QWEN_LINE[architecture].from_dict(model)
     config.save_pretrained(tmp_path)
     loaded = type(config).get_config_dict(tmp_path)[0] if from_file else config.to_dict()
     assert geometry_from_configs(loaded, preprocessor) == geometry_from_configs(model, preprocessor)
 
 
-@pytest.mark.parametrize("architecture", QWENS)
-def test_a_bare_qwen_has_transformers_defaults(architecture: str) -> None:
-    default = QWENS[architecture](architectures=[architecture])
+@pytest.mark.parametrize("architecture", QWEN_LINE)
+def test_a_bare_model_of_the_qwen_line_has_transformers_defaults(architecture: str) -> None:
+    default = QWEN_LINE[architecture](architectures=[architecture])
     bare = {"architectures": [architecture], "model_type": default.model_type}
     assert geometry_from_configs(bare, {}) == geometry_from_configs(default.to_dict(), {})
     assert geometry_from_configs(bare, {}).num_layers == default.text_config.num_hidden_layers

@@ -31,7 +31,10 @@ from vllm_crop.eviction.report import expected_grouping
 
 # Decoders whose forward is: embed, then `layer(positions, hidden_states, residual)` each, then the norm.
 # After the first layers visual features may be added to the hidden states (deepstack).
-DECODERS = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model", "Qwen3LLMModel", "Qwen3MoeLLMModel")
+DECODERS = (
+    *("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model", "Qwen3LLMModel", "Qwen3MoeLLMModel"),
+    *("Glm4Model", "Glm4MoeModel"),
+)
 
 
 class StagedAttention(Attention):

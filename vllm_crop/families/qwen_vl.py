@@ -28,11 +28,15 @@ class SmartResize:
         token_side: pixels of a visual token's side after the resize.
         min_pixels: smaller images are enlarged to about this area.
         max_pixels: larger ones are reduced to at most this area.
+        frames: how often the area of an image counts against both.
     """
+
+    default_size: ClassVar[Mapping[str, int]] = _DEFAULT_SIZE
 
     token_side: int
     min_pixels: int
     max_pixels: int
+    frames: int = 1
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any], patch: int, merge: int) -> Self:
@@ -55,7 +59,7 @@ class SmartResize:
                 )
         if not settings.get("do_resize", True):
             raise UnsupportedModelError("do_resize=false is not supported: images must have whole tokens")
-        size = settings.get("size") or _DEFAULT_SIZE
+        size = settings.get("size") or cls.default_size
         edges = []
         for pixels, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
             value = settings.get(pixels)
@@ -74,12 +78,12 @@ class SmartResize:
     @property
     def min_tokens(self) -> int:
         """Visual tokens of the smallest image."""
-        return math.ceil(self.min_pixels / self.token_side**2)
+        return math.ceil(self.min_pixels / (self.frames * self.token_side**2))
 
     @property
     def max_tokens(self) -> int:
         """Visual tokens of the largest image."""
-        return self.max_pixels // self.token_side**2
+        return self.max_pixels // (self.frames * self.token_side**2)
 
     def grid(self, width: int, height: int) -> TokenGrid:
         """The visual tokens of an image of this size in pixels.
@@ -92,14 +96,14 @@ class SmartResize:
             raise UnsupportedImageError(
                 f"absolute aspect ratio must be smaller than {_MAX_ASPECT_RATIO}, got {ratio}"
             )
-        side = self.token_side
+        side, area = self.token_side, self.frames * height * width
         rows, cols = round(height / side), round(width / side)
-        if rows * cols * side**2 > self.max_pixels:
-            scale = math.sqrt(height * width / self.max_pixels)
+        if self.frames * rows * cols * side**2 > self.max_pixels:
+            scale = math.sqrt(area / self.max_pixels)
             rows = max(1, math.floor(height / scale / side))
             cols = max(1, math.floor(width / scale / side))
-        elif rows * cols * side**2 < self.min_pixels:
-            scale = math.sqrt(self.min_pixels / (height * width))
+        elif self.frames * rows * cols * side**2 < self.min_pixels:
+            scale = math.sqrt(self.min_pixels / area)
             rows, cols = math.ceil(height * scale / side), math.ceil(width * scale / side)
         return TokenGrid(rows, cols)
 
@@ -109,6 +113,7 @@ class Qwen2_5VLGeometry:
     """Qwen2.5-VL: the whole image, resized to whole tokens; M-RoPE numbers rows and columns."""
 
     uses_mrope: ClassVar[bool] = True
+    resizing: ClassVar[type[SmartResize]] = SmartResize
     rotary_room: ClassVar[int] = 4
     default_patch: ClassVar[int] = 14
     default_deepstack: ClassVar[tuple[int, ...]] = ()
@@ -136,7 +141,7 @@ class Qwen2_5VLGeometry:
         text = model.get("text_config") or model
         # Each of these vision layers adds features to the rows after one of the first decoder layers.
         deepstack = vision.get("deepstack_visual_indexes", cls.default_deepstack)
-        resize = SmartResize.from_settings(preprocessor, patch, merge)
+        resize = cls.resizing.from_settings(preprocessor, patch, merge)
         window = vision.get("window_size", cls.default_window) if cls.default_window else 0
         window_tokens = max(1, window // (patch * merge))
         return cls(resize, decoder_layers(text), max(1, len(deepstack)), window_tokens)

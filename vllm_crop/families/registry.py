@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self
 
 from vllm_crop.errors import UnsupportedModelError
+from vllm_crop.families.glm4v import Glm4vGeometry
 from vllm_crop.families.internvl import InternVLChatGeometry, InternVLGeometry
 from vllm_crop.families.llava import LlavaGeometry
 from vllm_crop.families.llava_next import LlavaNextGeometry, LlavaOnevisionGeometry
@@ -154,6 +155,8 @@ FAMILIES = {
     "InternVLForConditionalGeneration": Family(InternVLGeometry, "interns1"),
     "InternVLChatModel": Family(InternVLChatGeometry, "internvl"),
     "Mistral3ForConditionalGeneration": Family(Mistral3Geometry, "mistral3"),
+    "Glm4vForConditionalGeneration": Family(Glm4vGeometry, "glm4_1v", ("glm4", "llama")),
+    "Glm4vMoeForConditionalGeneration": Family(Glm4vGeometry, "glm4_1v", ("glm4_moe",)),
 }
 
 

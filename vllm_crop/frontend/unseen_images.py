@@ -114,7 +114,7 @@ def _take_out(prompt: Any, unseen: Mapping[int, BudgetSource], places: Sequence[
 def _without(
     token_ids: Sequence[int], places: Sequence[int], indices: Collection[int], hf_config: Any
 ) -> list[int]:
-    frame = getattr(hf_config, "vision_start_token_id", None), getattr(hf_config, "vision_end_token_id", None)
+    frame = _frame_of(hf_config)
     gone: set[int] = set()
     for index in indices:
         place = places[index]
@@ -123,6 +123,15 @@ def _without(
         if place and around[1] < len(token_ids) and tuple(token_ids[one] for one in around) == frame:
             gone.update(around)
     return [token for place, token in enumerate(token_ids) if place not in gone]
+
+
+def _frame_of(hf_config: Any) -> tuple[int | None, int | None]:
+    """The ids before and after an image, None without; transformers has two names for them."""
+    before, after = (
+        getattr(hf_config, f"vision_{end}_token_id", getattr(hf_config, f"image_{end}_token_id", None))
+        for end in ("start", "end")
+    )
+    return before, after
 
 
 def _others(items: Sequence[_T], indices: Collection[int]) -> list[_T]:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where pieces of a picture are, for a vision tower of the Qwen-VL line: the place they have in all of it.
 
-The towers number the patches of what they are given from the top left, and Qwen3-VL's also stretches a table
-of learned embeddings over it. A piece keeps the numbers and the part of the table that it has in the whole
-picture at its scale. Everything else of a tower's metadata (sequences, windows) is that of separate images:
-pieces are cut where windows begin.
+The towers number the patches of what they are given from the top left, and Qwen3-VL's and GLM-4V's also
+stretch a table of learned embeddings over it. A piece keeps the numbers and the part of the table that it has
+in the whole picture at its scale. Everything else of a tower's metadata (sequences, windows) is that of
+separate images: pieces are cut where windows begin.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ def metadata_of_pieces(tower: Any, pieces: Sequence[Piece]) -> dict[str, Any]:
 
     Args:
         tower: a vision tower with `prepare_encoder_metadata` (vllm/model_executor/models/qwen2_vl.py,
-            qwen2_5_vl.py, qwen3_vl.py).
+            qwen2_5_vl.py, qwen3_vl.py, glm4_1v.py).
     """
     merge = tower.spatial_merge_size
     grids = [[1, piece.rows * merge, piece.cols * merge] for piece in pieces]
@@ -49,7 +49,7 @@ def metadata_of_pieces(tower: Any, pieces: Sequence[Piece]) -> dict[str, Any]:
         stock = metadata[EMBEDDINGS].split([len(of) for of in places])
         metadata[EMBEDDINGS] = torch.cat(
             [
-                own if piece.is_whole else _stretched(tower, piece, of).to(own)
+                own if piece.is_whole else _learned(tower, piece, of).to(own)
                 for own, piece, of in zip(stock, pieces, places, strict=True)
             ]
         )
@@ -62,6 +62,18 @@ def _places(piece: Piece, merge: int) -> torch.Tensor:
     rows, cols = torch.meshgrid(torch.arange(row0, row1), torch.arange(col0, col1), indexing="ij")
     places = torch.stack([rows, cols], dim=-1)
     return places.unflatten(0, (-1, merge)).unflatten(2, (-1, merge)).transpose(1, 2).reshape(-1, 2)
+
+
+def _learned(tower: Any, piece: Piece, places: torch.Tensor) -> torch.Tensor:
+    """The tower's learned embeddings where a piece is, `[patches, hidden]`."""
+    if not hasattr(tower, "embeddings"):
+        return _stretched(tower, piece, places)
+    # GLM-4V's module adds them to what it is given, of any patches of a picture of some size.
+    nothing = torch.zeros(len(places), tower.hidden_size, device=tower.device, dtype=tower.dtype)
+    merge = tower.spatial_merge_size
+    shape = [1, piece.scale.rows * merge, piece.scale.cols * merge]
+    rows: torch.Tensor = tower.embeddings(nothing, [len(places)], [shape], *places.unbind(-1))
+    return rows
 
 
 def _stretched(tower: Any, piece: Piece, places: torch.Tensor) -> torch.Tensor:

@@ -150,6 +150,24 @@ EVICTION_POINTS = (
         )
         for module, decoder in (("qwen3_vl", "Qwen3LLMModel"), ("qwen3_vl_moe", "Qwen3MoeLLMModel"))
     ),
+    *(
+        UpstreamPoint(
+            f"vllm.model_executor.models.{module}",
+            f"{layer}.forward",
+            ("self", "positions", "hidden_states", "residual"),
+            "runs layers in stages",
+        )
+        for module, layer in (("glm4", "Glm4DecoderLayer"), ("glm4_moe", "Glm4MoeDecoderLayer"))
+    ),
+    *(
+        UpstreamPoint(
+            f"vllm.model_executor.models.{module}",
+            f"{decoder}.forward",
+            ("self", "input_ids", "positions", "intermediate_tensors", "inputs_embeds"),
+            "is what the stages do: embeddings through every layer, then the norm",
+        )
+        for module, decoder in (("glm4", "Glm4Model"), ("glm4_moe", "Glm4MoeModel"))
+    ),
     UpstreamPoint(
         "vllm.model_executor.models.qwen3_vl",
         "Qwen3VLForConditionalGeneration._get_deepstack_input_embeds",

@@ -16,6 +16,7 @@ _FAMILIES = (
     ("mistral3", "Mistral3ForConditionalGeneration", "Mistral3MultiModalProcessor"),
     ("internvl", "InternVLChatModel", "InternVLMultiModalProcessor"),
     ("qwen3_5", "Qwen3_5ForConditionalGeneration", "Qwen3VLMultiModalProcessor"),
+    ("glm4_1v", "Glm4vForConditionalGeneration", "Glm4vMultiModalProcessor"),
 )
 _OF_MODELS = (
     ("embed_multimodal", "self kwargs", "returns compressed embeddings"),
@@ -100,6 +101,30 @@ MODEL_POINTS = (
         "Qwen3_VisionTransformer.prepare_encoder_metadata",
         ("self", "grid_thw_list"),
         "gives pieces all but the places they have in the whole image",
+    ),
+    UpstreamPoint(
+        "vllm.model_executor.models.glm4_1v",
+        "Glm4vForConditionalGeneration.get_mrope_input_positions",
+        ("self", "input_tokens", "mm_features"),
+        "numbers the unpruned prompt, of which the tokens that are left keep their numbers",
+    ),
+    UpstreamPoint(
+        "vllm.model_executor.models.glm4_1v",
+        "Glm4vVisionTransformer.forward",
+        ("self", "x", "grid_thw", "encoder_metadata"),
+        "encodes pieces of images with the metadata of their places",
+    ),
+    UpstreamPoint(
+        "vllm.model_executor.models.glm4_1v",
+        "Glm4vVisionTransformer.prepare_encoder_metadata",
+        ("self", "grid_thw_list"),
+        "gives pieces all but the places they have in the whole image",
+    ),
+    UpstreamPoint(
+        "vllm.model_executor.models.glm4_1v",
+        "Glm4vVisionEmbeddings.forward",
+        ("self", "embeddings", "lengths", "image_shapes", "h_coords", "w_coords"),
+        "gives pieces the learned embeddings of their places in the whole image",
     ),
     UpstreamPoint(
         "vllm.model_executor.models.llava_next",
