@@ -190,7 +190,8 @@ def unpruned_prompt(num_tokens: int, mm_features: Sequence[Any]) -> UnprunedProm
         survivors.append(torch.arange(start, place.offset) + shift)
         within, full_length = _within_image(feature)
         survivors.append(within + place.offset + shift)
-        full = replace(place, offset=place.offset + shift, length=full_length, is_embed=None)
+        is_embed = place.is_embed if full_length == place.length else None  # it is of the pruned length
+        full = replace(place, offset=place.offset + shift, length=full_length, is_embed=is_embed)
         features.append(replace(feature, mm_position=full))
         start = place.offset + place.length
         shift += full_length - place.length
