@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading grids and decoder depth from checkpoints' JSON."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from transformers import (
 from vllm_crop.errors import UnsupportedModelError
 from vllm_crop.families.llava import LlavaGeometry
 from vllm_crop.families.llava_next import LlavaNextGeometry, LlavaOnevisionGeometry
+from vllm_crop.families.not_supported import WHY_NOT
 from vllm_crop.families.qwen_vl import Qwen2_5VLGeometry, Qwen3_5Geometry, Qwen3VLGeometry
 from vllm_crop.families.registry import FAMILIES, geometry_from_configs
 from vllm_crop.families.text_layers import decoder_layers
@@ -455,6 +457,13 @@ def test_our_own_architecture_names_are_recognised(architecture: str) -> None:
 def test_other_architectures_are_refused_naming_the_supported_ones(architectures: Any) -> None:
     with pytest.raises(UnsupportedModelError, match="LlavaForConditionalGeneration"):
         geometry_from_configs({**LLAVA_7B, "architectures": architectures}, {})
+
+
+@pytest.mark.parametrize("architecture", sorted(WHY_NOT))
+def test_models_that_people_ask_for_are_refused_with_the_reason(architecture: str) -> None:
+    assert architecture not in FAMILIES
+    with pytest.raises(UnsupportedModelError, match=re.escape(WHY_NOT[architecture])):
+        geometry_from_configs({"architectures": [architecture]}, {})
 
 
 def test_other_vision_towers_are_refused() -> None:

@@ -15,6 +15,7 @@ from vllm_crop.families.internvl import InternVLChatGeometry, InternVLGeometry
 from vllm_crop.families.llava import LlavaGeometry
 from vllm_crop.families.llava_next import LlavaNextGeometry, LlavaOnevisionGeometry
 from vllm_crop.families.mistral3 import Mistral3Geometry
+from vllm_crop.families.not_supported import WHY_NOT
 from vllm_crop.families.qwen_vl import (
     Qwen2_5VLGeometry,
     Qwen2VLGeometry,
@@ -168,6 +169,8 @@ def family_of(model: Mapping[str, Any]) -> str:
     """
     architectures = model.get("architectures") or []
     family = str(architectures[0]).removeprefix("Crop") if architectures else ""
+    if family in WHY_NOT:
+        raise UnsupportedModelError(f"{family} is not supported: {WHY_NOT[family]}")
     if family not in FAMILIES:
         raise UnsupportedModelError(
             f"architectures {architectures} are not supported; supported: {sorted(FAMILIES)}"
