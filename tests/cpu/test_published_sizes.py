@@ -4,6 +4,7 @@
 import math
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -59,6 +60,7 @@ TOKENS = {
     GLM4V: (1196, 6032, 6144),
     GLM4V_MOE: (1196, 6032, 6144),
 }
+README = (Path(__file__).parents[2] / "README.md").read_text()
 ServerOf = Callable[[Family], SimpleNamespace]
 
 
@@ -177,6 +179,22 @@ def test_the_recommended_layer_makes_groups_without_much_padding(server_of: Serv
         except BudgetError:
             pytest.fail(f"{rate} cannot be met from layer {layer} on")
         assert counts[0] > counts[1] > 0
+
+
+@each_family
+def test_readme_says_what_a_megapixel_costs(server_of: ServerOf, family: Family) -> None:
+    name, planner = PUBLISHED[family].name, server_of(family).processor.planner
+    (row,) = [
+        line
+        for line in README.splitlines()
+        if line.startswith("| ") and name in line.split(" | ")[0][2:].split(", ")
+    ]
+    whole, *counts = (int(cell.strip(" |").replace(",", "")) for cell in row.split(" | ")[1:])
+    assert planner.geometry.grid(1024, 1024).num_tokens == whole
+    for rate, count in zip((0.667, 0.778, 0.889), counts, strict=True):
+        crop = {"regions": [[0.3, 0.3, 0.5, 0.5]], "pruning_rate": rate, "method": "plc"}
+        (decision,) = planner.plan(CropRequest(CropParams.parse(crop)), [(1024, 1024)])
+        assert decision.plan.num_embeddings == count
 
 
 def test_every_family_is_published() -> None:
