@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
 
 from tests.conftest import CheckpointOf
 from tests.cpu.conftest import EVICT, Engine, EngineOf, Question, ReferenceOf, reference_by
@@ -120,6 +121,13 @@ def test_what_its_layers_cannot_do_is_refused_at_start(
     checkpoint = checkpoint_of(QWEN3_5, QWEN3_5.shallow)
     with pytest.raises(ValueError, match=said):
         EngineArgs(model=str(checkpoint), additional_config={"crop": crop}).create_model_config()
+
+
+def test_a_client_that_asks_for_eviction_is_told_why_not(engine_of: EngineOf) -> None:
+    pool = engine_of(QWEN3_5, "pool")
+    asked = Question((noise_image(408),), {"regions": [FIRST], "method": "ilp"})
+    with pytest.raises(VLLMValidationError, match="'ilp' is not possible with this model: three of"):
+        pool.ask(asked)
 
 
 def test_layers_that_look_are_read_by_default(engine_of: EngineOf) -> None:
