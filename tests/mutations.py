@@ -166,14 +166,14 @@ MUTATIONS = (
     ),
     Mutation(
         "hash without the image",
-        "models/processor.py",
+        "models/image_keys.py",
         "key = repr((image_hash, request_key, settings, seen))",
         "key = repr((request_key, settings, seen))",
         (CACHES,),
     ),
     Mutation(
         "all images share their features",
-        "models/processor.py",
+        "models/image_keys.py",
         "hashlib.blake2b(image_hash.encode(), digest_size=16)",
         "hashlib.blake2b(b'', digest_size=16)",
         (CACHES,),
@@ -265,7 +265,7 @@ MUTATIONS = (
     ),
     Mutation(
         "an image with breaks as embeddings has the key of one with breaks as text",
-        "models/processor.py",
+        "models/image_keys.py",
         "    if not plan.compresses:  # all tokens, and not as stock vLLM has them",
         "    if not plan.compresses:\n        return image_hash\n    if False:",
         ("tests/cpu/test_mistral3.py",),
@@ -293,7 +293,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a picture has one key at every scale",
-        "models/processor.py",
+        "models/image_keys.py",
         'f"{image_hash} at {piece.scale.rows} x {piece.scale.cols}"',
         "image_hash",
         (FOVEATION,),

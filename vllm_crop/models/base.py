@@ -17,7 +17,7 @@ from vllm_crop.families.text_layers import full_attention_layers
 from vllm_crop.heat.step import HeatStep
 from vllm_crop.heat.taps import start_heat
 from vllm_crop.models.encoder import CompressingEncoder, Encode, SeenImage
-from vllm_crop.models.processor import ASSIGNMENT, PLAN_FIELDS, POSITIONS
+from vllm_crop.models.plan_fields import ASSIGNMENT, PLAN_FIELDS, POSITIONS
 
 
 class CropModelMixin(nn.Module):

@@ -21,7 +21,8 @@ from vllm.tokenizers import cached_tokenizer_from_config
 
 from vllm_crop.models.base import PlainRopeMixin
 from vllm_crop.models.encoder import Assemble, Encode, Part, SeenImage
-from vllm_crop.models.processor import ASSIGNMENT, CropProcessorMixin
+from vllm_crop.models.plan_fields import ASSIGNMENT
+from vllm_crop.models.processor import CropProcessorMixin
 from vllm_crop.planner import ImageDecision
 from vllm_crop.planning.foveation import whole_piece
 from vllm_crop.planning.geometry import ImageTokens, TokenGrid

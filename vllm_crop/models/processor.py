@@ -5,7 +5,6 @@ Mixed in front of a vLLM multimodal processor (vllm/multimodal/processing/proces
 here, once; the worker receives it as tensors beside the pixels, so count and rows cannot disagree.
 """
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,7 +13,6 @@ from typing import Any, ClassVar, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.inputs import MultiModalFieldConfig
@@ -33,13 +31,21 @@ from vllm_crop.eviction.markers import UNMARKED, EvictionSettings, Unmarked, emb
 from vllm_crop.families.registry import VisionGeometry, geometry_from_configs
 from vllm_crop.localizers.thumbnails import Picture, as_picture
 from vllm_crop.models.ahead import ImagesAhead
+from vllm_crop.models.image_keys import hash_of, image_key
 from vllm_crop.models.known_images import KnownImages, RequestImages, identify
+from vllm_crop.models.plan_fields import (
+    ASSIGNMENT,
+    CROP_FIELDS,
+    IMAGE_KEY,
+    POSITIONS,
+    assignment,
+    positions,
+)
 from vllm_crop.models.sent import OnTheWay, forgotten_on_failure, newly_sent, withhold
 from vllm_crop.planner import ImageDecision, Planner, is_clients_wish
-from vllm_crop.planning.foveation import Piece
 from vllm_crop.planning.geometry import ImageTokens
 from vllm_crop.planning.plan import TokenPlan
-from vllm_crop.request import CropRequest, ImageRequest
+from vllm_crop.request import CropRequest
 
 # Keys of a request's processor settings: what the client sent, what the renderer makes of it, and what a call
 # of the processor tells its own parts. Under the last two, only objects of ours mean anything.
@@ -426,85 +432,3 @@ def _take(kwargs: Mapping[str, object], key: str, kind: type[_T]) -> tuple[_T | 
     if not isinstance(found, kind):
         return None, dict(kwargs)
     return found, {name: value for name, value in kwargs.items() if name != key}
-
-
-ASSIGNMENT, POSITIONS, IMAGE_KEY = "crop_assignment", "crop_positions", "crop_image_key"
-PLAN_FIELDS = (ASSIGNMENT, POSITIONS, IMAGE_KEY)
-PIECES = "crop_pieces"
-CROP_FIELDS = (*PLAN_FIELDS, PIECES)
-_NOTHING, _NO_KEY = torch.empty(0, dtype=torch.int32), torch.empty(0, 2, dtype=torch.int64)
-
-
-def hash_of(
-    image_hash: str, plan: TokenPlan | None, decision: ImageDecision, settings: tuple[str | None, ...]
-) -> str:
-    """The cache key of what the encoder makes of an image; stock vLLM's where that is stock embeddings."""
-    if plan is None:
-        return image_hash
-    if not plan.compresses:  # all tokens, and not as stock vLLM has them
-        return hashlib.blake2b(repr((image_hash, "all-1")).encode(), digest_size=32).hexdigest()
-    return hash_with_request(image_hash, decision.request, settings, decision.pieces, plan.num_embeddings)
-
-
-def hash_with_request(
-    image_hash: str,
-    request: ImageRequest,
-    settings: tuple[str | None, ...],
-    pieces: Sequence[Piece],
-    num_embeddings: int,
-) -> str:
-    """Images not compressed keep the hash stock vLLM gives them; any region gets a key of its own.
-
-    Args:
-        settings: the server's that change what is found by the hash, where KV entries are kept longer than
-            it runs: position ids change them, if not the image's embeddings.
-    """
-    request_key = request.cache_key()
-    if request_key is None:
-        return image_hash
-    if request.region is None:  # all of it alike: whatever bound has led to as many tokens
-        request_key = ("even-1", request.compression, num_embeddings)
-    seen = tuple(piece.as_numbers() for piece in pieces)
-    key = repr((image_hash, request_key, settings, seen))
-    return hashlib.blake2b(key.encode(), digest_size=32).hexdigest()
-
-
-def assignment(plan: TokenPlan | None) -> torch.Tensor:
-    """`[num_tokens]`, or empty for an image that is not compressed."""
-    return _NOTHING if plan is None else _tensor(plan.assignment)
-
-
-def positions(plan: TokenPlan | None) -> torch.Tensor:
-    """`[num_embeddings]`, or empty for an image that is not compressed."""
-    return _NOTHING if plan is None else _tensor(plan.position)
-
-
-def _tensor(array: NDArray[np.int32]) -> torch.Tensor:
-    # A copy: plans are kept, and torch could write to what it shares.
-    return torch.from_numpy(array.copy())
-
-
-def piece_keys(image_hash: str, pieces: Sequence[Piece]) -> torch.Tensor:
-    """`[pieces, 2]`, words that name an image at the scale of each piece; not its window."""
-    names = (f"{image_hash} at {piece.scale.rows} x {piece.scale.cols}" for piece in pieces)
-    return torch.cat([image_key(name) for name in names])
-
-
-def piece_numbers(pieces: Sequence[Piece]) -> torch.Tensor:
-    """`[pieces, 10]`, as the worker gets them."""
-    return torch.tensor([piece.as_numbers() for piece in pieces], dtype=torch.int32).reshape(-1, 10)
-
-
-def pieces_of(kwargs: Mapping[str, Any], num_images: int) -> list[tuple[Piece, ...]]:
-    """What each image of a batch is seen in, in the worker; empty for those seen whole."""
-    if PIECES not in kwargs:
-        return [()] * num_images
-    return [tuple(map(Piece.from_numbers, numbers.tolist())) for numbers in kwargs[PIECES]]
-
-
-def image_key(image_hash: str) -> torch.Tensor:
-    """`[1, 2]`, 64-bit words that name an image's pixels, or `[0, 2]` for an image not to be remembered."""
-    if not image_hash:
-        return _NO_KEY
-    digest = hashlib.blake2b(image_hash.encode(), digest_size=16).digest()
-    return torch.frombuffer(bytearray(digest), dtype=torch.int64).reshape(1, 2)

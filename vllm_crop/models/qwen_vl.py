@@ -19,18 +19,11 @@ from vllm_crop.families.view_size import size_for_tokens
 from vllm_crop.localizers.thumbnails import Picture, as_picture
 from vllm_crop.models.base import CropModelMixin, original_mrope_positions
 from vllm_crop.models.encoder import Encode, Part, SeenImage
+from vllm_crop.models.image_keys import image_key, piece_keys
 from vllm_crop.models.piece_pixels import pixels_of
 from vllm_crop.models.placed_pieces import metadata_of_pieces
-from vllm_crop.models.processor import (
-    IMAGE_KEY,
-    PIECES,
-    CropItems,
-    CropProcessorMixin,
-    image_key,
-    piece_keys,
-    piece_numbers,
-    pieces_of,
-)
+from vllm_crop.models.plan_fields import IMAGE_KEY, PIECES, piece_numbers, pieces_of
+from vllm_crop.models.processor import CropItems, CropProcessorMixin
 from vllm_crop.planner import ImageDecision
 from vllm_crop.planning.foveation import Piece, sources, whole_piece
 from vllm_crop.planning.geometry import TokenGrid

@@ -16,16 +16,9 @@ from vllm_crop.families.llava_next import LlavaNextGeometry, Tiles
 from vllm_crop.families.registry import geometry_from_configs
 from vllm_crop.models.base import PlainRopeMixin
 from vllm_crop.models.encoder import Encode, Part, SeenImage
-from vllm_crop.models.processor import (
-    IMAGE_KEY,
-    PIECES,
-    CropItems,
-    CropProcessorMixin,
-    image_key,
-    piece_keys,
-    piece_numbers,
-    pieces_of,
-)
+from vllm_crop.models.image_keys import image_key, piece_keys
+from vllm_crop.models.plan_fields import IMAGE_KEY, PIECES, piece_numbers, pieces_of
+from vllm_crop.models.processor import CropItems, CropProcessorMixin
 from vllm_crop.models.seen_tiles import only_tiles
 from vllm_crop.planning.foveation import Piece
 
