@@ -58,11 +58,12 @@ class Fake:
             return self.routes.get(path, error(404, "Not Found"))
         if self.chat is not None:
             return self.chat
-        if body["model"] != "tiny":
-            return error(404, f"The model `{body['model']}` does not exist.")
         crop = body.get("crop") or {} if self.reads_field else {}
         if crop.get("regions") == [[2.0, 0.0, 0.0, 0.0]]:
             return error(400, "crop.regions[0]: four fractions")
+        # As on a real server: the body is read before the model is looked for.
+        if body["model"] != "tiny":
+            return error(404, f"The model `{body['model']}` does not exist.")
         pruned = "regions" in crop and self.facts["method"] != "off"
         told = {"x_crop_facts": json.dumps(self.facts)} if self.reads_field else {}
         return body_of({"usage": {"prompt_tokens": 30 if pruned else 105}}, **told)

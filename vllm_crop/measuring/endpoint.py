@@ -131,11 +131,11 @@ def _try_all(client: BoundedClient, address: str, model: str | None, num_request
     known = model is None or model in served
     if known:
         yield Finding("endpoint", "works", f"serves {shown(client.model)}")
-    field = _field_read(client, served)
+    whole = _whole_prompt(client, served)
     if not known:  # a router may pass on what it does not list
         yield Finding("endpoint", "works", f"serves {shown(client.model)}, which its /models does not list")
+    field = _field_read(client)
     yield field
-    whole, _ = _ask(client, 0, {"method": "off"})
     answers = [_ask(client, seed, {"regions": [_REGION]}) for seed in range(num_requests)]
     told = [facts for _, facts in answers]
     yield _pruned(whole, [tokens for tokens, _ in answers], told, field)
@@ -223,7 +223,23 @@ def _read(kind: type[Answered], body: str, otherwise: str = NO_SERVER) -> Answer
         raise EndpointError(otherwise) from None
 
 
-def _field_read(client: BoundedClient, served: Sequence[str]) -> Finding:
+def _whole_prompt(client: BoundedClient, served: Sequence[str]) -> int:
+    """Tokens of a prompt that is not pruned.
+
+    Raises:
+        EndpointError: no such model is served.
+    """
+    import openai
+
+    try:
+        return _ask(client, 0, {"method": "off"})[0]
+    except openai.NotFoundError:
+        if not served or client.model in served:
+            raise
+    raise EndpointError(f"it serves no model {shown(client.model)}, but: {shown(', '.join(served))}")
+
+
+def _field_read(client: BoundedClient) -> Finding:
     import openai
 
     what = "field `crop` read"
@@ -234,11 +250,6 @@ def _field_read(client: BoundedClient, served: Sequence[str]) -> Finding:
         if "crop.regions" in said:
             return Finding(what, "works", "a box outside of the image is refused")
         return Finding(what, "fails", f"refused, but not for the box: {said}")
-    except openai.NotFoundError:
-        if not served or client.model in served:
-            raise
-        names = ", ".join(served)
-        raise EndpointError(f"it serves no model {shown(client.model)}, but: {shown(names)}") from None
     return Finding(
         what,
         "fails",
