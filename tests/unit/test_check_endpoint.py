@@ -105,6 +105,13 @@ def served(fake: Fake) -> Iterator[str]:
         server.server_close()
 
 
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        for spelling in (name, name.upper()):
+            monkeypatch.delenv(spelling, raising=False)
+
+
 @pytest.fixture
 def fake() -> Fake:
     return Fake()
@@ -309,6 +316,22 @@ def test_another_services_port(fake: Fake, root: str) -> None:
 def test_redirects_in_a_circle(fake: Fake, root: str) -> None:
     fake.routes["/v1/models"] = (307, {"location": "/v1/models"}, b"")
     assert "it redirects in a circle" in refusal(f"{root}/v1")
+
+
+def test_a_proxy_may_be_to_blame(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", f"{root}/nowhere")
+    monkeypatch.setenv("no_proxy", "localhost")
+    said = "(asked through the proxy that http_proxy names"
+    assert said in refusal("http://a-host.invalid/v1")
+    assert said not in refusal("http://localhost:9/v1")
+
+
+@pytest.mark.parametrize(
+    ("body", "said"), [(HTML, "500: a web page"), (b"", "500: without a word"), (b"[1]", "500: [1]")]
+)
+def test_errors_in_other_forms(fake: Fake, root: str, body: bytes, said: str) -> None:
+    fake.routes["/v1/models"] = (500, {}, body)
+    assert f"answers HTTP {said}" in refusal(f"{root}/v1")
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import ssl
 from collections.abc import Iterator, Sequence
 from typing import Any
 from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from vllm_crop.measuring.bounded_client import CONNECT_S, EndpointError
 
@@ -75,8 +76,16 @@ def in_words(error: BaseException, address: str, timeout_s: float) -> str:
         if isinstance(one, EndpointError):
             return f"{public(address)}: {one}"
         if isinstance(one, openai.APIStatusError):
-            return _status_in_words(one, address)
-    return f"{public(address)}: {_no_answer_in_words(chain, timeout_s)}"
+            return _status_in_words(one, address) + _by_proxy(address)
+    return f"{public(address)}: {_no_answer_in_words(chain, timeout_s)}{_by_proxy(address)}"
+
+
+def _by_proxy(address: str) -> str:
+    """What else may be to blame, and is seldom thought of."""
+    parts = urlsplit(address)
+    if parts.scheme not in getproxies() or proxy_bypass(parts.hostname or ""):
+        return ""
+    return f" (asked through the proxy that {parts.scheme}_proxy names; no_proxy leaves hosts out)"
 
 
 def _no_answer_in_words(chain: Sequence[BaseException], timeout_s: float) -> str:
@@ -118,12 +127,16 @@ def _no_answer_in_words(chain: Sequence[BaseException], timeout_s: float) -> str
 
 def said_by(error: Any) -> str:
     """The message in an error of vLLM's or OpenAI's form; else the beginning of the body."""
+    text = error.response.text
     try:
-        body = json.loads(error.response.text)
-        message = body["error"]["message"] if "error" in body else body["message"]
+        body = json.loads(text)
+        text = str(
+            body["error"]["message"] if "error" in body else body.get("message", body.get("detail", text))
+        )
     except Exception:
-        message = error.response.text
-    return shown(str(message))
+        if text.lstrip().startswith("<"):
+            return "a web page"
+    return shown(text) or "without a word"
 
 
 def _status_in_words(error: Any, address: str) -> str:
