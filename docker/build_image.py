@@ -32,6 +32,13 @@ def labels() -> list[str]:
     return [f"--label=org.opencontainers.image.{name}={value}" for name, value in told.items()]
 
 
+def _another_way(tool: Tool, kind: str) -> str:
+    if tool.name != "buildah" or os.environ.get("BUILDAH_ISOLATION"):
+        return ""
+    target = {"cpu": "image", "gpu": "image-gpu"}[kind]
+    return f". Where no container may be run, this can do: BUILDAH_ISOLATION=chroot make {target}"
+
+
 def build(tool: Tool, kind: str, args: Sequence[str]) -> None:
     """Build the image of a kind, with pip's sources of this machine."""
     settings = pip_sources.of_this_machine()
@@ -41,7 +48,7 @@ def build(tool: Tool, kind: str, args: Sequence[str]) -> None:
         files = pip_sources.on_disk(settings)
         code = tool.build(DOCKERFILES[kind], tag_of(kind), pip_conf, files, [*labels(), *args])
     if code:
-        fail(f"{tool.name} could not build {DOCKERFILES[kind]}, see above")
+        fail(f"{tool.name} could not build {DOCKERFILES[kind]}, see above{_another_way(tool, kind)}")
 
 
 if __name__ == "__main__":

@@ -38,6 +38,19 @@ class InvalidCropError(ValueError):
         self.reason = reason
 
 
+# Objects of a body in which clients put the field by mistake, and nobody looks for it.
+MISPLACED_IN = ("extra_body", "vllm_xargs")
+
+
+def misplaced(parent: str) -> InvalidCropError:
+    """What is wrong where the field stands in one of MISPLACED_IN."""
+    return InvalidCropError(
+        f"{parent}.crop",
+        'nobody reads it there: it belongs into the body itself, {"model": ..., "messages": ..., '
+        '"crop": {...}} (extra_body is an argument of the Python client openai, which does that)',
+    )
+
+
 def parse_region(value: Any) -> Region | None:
     """None, one box or a list of boxes -> the region of one image."""
     if value is None:

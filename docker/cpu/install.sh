@@ -10,10 +10,23 @@ want=$(cat pyproject.toml constraints.txt docker/cpu/* | sha256sum | cut -d' ' -
 
 fail() { printf '\nset-up: %s\n' "$*" >&2; exit 1; }
 
+# An environment holds one checkout: installing ours into it would take it away from the other one.
+was=$(cat "$stamp" 2>/dev/null || true)
+owner=${was:+/${was#*-/}}
+if [ -n "$owner" ] && ! [ "$owner" -ef "$PWD" ] && { [ -d "$owner" ] || [ -L "$venv" ]; }; then
+    fail "$venv is the environment of $owner, from which it would be taken away. Name another one,
+make VENV=.venv-own, or let this checkout have its own: rm -rf $venv (of a link, that removes the link alone)."
+fi
+if [ -z "$owner" ] && [ -L "$venv" ] && [ -e "$venv/pyvenv.cfg" ]; then
+    fail "$venv is a link to an environment that no set-up of ours has made: $(readlink -f "$venv"). Nothing was
+installed there. Remove the link for an environment of this checkout's own (rm $venv), or name the folder itself
+to have it changed: make VENV=$(readlink -f "$venv")"
+fi
+
 if [ -d "$venv" ] && ! "$venv/bin/python" -c 'import sys' 2>/dev/null; then
     fail "$venv is broken (its Python does not start). Remove it and run the command again: rm -rf $venv"
 fi
-if [ "$(cat "$stamp" 2>/dev/null)" = "$want" ]; then
+if [ "$was" = "$want" ]; then
     "$venv/bin/python" docker/cpu/verify.py && exit 0
     echo "set-up: repairing $venv" >&2
 fi

@@ -10,7 +10,7 @@ import json
 import re
 from typing import Any
 
-from vllm_crop.crop_params import MAX_FIELD_BYTES, MAX_FIELD_DEPTH, InvalidCropError
+from vllm_crop.crop_params import MAX_FIELD_BYTES, MAX_FIELD_DEPTH, MISPLACED_IN, InvalidCropError, misplaced
 
 FIELD = "crop"
 LONGEST_NAME = 26  # bytes: every letter may be written as an escape
@@ -23,7 +23,10 @@ _NAME = re.compile(rb'"(?:c|\\u0063)(?:r|\\u0072)(?:o|\\u006[fF])(?:p|\\u0070)"'
 _TOKEN = re.compile(rb'[{}\[\]]|"[^"\\]{0,64}+"|"')
 _WITHIN = re.compile(rb'[{}\[\]]|(?:"[^"\\]{0,64}+"[\s,:]*+){1,256}|"')
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+_PARENT = re.compile(rb'"(%s)"' % "|".join(MISPLACED_IN).encode())
+_OPENS = re.compile(rb"\s*+:\s*+\{")
 _VALUE = re.compile(rb"\s*+:\s*+")
+_SET = re.compile(rb"\s*+:\s*+(?!null)")
 _SCALAR = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[^,\]}\s]++', re.DOTALL)
 _START = re.compile(rb"(?:\xef\xbb\xbf)?\s*+\{")
 
@@ -44,7 +47,8 @@ def find_field(body: bytes) -> Any:
     Of several the last one counts, as everywhere in JSON.
 
     Raises:
-        InvalidCropError: it is longer or more deeply nested than it can have a reason to be.
+        InvalidCropError: it is longer or more deeply nested than it can have a reason to be, or stands where
+            nobody looks for it.
     """
     if not is_utf8(body):
         try:
@@ -72,7 +76,8 @@ def _find_bytes(body: bytes) -> bytes | None:
     found: bytes | None = None
     depth, position = 1, start.end()
     value_from: int | None = None  # of the field's value, while we are within it
-    while (token := (_TOKEN if depth == 1 else _WITHIN).search(body, position)) is not None:
+    parent: str | None = None  # where the field does not belong, while we are within it
+    while (token := (_TOKEN if depth == 1 + bool(parent) else _WITHIN).search(body, position)) is not None:
         position = token.end()
         kind = body[token.start()]
         if kind in b"{[":
@@ -83,10 +88,18 @@ def _find_bytes(body: bytes) -> bytes | None:
             depth -= 1
             if depth == 1 and value_from is not None:
                 found, value_from = body[value_from:position], None
+            if depth == 1:
+                parent = None
             if depth == 0:
                 break
         elif position - token.start() == 1 and not (position := _end_of_string(body, token.start())):
             return None  # a string that does not end
+        elif depth == 1 and (named := _PARENT.fullmatch(body, token.start(), position)):
+            if (opens := _OPENS.match(body, position)) is not None:
+                parent, depth, position = named.group(1).decode(), depth + 1, opens.end()
+        elif depth == 2 and parent and _NAME.fullmatch(body, token.start(), position):
+            if _SET.match(body, position) is not None:
+                raise misplaced(parent)
         elif depth == 1 and _NAME.fullmatch(body, token.start(), position):
             colon = _VALUE.match(body, position)
             if colon is None:

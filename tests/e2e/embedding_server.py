@@ -5,6 +5,7 @@ Takes the arguments of `vllm serve`. One task answers all requests, one after th
 """
 
 import asyncio
+import signal
 import sys
 from typing import Any
 
@@ -51,6 +52,8 @@ async def main() -> None:
             except VLLMValidationError as error:
                 return JSONResponse({"error": {"message": str(error)}}, status_code=400)
 
+        # uvicorn raises what has stopped it once more at its end, which would leave the engine behind.
+        signal.signal(signal.SIGTERM, lambda *_: None)
         await uvicorn.Server(uvicorn.Config(app, host=args.host, port=args.port)).serve()
         worker.cancel()
 

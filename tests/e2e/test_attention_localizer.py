@@ -2,6 +2,9 @@
 """`vllm serve` that finds regions where the model looks, on two API server processes."""
 
 import base64
+import json
+import re
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,7 @@ from vllm_crop.planning.geometry import Box, Region, TokenGrid
 
 pytestmark = pytest.mark.e2e
 
+ROOT = Path(__file__).parents[2]
 SCENES = make_test_set(6, seed=31)
 LOCAL = [(scene, q) for scene in SCENES for q in scene.questions if q.boxes]
 GLOBAL = [(scene, q) for scene in SCENES for q in scene.questions if not q.boxes]
@@ -51,6 +55,22 @@ def covers(image: Any, question: Any) -> float:
     region = Region(tuple(Box(*box) for box in image["region"]))
     needed = TOKENS.mask(question.region(8))
     return float((needed & TOKENS.mask(region)).sum() / needed.sum())
+
+
+def test_the_question_in_readme_is_answered_as_it_says(server: Server) -> None:
+    readme = (ROOT / "README.md").read_text()
+    command = re.search(r"```bash\n(curl -si .*?)```", readme, re.DOTALL)
+    said = re.search(
+        r"\(docs/scene\.png\); the answer is (\d), from (\d+) of its (\d+) visual tokens", readme
+    )
+    assert command
+    assert said
+    here = command[1].replace("http://localhost:8000", server.base_url).replace('"tinyvqa"', f'"{MODEL}"')
+    asked = subprocess.run(["bash", "-c", here], cwd=ROOT, capture_output=True, text=True, check=True)
+    headers, _, body = asked.stdout.partition("\n\n")
+    answer, most, whole = said.groups()
+    assert json.loads(body)["choices"][0]["message"]["content"] == answer
+    assert f'"tokens":{whole},"tokens_after_plc":{most},' in headers
 
 
 def test_the_region_is_where_the_answer_is(client: openai.OpenAI) -> None:

@@ -16,7 +16,7 @@ from tests.e2e.conftest import ENVIRONMENT, MODEL
 from tests.pictures import noise_image
 from tests.tinyvqa import CHECKPOINT
 from vllm_crop.client import question_about
-from vllm_crop.measuring.server import HOST, free_port, wait_until_ready
+from vllm_crop.measuring.server import HOST, free_port, stop_group, wait_until_ready
 
 pytestmark = pytest.mark.e2e
 SIDE, FULL = 256, 256  # pixels; visual tokens of a picture
@@ -34,14 +34,29 @@ def client(logs: Path) -> Iterator[openai.OpenAI]:
     ]
     with log_path.open("wb") as log:
         server = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **ENVIRONMENT}
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **ENVIRONMENT},
+            start_new_session=True,
         )
     try:
         wait_until_ready(server, "the server", f"http://{HOST}:{port}/health", log_path, 300)
         yield openai.OpenAI(base_url=f"http://{HOST}:{port}/v1", api_key="unused", max_retries=0)
     finally:
-        server.terminate()
-        server.wait(20)
+        stop_group(server)
+    assert server.returncode == 0  # it has ended its engine itself
+
+
+@pytest.mark.parametrize("parent", ["extra_body", "vllm_xargs"])
+def test_where_nobody_looks_for_it_is_said(client: openai.OpenAI, parent: str) -> None:
+    with pytest.raises(openai.BadRequestError, match=rf"{parent}\.crop: nobody reads it there"):
+        client.chat.completions.create(
+            model=MODEL,
+            messages=question_about(noise_image(3, SIDE, SIDE), "what is it?"),
+            max_tokens=1,
+            extra_body={parent: {"crop": "off"}},
+        )
 
 
 def prompt_tokens(client: openai.OpenAI, picture: Image.Image, crop: object = None) -> int:

@@ -11,7 +11,7 @@ import pytest
 
 from vllm_crop.compat.patches import cli_flags
 from vllm_crop.compat.patches.cli_flags import MIDDLEWARE, add_options, apply_options, parse_config, patch
-from vllm_crop.errors import UnsupportedVersionError
+from vllm_crop.errors import UnsupportedFlagError, UnsupportedVersionError
 
 
 def fake_engine_args() -> Any:
@@ -112,6 +112,20 @@ def test_the_middleware_is_added_once_and_after_the_users() -> None:
     apply_options(args)
     assert args.middleware == ["mine.Own", MIDDLEWARE]
     assert served("--plugin", "crop", "--middleware", MIDDLEWARE).middleware == [MIDDLEWARE]
+
+
+@pytest.mark.parametrize("flag", ["--grpc", "--enable-scale-out", "--tokens-only"])
+def test_servers_that_requests_reach_past_ours_are_refused(flag: str) -> None:
+    """By vLLM's own parser: a flag that it calls otherwise would not be seen."""
+    parsers = pytest.importorskip("vllm.utils.argparse_utils")
+    from tests.upstream import make_arg_parser
+
+    parser = make_arg_parser(parsers.FlexibleArgumentParser())
+    if "--plugin" not in parser._option_string_actions:  # where nothing has registered the plugin before
+        add_options(parser)
+    with pytest.raises(UnsupportedFlagError, match=rf"{flag}.* cannot be used with --plugin crop"):
+        apply_options(parser.parse_args(["--plugin", "crop", flag]))
+    apply_options(parser.parse_args([flag]))
 
 
 def test_the_parsers_default_lists_stay_empty() -> None:

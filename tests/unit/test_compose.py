@@ -86,6 +86,25 @@ def test_servers_are_told_what_they_understand() -> None:
         assert command[command.index("--config") + 1] in targets
 
 
+@pytest.mark.parametrize(
+    ("service", "settings"),
+    [
+        ("cpu", "docker/tinyvqa.yaml"),
+        ("cpu-asking", "deploy/compose/asking.yaml"),
+        ("gpu", "deploy/compose/gpu.yaml"),
+    ],
+)
+def test_requests_that_run_are_finished_within_the_grace_period(service: str, settings: str) -> None:
+    waits = yaml.safe_load((ROOT / settings).read_text())["shutdown-timeout"]
+    assert 0 < waits < int(SERVICES[service]["stop_grace_period"].removesuffix("s"))
+
+
+def test_weights_are_mounted_without_the_login_beside_them() -> None:
+    (source, target) = mounts(SERVICES["gpu"])[0]
+    assert source.endswith("/hub")
+    assert SERVICES["gpu"]["environment"]["HF_HUB_CACHE"] == target
+
+
 def test_defaults_within_braces_have_none_of_their_own() -> None:
     """Older composes end `${NAME:-default}` at the first closing brace."""
     text = (COMPOSE / "compose.yaml").read_text()

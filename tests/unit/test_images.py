@@ -86,6 +86,7 @@ def test_arguments_take_the_place_of_what_is_served() -> None:
 def test_the_cpu_image_serves_what_the_demo_serves() -> None:
     served = yaml.safe_load(SERVED.read_text())
     own = {"model": "/models/tinyvqa", "served-model-name": "tinyvqa", "kv-cache-memory-bytes": 1 << 30}
+    own["shutdown-timeout"] = 60
     options = dict(zip(SERVER_OPTIONS[:-1:2], SERVER_OPTIONS[1::2], strict=True))
     demo = {name.removeprefix("--"): value for name, value in options.items()}
     demo["crop-config"] = json.loads(demo["crop-config"])
@@ -199,6 +200,23 @@ def test_what_docker_and_podman_are_told(
         "rm --force 0",
         "run --rm --user 5:0 --entrypoint vllm-crop crop:cpu check",
     ]
+
+
+@pytest.mark.parametrize("isolation", [None, "chroot"])
+def test_a_build_that_fails_says_what_else_can_be_tried(
+    from_docker: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, isolation: str | None
+) -> None:
+    build_image, image_tools = from_docker("build_image"), from_docker("image_tools")
+    (stand_in := tmp_path / "buildah").write_text("#!/bin/sh\nexit 1\n")
+    stand_in.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.delenv("BUILDAH_ISOLATION", raising=False)
+    if isolation:
+        monkeypatch.setenv("BUILDAH_ISOLATION", isolation)
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit, match=r"buildah could not build docker/Dockerfile\.cpu") as ended:
+        build_image.build(image_tools.Buildah(), "cpu", [])
+    assert str(ended.value).endswith("BUILDAH_ISOLATION=chroot make image") == (isolation is None)
 
 
 PIP_LISTS = """

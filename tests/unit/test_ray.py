@@ -19,6 +19,10 @@ def test_its_settings_are_ours() -> None:
     assert CropConfig.from_mapping(LLM["engine_kwargs"]["additional_config"]["crop"]).pruning_rate == 0.778
 
 
+def test_nobody_from_elsewhere_gets_in_unasked() -> None:
+    assert CONFIG["http_options"]["host"] == "127.0.0.1"
+
+
 def test_the_middleware_is_there() -> None:
     """Without it the field `crop` is read too late for facts to be returned."""
     for path in LLM["engine_kwargs"]["middleware"]:

@@ -32,6 +32,7 @@ values = st.recursive(
     max_leaves=12,
 )
 bodies = st.dictionaries(texts | st.just("crop"), values, max_size=6)
+parents = st.sampled_from(["extra_body", "vllm_xargs"])
 
 
 @given(body=bodies | values, ascii_only=st.booleans(), indent=st.sampled_from([None, 2]))
@@ -39,6 +40,20 @@ def test_it_is_what_a_parser_finds(body: Any, ascii_only: bool, indent: int | No
     text = json.dumps(body, ensure_ascii=ascii_only, indent=indent)
     expected = body.get("crop") if isinstance(body, dict) else None
     assert find_field(text.encode("utf-8", "surrogatepass")) == expected
+
+
+@given(body=st.dictionaries(texts | st.just("crop") | parents, values, max_size=6))
+def test_it_is_refused_in_objects_where_nobody_looks_for_it_and_there_alone(body: dict[str, Any]) -> None:
+    wrong = [
+        name
+        for name in ("extra_body", "vllm_xargs")
+        if isinstance(body.get(name), dict) and body[name].get("crop") is not None
+    ]
+    if wrong:
+        with pytest.raises(InvalidCropError, match="nobody reads it there"):
+            find_field(json.dumps(body).encode())
+    else:
+        assert find_field(json.dumps(body).encode()) == body.get("crop")
 
 
 @given(body=bodies, encoding=st.sampled_from(["utf-8-sig", "utf-16", "utf-16-le", "utf-32", "utf-32-be"]))
@@ -82,6 +97,35 @@ def test_no_pattern_needs_a_newer_python() -> None:
     # patterns repeat what cannot fail half-way.
     repeats_keeping_all = re.compile(rb"\)[*+?]\+")
     assert not any(repeats_keeping_all.search(one.pattern) for one in (reader._TOKEN, reader._WITHIN))
+
+
+@pytest.mark.parametrize("parent", ["extra_body", "vllm_xargs"])
+@pytest.mark.parametrize(
+    "body",
+    [
+        '{"model": "m", "PARENT": {"a": [{}, "b"], "crop": {"method": "off"}}}',
+        '{"PARENT" : { "\\u0063rop" :1',
+    ],
+)
+def test_where_nobody_looks_for_it_is_said(parent: str, body: str) -> None:
+    words = "nobody reads it there: it belongs into the body itself"
+    with pytest.raises(InvalidCropError, match=words) as said:
+        find_field(body.replace("PARENT", parent).encode())
+    assert said.value.parameter == f"{parent}.crop"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"extra_body": {"a": 1}, "crop": {"method": "off"}},
+        {"extra_body": {"crop": None, "a": {"crop": 1}, "b": "crop"}, "crop": {"method": "off"}},
+        {"extra_body": ["crop", {"crop": 1}], "crop": {"method": "off"}},
+        {"extra_body": "crop", "x": {"extra_body": {"crop": 1}}, "crop": {"method": "off"}},
+        {"crop": {"method": "off"}, "vllm_xargs": {}, "y": {"crop": 1}},
+    ],
+)
+def test_what_is_only_called_like_it_elsewhere_is_nobodys_mistake(body: Any) -> None:
+    assert find_field(json.dumps(body).encode()) == {"method": "off"}
 
 
 def test_the_field_is_bounded() -> None:

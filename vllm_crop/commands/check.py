@@ -3,13 +3,16 @@
 
 import json
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from vllm_crop.measuring.endpoint import Finding
 
 
 def check(
@@ -36,6 +39,9 @@ def check(
             "of pruning arrives at a client; --model is then the name to ask for, the key OPENAI_API_KEY.",
         ),
     ] = None,
+    timeout: Annotated[
+        float, typer.Option(min=1.0, help="Seconds that each question to --base-url may take, in all.")
+    ] = 20.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Check this installation, or a running endpoint, and list settings and limits.
@@ -62,7 +68,12 @@ def check(
             _print_settings(Console(highlight=False), described)
         return
     if base_url is not None:
-        raise typer.Exit(_check_endpoint(base_url, model, as_json))
+        if crop_config is not None:
+            raise typer.BadParameter(
+                "is not judged with --base-url, which asks what a server does: leave one of them out",
+                param_hint="--crop-config",
+            )
+        raise typer.Exit(_check_endpoint(base_url, model, timeout, as_json))
     report = describe_installation(model, crop_config)
     if as_json:
         typer.echo(json.dumps(report, indent=2))
@@ -71,26 +82,33 @@ def check(
     raise typer.Exit(0 if report["ok"] else 1)
 
 
-def _check_endpoint(base_url: str, model: str | None, as_json: bool) -> int:
+def _check_endpoint(base_url: str, model: str | None, timeout: float, as_json: bool) -> int:
     """Print what was found, one thing after the other; the exit status."""
-    from vllm_crop.measuring.endpoint import EndpointError, Finding, probe
+    console = Console(highlight=False)
+    findings: list[Finding] = []
+    for finding in _found(base_url, model, timeout):
+        findings.append(finding)
+        if not as_json:
+            mark = _MARKS[finding.state]
+            console.print(f"{mark} {finding.what:28}{escape(finding.detail)}", soft_wrap=True)
+    if as_json:
+        typer.echo(json.dumps([finding.to_json() for finding in findings], indent=2))
+    return int(any(finding.state == "fails" for finding in findings))
 
-    console, findings = Console(highlight=False), list[Finding]()
+
+def _found(base_url: str, model: str | None, timeout: float) -> "Iterator[Finding]":
+    """What was found; why nothing more can be is the last."""
+    from vllm_crop.measuring.bounded_client import EndpointError
+    from vllm_crop.measuring.endpoint import Finding, probe
+
     try:
-        for finding in probe(base_url, model):
-            findings.append(finding)
-            if not as_json:
-                mark = _MARKS[finding.state]
-                console.print(f"{mark} {finding.what:28}{escape(finding.detail)}", soft_wrap=True)
+        yield from probe(base_url, model, timeout_s=timeout)
     except EndpointError as error:
-        raise typer.BadParameter(str(error), param_hint="--base-url") from None
+        yield Finding("endpoint", "fails", str(error))
     except ImportError:
         raise typer.BadParameter(
             "needs the package openai: pip install 'vllm-crop[openai]'", param_hint="--base-url"
         ) from None
-    if as_json:
-        typer.echo(json.dumps([finding.to_json() for finding in findings], indent=2))
-    return int(any(finding.state == "fails" for finding in findings))
 
 
 _MARKS = {

@@ -23,6 +23,7 @@ REFUSED = {
     "--mm-processor-kwargs '{\"crop\": ...}'": "the server's settings go into --crop-config",
     "--tokenizer-mode other than auto|hf|slow": "another renderer would ignore the request's `crop`",
     "--enable-scale-out, --tokens-only": "prompts and image features come in past our processor",
+    "--grpc": "its protocol has no field `crop`, and images come in processed, past our processor",
     "vllm run-batch": "it has no HTTP layer to take the field `crop` off a request",
     "localizer.adapter without --enable-lora": "the localizer could not answer with its adapter",
     "localizer.kind with --kv-transfer-config kv_role kv_producer|kv_consumer": (

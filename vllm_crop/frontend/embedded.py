@@ -5,9 +5,10 @@ Ray Serve's own ingress is one. Nobody has read the field `crop` of such a reque
 keep fields they do not know: it is honoured or refused here. Its answer has no header with the facts.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
-from vllm_crop.crop_params import CropParams
+from vllm_crop.crop_params import MISPLACED_IN, CropParams, misplaced
 from vllm_crop.frontend.request_context import RequestContext, current_request
 from vllm_crop.models.processor import CROP_KEY, as_validation_error
 
@@ -27,6 +28,10 @@ def note_request(request: Any) -> None:
         return
     given = (getattr(request, "model_extra", None) or {}).get(CROP_KEY)
     with as_validation_error():
+        for parent in MISPLACED_IN:
+            held = getattr(request, parent, None)
+            if isinstance(held, Mapping) and held.get(CROP_KEY) is not None:
+                raise misplaced(parent)
         params = None if given is None else CropParams.parse(given)
     # A new one for each: a server may answer one request after another in the same task.
     current_request.set(RequestContext(params=params, request=request, tracked=False))

@@ -95,7 +95,7 @@ def serve(
             start_s = _wait_until_healthy(process, base_url, log_path, ready_timeout_s, console)
             yield Server(model, base_url, process.pid, ("vllm", *command), log_path, start_s)
         finally:
-            _stop(process)
+            stop_group(process)
 
 
 def wait_until_ready(
@@ -159,7 +159,7 @@ def _wait_until_healthy(
     )
 
 
-def _stop(process: "subprocess.Popen[bytes]") -> None:
+def stop_group(process: "subprocess.Popen[bytes]") -> None:
     """SIGTERM to the leader, which stops its engine; then SIGKILL to whatever is left of the group.
 
     SIGINT would not be heard where a shell has started all of this in the background.

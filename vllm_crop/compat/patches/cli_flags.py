@@ -117,6 +117,8 @@ def apply_options(args: argparse.Namespace) -> None:
         refuse("vllm run-batch")
     if getattr(args, "enable_scale_out", False) or getattr(args, "tokens_only", False):
         refuse("--enable-scale-out, --tokens-only")
+    if getattr(args, "grpc", False):
+        refuse("--grpc")
     if not hasattr(args, "middleware") and not (hasattr(args, "host") and hasattr(args, "port")):
         return  # no server
     if lacking := [
