@@ -98,7 +98,7 @@ def test_models_with_mrope_cannot_be_renumbered() -> None:
         compose_hf_overrides({**CROP, "position_ids": "renumbered"}, {})(qwen())
 
 
-@pytest.mark.parametrize("architectures", [None, [], ["LlamaForCausalLM"], ["InternVLChatModel"]])
+@pytest.mark.parametrize("architectures", [None, [], ["LlamaForCausalLM"], ["BertModel"]])
 def test_other_architectures_are_refused_naming_the_supported_ones(architectures: list[str] | None) -> None:
     with pytest.raises(UnsupportedModelError, match=r"supported: .*LlavaForConditionalGeneration"):
         apply_overrides(llava(architectures=architectures), CROP, {})
