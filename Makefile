@@ -10,6 +10,8 @@ ONE_BATCH := tests/cpu/test_eviction_parity.py::test_all_scenarios_in_one_batch
 V2_TESTS := $(addprefix tests/cpu/test_,runner.py parity.py caches.py image_names.py eviction_caches.py eviction_scheduling.py \
 	eviction_graphs.py heat.py soak.py qwen2_5_vl.py llava_next.py glm4v.py tinyvqa_served.py) \
 	"tests/cpu/test_foveation.py::test_all_scenarios_in_one_batch[qwen3_vl]" $(ONE_BATCH)
+# Every engine of a process stays until it ends: two processes need half the memory of one each.
+V1_FIRST := $(wildcard tests/cpu/test_[a-h]*.py)
 TRAINED_TESTS := $(addprefix tests/e2e/test_,attention_localizer.py shadow.py monitoring.py engine_localizer.py playground.py compare.py remote_localizer.py not_asked_for.py hostile_requests.py)
 # Another vLLM than setup installs: each family compresses and evicts in one batch, on both runners, or compresses if it
 # cannot evict; start; a server.
@@ -20,7 +22,7 @@ LANE := set -o pipefail; OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(BI
 export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 
-.PHONY: help setup demo serve image image-gpu image-test ray-test eval lmms-eval drift test test-all also-v1 also-v2 lane-other-v1 lane-other-v2 lane-v1 lane-v2 lane-trained lane-served test-unit lint format clean
+.PHONY: help setup demo serve image image-gpu image-test ray-test eval lmms-eval drift test test-all also-v1 also-v2 lane-other-v1 lane-other-v2 lane-v1 lane-v1-rest lane-v2 lane-trained lane-served test-unit lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -66,7 +68,7 @@ test: setup  # with that one alone
 else
 test: setup  ## all tests, two lanes at a time: real vLLM engines on both model runners, `vllm serve` over HTTP, a browser; VLLM=0.33: a part of them with that one; ALSO=0.33: both
 	$(if $(ALSO),@$(BIN)/python docker/cpu/overlay.py $(ALSO) .venv-$(ALSO))
-	@$(MAKE) --no-print-directory -j2 lane-v2 lane-v1 lane-trained lane-served $(if $(ALSO),also-v1 also-v2)
+	@$(MAKE) --no-print-directory -j2 lane-v2 lane-v1 lane-v1-rest lane-trained lane-served $(if $(ALSO),also-v1 also-v2)
 endif
 
 # Lanes with another vLLM beside the others, so that no core waits for the longest of these.
@@ -84,7 +86,10 @@ lane-other-v2:
 	@$(LANE) -p tests.v2_runner $(ONE_BATCH) --all-families -k staged $(PYTEST_ARGS) | sed -u 's/^/V2 $(VLLM)$(ALSO) /'
 
 lane-v1:
-	@$(LANE) tests/unit tests/cpu $(PYTEST_ARGS) | sed -u 's/^/V1      /'
+	@$(LANE) tests/unit $(V1_FIRST) $(PYTEST_ARGS) | sed -u 's/^/V1      /'
+
+lane-v1-rest:
+	@$(LANE) tests/cpu $(addprefix --ignore ,$(V1_FIRST)) $(PYTEST_ARGS) | sed -u 's/^/V1 rest /'
 
 lane-v2:
 	@$(LANE) -p tests.v2_runner $(V2_TESTS) $(PYTEST_ARGS) | sed -u 's/^/V2      /'

@@ -9,7 +9,7 @@ from typing import Any
 from tests.checkpoints import (
     glm4v,
     glm4v_moe,
-    internvl,
+    internvl_chat,
     llava_onevision,
     mistral3,
     qwen2_vl,
@@ -35,6 +35,7 @@ from tests.reference import (
     HfQwen3VLMoe,
     HfReference,
 )
+from vllm_crop.benchmarking import dummy_internvl as internvl
 from vllm_crop.benchmarking import dummy_llava, dummy_qwen2_5_vl
 from vllm_crop.benchmarking import dummy_llava_next as llava_next
 from vllm_crop.benchmarking.dummy_llava import DEEP, TINY, DummySize
@@ -92,7 +93,11 @@ QWEN3_VL = Family("qwen3_vl", qwen3_vl.make_checkpoint, qwen3_vl.TINY, qwen3_vl.
 QWEN3_VL_MOE = Family(
     "qwen3_vl_moe", qwen3_vl_moe.make_checkpoint, qwen3_vl.TINY, qwen3_vl.TINY, HfQwen3VLMoe
 )
-_HYBRID: dict[str, Any] = {"of_module": "qwen3_5", "evicts": False, "looking": (3, 7)}
+# A block is as large as the state of a layer that remembers, a quarter of a megabyte.
+_HYBRID: dict[str, Any] = {
+    **{"of_module": "qwen3_5", "evicts": False, "looking": (3, 7)},
+    "options": {"num_gpu_blocks_override": 200},
+}
 QWEN3_5 = Family("qwen3_5", qwen3_5.make_checkpoint, qwen3_vl.TINY, qwen3_vl.TINY, HfQwen3_5, **_HYBRID)
 QWEN3_5_MOE = Family(
     "qwen3_5_moe", qwen3_5_moe.make_checkpoint, qwen3_vl.TINY, qwen3_vl.TINY, HfQwen3_5Moe, **_HYBRID
@@ -102,7 +107,7 @@ INTERNVL = Family(
 )
 INTERNVL_CHAT = Family(
     "internvl_chat",
-    internvl.make_chat_checkpoint,
+    internvl_chat.make_chat_checkpoint,
     internvl.TINY,
     internvl.TINY,
     HfInternVLChat,

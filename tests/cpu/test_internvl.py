@@ -14,7 +14,6 @@ from vllm.exceptions import VLLMValidationError
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.transformers_utils.processors.internvl import calculate_internvl_targets, get_internvl_target_ratios
 
-from tests.checkpoints.internvl import TILE, VIDEO
 from tests.conftest import CheckpointOf
 from tests.cpu.conftest import Engine, EngineOf, Question, ReferenceOf, decided
 from tests.cpu.test_caches import about, right
@@ -22,6 +21,7 @@ from tests.cpu.test_parity import NOTICEABLE, cells, difference
 from tests.families import INTERNVL, INTERNVL_CHAT, Family
 from tests.pictures import noise_image
 from tests.reference import HfReference
+from vllm_crop.benchmarking.dummy_internvl import TILE, VIDEO
 from vllm_crop.errors import UnsupportedModelError
 from vllm_crop.families.internvl import InternVLGeometry
 from vllm_crop.planning.geometry import Box, Region

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from vllm_crop.benchmarking import dummy_llava_next, dummy_qwen2_5_vl
+from vllm_crop.benchmarking import dummy_internvl, dummy_llava_next, dummy_qwen2_5_vl
 from vllm_crop.benchmarking.dummy_llava import BENCH, make_checkpoint
 from vllm_crop.benchmarking.kv import KVCapacity
 from vllm_crop.benchmarking.load import Client
@@ -135,6 +135,8 @@ def _make_dummy(folder: Path, dummy: Dummy, weights: bool) -> Path:
     """Write a dummy of a family. Called where transformers is loaded."""
     if dummy == "qwen2_5_vl":
         return dummy_qwen2_5_vl.make_bench_checkpoint(folder, weights)
+    if dummy == "internvl":
+        return dummy_internvl.make_bench_checkpoint(folder, weights)
     if dummy == "llava_next":
         return dummy_llava_next.make_bench_checkpoint(folder, weights)
     return make_checkpoint(folder, BENCH, weights=weights)

@@ -7,6 +7,7 @@ format, vllm/transformers_utils/processors/internvl.py, which is the same rule w
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 from typing import Any, ClassVar, Self
 
@@ -92,17 +93,12 @@ class InternVLGeometry:
         Of several as near the one with more tiles, unless half of their pixels would be made up.
         """
         found, smallest = (1, 1), float("inf")
-        counts = range(1, self.max_tiles + 1)
-        possible = [pair for pair in product(counts, counts) if self._may_have(pair[0] * pair[1])]
-        for cols, rows in sorted(possible, key=lambda pair: pair[0] * pair[1]):
+        for cols, rows in _arrangements(self.min_tiles, self.max_tiles):
             distance = abs(width / height - cols / rows)
             filled = width * height > 0.5 * self.tile_pixels**2 * cols * rows
             if distance < smallest or (distance == smallest and filled):
                 found, smallest = (rows, cols), distance
         return found
-
-    def _may_have(self, tiles: int) -> bool:
-        return self.min_tiles <= tiles <= self.max_tiles
 
     def view(self, width: int, height: int) -> ImageView:
         """All of the image."""
@@ -171,6 +167,13 @@ class InternVLChatGeometry(InternVLGeometry):
             thumbnail=bool(setting("use_thumbnail", False)),
             num_layers=decoder_layers(text),
         )
+
+
+@cache
+def _arrangements(fewest: int, most: int) -> list[tuple[int, int]]:
+    """Columns and rows of so many tiles, few tiles first."""
+    possible = [pair for pair in product(range(1, most + 1), repeat=2) if fewest <= pair[0] * pair[1] <= most]
+    return sorted(possible, key=lambda pair: pair[0] * pair[1])
 
 
 def _tile(model: Mapping[str, Any]) -> tuple[int, int]:

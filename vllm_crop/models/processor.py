@@ -376,12 +376,13 @@ class CropProcessorMixin(BaseMultiModalProcessor):
         Args:
             full: what stands for it unpruned, with `num_tokens` that take an embedding.
         """
-        takes = range(len(full.full))
-        if full.is_embed is not None:
-            takes = full.is_embed(full.full).nonzero()[:, 0].tolist()
+        ids, is_embed = full.full, full.is_embed
+        takes = range(len(ids)) if is_embed is None else is_embed(ids).nonzero()[:, 0].tolist()
         assert num_tokens == len(takes), f"planned for {num_tokens} visual tokens, the image has {len(takes)}"
+        if is_embed is None:
+            return replace(full, full=ids[:planned])
         gone = set(takes[planned:])
-        return replace(full, full=[token for place, token in enumerate(full.full) if place not in gone])
+        return replace(full, full=[token for place, token in enumerate(ids) if place not in gone])
 
     def _with_planned_count(self, update: PromptUpdate, out_mm_kwargs: Any) -> PromptUpdate:
         if update.modality != "image" or not isinstance(update, PromptReplacement):
