@@ -199,7 +199,7 @@ def test_unsupported_models_are_refused(checkpoint: Path, tmp_path: Path) -> Non
     text_config = json.loads((checkpoint / "config.json").read_text())["text_config"]
     llama = edited(checkpoint, tmp_path / "llama", **{**text_config, "architectures": ["LlamaForCausalLM"]})
     with pytest.raises(
-        ValueError, match=r"architectures \['LlamaForCausalLM'\] are not supported; supported: \['Llava"
+        ValueError, match=r"architectures \['LlamaForCausalLM'\] are not supported; supported: .*'LlavaForC"
     ):
         engine_config(llama, {})
     with_class_token = edited(checkpoint, tmp_path / "full", vision_feature_select_strategy="full")
