@@ -99,14 +99,6 @@ def refuse_model(model_config: Any, config: CropConfig) -> None:
     """
     if model_config.tokenizer_mode not in ("auto", "hf", "slow"):
         refuse("--tokenizer-mode other than auto|hf|slow")
-    # Of a repository with files of Mistral's own, "auto" takes these, and a renderer that knows no `crop`.
-    tokenizers: Any = importlib.import_module("vllm.tokenizers.registry")
-    mode, *_ = tokenizers.tokenizer_args_from_config(model_config)
-    if mode not in ("hf", "slow"):
-        raise UnsupportedFlagError(
-            f"vLLM chooses --tokenizer-mode {mode} for this model, whose renderer would ignore the request's "
-            "`crop`: say --tokenizer-mode hf"
-        )
     geometry = served_geometry(model_config)
     refuse_for_geometry(geometry, config)
     if config.position_ids == "original" and not geometry.uses_mrope:
@@ -116,6 +108,22 @@ def refuse_model(model_config: Any, config: CropConfig) -> None:
                 "--crop-config position_ids='original' lets positions run past the prompt's length: "
                 f"--max-model-len must be at most {room} for this model, got {model_config.max_model_len}"
             )
+
+
+def refuse_tokenizer(model_config: Any) -> None:
+    """Refuse a tokenizer mode that vLLM has chosen by itself and whose renderer does not read `crop`.
+
+    Raises:
+        UnsupportedFlagError: naming the flag.
+    """
+    # Of a repository with files of Mistral's own, "auto" takes these, and a renderer that knows no `crop`.
+    tokenizers: Any = importlib.import_module("vllm.tokenizers.registry")
+    mode, *_ = tokenizers.tokenizer_args_from_config(model_config)
+    if mode not in ("hf", "slow"):
+        raise UnsupportedFlagError(
+            f"vLLM chooses --tokenizer-mode {mode} for this model, whose renderer would ignore the request's "
+            "`crop`: say --tokenizer-mode hf"
+        )
 
 
 def refuse_for_geometry(geometry: VisionGeometry, config: CropConfig) -> None:

@@ -172,7 +172,8 @@ class InternVLChatGeometry(InternVLGeometry):
 @cache
 def _arrangements(fewest: int, most: int) -> list[tuple[int, int]]:
     """Columns and rows of so many tiles, few tiles first."""
-    possible = [pair for pair in product(range(1, most + 1), repeat=2) if fewest <= pair[0] * pair[1] <= most]
+    sides = range(1, most + 1)
+    possible = [(cols, rows) for cols, rows in product(sides, sides) if fewest <= cols * rows <= most]
     return sorted(possible, key=lambda pair: pair[0] * pair[1])
 
 

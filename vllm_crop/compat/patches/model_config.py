@@ -23,6 +23,7 @@ from vllm_crop.compat.refusals import (
     refuse_localizer,
     refuse_model,
     refuse_shadow,
+    refuse_tokenizer,
     served_geometry,
 )
 from vllm_crop.config import CONFIG_KEY, CropConfig
@@ -79,6 +80,7 @@ def patch(engine_args: Any, require_supported: Callable[[CropConfig, Any], None]
             calibration.require_fit(str(named), model_config.hf_config.to_dict())
         with reads_settings():
             refuse_model(model_config, config)
+            refuse_tokenizer(model_config)
         if config.stages:
             attach_eviction(model_config, config.stages)
             # The scheduler's start report counts with it, in a process that has no image processor.
