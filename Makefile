@@ -72,7 +72,7 @@ test: setup  ## all tests, two lanes at a time: real vLLM engines on both model 
 endif
 
 # Lanes with another vLLM beside the others, so that no core waits for the longest of these.
-also-%:
+also-v1 also-v2: also-%:
 	@$(MAKE) --no-print-directory VENV=.venv-$(ALSO) lane-other-$*
 
 test-all: setup  ## the same with every scenario for every model family, one after the other: over an hour
