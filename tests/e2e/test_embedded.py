@@ -7,15 +7,19 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import anthropic
+import httpx2
 import openai
 import pytest
+from anthropic.types import MessageParam
 from PIL import Image
 
 from tests.e2e.conftest import ENVIRONMENT, MODEL
 from tests.pictures import noise_image
 from tests.tinyvqa import CHECKPOINT
-from vllm_crop.client import question_about
+from vllm_crop.client import data_url, question_about
 from vllm_crop.measuring.server import HOST, free_port, stop_group, wait_until_ready
 
 pytestmark = pytest.mark.e2e
@@ -24,8 +28,13 @@ HERE = [0.1, 0.1, 0.3, 0.3]
 
 
 @pytest.fixture(scope="module")
-def client(logs: Path) -> Iterator[openai.OpenAI]:
-    port, log_path = free_port(), logs / "embedding.log"
+def log_path(logs: Path) -> Path:
+    return logs / "embedding.log"
+
+
+@pytest.fixture(scope="module")
+def client(log_path: Path) -> Iterator[openai.OpenAI]:
+    port = free_port()
     crop = json.dumps({"crop": {"pruning_rate": 0.75, "limits": {"max_boxes_per_image": 2}}})
     command = [
         *(sys.executable, "-m", "tests.e2e.embedding_server", "--model", str(CHECKPOINT)),
@@ -37,7 +46,7 @@ def client(logs: Path) -> Iterator[openai.OpenAI]:
             command,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **ENVIRONMENT},
+            env={**os.environ, **ENVIRONMENT, "VLLM_ENABLE_COHERE_API": "1"},
             start_new_session=True,
         )
     try:
@@ -99,3 +108,71 @@ def test_what_is_wrong_is_refused_and_the_next_request_served(
     with pytest.raises(openai.BadRequestError, match=words):
         prompt_tokens(client, picture, crop)
     assert prompt_tokens(client, picture) > FULL
+
+
+def messages(picture: Image.Image) -> list[MessageParam]:
+    """The question as the messages API has it."""
+    source: Any = {"type": "base64", "media_type": "image/png", "data": data_url(picture).partition(",")[2]}
+    return [
+        {
+            "role": "user",
+            "content": [{"type": "image", "source": source}, {"type": "text", "text": "what is it?"}],
+        }
+    ]
+
+
+class Asked:
+    """Other APIs of the same server: prompt tokens of a question about a picture."""
+
+    def __init__(self, client: openai.OpenAI, early: str = "") -> None:
+        self.base_url = str(client.base_url).removesuffix("/v1/") + early
+        self.anthropic = anthropic.Anthropic(base_url=self.base_url, auth_token="unused", max_retries=0)
+
+    def messages(self, picture: Image.Image, **fields: Any) -> int:
+        answer = self.anthropic.messages.create(
+            model=MODEL, max_tokens=1, messages=messages(picture), extra_body=fields
+        )
+        used = answer.usage
+        new = (used.input_tokens, used.cache_creation_input_tokens)
+        return sum(count or 0 for count in (*new, used.cache_read_input_tokens))
+
+    def count_tokens(self, picture: Image.Image, **fields: Any) -> int:
+        return self.anthropic.messages.count_tokens(
+            model=MODEL, messages=messages(picture), extra_body=fields
+        ).input_tokens
+
+    def cohere(self, picture: Image.Image, **fields: Any) -> int:
+        body = {"max_tokens": 1, "messages": question_about(picture, "what is it?"), **fields}
+        return int(self._post("/cohere/v2/chat", body)["usage"]["tokens"]["input_tokens"])
+
+    def tokenize(self, picture: Image.Image, **fields: Any) -> int:
+        body = {"messages": question_about(picture, "what is it?"), **fields}
+        return int(self._post("/tokenize", body)["count"])
+
+    def _post(self, path: str, body: Any) -> Any:
+        answer = httpx2.post(self.base_url + path, json={"model": MODEL, **body}, timeout=60)
+        if answer.status_code == 400:
+            raise ValueError(answer.text)
+        return answer.raise_for_status().json()
+
+
+@pytest.mark.parametrize("api", ["messages", "count_tokens", "cohere", "tokenize"])
+def test_the_field_is_honoured_in_other_apis(client: openai.OpenAI, api: str) -> None:
+    """vLLM makes a request of the chat completions API of them, and drops what it does not know."""
+    asked, picture = getattr(Asked(client), api), noise_image(4, SIDE, SIDE)
+    whole = asked(picture)
+    assert whole - asked(picture, crop={"regions": [HERE]}) == FULL - FULL // 4
+    assert asked(picture) == whole
+    with pytest.raises((anthropic.BadRequestError, ValueError), match=r"crop\.region: unknown key"):
+        asked(picture, crop={"region": HERE})
+    with pytest.raises((anthropic.BadRequestError, ValueError), match=r"extra_body\.crop: nobody reads it"):
+        asked(picture, extra_body={"crop": {"regions": [HERE]}})
+
+
+def test_what_a_route_drops_is_said(client: openai.OpenAI, log_path: Path) -> None:
+    """Its model was read before vLLM loaded its plugins: FastAPI keeps what it was."""
+    picture = noise_image(5, SIDE, SIDE)
+    early = Asked(client, early="/early")
+    assert early.messages(picture, crop={"regions": [HERE]}) == early.messages(picture)
+    said = "requests that this server reads as AnthropicMessagesRequest is dropped before anyone sees it"
+    assert log_path.read_text().count(said) == 1

@@ -7,7 +7,14 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from vllm_crop.compat.patches import cli_flags, engine, input_processor, model_config, online_renderer
+from vllm_crop.compat.patches import (
+    cli_flags,
+    engine,
+    input_processor,
+    model_config,
+    online_renderer,
+    other_apis,
+)
 
 When = Literal[
     "always",
@@ -42,6 +49,17 @@ CHANGES = (
     Change("patch", "EngineArgs.add_cli_args, EngineArgs.from_cli_args", cli_flags.REASON, "always"),
     Change("patch", "EngineArgs.create_model_config", model_config.REASON),
     Change("patch", "OnlineRenderer.preprocess_chat, OnlineRenderer.preprocess_cmpl", online_renderer.REASON),
+    Change(
+        "patch",
+        f"{other_apis.METHOD} of {len(other_apis.CONVERSIONS)} APIs (compat/patches/other_apis.py)",
+        other_apis.REASON,
+    ),
+    Change(
+        "entry",
+        f"extra=allow of {sum(map(len, other_apis.MODELS.values()))} models of requests (the same)",
+        other_apis.REASON,
+        "always",
+    ),
     Change("patch", "InputProcessor.process_inputs", input_processor.REASON),
     Change("patch", "AsyncLLM.__init__, LLMEngine.__init__", engine.REASON),
     Change(

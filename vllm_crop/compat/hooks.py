@@ -12,7 +12,14 @@ from types import ModuleType
 from typing import Any
 
 from vllm_crop.compat.engine_hook import config_hook
-from vllm_crop.compat.patches import cli_flags, engine, input_processor, model_config, online_renderer
+from vllm_crop.compat.patches import (
+    cli_flags,
+    engine,
+    input_processor,
+    model_config,
+    online_renderer,
+    other_apis,
+)
 from vllm_crop.compat.supported import note_unhooked, require_hooked, require_supported_for
 from vllm_crop.families.registry import FAMILIES
 
@@ -29,6 +36,8 @@ def install() -> None:
         "vllm.renderers.online_renderer": _patch_online_renderer,
         "vllm.v1.engine.async_llm": _patch_async_llm,
         "vllm.v1.engine.llm_engine": _patch_llm_engine,
+        **dict.fromkeys(other_apis.MODELS, other_apis.keep_fields),
+        **{one.module: partial(_patch_conversion, one) for one in other_apis.CONVERSIONS},
     }
     for module_name, hook in hooks.items():
         when_imported(module_name, _if_it_fits(hook))
@@ -61,6 +70,14 @@ def _patch_input_processor(module: ModuleType) -> None:
 
 def _patch_online_renderer(module: ModuleType) -> None:
     online_renderer.patch(module.OnlineRenderer)
+
+
+def _patch_conversion(conversion: other_apis.Conversion, module: ModuleType) -> None:
+    other_apis.patch(conversion, module, _keep_crop)
+
+
+def _keep_crop(request: Any, chat: Any) -> None:
+    importlib.import_module("vllm_crop.frontend.other_requests").keep_crop(request, chat)
 
 
 def _patch_async_llm(module: ModuleType) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vllm_crop.crop_params import MISPLACED_IN, CropParams, misplaced
+from vllm_crop.frontend.other_requests import say_what_is_dropped
 from vllm_crop.frontend.request_context import RequestContext, current_request
 from vllm_crop.models.processor import CROP_KEY, as_validation_error
 
@@ -26,6 +27,7 @@ def note_request(request: Any) -> None:
     if context is not None and context.tracked:
         context.request = request
         return
+    say_what_is_dropped()
     given = (getattr(request, "model_extra", None) or {}).get(CROP_KEY)
     with as_validation_error():
         for parent in MISPLACED_IN:

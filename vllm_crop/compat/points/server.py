@@ -1,7 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What any server with this plugin builds on: configuration, processing, renderers, engine."""
 
-from vllm_crop.compat.patches import cli_flags, engine, input_processor, model_config, online_renderer
+from vllm_crop.compat.patches import (
+    cli_flags,
+    engine,
+    input_processor,
+    model_config,
+    online_renderer,
+    other_apis,
+)
 from vllm_crop.compat.points.point import UpstreamPoint
 
 _PROCESSOR = "vllm.multimodal.processing.processor"
@@ -125,6 +132,13 @@ SERVER_POINTS = (
             passes_on=True,
         )
         for method in online_renderer.METHODS
+    ),
+    UpstreamPoint(
+        "vllm.entrypoints.anthropic.serving",
+        f"AnthropicServingMessages.{other_apis.METHOD}",
+        ("anthropic_request",),
+        other_apis.REASON,
+        passes_on=True,
     ),
     *(
         UpstreamPoint(
