@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from time import sleep  # not what another test puts in its place while a thread of ours still sleeps
 from typing import Any
 
 import pytest
@@ -217,18 +218,18 @@ def drips(handler: BaseHTTPRequestHandler) -> None:
     handler.end_headers()
     for _ in range(300):
         handler.wfile.write(b" ")
-        time.sleep(0.1)
+        sleep(0.1)
 
 
 def drips_headers(handler: BaseHTTPRequestHandler) -> None:
     handler.wfile.write(b"HTTP/1.1 200 OK\r\nx-slow: ")
     for _ in range(300):
         handler.wfile.write(b"a")
-        time.sleep(0.1)
+        sleep(0.1)
 
 
 def hangs(handler: BaseHTTPRequestHandler) -> None:
-    time.sleep(30)
+    sleep(30)
 
 
 def floods(handler: BaseHTTPRequestHandler) -> None:
