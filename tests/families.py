@@ -11,6 +11,7 @@ from tests.checkpoints import (
     glm4v_moe,
     internvl_chat,
     llava_onevision,
+    llava_siglip,
     mistral3,
     qwen2_vl,
     qwen3_5,
@@ -83,6 +84,22 @@ LLAVA_ONEVISION = Family(
     llava_onevision.TINY,
     HfLlavaOnevision,
 )
+LLAVA_SIGLIP = Family(
+    "llava_siglip",
+    llava_siglip.make_checkpoint,
+    llava_siglip.TINY,
+    llava_siglip.TINY,
+    HfLlava,
+    of_module="llava",
+)
+LLAVA_NEXT_SIGLIP = Family(
+    "llava_next_siglip",
+    llava_siglip.make_next_checkpoint,
+    llava_siglip.TINY,
+    llava_siglip.TINY,
+    HfLlavaNext,
+    of_module="llava_next",
+)
 QWEN2_VL = Family(
     "qwen2_vl", qwen2_vl.make_checkpoint, dummy_qwen2_5_vl.TINY, dummy_qwen2_5_vl.TINY, HfQwen2VL
 )
@@ -118,8 +135,10 @@ MISTRAL3 = Family("mistral3", mistral3.make_checkpoint, mistral3.TINY, mistral3.
 GLM4V = Family("glm4v", glm4v.make_checkpoint, glm4v.TINY, glm4v.TINY, HfGlm4v, "glm4_1v")
 GLM4V_MOE = Family("glm4v_moe", glm4v_moe.make_checkpoint, glm4v.TINY, glm4v.TINY, HfGlm4vMoe, "glm4_1v")
 FAMILIES = (
-    *(LLAVA, LLAVA_NEXT, LLAVA_ONEVISION),
+    *(LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, LLAVA_SIGLIP, LLAVA_NEXT_SIGLIP),
     *(QWEN2_VL, QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE, QWEN3_5, QWEN3_5_MOE),
     *(GLM4V, GLM4V_MOE, INTERNVL, INTERNVL_CHAT, MISTRAL3),
 )
+# Of two architectures with the same pair of vision towers, one has checkpoints with the second.
+UNPUBLISHED = (LLAVA_NEXT_SIGLIP,)
 EVICTING = tuple(family for family in FAMILIES if family.evicts)

@@ -19,6 +19,7 @@ from tests.families import (
     LLAVA,
     LLAVA_NEXT,
     LLAVA_ONEVISION,
+    LLAVA_SIGLIP,
     MISTRAL3,
     QWEN2_5_VL,
     QWEN2_VL,
@@ -122,6 +123,19 @@ PUBLISHED: dict[Family, Published] = {
         },
         {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16},
         {},
+    ),
+    LLAVA_SIGLIP: Published(
+        "llava-hf/llava-interleave-qwen-7b-hf",
+        {
+            **{"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "head_dim": 128},
+            **{"num_key_value_heads": 32, "max_position_embeddings": 32768},
+        },
+        {
+            **{"hidden_size": 1152, "num_hidden_layers": 26, "num_attention_heads": 16},
+            **{"image_size": 384, "patch_size": 14},
+        },
+        {},
+        {"size": {"height": 384, "width": 384}},
     ),
     LLAVA_NEXT: Published(
         "llava-hf/llava-v1.6-mistral-7b-hf",

@@ -35,6 +35,8 @@ LEFT_OUT = {
 }
 # Families of the whole product only: every line of theirs another one runs.
 WHOLE_PRODUCT = {"glm4v_moe", "qwen3_5_moe"}
+# Another vision tower in a class that another family tests: all scenarios in one batch say enough.
+OTHER_TOWERS = {"llava_siglip", "llava_next_siglip"}
 LEFT_OUT_INTERPRETED = {
     "test_parity": {"qwen3_5_moe"},  # its class has no line of its own either
     # Qwen2.5-VL's, Qwen3-VL's and InternVL's mixins make all of the classes.
@@ -61,7 +63,7 @@ def left_out(items: Iterable[Any], interpreted: bool) -> list[Any]:
     items = list(items)
     scenarios = sorted({name for item in items if (name := _parameter(item, "name")) is not None}, key=str)
     families = {family for item in items if (family := _family(item))}
-    others = sorted(families.difference(ALONE, WHOLE_PRODUCT))
+    others = sorted(families.difference(ALONE, WHOLE_PRODUCT, OTHER_TOWERS))
     return [item for item in items if not _is_selected(item, scenarios, others, interpreted)]
 
 
@@ -69,6 +71,8 @@ def _is_selected(item: Any, scenarios: list[Any], others: list[str], interpreted
     family, module = _family(item), item.path.stem
     if family in WHOLE_PRODUCT and module != "test_published_sizes":
         return False
+    if family in OTHER_TOWERS and module != "test_published_sizes":
+        return item.originalname == BATCHES[0] and not interpreted and _setting(item) in EVERYWHERE
     if _is_left_out(item, LEFT_OUT) or (interpreted and _is_left_out(item, LEFT_OUT_INTERPRETED)):
         return False
     if module not in (*SELECTED, *SELECTED_SERVERS) or family is None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import CLIPImageProcessor, LlavaImageProcessor
+from transformers import CLIPImageProcessor, LlavaImageProcessor, SiglipImageProcessor
 
 from vllm_crop.errors import UnsupportedModelError
 from vllm_crop.families.llava import ClipPreprocessing
@@ -28,6 +28,7 @@ PROCESSORS: dict[str, tuple[type, dict[str, Any]]] = {
         LlavaImageProcessor,
         {"do_pad": True, "do_resize": False, "crop_size": {"height": 225, "width": 224}},
     ),
+    "siglip": (SiglipImageProcessor, {"size": {"height": 384, "width": 384}}),
     "unresized": (CLIPImageProcessor, {"do_resize": False, "crop_size": {"height": 224, "width": 180}}),
     "exact-size": (CLIPImageProcessor, {"size": {"height": 224, "width": 200}, "do_center_crop": False}),
     "exact-size-then-crop": (CLIPImageProcessor, {"size": {"height": 250, "width": 301}, "crop_size": 224}),

@@ -467,9 +467,33 @@ def test_models_that_people_ask_for_are_refused_with_the_reason(architecture: st
 
 
 def test_other_vision_towers_are_refused() -> None:
-    vision = {"model_type": "siglip_vision_model", "image_size": 384, "patch_size": 14}
-    with pytest.raises(UnsupportedModelError, match="'siglip_vision_model'"):
-        geometry_from_configs({**LLAVA_7B, "vision_config": vision}, {})
+    vision = {"model_type": "pixtral", "image_size": 1024, "patch_size": 16}
+    for model, known in (
+        (LLAVA_7B, "'clip_vision_model' or 'siglip_vision_model'"),
+        (LLAVA_NEXT_7B, "'clip_vision_model' or 'siglip_vision_model'"),
+        (LLAVA_ONEVISION_7B, "'siglip_vision_model'"),
+    ):
+        with pytest.raises(UnsupportedModelError, match=rf"'pixtral' is not supported: .* needs {known}"):
+            geometry_from_configs({**model, "vision_config": vision}, {})
+
+
+def test_a_siglip_tower_has_no_class_token_and_no_centre_crop() -> None:
+    siglip = {
+        "vision_config": {"model_type": "siglip_vision_model", "image_size": 384, "patch_size": 14},
+        "vision_feature_select_strategy": "full",
+    }
+    preprocessor = {"image_processor_type": "SiglipImageProcessor", "size": {"height": 384, "width": 384}}
+    for settings in (preprocessor, {**preprocessor, "image_processor_type": "SiglipImageProcessorFast"}):
+        geometry = geometry_from_configs({**LLAVA_7B, **siglip}, settings)
+        assert (geometry.max_tokens, geometry.grid(640, 480)) == (729, TokenGrid(27, 27))
+        assert geometry.view(640, 480).window == Box(0.0, 0.0, 1.0, 1.0)
+    grids = [[384 * rows, 384 * cols] for rows, cols in ((1, 2), (2, 1), (2, 2))]
+    tiles = {"size": {"shortest_edge": 384}, "crop_size": 384, "image_grid_pinpoints": grids}
+    next_one = {**LLAVA_NEXT_7B, **siglip, "image_grid_pinpoints": grids}
+    whole, larger = geometry_from_configs(next_one, tiles).grid(800, 800).parts
+    assert (whole.grid, larger.grid) == (TokenGrid(27, 27), TokenGrid(54, 54))
+    with pytest.raises(UnsupportedModelError, match=r"'default' is not supported with a siglip_vision_model"):
+        geometry_from_configs({**next_one, "vision_feature_select_strategy": "default"}, tiles)
 
 
 def test_checkpoints_that_keep_the_class_token_are_refused() -> None:

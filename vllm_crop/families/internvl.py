@@ -5,20 +5,20 @@ Follows get_optimal_tiled_canvas of transformers' GotOcr2ImageProcessor and, for
 format, vllm/transformers_utils/processors/internvl.py, which is the same rule with settings of other names.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
 from typing import Any, ClassVar, Self
 
 from vllm_crop.errors import UnsupportedModelError
+from vllm_crop.families.plain import PlainText, SeenWhole
 from vllm_crop.families.text_layers import decoder_layers
-from vllm_crop.planning.foveation import Piece, Sight
-from vllm_crop.planning.geometry import Box, GridPart, ImageTokens, ImageView, Region, TokenGrid, TokenGrids
+from vllm_crop.planning.geometry import Box, GridPart, ImageTokens, ImageView, TokenGrid, TokenGrids
 
 
 @dataclass(frozen=True)
-class InternVLGeometry:
+class InternVLGeometry(PlainText, SeenWhole):
     """InternVL as transformers has it (`InternVLForConditionalGeneration`).
 
     Attributes:
@@ -27,12 +27,7 @@ class InternVLGeometry:
         thumbnail: an image of several tiles comes once more in one, after them.
     """
 
-    uses_mrope: ClassVar[bool] = False
-    rotary_room: ClassVar[int] = 1
-    why_no_eviction: ClassVar[str] = ""
-    first_eviction_layer: ClassVar[int] = 1
     why_no_foveation: ClassVar[str] = "all tiles of an image go through it together"
-    foveation_settings: ClassVar[frozenset[str]] = frozenset()
 
     tile_tokens: int
     tile_pixels: int
@@ -59,11 +54,6 @@ class InternVLGeometry:
         fewest, most = (preprocessor.get(f"{bound}_patches", of) for bound, of in (("min", 1), ("max", 12)))
         layers = decoder_layers(model.get("text_config") or {"model_type": "qwen2"})
         return cls(tokens, pixels, fewest, most, thumbnail=True, num_layers=layers)
-
-    @property
-    def looking_layers(self) -> Sequence[int]:
-        """All."""
-        return range(self.num_layers)
 
     @property
     def max_tokens(self) -> int:
@@ -107,27 +97,6 @@ class InternVLGeometry:
     def pixels(self, width: int, height: int) -> tuple[int, int]:
         """Those of the image: the model sees it in several sizes at once."""
         return width, height
-
-    def foveate(
-        self, width: int, height: int, region: Region, around: Region | None, sight: Sight
-    ) -> tuple[Piece, ...]:
-        """Nothing: see `why_no_foveation`."""
-        return ()
-
-    def small(self, width: int, height: int, max_tokens: int) -> tuple[Piece, ...]:
-        """Nothing: see `why_no_foveation`."""
-        return ()
-
-    def overview(self, width: int, height: int) -> tuple[Piece, ...]:
-        """None: nothing is seen in pieces."""
-        return ()
-
-    def unseen(self, width: int, height: int, pieces: Sequence[Piece]) -> None:
-        """None: all tiles are seen."""
-
-    def position_span(self, grid: ImageTokens) -> int:
-        """One per token."""
-        return grid.num_tokens
 
 
 class InternVLChatGeometry(InternVLGeometry):

@@ -5,14 +5,14 @@ The image processor's steps follow transformers' LlavaImageProcessor and CLIPIma
 centre crop.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from vllm_crop.errors import UnsupportedModelError
+from vllm_crop.families.plain import PlainText, SeenWhole
 from vllm_crop.families.text_layers import decoder_layers
-from vllm_crop.planning.foveation import Piece, Sight
-from vllm_crop.planning.geometry import Box, ImageTokens, ImageView, Region, TokenGrid
+from vllm_crop.planning.geometry import Box, ImageView, TokenGrid
 
 
 @dataclass(frozen=True)
@@ -34,20 +34,16 @@ class VisionTower:
         """Pixels and tokens along the side of an image.
 
         Raises:
-            UnsupportedModelError: another tower, or another choice of its features.
+            UnsupportedModelError: another choice of its features.
         """
         vision = model.get("vision_config") or dict(
             zip(("image_size", "patch_size"), self.whole, strict=True)
         )
-        tower = vision.get("model_type", self.model_type)
-        if tower != self.model_type:
-            raise UnsupportedModelError(
-                f"vision tower {tower!r} is not supported: this family needs {self.model_type!r}"
-            )
         strategy = model.get("vision_feature_select_strategy", self.strategy)
         if strategy != self.strategy:
             raise UnsupportedModelError(
-                f"vision_feature_select_strategy={strategy!r} is not supported, only {self.strategy!r}"
+                f"vision_feature_select_strategy={strategy!r} is not supported with a {self.model_type}, "
+                f"only {self.strategy!r}"
             )
         pixels = vision.get("image_size", self.sizes[0])
         return pixels, pixels // vision.get("patch_size", self.sizes[1])
@@ -55,6 +51,20 @@ class VisionTower:
 
 CLIP = VisionTower("clip_vision_model", "default", whole=(336, 14), sizes=(224, 32))
 SIGLIP = VisionTower("siglip_vision_model", "full", whole=(384, 14), sizes=(224, 16))
+
+
+def tower_of(model: Mapping[str, Any], *known: VisionTower) -> VisionTower:
+    """The vision tower of a `config.json`; the first of those known where it names none.
+
+    Raises:
+        UnsupportedModelError: another one.
+    """
+    found = (model.get("vision_config") or {}).get("model_type", known[0].model_type)
+    for tower in known:
+        if tower.model_type == found:
+            return tower
+    names = " or ".join(repr(tower.model_type) for tower in known)
+    raise UnsupportedModelError(f"vision tower {found!r} is not supported: this family needs {names}")
 
 
 @dataclass(frozen=True)
@@ -90,8 +100,10 @@ class ClipPreprocessing:
                 shortest_edge = size["shortest_edge"]
             else:
                 raise UnsupportedModelError(f"image processor size {size} is not supported")
+        # SiglipImageProcessor has no such step, and its settings no such key.
+        has_crop = not str(settings.get("image_processor_type", "")).startswith("SiglipImageProcessor")
         crop = None
-        if settings.get("do_center_crop", True):
+        if settings.get("do_center_crop", has_crop):
             crop_size = settings.get("crop_size", 224)
             sides = {"height": crop_size, "width": crop_size} if isinstance(crop_size, int) else crop_size
             crop = (sides["height"], sides["width"])
@@ -133,15 +145,10 @@ def _without_nones(size: Mapping[str, Any]) -> dict[str, int]:
 
 
 @dataclass(frozen=True)
-class LlavaGeometry:
-    """LLaVA-1.5: every image becomes one square grid of CLIP patches after resize and centre crop."""
+class LlavaGeometry(PlainText, SeenWhole):
+    """LLaVA-1.5: every image becomes one square grid of patches after resize and, for CLIP, centre crop."""
 
-    uses_mrope: ClassVar[bool] = False
-    rotary_room: ClassVar[int] = 1
-    why_no_eviction: ClassVar[str] = ""
-    first_eviction_layer: ClassVar[int] = 1
     why_no_foveation: ClassVar[str] = "every image is one tile of a fixed size"
-    foveation_settings: ClassVar[frozenset[str]] = frozenset()
 
     token_grid: TokenGrid
     preprocessing: ClipPreprocessing
@@ -153,17 +160,12 @@ class LlavaGeometry:
         """Read `config.json` and the image processor's settings.
 
         Raises:
-            UnsupportedModelError: another vision tower than CLIP, or its class token is kept.
+            UnsupportedModelError: another vision tower than CLIP or SigLIP, or other features of it.
         """
-        pixels, side = CLIP.sides(model)
+        pixels, side = tower_of(model, CLIP, SIGLIP).sides(model)
         preprocessing = ClipPreprocessing.from_settings(preprocessor)
         layers = decoder_layers(model.get("text_config") or {})
         return cls(TokenGrid(side, side), preprocessing, layers, pixels)
-
-    @property
-    def looking_layers(self) -> Sequence[int]:
-        """All."""
-        return range(self.num_layers)
 
     @property
     def max_tokens(self) -> int:
@@ -181,24 +183,3 @@ class LlavaGeometry:
     def pixels(self, width: int, height: int) -> tuple[int, int]:
         """Those of the vision tower's input."""
         return self.image_side, self.image_side
-
-    def foveate(
-        self, width: int, height: int, region: Region, around: Region | None, sight: Sight
-    ) -> tuple[Piece, ...]:
-        """Nothing: see `why_no_foveation`."""
-        return ()
-
-    def small(self, width: int, height: int, max_tokens: int) -> tuple[Piece, ...]:
-        """Nothing: its vision tower sees pictures of one size."""
-        return ()
-
-    def overview(self, width: int, height: int) -> tuple[Piece, ...]:
-        """None: the prompt has an image once."""
-        return ()
-
-    def unseen(self, width: int, height: int, pieces: Sequence[Piece]) -> None:
-        """None: the whole image is seen at one size in the prompt."""
-
-    def position_span(self, grid: ImageTokens) -> int:
-        """One per token."""
-        return grid.num_tokens

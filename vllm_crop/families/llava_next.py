@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllm_crop.errors import UnsupportedModelError
-from vllm_crop.families.llava import CLIP, SIGLIP
+from vllm_crop.families.llava import CLIP, SIGLIP, tower_of
+from vllm_crop.families.plain import PlainText
 from vllm_crop.families.text_layers import decoder_layers
 from vllm_crop.planning.foveation import Piece, Sight, whole_piece
 from vllm_crop.planning.geometry import (
@@ -315,13 +316,9 @@ def _window(margin: int, tokens: int, token_pixels: float, side: int, shown: int
 
 
 @dataclass(frozen=True)
-class LlavaNextGeometry:
+class LlavaNextGeometry(PlainText):
     """LLaVA-NeXT: the whole image in one square tile, then larger in several, each row with a newline."""
 
-    uses_mrope: ClassVar[bool] = False
-    rotary_room: ClassVar[int] = 1
-    why_no_eviction: ClassVar[str] = ""
-    first_eviction_layer: ClassVar[int] = 1
     why_no_foveation: ClassVar[str] = ""
     foveation_settings: ClassVar[frozenset[str]] = frozenset({"rim_size", "unseen_tiles"})
 
@@ -333,17 +330,12 @@ class LlavaNextGeometry:
         """Read `config.json` and the image processor's settings.
 
         Raises:
-            UnsupportedModelError: another vision tower than CLIP, its class token is kept, or the two do not
-                fit each other.
+            UnsupportedModelError: another vision tower than CLIP or SigLIP, or other features of it, or the
+                two do not fit each other.
         """
-        pinpoints = model.get("image_grid_pinpoints")
-        tiling = AnyResolution.from_settings(preprocessor, LLAVA_NEXT, *CLIP.sides(model), pinpoints)
+        pinpoints, sides = model.get("image_grid_pinpoints"), tower_of(model, CLIP, SIGLIP).sides(model)
+        tiling = AnyResolution.from_settings(preprocessor, LLAVA_NEXT, *sides, pinpoints)
         return cls(tiling, decoder_layers(model.get("text_config") or {}))
-
-    @property
-    def looking_layers(self) -> Sequence[int]:
-        """All."""
-        return range(self.num_layers)
 
     @property
     def max_tokens(self) -> int:
@@ -386,10 +378,6 @@ class LlavaNextGeometry:
         """The tokens of tiles that are none of the pieces, and newlines of rows that have only such."""
         return self.tiling.unseen(width, height, pieces[1:]) if pieces else None
 
-    def position_span(self, grid: ImageTokens) -> int:
-        """One per token."""
-        return grid.num_tokens
-
 
 class LlavaOnevisionGeometry(LlavaNextGeometry):
     """LLaVA-OneVision: the same with SigLIP's tiles, whose grid is scaled down where there are too many."""
@@ -402,6 +390,6 @@ class LlavaOnevisionGeometry(LlavaNextGeometry):
             UnsupportedModelError: another vision tower than SigLIP, not all of its features, or the two do
                 not fit each other.
         """
-        pinpoints = model.get("image_grid_pinpoints")
-        tiling = AnyResolution.from_settings(preprocessor, LLAVA_ONEVISION, *SIGLIP.sides(model), pinpoints)
+        pinpoints, sides = model.get("image_grid_pinpoints"), tower_of(model, SIGLIP).sides(model)
+        tiling = AnyResolution.from_settings(preprocessor, LLAVA_ONEVISION, *sides, pinpoints)
         return cls(tiling, decoder_layers({"model_type": "qwen2", **(model.get("text_config") or {})}))

@@ -6,18 +6,18 @@ token, which ends the image and is no part of it here: however an image is prune
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from vllm_crop.errors import UnsupportedImageError, UnsupportedModelError
+from vllm_crop.families.plain import PlainText, SeenWhole
 from vllm_crop.families.text_layers import decoder_layers
-from vllm_crop.planning.foveation import Piece, Sight
-from vllm_crop.planning.geometry import Box, GridPart, ImageTokens, ImageView, Region, TokenGrid, TokenGrids
+from vllm_crop.planning.geometry import Box, GridPart, ImageTokens, ImageView, TokenGrid, TokenGrids
 
 
 @dataclass(frozen=True)
-class Mistral3Geometry:
+class Mistral3Geometry(PlainText, SeenWhole):
     """The geometry of a PixtralImageProcessor.
 
     Attributes:
@@ -25,14 +25,9 @@ class Mistral3Geometry:
         longest_edge: larger images are reduced to it.
     """
 
-    uses_mrope: ClassVar[bool] = False
-    rotary_room: ClassVar[int] = 1
-    why_no_eviction: ClassVar[str] = ""
-    first_eviction_layer: ClassVar[int] = 1
     why_no_foveation: ClassVar[str] = (
         "its vision tower numbers the rows and columns of whatever it is shown from the first"
     )
-    foveation_settings: ClassVar[frozenset[str]] = frozenset()
 
     token_side: int
     longest_edge: int
@@ -59,11 +54,6 @@ class Mistral3Geometry:
         return cls(
             side, longest, decoder_layers({"model_type": "mistral", **(model.get("text_config") or {})})
         )
-
-    @property
-    def looking_layers(self) -> Sequence[int]:
-        """All."""
-        return range(self.num_layers)
 
     @property
     def max_tokens(self) -> int:
@@ -105,24 +95,3 @@ class Mistral3Geometry:
         """Those of whole tokens."""
         rows, cols = self._cells(width, height)
         return cols * self.token_side, rows * self.token_side
-
-    def foveate(
-        self, width: int, height: int, region: Region, around: Region | None, sight: Sight
-    ) -> tuple[Piece, ...]:
-        """Nothing: see `why_no_foveation`."""
-        return ()
-
-    def small(self, width: int, height: int, max_tokens: int) -> tuple[Piece, ...]:
-        """Nothing: an image is seen as large as its size asks for."""
-        return ()
-
-    def overview(self, width: int, height: int) -> tuple[Piece, ...]:
-        """None: the prompt has an image once."""
-        return ()
-
-    def unseen(self, width: int, height: int, pieces: Sequence[Piece]) -> None:
-        """None: the whole image is seen at one size."""
-
-    def position_span(self, grid: ImageTokens) -> int:
-        """One per token."""
-        return grid.num_tokens
