@@ -15,9 +15,10 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.transformers_utils.processors.internvl import calculate_internvl_targets, get_internvl_target_ratios
 
 from tests.conftest import CheckpointOf
-from tests.cpu.conftest import Engine, EngineOf, Question, ReferenceOf, decided
+from tests.cpu.conftest import EngineOf, Question, ReferenceOf, decided
 from tests.cpu.test_caches import about, right
 from tests.cpu.test_parity import NOTICEABLE, cells, difference
+from tests.cpu.videos import check_videos_pass_untouched
 from tests.families import INTERNVL, INTERNVL_CHAT, Family
 from tests.pictures import noise_image
 from tests.reference import HfReference
@@ -141,20 +142,7 @@ def test_videos_pass_untouched(engine_of: EngineOf, family: Family) -> None:
         "prompt": f"USER: {VIDEO if family is INTERNVL else '<video>'} and {pool.image} what?\nASSISTANT:",
         "multi_modal_data": {"image": [noise_image(840, 500, 400)], "video": [frames]},
     }
-    sampling = SamplingParams(temperature=0, max_tokens=6, logprobs=5)
-
-    def ask(engine: Engine, crop: dict[str, Any] | None) -> Any:
-        settings = {} if crop is None else {"mm_processor_kwargs": {"crop": crop}}
-        (output,) = engine.llm.generate([{**prompt, **settings}], sampling, use_tqdm=False)
-        logprobs = [sorted((t, e.logprob) for t, e in step.items()) for step in output.outputs[0].logprobs]
-        return len(output.prompt_token_ids), logprobs
-
-    stock = ask(engine_of(family, "stock"), None)
-    assert ask(pool, {"method": "off"}) == stock
-    num_tokens, pruned = ask(pool, {"regions": [FIRST]})
-    whole = pool.processor.geometry.grid(500, 400).num_tokens
-    assert num_tokens == stock[0] - whole + round(whole / 6)
-    assert pruned != stock[1]
+    check_videos_pass_untouched(engine_of(family, "stock"), pool, prompt)
 
 
 def test_a_server_without_tiles_is_refused(checkpoint_of: CheckpointOf) -> None:

@@ -28,6 +28,7 @@ from tests.cpu.conftest import (
 )
 from tests.cpu.test_caches import about, right
 from tests.cpu.test_parity import TOLERANCE, cells, difference
+from tests.cpu.videos import check_videos_pass_untouched
 from tests.families import LLAVA_ONEVISION
 from tests.pictures import noise_image
 from tests.reference import HfReference
@@ -100,31 +101,19 @@ def test_images_of_many_shapes_in_one_request(pool: Engine, reference_for: Refer
         right(pool, reference_for, Question(images, {"regions": [FIRST, SECOND, None, FIRST][: len(images)]}))
 
 
-def prompt_with_videos(image: Any, crop: dict[str, Any] | None) -> dict[str, Any]:
+def prompt_with_videos(image: Any) -> dict[str, Any]:
     videos = [
         np.random.default_rng(seed).integers(0, 256, (4, 84, 112, 3), dtype=np.uint8) for seed in (1, 2)
     ]
     text = "USER: <video> and <image> and <video> what?\nASSISTANT:"
-    prompt = {"prompt": text, "multi_modal_data": {"image": [image], "video": videos}}
-    return prompt if crop is None else {**prompt, "mm_processor_kwargs": {"crop": crop}}
+    return {"prompt": text, "multi_modal_data": {"image": [image], "video": videos}}
 
 
 def test_videos_pass_untouched(pool: Engine, engine_of: EngineOf) -> None:
     image = noise_image(520, 500, 400)
     full = pool.processor.geometry.grid(500, 400).num_tokens
-    sampling = SamplingParams(temperature=0, max_tokens=6, logprobs=5)
-
-    def ask(engine: Engine, crop: dict[str, Any] | None) -> Any:
-        (output,) = engine.llm.generate([prompt_with_videos(image, crop)], sampling, use_tqdm=False)
-        logprobs = [sorted((t, e.logprob) for t, e in step.items()) for step in output.outputs[0].logprobs]
-        return len(output.prompt_token_ids), logprobs
-
-    stock = ask(engine_of(LLAVA_ONEVISION, "stock"), None)
-    assert stock[0] == full + 2 * VIDEO_TOKENS + len("USER:  and  and  what?\nASSISTANT:")
-    assert ask(pool, {"method": "off"}) == stock
-    num_tokens, pruned = ask(pool, {"regions": [FIRST]})
-    assert num_tokens == stock[0] - full + round(full / 6)
-    assert pruned != stock[1]
+    whole = check_videos_pass_untouched(engine_of(LLAVA_ONEVISION, "stock"), pool, prompt_with_videos(image))
+    assert whole == full + 2 * VIDEO_TOKENS + len("USER:  and  and  what?\nASSISTANT:")
 
 
 def test_image_embeddings_of_the_client_are_served_whole(

@@ -28,6 +28,7 @@ from tests.cpu.conftest import (
 )
 from tests.cpu.test_caches import about, right
 from tests.cpu.test_parity import NOTICEABLE, TOLERANCE, cells, difference
+from tests.cpu.videos import check_videos_pass_untouched
 from tests.families import QWEN2_5_VL
 from tests.pictures import noise_image
 from tests.reference import HfReference
@@ -163,26 +164,15 @@ def video(seed: int) -> Any:
     return frames, metadata
 
 
-def prompt_with_video(image: Any, crop: dict[str, Any] | None) -> dict[str, Any]:
+def prompt_with_video(image: Any) -> dict[str, Any]:
     text = f"USER: {VIDEO} and {QWEN2_5_VL.reference.image} and {VIDEO} what?\nASSISTANT:"
-    prompt = {"prompt": text, "multi_modal_data": {"image": [image], "video": [video(1), video(2)]}}
-    return prompt if crop is None else {**prompt, "mm_processor_kwargs": {"crop": crop}}
+    return {"prompt": text, "multi_modal_data": {"image": [image], "video": [video(1), video(2)]}}
 
 
 def test_videos_pass_untouched(pool: Engine, engine_of: EngineOf) -> None:
-    image = noise_image(306, 500, 400)
-    sampling = SamplingParams(temperature=0, max_tokens=6, logprobs=5)
-
-    def ask(engine: Engine, crop: dict[str, Any] | None) -> Any:
-        (output,) = engine.llm.generate([prompt_with_video(image, crop)], sampling, use_tqdm=False)
-        logprobs = [sorted((t, e.logprob) for t, e in step.items()) for step in output.outputs[0].logprobs]
-        return len(output.prompt_token_ids), logprobs
-
-    stock = ask(engine_of(QWEN2_5_VL, "stock"), None)
-    assert ask(pool, {"method": "off"}) == stock
-    num_tokens, pruned = ask(pool, {"regions": [FIRST]})
-    assert num_tokens == stock[0] - 18 * 14 + 42
-    assert pruned != stock[1]
+    check_videos_pass_untouched(
+        engine_of(QWEN2_5_VL, "stock"), pool, prompt_with_video(noise_image(306, 500, 400))
+    )
 
 
 def test_image_embeddings_of_the_client_are_served_whole(
@@ -214,7 +204,7 @@ def positions_beside_videos(pool: Engine, image: Any, num_tokens: int) -> None:
     """Compare the ids of a pruned prompt with those of the whole one; the image has `num_tokens` there."""
     positions = {}
     for name, crop in (("whole", {}), ("pruned", {"regions": [FIRST]})):
-        prompt = prompt_with_video(image, None)
+        prompt = prompt_with_video(image)
         processor = pool.processor
         served = processor(
             prompt["prompt"],

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
 from tests.conftest import CheckpointOf
@@ -18,6 +17,7 @@ from tests.cpu.conftest import EVICT, Engine, EngineOf, Question, ReferenceOf, r
 from tests.cpu.test_caches import right
 from tests.cpu.test_parity import NOTICEABLE, SCENARIOS, UNPRUNED, cells, control_for, difference
 from tests.cpu.test_qwen2_5_vl import positions_beside_videos, prompt_with_video
+from tests.cpu.videos import check_videos_pass_untouched
 from tests.families import QWEN3_5
 from tests.pictures import noise_image
 from tests.reference import HfReference
@@ -88,20 +88,10 @@ def test_states_in_the_prefix_cache_belong_to_a_region(
 
 
 def test_videos_pass_untouched(engine_of: EngineOf) -> None:
-    image = noise_image(406, 500, 400)
-    sampling = SamplingParams(temperature=0, max_tokens=6, logprobs=5)
-
-    def ask(engine: Engine, crop: dict[str, Any] | None) -> Any:
-        (output,) = engine.llm.generate([prompt_with_video(image, crop)], sampling, use_tqdm=False)
-        logprobs = [sorted((t, e.logprob) for t, e in step.items()) for step in output.outputs[0].logprobs]
-        return len(output.prompt_token_ids), logprobs
-
     pool = engine_of(QWEN3_5, "pool")
-    stock = ask(engine_of(QWEN3_5, "stock"), None)
-    assert ask(pool, {"method": "off"}) == stock
-    num_tokens, pruned = ask(pool, {"regions": [FIRST]})
-    assert num_tokens == stock[0] - TOKENS + TOKENS // 6
-    assert pruned != stock[1]
+    check_videos_pass_untouched(
+        engine_of(QWEN3_5, "stock"), pool, prompt_with_video(noise_image(406, 500, 400))
+    )
     positions_beside_videos(pool, noise_image(407, 500, 400), TOKENS)
 
 

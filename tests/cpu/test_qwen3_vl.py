@@ -29,6 +29,7 @@ from tests.cpu.test_caches import about, right
 from tests.cpu.test_parity import NOTICEABLE, TOLERANCE, cells, difference
 from tests.cpu.test_qwen2_5_vl import FIRST, SECOND, positions_beside_videos, prompt_with_video
 from tests.cpu.test_reference import brute_force
+from tests.cpu.videos import check_videos_pass_untouched
 from tests.families import QWEN2_5_VL, QWEN3_VL, Family
 from tests.pictures import noise_image
 from tests.reference import HfReference
@@ -192,19 +193,9 @@ def test_the_servers_processor_settings_are_followed(
 
 
 def test_videos_pass_untouched(pool: Engine, engine_of: EngineOf) -> None:
-    image = noise_image(406, 500, 400)
-    sampling = SamplingParams(temperature=0, max_tokens=6, logprobs=5)
-
-    def ask(engine: Engine, crop: dict[str, Any] | None) -> Any:
-        (output,) = engine.llm.generate([prompt_with_video(image, crop)], sampling, use_tqdm=False)
-        logprobs = [sorted((t, e.logprob) for t, e in step.items()) for step in output.outputs[0].logprobs]
-        return len(output.prompt_token_ids), logprobs
-
-    stock = ask(engine_of(QWEN3_VL, "stock"), None)
-    assert ask(pool, {"method": "off"}) == stock
-    num_tokens, pruned = ask(pool, {"regions": [FIRST]})
-    assert num_tokens == stock[0] - GRID.num_tokens + GRID.num_tokens // 6
-    assert pruned != stock[1]
+    check_videos_pass_untouched(
+        engine_of(QWEN3_VL, "stock"), pool, prompt_with_video(noise_image(406, 500, 400))
+    )
 
 
 def test_what_is_left_beside_videos_keeps_its_position(pool: Engine) -> None:

@@ -107,7 +107,7 @@ def measure_api_cpu(sizes: Mapping[tuple[int, int], tuple[int, int]] = SIZES) ->
                     took = {}
                     for server, wanted in asked:
                         requests = [
-                            (new_picture(size, next(seeds)), wanted and _elsewhere(wanted, random))
+                            (new_picture(size, next(seeds)), wanted and elsewhere(wanted, random))
                             for _ in range(block)
                         ]
                         took[server.base_url] = _ask_ms(server, requests)
@@ -163,7 +163,7 @@ def make_checkpoint(folder: Path) -> Path:
     return folder
 
 
-def _elsewhere(crop: Mapping[str, Any], random: Random) -> Mapping[str, Any]:
+def elsewhere(crop: Mapping[str, Any], random: Random) -> Mapping[str, Any]:
     """The same with a region of its size anywhere: plans of one that was seen before are remembered."""
     if "regions" not in crop:
         return crop

@@ -125,6 +125,13 @@ def bench(
             help="Measure what the plugin adds to the API process instead, in CPU time per request; Linux.",
         ),
     ] = False,
+    api_instructions: Annotated[
+        bool,
+        typer.Option(
+            "--api-instructions",
+            help="The same in instructions, which a busy machine does not change; needs valgrind, Linux.",
+        ),
+    ] = False,
     api_memory: Annotated[
         bool,
         typer.Option(
@@ -169,6 +176,7 @@ def bench(
     What does it cost the API process?
       vllm-crop bench --planning
       vllm-crop bench --api-cpu
+      vllm-crop bench --api-instructions
       vllm-crop bench --api-memory
     Is it still faster if the server finds the region itself?
       vllm-crop bench --method plc --localizer engine --localizer remote
@@ -194,6 +202,21 @@ def bench(
         with console.status("two servers start, and are asked in turn: about ten minutes"):
             for measured in measure_api_cpu():  # the largest pictures take most of it
                 console.print(api_cpu_table(measured))
+        return
+    if api_instructions:
+        from vllm_crop.benchmarking.api_instructions import (
+            CountingError,
+            api_instructions_table,
+            measure_api_instructions,
+        )
+
+        try:
+            with console.status("two servers start in valgrind, and are asked in turn: about 20 minutes"):
+                for counted in measure_api_instructions():
+                    console.print(api_instructions_table(counted))
+        except CountingError as error:
+            typer.echo(str(error), err=True)
+            raise typer.Exit(1) from error
         return
     if api_memory:
         from vllm_crop.benchmarking.api_memory import api_memory_table, measure_api_memory

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +62,7 @@ def serve(
     ready_timeout_s: float = 600.0,
     console: Console | None = None,
     port: int | None = None,
+    launcher: Sequence[str] = (),
 ) -> Iterator[Server]:
     """Run `vllm serve model *args` on a free port of the loopback interface until the block ends.
 
@@ -73,6 +74,7 @@ def serve(
         ready_timeout_s: how long it may take until `/health` answers.
         console: where the progress line goes; standard error by default.
         port: another than any free one.
+        launcher: a program, and its options, that runs the server's as its last arguments.
 
     Raises:
         ServerError: the server ended or did not get healthy in time.
@@ -82,7 +84,7 @@ def serve(
     log_path.parent.mkdir(parents=True, exist_ok=True)
     with log_path.open("wb") as log, _stopped_by_sigterm():
         process = subprocess.Popen(
-            [sys.executable, "-m", "vllm.entrypoints.cli.main", *command],
+            [*launcher, sys.executable, "-m", "vllm.entrypoints.cli.main", *command],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

@@ -3,7 +3,10 @@
 
 Why: where no middleware reads `crop`, it is taken from vLLM's request object. That of the chat completions
 API keeps fields it does not know; these drop them, in their models or on the way to a chat completion.
-Replaces: the three `to_chat_completion_request` below; two of vLLM's models of requests allow further fields.
+The models of the requests of two of them allow further fields, too.
+Replaces: AnthropicServingMessages.to_chat_completion_request (vllm/entrypoints/anthropic/serving.py).
+Replaces: CohereServingChatV2.to_chat_completion_request (vllm/entrypoints/cohere/serving.py).
+From vLLM 0.33 on TokenizeChatRequest has such a method, too (vllm/entrypoints/serve/tokenize/protocol.py).
 Remove when: vLLM hands a renderer the client's own request.
 """
 
