@@ -14,7 +14,6 @@ from tests.checkpoints import (
     llava_siglip,
     mistral3,
     qwen2_vl,
-    qwen3_5,
     qwen3_5_moe,
     qwen3_vl,
     qwen3_vl_moe,
@@ -39,6 +38,7 @@ from tests.reference import (
 from vllm_crop.benchmarking import dummy_internvl as internvl
 from vllm_crop.benchmarking import dummy_llava, dummy_qwen2_5_vl
 from vllm_crop.benchmarking import dummy_llava_next as llava_next
+from vllm_crop.benchmarking import dummy_qwen3_5 as qwen3_5
 from vllm_crop.benchmarking.dummy_llava import DEEP, TINY, DummySize
 
 

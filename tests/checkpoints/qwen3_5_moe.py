@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Qwen3.5 checkpoint with a mixture of experts, otherwise as qwen3_5.py makes it."""
+"""A Qwen3.5 checkpoint with a mixture of experts, otherwise as benchmarking/dummy_qwen3_5.py makes it."""
 
 from pathlib import Path
 from typing import Any
 
-from tests.checkpoints.qwen3_5 import make_config
-from tests.checkpoints.qwen3_vl import TINY, make_processor
-from vllm_crop.benchmarking.dummy_llava import DummySize, scale_weights
+from vllm_crop.benchmarking.dummy_llava import DummySize
+from vllm_crop.benchmarking.dummy_qwen3_5 import TINY, make_config, write_checkpoint
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 
@@ -29,13 +28,6 @@ def make_moe_config(size: DummySize, tokenizer: Any) -> Any:
 
 def make_checkpoint(folder: Path, size: DummySize = TINY, seed: int = 0) -> Path:
     """Write config, processor and scaled random weights to `folder`."""
-    import torch
     from transformers import Qwen3_5MoeForConditionalGeneration
 
-    processor = make_processor()
-    config = make_moe_config(size, processor.tokenizer)
-    torch.manual_seed(seed)
-    model = scale_weights(Qwen3_5MoeForConditionalGeneration(config), size)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+    return write_checkpoint(folder, size, seed, make_moe_config, Qwen3_5MoeForConditionalGeneration)

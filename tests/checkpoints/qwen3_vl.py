@@ -4,19 +4,17 @@
 from pathlib import Path
 from typing import Any
 
-from vllm_crop.benchmarking.dummy_llava import VOCAB_SIZE, DummySize, make_tokenizer, scale_weights
+from vllm_crop.benchmarking.dummy_llava import VOCAB_SIZE, DummySize, scale_weights
 from vllm_crop.benchmarking.dummy_qwen2_5_vl import (
-    CHAT_TEMPLATE,
     IMAGE_PAD,
     SPECIAL_TOKENS,
     VIDEO_PAD,
     VISION_END,
     VISION_START,
 )
+from vllm_crop.benchmarking.dummy_qwen3_5 import MERGE, PATCH, make_processor
 
 TINY = DummySize(layers=8, branch_gain=0.6)
-PATCH, MERGE = 16, 2
-MAX_TOKENS = 640  # of an image
 ATTENTION_GAIN = 2.0  # queries and keys are normalised: what their projections' width does elsewhere
 
 
@@ -65,19 +63,6 @@ def make_config(size: DummySize, tokenizer: Any) -> Any:
         vision_start_token_id=ids[VISION_START],
         vision_end_token_id=ids[VISION_END],
         dtype="float32",
-    )
-
-
-def make_processor() -> Any:
-    """The Qwen3VLProcessor, tokenizer included."""
-    from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
-
-    pixels = {"shortest_edge": 4 * (PATCH * MERGE) ** 2, "longest_edge": MAX_TOKENS * (PATCH * MERGE) ** 2}
-    return Qwen3VLProcessor(
-        image_processor=Qwen2VLImageProcessor(size=pixels, patch_size=PATCH, merge_size=MERGE),
-        tokenizer=make_tokenizer(SPECIAL_TOKENS),
-        video_processor=Qwen3VLVideoProcessor(size=pixels),
-        chat_template=CHAT_TEMPLATE,
     )
 
 

@@ -152,7 +152,13 @@ def test_the_wheel_has_no_laboratory_and_no_results(wheel: Path) -> None:
     assert [name for name in names if suspicious.search(name)] == []
     # What `bench` serves; those of other families are the tests'.
     dummies = {Path(name).stem for name in names if "dummy" in name}
-    assert dummies == {"dummy_internvl", "dummy_llava", "dummy_llava_next", "dummy_qwen2_5_vl"}
+    assert dummies == {
+        "dummy_internvl",
+        "dummy_llava",
+        "dummy_llava_next",
+        "dummy_qwen2_5_vl",
+        "dummy_qwen3_5",
+    }
 
 
 def test_asking_a_server_says_what_to_install(installed: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from vllm_crop.planning.geometry import Region
 from vllm_crop.planning.plan import Compression, TokenPlan
 from vllm_crop.request import ImageRequest
 
-Dummy = Literal["llava", "llava_next", "internvl", "qwen2_5_vl"]
+Dummy = Literal["llava", "llava_next", "internvl", "qwen2_5_vl", "qwen3_5"]
 IMAGE_SIDE = 336  # LLaVA-1.5's own, for what times the dummy model only
 
 

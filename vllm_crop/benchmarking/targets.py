@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from vllm_crop.benchmarking import dummy_internvl, dummy_llava_next, dummy_qwen2_5_vl
+from vllm_crop.benchmarking import dummy_internvl, dummy_llava_next, dummy_qwen2_5_vl, dummy_qwen3_5
 from vllm_crop.benchmarking.dummy_llava import BENCH, make_checkpoint
 from vllm_crop.benchmarking.kv import KVCapacity
 from vllm_crop.benchmarking.load import Client
@@ -85,6 +85,11 @@ def outcomes_by_mode(runs: Sequence[Run]) -> Mapping[str, Counter[str]]:
 QUIET = ("--disable-access-log-for-endpoints", "/health,/metrics")
 MAX_MODEL_LEN, ROOM_FOR_TEXT = 2048, 1024
 CPU_KV_GIB = 2
+PLAIN = ("--dtype", "float32", "--block-size", "32")
+HYBRID = (
+    "--dtype",
+    "bfloat16",
+)  # vLLM's CPU kernels of its linear layers take; blocks are as large as a state
 SHARE_OF_ALL = 0.9  # of the device's memory
 
 
@@ -126,7 +131,7 @@ def what_to_serve(options: Options, machine: Machine, client: Client) -> ToServe
         return ToServe(model, (*args, *share, *options.serve_args), {})
     # Compiling takes a minute longer and gains 5 percent; blocks as small as the CPU allows show KV use
     # most exactly.
-    args += ["--dtype", "float32", "--enforce-eager", "--block-size", "32"]
+    args += ["--enforce-eager", *(HYBRID if options.dummy == "qwen3_5" else PLAIN)]
     env = {"VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", str(CPU_KV_GIB))}
     return ToServe(model, (*args, *options.serve_args), env)
 
@@ -135,6 +140,8 @@ def _make_dummy(folder: Path, dummy: Dummy, weights: bool) -> Path:
     """Write a dummy of a family. Called where transformers is loaded."""
     if dummy == "qwen2_5_vl":
         return dummy_qwen2_5_vl.make_bench_checkpoint(folder, weights)
+    if dummy == "qwen3_5":
+        return dummy_qwen3_5.make_bench_checkpoint(folder, weights)
     if dummy == "internvl":
         return dummy_internvl.make_bench_checkpoint(folder, weights)
     if dummy == "llava_next":

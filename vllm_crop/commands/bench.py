@@ -72,11 +72,12 @@ def bench(
         int, typer.Option(min=32, help="Pixels, of the square random images; more of them give more tokens.")
     ] = 336,
     dummy: Annotated[
-        Literal["llava", "llava_next", "internvl", "qwen2_5_vl"],
+        Literal["llava", "llava_next", "internvl", "qwen2_5_vl", "qwen3_5"],
         typer.Option(
             help="Without --model: which family's dummy. Those of Qwen2.5-VL, LLaVA-NeXT and InternVL have "
             "vision towers of their real share of the work: --image-side 1792 has 4,096 tokens on the first, "
-            "672 has 2,928 on the second, 896 has 1,280 on the third."
+            "672 has 2,928 on the second, 896 has 1,280 on the third. Qwen3.5's, in bfloat16 on a CPU, has "
+            "1,024 at 1024."
         ),
     ] = "llava",
     compression: CompressionOption = DEFAULTS.compression,
