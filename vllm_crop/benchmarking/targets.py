@@ -86,10 +86,8 @@ QUIET = ("--disable-access-log-for-endpoints", "/health,/metrics")
 MAX_MODEL_LEN, ROOM_FOR_TEXT = 2048, 1024
 CPU_KV_GIB = 2
 PLAIN = ("--dtype", "float32", "--block-size", "32")
-HYBRID = (
-    "--dtype",
-    "bfloat16",
-)  # vLLM's CPU kernels of its linear layers take; blocks are as large as a state
+# As vLLM's CPU kernels of linear layers want it; a block is as large as a state.
+HYBRID = ("--dtype", "bfloat16")
 SHARE_OF_ALL = 0.9  # of the device's memory
 
 
