@@ -17,6 +17,7 @@ LONGEST_NAME = 26  # bytes: every letter may be written as an escape
 
 # "crop" as a JSON string, in every spelling that JSON has for it.
 _NAME = re.compile(rb'"(?:c|\\u0063)(?:r|\\u0072)(?:o|\\u006[fF])(?:p|\\u0070)"')
+_PLAIN, _ESCAPE = b'"crop"', b"\\u00"
 # Short strings whole, of others the beginning; within values, where no name counts, many at once. No `)++`:
 # before Python 3.11.5 such a repeat keeps what its last, failed round has matched (gh-106052), and the rest
 # of the body is misread. A bounded one needs as little memory.
@@ -33,7 +34,8 @@ _START = re.compile(rb"(?:\xef\xbb\xbf)?\s*+\{")
 
 def may_have_field(body: bytes) -> bool:
     """Whether the field's name occurs in a part of a body, at any place."""
-    return _NAME.search(body) is not None
+    # Plain, or with an escape: to look for these runs through a picture several times as fast.
+    return _PLAIN in body or (_ESCAPE in body and _NAME.search(body) is not None)
 
 
 def is_utf8(body: bytes) -> bool:

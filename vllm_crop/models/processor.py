@@ -53,6 +53,7 @@ CROP_KEY, REQUEST_KEY, ITEMS_KEY = "crop", "crop_request", "crop_items"
 # More objects of ours: what has been made of the images already; and that they may be given up on their way.
 AHEAD_KEY, WAY_KEY = "crop_ahead", "crop_way"
 _T = TypeVar("_T")
+_FIELD_CONFIGS = {name: MultiModalFieldConfig.batched("image", keep_on_cpu=True) for name in CROP_FIELDS}
 DECISIONS = "crop_decisions"  # in the processed prompt, for the renderer, which takes it out
 
 
@@ -350,8 +351,7 @@ class CropProcessorMixin(BaseMultiModalProcessor):
     def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]) -> Any:
         _, plain = _take(hf_processor_mm_kwargs, ITEMS_KEY, CropItems)
         fields = super()._get_mm_fields_config(hf_inputs, plain)
-        ours = {name: MultiModalFieldConfig.batched("image", keep_on_cpu=True) for name in CROP_FIELDS}
-        return {**fields, **ours}
+        return {**fields, **_FIELD_CONFIGS}
 
     def _get_prompt_updates(
         self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, object], out_mm_kwargs: Any
@@ -429,7 +429,9 @@ def _evicted_by_client(decision: ImageDecision) -> bool:
 
 def _take(kwargs: Mapping[str, object], key: str, kind: type[_T]) -> tuple[_T | None, dict[str, object]]:
     """An object of ours under a key, and the other settings."""
-    found = kwargs.get(key)
+    others = dict(kwargs)
+    found = others.get(key)
     if not isinstance(found, kind):
-        return None, dict(kwargs)
-    return found, {name: value for name, value in kwargs.items() if name != key}
+        return None, others
+    del others[key]
+    return found, others
