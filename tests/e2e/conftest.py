@@ -2,6 +2,7 @@
 """Servers started with `vllm serve`, asked through the real clients."""
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -48,6 +49,8 @@ FAMILIES = (
     *(LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_5_VL, QWEN3_VL),
     *(GLM4V, INTERNVL, INTERNVL_CHAT, MISTRAL3),
 )
+# Served by two tensor-parallel workers: with M-RoPE, with tiles between framing text, with row breaks.
+ON_TWO_WORKERS = (GLM4V, INTERNVL, MISTRAL3)
 FAMILY_CROP = {"method": "plc+ilp", "eviction_layers": [2], "pruning_rate": 0.667}
 
 
@@ -66,6 +69,12 @@ def serve(*args: Any, env: Mapping[str, str] | None = None, **kwargs: Any) -> Ab
     """A server of this test run, counted."""
     STARTS["servers"] += 1
     return measuring.serve(*args, env={**ENVIRONMENT, **(env or {})}, **kwargs)
+
+
+def one_core_each() -> dict[str, str]:
+    """Variables for two tensor-parallel workers."""
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    return {"VLLM_CPU_OMP_THREADS_BIND": "|".join(str(core) for core in cores)}
 
 
 def metric(server: Server, name: str, **labels: str) -> float:
@@ -159,12 +168,12 @@ def family_server(family: Family, checkpoint_of: CheckpointOf, logs: Path) -> It
     options = ("--crop-config", json.dumps(crop), "--mm-processor-cache-type", "shm")
     if family.options.get("trust_remote_code"):
         options = (*options, "--trust-remote-code")
-    checkpoint, log, page = (
-        checkpoint_of(family, family.deep),
-        logs / f"{family}.log",
-        {"VLLM_PLUGINS": "crop"},
-    )
-    with serve(str(checkpoint), *options, *OPTIONS, log_path=log, env=page) as running:
+    env = {"VLLM_PLUGINS": "crop"}
+    if family in ON_TWO_WORKERS:
+        options = (*options, "--tensor-parallel-size", "2")
+        env |= one_core_each()
+    checkpoint, log = checkpoint_of(family, family.deep), logs / f"{family}.log"
+    with serve(str(checkpoint), *options, *OPTIONS, log_path=log, env=env) as running:
         yield running
 
 

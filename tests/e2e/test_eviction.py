@@ -2,7 +2,6 @@
 """A server configured by a YAML file alone: prepared to evict, finding regions where the model looks, on two
 tensor-parallel workers, with the shared-memory image cache, prefix caching and no API key."""
 
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 import openai
 import pytest
 
-from tests.e2e.conftest import MODEL, OPTIONS, metric, serve
+from tests.e2e.conftest import MODEL, OPTIONS, metric, one_core_each, serve
 from tests.e2e.test_serve import (
     EVERY_TOKEN,
     FIRST,
@@ -58,12 +57,10 @@ METHODS: tuple[Method, ...] = ("off", "plc", "ilp", "plc+ilp")
 def server(deep_checkpoint: Path, logs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     file = tmp_path_factory.mktemp("settings") / "serve.yaml"
     file.write_text(SETTINGS)
-    cores = sorted(os.sched_getaffinity(0))[:2]
-    one_core_each = {"VLLM_CPU_OMP_THREADS_BIND": "|".join(str(core) for core in cores)}
     options_without_budget = OPTIONS[: OPTIONS.index("--max-num-batched-tokens")]
     options = ("--config", str(file), *options_without_budget)
     log_path = logs / "evicting.log"
-    with serve(str(deep_checkpoint), *options, log_path=log_path, env=one_core_each) as running:
+    with serve(str(deep_checkpoint), *options, log_path=log_path, env=one_core_each()) as running:
         yield running
         # Before it is stopped: a worker may complain of a leader that is gone.
         assert "Traceback" not in log_path.read_text()
