@@ -112,8 +112,8 @@ QWEN3_VL_MOE = Family(
 )
 # A block is as large as the state of a layer that remembers, a quarter of a megabyte.
 _HYBRID: dict[str, Any] = {
-    **{"of_module": "qwen3_5", "evicts": False, "looking": (3, 7)},
-    "options": {"num_gpu_blocks_override": 200},
+    **{"of_module": "qwen3_5", "looking": (3, 7)},
+    "options": {"num_gpu_blocks_override": 200, "enable_prefix_caching": False},
 }
 QWEN3_5 = Family("qwen3_5", qwen3_5.make_checkpoint, qwen3_vl.TINY, qwen3_vl.TINY, HfQwen3_5, **_HYBRID)
 QWEN3_5_MOE = Family(

@@ -252,7 +252,7 @@ class HfReference:
     @torch.inference_mode()
     def decode_by_layer(self, prompt: Prompt, steps: int) -> Reference:
         """Answer layer by layer, each on the rows present there; keys and values are kept between steps."""
-        language_model, cache = self.model.model.language_model, DynamicCache()
+        language_model, cache = self.model.model.language_model, self.new_cache()
 
         def last_hidden(answered: Sequence[int]) -> torch.Tensor:
             rows, positions, num_layers = prompt.rows, prompt.positions, prompt.num_layers
@@ -266,11 +266,12 @@ class HfReference:
                 present = num_layers > index
                 rows, positions, num_layers = rows[present], positions[:, present], num_layers[present]
                 added = added[:, present]
-                # Rows see the rows before them; a single new row sees every row this layer has had.
+                # Rows see the rows before them; a single new row sees every row this layer has had. A layer with
+                # a state reads them in their order.
                 mask = torch.full((len(rows), len(rows)), -torch.inf).triu(1)[None, None]
                 rows = layer(
                     rows[None],
-                    attention_mask=None if answered else mask,
+                    attention_mask=mask if not answered and hasattr(layer, "self_attn") else None,
                     position_embeddings=language_model.rotary_emb(rows, self.position_ids(positions)),
                     past_key_values=cache,
                 )[0]
@@ -279,6 +280,10 @@ class HfReference:
             return language_model.norm(rows[-1])
 
         return self._answer(prompt, last_hidden, steps)
+
+    def new_cache(self) -> DynamicCache:
+        """What layers keep of the rows they have had."""
+        return DynamicCache()
 
     @torch.inference_mode()
     def attention(self, prompt: Prompt) -> torch.Tensor:
@@ -415,6 +420,9 @@ class HfQwen3_5(HfQwen2_5VL):
     """Qwen3.5: most layers remember the rows in a state; nothing is added after the first."""
 
     model_class = Qwen3_5ForConditionalGeneration
+
+    def new_cache(self) -> DynamicCache:
+        return DynamicCache(config=self.model.config.get_text_config())
 
 
 class HfQwen3_5Moe(HfQwen3_5):

@@ -19,40 +19,19 @@ from vllm.compilation.backends import set_model_tag
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.forward_context import get_forward_context
-from vllm.model_executor.layers.attention import Attention
 from vllm.sequence import IntermediateTensors
-from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from vllm_crop.errors import UnsupportedModelError
-from vllm_crop.eviction.kv_cache import StageAttentionSpec
+from vllm_crop.eviction.layers import set_stage
 from vllm_crop.eviction.markers import EvictionSettings
 from vllm_crop.eviction.refusals import require_scheduler
-from vllm_crop.eviction.report import expected_grouping
 
 # Decoders whose forward is: embed, then `layer(positions, hidden_states, residual)` each, then the norm.
 # After the first layers visual features may be added to the hidden states (deepstack).
 DECODERS = (
     *("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model", "Qwen3LLMModel", "Qwen3MoeLLMModel"),
-    *("Glm4Model", "Glm4MoeModel"),
+    *("Glm4Model", "Glm4MoeModel", "Qwen3_5Model"),
 )
-
-
-class StagedAttention(Attention):
-    """Attention of a layer that runs without what its stage has evicted."""
-
-    crop_stage: int
-    crop_num_layers: int
-    crop_stages: tuple[int, ...]
-
-    def get_kv_cache_spec(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> KVCacheSpec | None:
-        """A spec of its own from stage 1 on, so that vLLM allocates KV for kept tokens only."""
-        spec = super().get_kv_cache_spec(vllm_config, *args, **kwargs)
-        if self.crop_stage:
-            spec = StageAttentionSpec.from_full(spec, self.crop_stage, self.layer_name)
-        if spec is None:
-            return None
-        grouping = expected_grouping(self.crop_num_layers, self.crop_stages, spec.block_size)
-        return spec.copy_with_new_block_size(grouping.block_sizes[self.crop_stage])
 
 
 @dataclass(frozen=True)
@@ -85,7 +64,7 @@ class EvictingDecoder:
     """Runs a decoder of upstream in stages. Holds no weights of its own."""
 
     def __init__(self, decoder: Any, settings: EvictionSettings) -> None:
-        """Give every attention layer its stage.
+        """Give every layer its stage.
 
         Raises:
             UnsupportedModelError: the decoder is built in a way we do not follow.
@@ -100,10 +79,7 @@ class EvictingDecoder:
         bounds = [0, *settings.stages, len(layers)]
         for stage, (start, stop) in enumerate(pairwise(bounds)):
             for layer in layers[start:stop]:
-                attention = attention_of(layer)
-                attention.__class__ = StagedAttention
-                attention.crop_stage = stage
-                attention.crop_num_layers, attention.crop_stages = len(layers), settings.stages
+                set_stage(layer, stage, len(layers), settings.stages)
         self.segments = [
             make_segment(layers[start:stop], start, decoder.norm if stop == len(layers) else None)
             for start, stop in pairwise(bounds)
@@ -206,21 +182,6 @@ def _graph_mode_restored() -> Iterator[Any]:
         context.cudagraph_runtime_mode = mode
 
 
-def attention_of(layer: nn.Module) -> Any:
-    """The attention of a decoder layer.
-
-    Raises:
-        UnsupportedModelError: it has none, several, or one of another kind.
-    """
-    found = [module for module in layer.modules() if isinstance(module, Attention)]
-    if len(found) != 1 or type(found[0]) not in (Attention, StagedAttention):
-        raise UnsupportedModelError(
-            "eviction and localizer kind 'attention' need one plain attention per layer, found "
-            f"{found}: use method 'plc' and another localizer"
-        )
-    return found[0]
-
-
 _ROWS = {"positions": -1, "hidden_states": 0, "residual": 0, "added": 0}  # M-RoPE positions are [3, rows]
 
 
@@ -260,7 +221,7 @@ def _forward(
     layers, norm = self.of_decoder
     additions = [] if added is None else list(added.tensors.values())
     for index, layer in enumerate(layers):
-        hidden_states, residual = layer(positions, hidden_states, residual)
+        hidden_states, residual = layer(positions=positions, hidden_states=hidden_states, residual=residual)
         if index < len(additions):
             hidden_states = hidden_states + additions[index]
     if norm is not None:

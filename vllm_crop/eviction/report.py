@@ -43,11 +43,12 @@ def report_start(
         UnsupportedFlagError: vLLM has grouped the layers otherwise than expected.
     """
     geometry = geometry_from_configs(hf_config.to_dict(), {})
+    looking = tuple(geometry.looking_layers)
     if packed_layout():
         sizes = built_block_sizes(kv_cache_config)
         expected = predict_packed_grouping(geometry.num_layers, stages, min(sizes), sizes)
     else:
-        expected = predict_grouping(geometry.num_layers, stages, block_size)
+        expected = predict_grouping(geometry.num_layers, stages, block_size, looking)
     found = built_groups(kv_cache_config)
     if found != sorted((group.stage, group.num_layers) for group in expected.groups):
         raise UnsupportedFlagError(
@@ -108,7 +109,7 @@ def describe(
         "than in plain vLLM.",
         f"With one image of {image_tokens} tokens, {kept} kept, and {prompt_text_tokens} text tokens "
         f"a request takes {grouping.layer_tokens(pruned) / plain:.1%} of plain vLLM's KV memory "
-        f"(ideal {grouping.ideal_layer_tokens(pruned) / (grouping.num_layers * unpruned[0]):.1%}, "
+        f"(ideal {grouping.ideal_layer_tokens(pruned) / grouping.plain.ideal_layer_tokens(unpruned):.1%}, "
         f"unpruned {grouping.layer_tokens(unpruned) / plain:.1%}).",
     ]
 
@@ -131,6 +132,7 @@ def warning(grouping: KVGrouping, first: int = 1) -> str | None:
         grouping.block_size,
         first=first,
         packed=grouping.packed,
+        looking=grouping.looking,
     )
     if better is None:
         return f"{text}."
@@ -145,18 +147,25 @@ def nearest_good_layers(
     *,
     first: int = 1,
     packed: bool = False,
+    looking: Sequence[int] | None = None,
 ) -> tuple[int, ...] | None:
     """Eviction layers that waste at most `tolerance`, moved by the fewest layers in all, early ones first.
 
     None where `eviction_layers` waste no more themselves, and where no others of their number do better.
     `first`: the first layer the model can evict at. `packed`: for a layout with the blocks outermost.
+    `looking`: the layers of a hybrid that have keys and values, which has no such layout.
     """
-    predict = predict_packed_grouping if packed else predict_grouping
-    if predict(num_layers, eviction_layers, block_size).padding_fraction <= tolerance:
+
+    def padding_fraction(layers: Sequence[int]) -> float:
+        if packed:
+            return predict_packed_grouping(num_layers, layers, block_size).padding_fraction
+        return predict_grouping(num_layers, layers, block_size, looking).padding_fraction
+
+    if padding_fraction(eviction_layers) <= tolerance:
         return None
     for distance in range(1, num_layers * len(eviction_layers)):
         for layers in _moved(tuple(eviction_layers), distance, first - 1, num_layers):
-            if predict(num_layers, layers, block_size).padding_fraction <= tolerance:
+            if padding_fraction(layers) <= tolerance:
                 return layers
     return None
 
@@ -177,7 +186,7 @@ def _groups_by_stage(grouping: KVGrouping) -> str:
     parts = []
     for stage in range(len(bounds) - 1):
         sizes = [group.num_layers for group in grouping.groups if group.stage == stage]
-        size = f"{sizes[-1]}" if sizes[0] == sizes[-1] else f"{sizes[-1]}-{sizes[0]}"
+        size = f"{min(sizes)}" if min(sizes) == max(sizes) else f"{min(sizes)}-{max(sizes)}"
         parts.append(f"layers {bounds[stage]}-{bounds[stage + 1] - 1}: {len(sizes)} x {size}")
     return "; ".join(parts)
 

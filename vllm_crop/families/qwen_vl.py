@@ -220,9 +220,6 @@ class Qwen3_5Geometry(Qwen3VLGeometry):
     """Qwen3.5, 3.6 and 3.8: Qwen3-VL's vision tower without deepstack; every fourth layer looks."""
 
     default_deepstack: ClassVar[tuple[int, ...]] = ()
-    why_no_eviction: ClassVar[str] = (
-        "three of four layers are Gated DeltaNets, whose states hold every token that has passed"
-    )
 
     full_attention: tuple[int, ...] = ()
 

@@ -22,7 +22,7 @@ from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_
 
 from vllm_crop.config import CropConfig
 from vllm_crop.errors import UnsupportedModelError
-from vllm_crop.eviction.decoder import attention_of
+from vllm_crop.eviction.layers import attention_of
 from vllm_crop.families.text_layers import full_attention_layers
 from vllm_crop.heat.request import NOWHERE, SCALE, STAMP
 from vllm_crop.heat.step import HeatRows, HeatStep

@@ -4,6 +4,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +12,8 @@ from torch import nn
 from vllm.config import VllmConfig
 
 from vllm_crop.errors import UnsupportedVersionError
-from vllm_crop.eviction.decoder import EvictingDecoder, EvictingStep, attention_of, start_eviction
+from vllm_crop.eviction.decoder import EvictingDecoder, EvictingStep, start_eviction
+from vllm_crop.eviction.layers import attention_of
 from vllm_crop.eviction.markers import EvictionSettings, embed_indices
 from vllm_crop.families.text_layers import full_attention_layers
 from vllm_crop.heat.step import HeatStep
@@ -39,7 +41,7 @@ class CropModelMixin(nn.Module):
         self.runner_is_ours = False
         if self.eviction is not None or self.heat is not None:
             # vLLM asks a model for its ModelState if it has this method, and decides itself if not.
-            self.get_model_state_cls = _model_state_cls
+            self.get_model_state_cls = partial(_model_state_cls, vllm_config.model_config.is_hybrid)
             self._require_our_runner_before_kv_cache()
 
     def _require_our_runner_before_kv_cache(self) -> None:
@@ -156,10 +158,10 @@ class CropModelMixin(nn.Module):
         return loaded
 
 
-def _model_state_cls() -> type[Any]:
-    from vllm_crop.runners.v2 import CropModelState  # needs Triton, which V1 does without
+def _model_state_cls(is_hybrid: bool) -> type[Any]:
+    from vllm_crop.runners.v2 import CropHybridModelState, CropModelState  # they need Triton, V1 does not
 
-    return CropModelState
+    return CropHybridModelState if is_hybrid else CropModelState
 
 
 MRopePositions = Callable[[list[int], list[Any]], tuple[torch.Tensor, int]]

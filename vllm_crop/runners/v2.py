@@ -18,6 +18,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
 from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_crop.eviction.decoder import EvictingStep
@@ -171,6 +172,10 @@ class CropModelState(DefaultModelState):
         self._heat = heat_step(requests, computed, scheduled, token_rows)
 
 
+class CropHybridModelState(CropModelState, MambaHybridModelState):
+    """The same for models some layers of which have a state."""
+
+
 class StageBatches:
     """Makes the stages' batches, in buffers that captured graphs may hold on to."""
 
@@ -204,6 +209,8 @@ class StageBatches:
             self._write_slots(index, view, kv_indices, input_batch, slot_mappings)
         seq_lens_cpu = np.zeros(num_reqs, dtype=np.int32)
         seq_lens_cpu[: len(view.seq_lens)] = view.seq_lens
+        is_prefilling = np.zeros(num_reqs, dtype=np.bool_)
+        is_prefilling[: input_batch.num_reqs] = input_batch.is_prefilling_np
         return StageBatch(
             num_reqs=num_reqs,
             num_tokens=num_tokens,
@@ -214,7 +221,7 @@ class StageBatches:
             seq_lens_cpu=torch.from_numpy(seq_lens_cpu),
             max_seq_len=int(view.seq_lens.max()),
             kv_indices=kv_indices,
-            is_prefilling=torch.from_numpy(input_batch.is_prefilling_np),
+            is_prefilling=torch.from_numpy(is_prefilling),
             block_tables=block_tables,
             slot_mappings=slot_mappings,
         )
