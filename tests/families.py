@@ -51,9 +51,9 @@ class Family:
         make_checkpoint: writes a tiny one with random weights, whose logits depend on all of the input.
         shallow, deep: the sizes for compression and for eviction.
         reference: the same model in transformers.
-        evicts: whether some of its layers can run with fewer rows than others.
         looking: layers that heat maps are made of in tests.
         options: of engines with such a checkpoint.
+        evicting_options: of those that evict, besides.
     """
 
     name: str
@@ -62,9 +62,9 @@ class Family:
     deep: DummySize
     reference: type[HfReference]
     of_module: str = ""
-    evicts: bool = True
     looking: tuple[int, ...] = (1, 3, 6)
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    evicting_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def module(self) -> str:
@@ -113,7 +113,8 @@ QWEN3_VL_MOE = Family(
 # A block is as large as the state of a layer that remembers, a quarter of a megabyte.
 _HYBRID: dict[str, Any] = {
     **{"of_module": "qwen3_5", "looking": (3, 7)},
-    "options": {"num_gpu_blocks_override": 200, "enable_prefix_caching": False},
+    "options": {"num_gpu_blocks_override": 200},
+    "evicting_options": {"enable_prefix_caching": False},
 }
 QWEN3_5 = Family("qwen3_5", qwen3_5.make_checkpoint, qwen3_vl.TINY, qwen3_vl.TINY, HfQwen3_5, **_HYBRID)
 QWEN3_5_MOE = Family(
@@ -141,4 +142,3 @@ FAMILIES = (
 )
 # Of two architectures with the same pair of vision towers, one has checkpoints with the second.
 UNPUBLISHED = (LLAVA_NEXT_SIGLIP,)
-EVICTING = tuple(family for family in FAMILIES if family.evicts)

@@ -266,8 +266,8 @@ class HfReference:
                 present = num_layers > index
                 rows, positions, num_layers = rows[present], positions[:, present], num_layers[present]
                 added = added[:, present]
-                # Rows see the rows before them; a single new row sees every row this layer has had. A layer with
-                # a state reads them in their order.
+                # Rows see the rows before them; a single new row sees every row this layer has had. A layer
+                # with a state reads them in their order.
                 mask = torch.full((len(rows), len(rows)), -torch.inf).triu(1)[None, None]
                 rows = layer(
                     rows[None],

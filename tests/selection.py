@@ -49,7 +49,8 @@ LEFT_OUT_INTERPRETED = {
 # The settings of engines (tests/cpu/conftest.py) that run for every family: on the slow runner, only the one
 # that compresses and evicts.
 EVERYWHERE, EVERYWHERE_INTERPRETED = ("pool", "staged"), ("staged",)
-WITHOUT_EVICTION = ("pool",)  # of families that cannot evict, on both
+# Families whose prefixes are cached only where nothing is evicted: both run on both.
+CACHED_WITHOUT_EVICTION = {"qwen3_5"}
 # Families that a module's tests run for besides: few of its layers look.
 BESIDES = {"test_heat": ("qwen3_5",)}
 
@@ -95,9 +96,8 @@ def _is_selected(item: Any, scenarios: list[Any], others: list[str], interpreted
 
 def _everywhere(item: Any, interpreted: bool) -> tuple[str, ...]:
     """The settings of engines that run for a family on a runner."""
-    if not item.callspec.params["family"].evicts:
-        return WITHOUT_EVICTION
-    return EVERYWHERE_INTERPRETED if interpreted else EVERYWHERE
+    slowly = interpreted and _family(item) not in CACHED_WITHOUT_EVICTION
+    return EVERYWHERE_INTERPRETED if slowly else EVERYWHERE
 
 
 def _is_left_out(item: Any, parameters: dict[str, set[str]]) -> bool:

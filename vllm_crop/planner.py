@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from vllm_crop.config import CropConfig
-from vllm_crop.crop_params import CropParams, InvalidCropError
+from vllm_crop.crop_params import InvalidCropError
 from vllm_crop.errors import UnsupportedImageError
 from vllm_crop.families.registry import VisionGeometry
-from vllm_crop.planning.budget import BudgetError, Method, method_evicts, retained_count
+from vllm_crop.planning.budget import BudgetError, Method, retained_count
 from vllm_crop.planning.fitting import Claim, NoRoomError, share_room
 from vllm_crop.planning.foveation import Piece, Sight, tower_tokens
 from vllm_crop.planning.geometry import ImageTokens, Region
@@ -110,18 +110,6 @@ class Planner:
     room: int | None = None
     sees_small: bool = True
 
-    def check_method(self, params: CropParams) -> None:
-        """Refuse what no server of this model can be prepared for.
-
-        Raises:
-            InvalidCropError: with the reason.
-        """
-        reason = self.geometry.why_no_eviction
-        if params.method is not None and method_evicts(params.method) and reason:
-            raise InvalidCropError(
-                "crop.method", f"{params.method!r} is not possible with this model: {reason}. Use 'plc'"
-            )
-
     def plan(
         self,
         asked: CropRequest,
@@ -144,7 +132,6 @@ class Planner:
         """
         if asked.found is not None and len(asked.found) != len(sizes):
             asked = replace(asked, found=(Found(),) * len(sizes))  # embeddings that vLLM has taken apart
-        self.check_method(asked.params)
         requests = asked.images(self.config, len(sizes))
         if asked.found is not None and asked.params.method != "plc":
             requests = [

@@ -114,7 +114,8 @@ class Engine:
             "seed": 0,
             "additional_config": {} if crop is None else {"crop": dict(crop)},
         }
-        self.llm = LLM(model=str(checkpoint), **(defaults | DEVICE_OPTIONS | family.options | options))
+        of_family = {**family.options, **(family.evicting_options if self.config.stages else {})}
+        self.llm = LLM(model=str(checkpoint), **(defaults | DEVICE_OPTIONS | of_family | options))
         _KEPT.append(self.llm)
         STARTS["engines"] += 1
         # The first engine of a process makes the process groups of all, but one for experts only if it has

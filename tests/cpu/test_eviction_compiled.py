@@ -14,7 +14,7 @@ from tests.conftest import CheckpointOf
 from tests.cpu import test_heat as heat
 from tests.cpu.conftest import EVICT, Engine, Question, ReferenceFor, ReferenceOf
 from tests.cpu.test_eviction_parity import SCENARIOS
-from tests.cpu.test_parity import TOLERANCE, difference, each_evicting_family
+from tests.cpu.test_parity import TOLERANCE, difference, each_family
 from tests.families import Family
 from tests.reference import HfReference
 from vllm_crop.eviction.decoder import EvictingDecoder
@@ -39,7 +39,7 @@ def num_compiled() -> int:
     return len(list(cache.glob("torch_compile_cache/torch_aot_compile/*/rank_0_0/model")))
 
 
-@each_evicting_family
+@each_family
 def test_compiled_stages(
     checkpoint_of: CheckpointOf,
     reference_of: ReferenceOf,

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from tests.cpu.conftest import EVICT, EngineOf, Question, ReferenceOf
-from tests.cpu.test_parity import NOTICEABLE, TOLERANCE, cells, difference, each_evicting_family
+from tests.cpu.test_parity import NOTICEABLE, TOLERANCE, cells, difference, each_family
 from tests.families import Family
 from tests.pictures import noise_image
 from vllm_crop.config import CropConfig
@@ -60,7 +60,7 @@ def control_for(name: str, asked: Question) -> Question:
     return replace(asked, crop={"regions": [TWO for _ in asked.images], "method": "ilp"})
 
 
-@each_evicting_family
+@each_family
 @pytest.mark.parametrize("name", SCENARIOS)
 @pytest.mark.parametrize("setting", ["evicting", "staged"])
 def test_eviction_equals_transformers(
@@ -82,7 +82,7 @@ def test_eviction_equals_transformers(
     assert sensitivity > NOTICEABLE or not asked.images
 
 
-@each_evicting_family
+@each_family
 @pytest.mark.parametrize("setting", ["evicting", "staged"])
 def test_all_scenarios_in_one_batch(
     engine_of: EngineOf, reference_of: ReferenceOf, family: Family, setting: str
@@ -95,7 +95,7 @@ def test_all_scenarios_in_one_batch(
         assert difference(answer, reference) <= TOLERANCE, name
 
 
-@each_evicting_family
+@each_family
 def test_the_layer_of_eviction_matters(reference_of: ReferenceOf, family: Family) -> None:
     """The control: an engine that evicted one layer too early or too late would be noticed."""
     reference_for = reference_of(family, "evicting")

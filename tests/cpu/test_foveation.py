@@ -110,8 +110,7 @@ TILED_SCENARIOS = {
 
 def crop_of(family: Family) -> dict[str, Any]:
     """Tiles have no halo, and the view is one of them."""
-    crop = {**CROP, "foveation": {"rim_size": "half"}} if family in TILED else CROP
-    return crop if family.evicts else {**crop, "method": "plc", "eviction_layers": []}
+    return {**CROP, "foveation": {"rim_size": "half"}} if family in TILED else CROP
 
 
 def pieces_of(engine: Engine, image: Image.Image, crop: Any) -> Any:

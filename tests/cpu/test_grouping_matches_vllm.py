@@ -2,6 +2,7 @@
 """The predicted KV cache groups are those that vLLM's own code makes of real specs."""
 
 import random
+from collections.abc import Container
 from types import SimpleNamespace
 from typing import Any
 
@@ -36,12 +37,16 @@ def stacks() -> list[tuple[int, tuple[int, ...]]]:
 
 
 def layer_specs(
-    num_layers: int, eviction_layers: tuple[int, ...], block_sizes: tuple[int, ...]
+    num_layers: int,
+    eviction_layers: tuple[int, ...],
+    block_sizes: tuple[int, ...],
+    looking: Container[int] | None = None,
 ) -> dict[str, Any]:
     """Real specs by layer name, in the order of the layers."""
-    from vllm.v1.kv_cache_interface import FullAttentionSpec
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec
 
     from vllm_crop.eviction.kv_cache import StageAttentionSpec
+    from vllm_crop.eviction.state_cache import StageStateSpec
 
     specs: dict[str, Any] = {}
     for stage, count in enumerate(layers_per_stage(num_layers, eviction_layers)):
@@ -50,12 +55,18 @@ def layer_specs(
         )
         name = f"layers.{len(specs)}.attn"
         spec = StageAttentionSpec.from_full(full, stage, name) if stage else full
-        specs |= {f"layers.{len(specs) + i}.attn": spec for i in range(count)}
+        state = MambaSpec(
+            shapes=((block_sizes[0] * BYTES_PER_LAYER_TOKEN,),), dtypes=(torch.int8,), block_size=4096
+        )
+        of_stage = StageStateSpec.from_stock(state, stage) if stage else state
+        for layer in range(len(specs), len(specs) + count):
+            specs[f"layers.{layer}.attn"] = spec if looking is None or layer in looking else of_stage
     return specs
 
 
 def vllm_groups(specs: dict[str, Any], layout_name: str) -> tuple[tuple[KVGroup, ...], int]:
     """vLLM's groups of the layers, and the bytes behind one block id."""
+    from vllm.v1.kv_cache_interface import MambaSpec
     from vllm.v1.kv_cache_layout import KVCacheLayout
 
     from tests.upstream import get_kv_cache_groups, kv_cache_bytes_per_block
@@ -68,15 +79,21 @@ def vllm_groups(specs: dict[str, Any], layout_name: str) -> tuple[tuple[KVGroup,
         speculative_config=None,
     )
     groups = get_kv_cache_groups(config, specs)
-    stages = [{getattr(specs[name], "stage", 0) for name in group.layer_names} for group in groups]
+    kinds = [
+        {(getattr(specs[name], "stage", 0), isinstance(specs[name], MambaSpec)) for name in group.layer_names}
+        for group in groups
+    ]
     found = tuple(
-        KVGroup(*stage, len(group.layer_names)) for stage, group in zip(stages, groups, strict=True)
+        KVGroup(stage, len(group.layer_names), has_state)
+        for ((stage, has_state),), group in zip(kinds, groups, strict=True)
     )
     return found, kv_cache_bytes_per_block(groups, layout)
 
 
 def assert_same(predicted: KVGrouping, layout_name: str) -> None:
-    specs = layer_specs(predicted.num_layers, predicted.eviction_layers, predicted.block_sizes)
+    specs = layer_specs(
+        predicted.num_layers, predicted.eviction_layers, predicted.block_sizes, predicted.looking
+    )
     groups, bytes_per_block = vllm_groups(specs, layout_name)
     assert predicted.groups == groups
     assert predicted.block_layer_tokens * BYTES_PER_LAYER_TOKEN == bytes_per_block
@@ -86,6 +103,14 @@ def assert_same(predicted: KVGrouping, layout_name: str) -> None:
 def test_usual_layouts(layout_name: str) -> None:
     for num_layers, eviction_layers in stacks():
         assert_same(predict_grouping(num_layers, eviction_layers, 16), layout_name)
+
+
+@pytest.mark.parametrize("every", [2, 4])
+def test_hybrids(every: int) -> None:
+    """Every so many layers look; some stages have none of these, or no other."""
+    for num_layers, eviction_layers in stacks():
+        looking = range(every - 1, num_layers, every)
+        assert_same(predict_grouping(num_layers, eviction_layers, 16, looking), "LBNHC")
 
 
 @pytest.mark.parametrize("layout_name", ["BLNHC", "BLHNC"])

@@ -4,14 +4,13 @@
 import pytest
 
 from tests.cpu.conftest import Answer, Engine, EngineOf, Question, ReferenceFor, ReferenceOf
-from tests.families import EVICTING, FAMILIES, Family
+from tests.families import FAMILIES, Family
 from tests.pictures import noise_image
 from tests.reference import Reference
 from vllm_crop.planning.geometry import Region
 
 pytestmark = pytest.mark.vllm_runtime
 each_family = pytest.mark.parametrize("family", FAMILIES, ids=str)
-each_evicting_family = pytest.mark.parametrize("family", EVICTING, ids=str)
 
 TOLERANCE = 1e-5  # nats, float32, over the full vocabulary
 NOTICEABLE = 1e-2  # what a wrong plan or wrong positions must change at least

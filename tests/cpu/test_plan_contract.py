@@ -37,8 +37,6 @@ def test_the_command_prints_the_servers_plan(
     boxes: list[list[float]],
     rate: float,
 ) -> None:
-    if setting in ("evicting", "staged") and not family.evicts:
-        pytest.skip("none of its layers evicts")
     engine = engine_of(family, setting)
     config, processor = engine.config, engine.processor
     rate = min(rate, 0.7) if config.stages else rate  # what "ilp" can still meet with layer 2 of 8

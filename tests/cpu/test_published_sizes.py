@@ -41,9 +41,6 @@ from vllm_crop.request import CropRequest
 
 pytestmark = pytest.mark.vllm_runtime
 each_family = pytest.mark.parametrize("family", PUBLISHED, ids=str)
-each_evicting_family = pytest.mark.parametrize(
-    "family", [family for family in PUBLISHED if family.evicts], ids=str
-)
 SIZES = ((336, 336), (640, 480), (1280, 720), (3840, 2160), (300, 1500), (4000, 500))
 BOX = [0.4, 0.4, 0.6, 0.6]
 THUMBNAIL = 64  # tokens, the localizer's default
@@ -81,8 +78,7 @@ def server_of(tmp_path_factory: pytest.TempPathFactory) -> ServerOf:
         published = PUBLISHED[family]
         folder = published.write(family, tmp_path_factory.mktemp(str(family)))
         layers = load_geometry(str(folder)).num_layers
-        evicting = {"method": "plc+ilp", "eviction_layers": [recommended_layer(layers, 3)]}
-        crop = evicting if family.evicts else {}
+        crop = {"method": "plc+ilp", "eviction_layers": [recommended_layer(layers, 3)]}
         longest = min(32768, published.text["max_position_embeddings"])
         arguments = EngineArgs(
             model=str(folder), additional_config={"crop": crop}, max_model_len=longest, **family.options
@@ -172,11 +168,11 @@ def test_the_localizer_looks_at_a_small_view(server_of: ServerOf, family: Family
         assert abs(math.log(size[0] / size[1] * height / width)) < 0.5
 
 
-@each_evicting_family
+@each_family
 def test_the_recommended_layer_makes_groups_without_much_padding(server_of: ServerOf, family: Family) -> None:
     geometry = server_of(family).processor.geometry
     layer = recommended_layer(geometry.num_layers, geometry.first_eviction_layer)
-    grouping = predict_grouping(geometry.num_layers, (layer,), BLOCK_SIZE)
+    grouping = predict_grouping(geometry.num_layers, (layer,), BLOCK_SIZE, geometry.looking_layers)
     size = max(group.num_layers for group in grouping.groups)
     assert size * len(grouping.groups) <= 1.2 * geometry.num_layers
     for rate in (0.667, 0.778, 0.889):

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from vllm.exceptions import VLLMValidationError
 
 from tests.conftest import CheckpointOf
 from tests.cpu.conftest import EVICT, Engine, EngineOf, Question, ReferenceOf, reference_by
@@ -36,12 +35,14 @@ def off_by(answer: Any, exact: Any) -> float:
     return float((answer.logprobs[0] - exact.logprobs[0]).abs().mean())
 
 
+@pytest.mark.parametrize("method", ["plc", "ilp"])
 def test_in_bfloat16_it_is_as_exact_as_transformers(
-    checkpoint_of: CheckpointOf, hf_of: Callable[..., HfReference]
+    checkpoint_of: CheckpointOf, hf_of: Callable[..., HfReference], method: str
 ) -> None:
     """Against float32 neither is further off than twice the other, and a wrong plan five times as far."""
     checkpoint = checkpoint_of(QWEN3_5, QWEN3_5.deep)
-    engine = Engine(checkpoint, {"pruning_rate": 5 / 6}, QWEN3_5, dtype="bfloat16")
+    crop = {"pruning_rate": 5 / 6, "method": method, "eviction_layers": [1] if method == "ilp" else []}
+    engine = Engine(checkpoint, crop, QWEN3_5, dtype="bfloat16", max_num_batched_tokens=256)
     exact = reference_by(hf_of(QWEN3_5, QWEN3_5.deep))
     rough = reference_by(QWEN3_5.reference(checkpoint, torch.bfloat16))
     errors, yardsticks, controls = [], [], []
@@ -55,8 +56,9 @@ def test_in_bfloat16_it_is_as_exact_as_transformers(
         controls.append(off_by(exact(control_for(name, question), engine.config, steps=1), wanted))
     error, yardstick, control = (sum(some) / len(names) for some in (errors, yardsticks, controls))
     print(
-        f"mean |delta logprob| to float32 over {len(names)} prompts: vLLM {error:.4f}, transformers "
-        f"{yardstick:.4f}, unpruned instead {control:.4f}; worst {max(errors):.4f}, {max(yardsticks):.4f}"
+        f"{method}: mean |delta logprob| to float32 over {len(names)} prompts: vLLM {error:.4f}, "
+        f"transformers {yardstick:.4f}, unpruned instead {control:.4f}; "
+        f"worst {max(errors):.4f}, {max(yardsticks):.4f}"
     )
     assert error <= AS_ROUGH * yardstick
     assert max(errors) <= AS_ROUGH * max(yardsticks)
@@ -98,10 +100,10 @@ def test_videos_pass_untouched(engine_of: EngineOf) -> None:
 @pytest.mark.parametrize(
     ("crop", "said"),
     [
-        (EVICT, "Gated DeltaNets, whose states hold every token that has passed. Use method 'plc'"),
+        (EVICT, "leave it off by --no-enable-prefix-caching"),  # vLLM has it on by itself
         ({"localizer": {"kind": "attention", "layers": [3, 4]}}, r"only \[3, 7\] have full attention"),
     ],
-    ids=["eviction", "a layer that does not look"],
+    ids=["eviction with prefix caching", "a layer that does not look"],
 )
 def test_what_its_layers_cannot_do_is_refused_at_start(
     checkpoint_of: CheckpointOf, crop: dict[str, Any], said: str
@@ -110,14 +112,7 @@ def test_what_its_layers_cannot_do_is_refused_at_start(
 
     checkpoint = checkpoint_of(QWEN3_5, QWEN3_5.shallow)
     with pytest.raises(ValueError, match=said):
-        EngineArgs(model=str(checkpoint), additional_config={"crop": crop}).create_model_config()
-
-
-def test_a_client_that_asks_for_eviction_is_told_why_not(engine_of: EngineOf) -> None:
-    pool = engine_of(QWEN3_5, "pool")
-    asked = Question((noise_image(408),), {"regions": [FIRST], "method": "ilp"})
-    with pytest.raises(VLLMValidationError, match="'ilp' is not possible with this model: three of"):
-        pool.ask(asked)
+        EngineArgs(model=str(checkpoint), additional_config={"crop": crop}).create_engine_config()
 
 
 def test_layers_that_look_are_read_by_default(engine_of: EngineOf) -> None:

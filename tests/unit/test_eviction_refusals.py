@@ -61,13 +61,17 @@ def engine_config() -> Any:
         ),
         model_config=SimpleNamespace(
             is_moe=False,
+            is_hybrid=False,
             enable_prompt_embeds=False,
             skip_tokenizer_init=False,
             runner_type="generate",
             hf_config=SimpleNamespace(crop={}, crop_eviction={"stages": [2], "marker_ids": [9]}),
         ),
         cache_config=SimpleNamespace(
-            kv_offloading_size=None, kv_sharing_fast_prefill=False, cache_dtype="auto"
+            kv_offloading_size=None,
+            kv_sharing_fast_prefill=False,
+            cache_dtype="auto",
+            enable_prefix_caching=True,
         ),
         scheduler_config=SimpleNamespace(
             disable_hybrid_kv_cache_manager=None, scheduler_cls=None, async_scheduling=None
@@ -98,6 +102,16 @@ def mixture_of_experts_in_parallel(config: Any) -> None:
     config.model_config.is_moe = True
 
 
+def prefix_caching_of_states(config: Any) -> None:
+    config.model_config.is_hybrid = True
+
+
+def packed_states(config: Any) -> None:
+    """With VLLM_KV_CACHE_LAYOUT in the environment, by the test."""
+    config.model_config.is_hybrid = True
+    config.cache_config.enable_prefix_caching = False
+
+
 def breakable(config: Any) -> None:
     """Set in the environment, by the test."""
 
@@ -118,12 +132,24 @@ SWITCHES: dict[str, Callable[[Any], None]] = {
     "--disable-hybrid-kv-cache-manager": put("scheduler_config.disable_hybrid_kv_cache_manager", True),
     "--kv-sharing-fast-prefill": put("cache_config.kv_sharing_fast_prefill", True),
     "--offload-group-size": put("offload_config.prefetch.offload_group_size", 2),
+    "prefix caching of a model with linear attention (leave it off by --no-enable-prefix-caching)": (
+        prefix_caching_of_states
+    ),
+    "VLLM_KV_CACHE_LAYOUT with blocks outermost, of a model with linear attention": packed_states,
     "--enable-prompt-embeds": put("model_config.enable_prompt_embeds", True),
     "--skip-tokenizer-init": put("model_config.skip_tokenizer_init", True),
     "--runner pooling": put("model_config.runner_type", "pooling"),
     "--scheduler-cls": put("scheduler_config.scheduler_cls", "mine.Scheduler"),
     "--compilation-config cudagraph_mode=FULL": put("compilation_config.cudagraph_mode", CUDAGraphMode.FULL),
     "VLLM_USE_BREAKABLE_CUDAGRAPH=1": breakable,
+}
+
+# What is switched on in the environment.
+ENVIRONMENT = {
+    "VLLM_KV_CACHE_LAYOUT with blocks outermost, of a model with linear attention": {
+        "VLLM_KV_CACHE_LAYOUT": "BLNHC"
+    },
+    "VLLM_USE_BREAKABLE_CUDAGRAPH=1": {BREAKABLE: "1"},
 }
 
 
@@ -142,8 +168,8 @@ def test_each_flag_is_refused_by_name_and_reason(flag: str, monkeypatch: pytest.
     config = engine_config()
     refuse_flags(config)
     SWITCHES[flag](config)
-    if SWITCHES[flag] is breakable:
-        monkeypatch.setenv(BREAKABLE, "1")
+    for name, value in ENVIRONMENT.get(flag, {}).items():
+        monkeypatch.setenv(name, value)
 
     reason = refused_with_eviction()[flag]
     assert [name for name, _, is_on in (*REFUSED, *REFUSED_GRAPHS) if is_on(config)] == [flag]
@@ -163,8 +189,8 @@ def test_a_worker_asks_again_about_graphs_only(flag: str, monkeypatch: pytest.Mo
     SWITCHES[flag](config)
     # What `prepare_engine` has set by then.
     config.scheduler_config.scheduler_cls = SCHEDULER
-    if SWITCHES[flag] is breakable:
-        monkeypatch.setenv(BREAKABLE, "1")
+    for name, value in ENVIRONMENT.get(flag, {}).items():
+        monkeypatch.setenv(name, value)
 
     if flag in [name for name, _, _ in REFUSED_GRAPHS]:
         with pytest.raises(UnsupportedFlagError, match=flag.split("=")[0]):

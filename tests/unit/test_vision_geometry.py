@@ -309,14 +309,18 @@ def test_published_qwen3_has_a_token_per_32_pixels_and_deepstack_below_layer_3()
     assert geometry.view(640, 480).window == Box(0.0, 0.0, 1.0, 1.0)
 
 
-def test_of_published_qwen3_5_every_fourth_layer_looks_and_none_evicts() -> None:
+def test_of_published_qwen3_5_every_fourth_layer_looks() -> None:
     for model, last in ((QWEN3_5_9B, 31), (QWEN3_5_35B_A3B, 39)):
         geometry = geometry_from_configs(model, QWEN3_VL_PREPROCESSOR)
         assert isinstance(geometry, Qwen3_5Geometry)
         assert list(geometry.looking_layers) == list(range(3, last + 1, 4))
         assert geometry.first_eviction_layer == 1
-        assert "Gated DeltaNets" in geometry.why_no_eviction
         assert geometry.grid(640, 480) == TokenGrid(15, 20)
+        text = {**model["text_config"], "mamba_ssm_dtype": "float32"}  # as published
+        of_a_state = 3 * (2 * 16 * 128 + 32 * 128) * 2 + 32 * 128 * 128 * 4  # bytes
+        of_a_token = 2 * 256 * 2 * (4 if last == 31 else 2)
+        tokens = geometry_from_configs({**model, "text_config": text}, QWEN3_VL_PREPROCESSOR).state_tokens
+        assert (tokens - 1) * of_a_token < of_a_state <= tokens * of_a_token
     deepstack = {**QWEN3_5_9B, "vision_config": {**QWEN3_5_9B["vision_config"]}}
     deepstack["vision_config"]["deepstack_visual_indexes"] = [8, 16]
     with pytest.raises(UnsupportedModelError, match="deepstack_visual_indexes"):

@@ -188,9 +188,6 @@ def _print_model(console: Console, model: Mapping[str, Any]) -> None:
         f"({model['layout']}), {model['num_layers']} decoder layers",
         soft_wrap=True,
     )
-    if "why_no_eviction" in model:
-        console.print(f"  method plc only: {escape(model['why_no_eviction'])}", soft_wrap=True)
-        return
     layers = ",".join(map(str, model["eviction_layers"]))
     console.print(
         f"  to begin with: eviction_layers [{layers}], which makes {model['kv_groups']} KV cache groups",

@@ -77,7 +77,12 @@ CHANGES = (
         "entry", "endpoint plugin Playground", "adds the page's routes where VLLM_PLUGINS says so", "always"
     ),
     Change("entry", "--enable-prompt-tokens-details", "is switched on: usage says what was pruned"),
-    Change("entry", "KVCacheSpecRegistry: StageAttentionSpec", "lets vLLM group layers by stage", "eviction"),
+    Change(
+        "entry",
+        "KVCacheSpecRegistry: StageAttentionSpec, StageStateSpec",
+        "lets vLLM group layers by stage",
+        "eviction",
+    ),
     Change("class", "Request.block_hashes: PlannedBlockHashes", "tells the lookup of evictions", "eviction"),
     Change(
         "entry", "ModelRegistry: Crop<architecture>", "names our model classes, which nobody else asks for"
@@ -101,8 +106,14 @@ CHANGES = (
         "class", "FullAttentionManager: StageKVCacheManager", "allocates blocks of kept tokens", "eviction"
     ),
     Change(
+        "patch",
+        "MambaBase.get_kv_cache_spec of later layers with a state",
+        "gives states a group of their stage",
+        "eviction",
+    ),
+    Change(
         "class",
-        "DefaultModelState: CropModelState",
+        "DefaultModelState, MambaHybridModelState: CropModelState, CropHybridModelState",
         "makes the attention metadata of later layers, knows whose heat maps a step makes",
         "eviction, localizer attention",
     ),

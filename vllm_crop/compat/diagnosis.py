@@ -33,7 +33,7 @@ from vllm_crop.config import CropConfig
 from vllm_crop.errors import CropError, InvalidConfigError, UnsupportedModelError
 from vllm_crop.eviction.grouping import predict_grouping
 from vllm_crop.eviction.refusals import refused_with_eviction
-from vllm_crop.eviction.report import BLOCK_SIZE, recommended_layer, savings
+from vllm_crop.eviction.report import block_size_of, recommended_layer, savings
 from vllm_crop.families.checkpoint import CheckpointFileError, load_geometry, load_model_config
 from vllm_crop.families.registry import FAMILIES, VisionGeometry
 from vllm_crop.heat.refusals import refused_with_attention
@@ -151,14 +151,13 @@ def describe_checkpoint(model: str) -> dict[str, Any]:
 
 
 def _describe_eviction(num_tokens: int, geometry: VisionGeometry) -> dict[str, Any]:
-    if geometry.why_no_eviction:
-        return {"why_no_eviction": geometry.why_no_eviction, "savings": []}
     num_layers = geometry.num_layers
-    layer = recommended_layer(num_layers, geometry.first_eviction_layer)
+    layer, looking = recommended_layer(num_layers, geometry.first_eviction_layer), geometry.looking_layers
+    block_size = block_size_of(geometry.state_tokens)
     return {
         "eviction_layers": [layer],
-        "kv_groups": len(predict_grouping(num_layers, (layer,), BLOCK_SIZE).groups),
-        "savings": [asdict(saving) for saving in savings(num_tokens, num_layers, layer)],
+        "kv_groups": len(predict_grouping(num_layers, (layer,), block_size, looking).groups),
+        "savings": [asdict(saving) for saving in savings(num_tokens, num_layers, layer, block_size, looking)],
     }
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from vllm_crop.errors import UnsupportedFlagError, UnsupportedVersionError, reads_settings
+from vllm_crop.eviction.report import packed_layout
 
 # The value of `scheduler_cls` where a server evicts.
 SCHEDULER = "vllm_crop.eviction.scheduler.make_scheduler"
@@ -91,6 +92,16 @@ REFUSED: tuple[tuple[str, str, Check], ...] = (
             config.offload_config.prefetch.offload_group_size > 0
             or config.offload_config.offload_backend == "prefetch"
         ),
+    ),
+    (
+        "prefix caching of a model with linear attention (leave it off by --no-enable-prefix-caching)",
+        "its states are cached by token position, which later layers do not have",
+        lambda config: config.model_config.is_hybrid and config.cache_config.enable_prefix_caching,
+    ),
+    (
+        "VLLM_KV_CACHE_LAYOUT with blocks outermost, of a model with linear attention",
+        "states are packed into blocks otherwise than keys and values",
+        lambda config: config.model_config.is_hybrid and packed_layout(),
     ),
     (
         "--enable-prompt-embeds",

@@ -228,9 +228,28 @@ def recommended_layer(num_layers: int, first: int = 1) -> int:
     return max(first, int(EARLY_SHARE * (1 - BUDGETS[-1]) * num_layers))
 
 
-def savings(num_tokens: int, num_layers: int, eviction_layer: int) -> list[Saving]:
-    """Every method at every budget that it can meet, for an image of `num_tokens` visual tokens."""
-    found = []
+def block_size_of(state_tokens: int) -> int:
+    """Tokens in a block on a GPU.
+
+    Args:
+        state_tokens: of a hybrid, whose blocks must hold a state too.
+    """
+    return BLOCK_SIZE * max(1, -(-state_tokens // BLOCK_SIZE))
+
+
+def savings(
+    num_tokens: int,
+    num_layers: int,
+    eviction_layer: int,
+    block_size: int = BLOCK_SIZE,
+    looking: Sequence[int] | None = None,
+) -> list[Saving]:
+    """Every method at every budget that it can meet, for an image of `num_tokens` visual tokens.
+
+    Args:
+        looking: the layers that have keys and values; None for all.
+    """
+    grouping, found = predict_grouping(num_layers, (eviction_layer,), block_size, looking), []
     for rate in BUDGETS:
         for method in _METHODS:
             layers = () if method == "plc" else (eviction_layer,)
@@ -238,16 +257,15 @@ def savings(num_tokens: int, num_layers: int, eviction_layer: int) -> list[Savin
                 tokens = retained_per_stage(num_tokens, rate, method, num_layers, layers)
             except BudgetError:
                 continue
-            found.append(Saving(rate, method, tokens, _kv(num_tokens, tokens, num_layers, eviction_layer)))
+            found.append(Saving(rate, method, tokens, _kv(num_tokens, tokens, grouping)))
     return found
 
 
 _METHODS: tuple[Method, ...] = ("plc", "ilp", "plc+ilp")
 
 
-def _kv(num_tokens: int, kept: tuple[int, ...], num_layers: int, eviction_layer: int) -> float:
+def _kv(num_tokens: int, kept: tuple[int, ...], grouping: KVGrouping) -> float:
     """On a server that is prepared for eviction, as all methods can be asked for there."""
-    grouping = predict_grouping(num_layers, (eviction_layer,), BLOCK_SIZE)
     stages = kept if len(kept) == 2 else kept * 2
     pruned = grouping.layer_tokens([TEXT_TOKENS + count for count in stages])
     return pruned / grouping.plain_layer_tokens(TEXT_TOKENS + num_tokens)

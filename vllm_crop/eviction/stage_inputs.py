@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from vllm.utils.torch_utils import async_tensor_h2d
-from vllm.v1.kv_cache_interface import KVCacheConfig, iter_layer_specs
+from vllm.v1.kv_cache_interface import KVCacheConfig, MambaSpec, iter_layer_specs
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 
 from vllm_crop.eviction.decoder import EvictingStep, StageRows
@@ -141,9 +141,13 @@ AttentionGroups = list[list[Any]]
 
 @dataclass(frozen=True)
 class StageGroups:
-    """The KV cache groups of one stage: per vLLM group id the names of its layers."""
+    """The KV cache groups of one stage: per vLLM group id the names of its layers.
+
+    `with_state`: those of layers that have a state instead of keys and values.
+    """
 
     layers: Mapping[int, Sequence[str]]
+    with_state: frozenset[int] = frozenset()
 
     def only(self, attn_groups: AttentionGroups) -> AttentionGroups:
         """Attention groups with all others emptied: vLLM builds no metadata for an empty group."""
@@ -153,12 +157,15 @@ class StageGroups:
 def groups_by_stage(kv_cache_config: KVCacheConfig, num_stages: int) -> tuple[StageGroups, ...]:
     """The groups of stages 1, 2, ... A packed group wraps its layers' specs."""
     found: list[dict[int, Sequence[str]]] = [{} for _ in range(num_stages)]
+    with_state = set()
     for group_id, group in enumerate(kv_cache_config.kv_cache_groups):
         stages = {getattr(spec, "stage", 0) for spec in iter_layer_specs(group.kv_cache_spec)}
         assert len(stages) == 1, "a KV cache group mixes layers before and after an eviction"
         if stage := stages.pop():
             found[stage - 1][group_id] = group.layer_names
-    return tuple(StageGroups(layers) for layers in found)
+            if any(isinstance(spec, MambaSpec) for spec in iter_layer_specs(group.kv_cache_spec)):
+                with_state.add(group_id)
+    return tuple(StageGroups(layers, frozenset(with_state & layers.keys())) for layers in found)
 
 
 def early_groups(attn_groups: AttentionGroups, stages: Iterable[StageGroups]) -> AttentionGroups:

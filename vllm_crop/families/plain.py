@@ -18,8 +18,12 @@ class PlainText:
 
     uses_mrope: ClassVar[bool] = False
     rotary_room: ClassVar[int] = 1
-    why_no_eviction: ClassVar[str] = ""
     first_eviction_layer: ClassVar[int] = 1
+
+    @property
+    def state_tokens(self) -> int:
+        """None: no layer has a state."""
+        return 0
 
     @property
     def looking_layers(self: _Layered) -> Sequence[int]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 from vllm_crop.errors import UnsupportedImageError, UnsupportedModelError
-from vllm_crop.families.text_layers import decoder_layers, full_attention_layers
+from vllm_crop.families.text_layers import decoder_layers, full_attention_layers, state_tokens
 from vllm_crop.families.view_size import size_for_tokens, small_scale
 from vllm_crop.planning.foveation import FoveationRule, Piece, Sight, foveate, whole_piece
 from vllm_crop.planning.geometry import Box, ImageTokens, ImageView, Region, TokenGrid
@@ -118,7 +118,6 @@ class Qwen2_5VLGeometry:
     default_patch: ClassVar[int] = 14
     default_deepstack: ClassVar[tuple[int, ...]] = ()
     default_window: ClassVar[int] = 112
-    why_no_eviction: ClassVar[str] = ""
     why_no_foveation: ClassVar[str] = ""
     foveation_settings: ClassVar[frozenset[str]] = frozenset({"view_tokens", "rim_size", "reuse", "halo"})
 
@@ -145,6 +144,11 @@ class Qwen2_5VLGeometry:
         window = vision.get("window_size", cls.default_window) if cls.default_window else 0
         window_tokens = max(1, window // (patch * merge))
         return cls(resize, decoder_layers(text), max(1, len(deepstack)), window_tokens)
+
+    @property
+    def state_tokens(self) -> int:
+        """None: no layer has a state."""
+        return 0
 
     @property
     def looking_layers(self) -> Sequence[int]:
@@ -222,6 +226,7 @@ class Qwen3_5Geometry(Qwen3VLGeometry):
     default_deepstack: ClassVar[tuple[int, ...]] = ()
 
     full_attention: tuple[int, ...] = ()
+    tokens_of_a_state: int = 0
 
     @classmethod
     def from_configs(cls, model: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> Self:
@@ -236,7 +241,13 @@ class Qwen3_5Geometry(Qwen3VLGeometry):
                 "vision_config.deepstack_visual_indexes is not supported for this family, no released "
                 "checkpoint of which has it"
             )
-        return replace(found, full_attention=tuple(full_attention_layers(model, found.num_layers)))
+        looking = tuple(full_attention_layers(model, found.num_layers))
+        return replace(found, full_attention=looking, tokens_of_a_state=state_tokens(model))
+
+    @property
+    def state_tokens(self) -> int:
+        """Those of a Gated DeltaNet."""
+        return self.tokens_of_a_state
 
     @property
     def looking_layers(self) -> Sequence[int]:

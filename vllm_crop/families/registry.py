@@ -22,7 +22,7 @@ from vllm_crop.families.qwen_vl import (
     Qwen3_5Geometry,
     Qwen3VLGeometry,
 )
-from vllm_crop.planning.budget import BudgetError, check_eviction_layers
+from vllm_crop.planning.budget import check_eviction_layers
 from vllm_crop.planning.foveation import Piece, Sight
 from vllm_crop.planning.geometry import ImageTokens, ImageView, Mask, Region
 
@@ -33,14 +33,12 @@ class VisionGeometry(Protocol):
     Attributes:
         uses_mrope: position ids are coordinates in the image, which the tokens that are left keep.
         rotary_room: how many times the model's positions vLLM's rotary table holds.
-        why_no_eviction: why no layer of its language model can run with fewer image tokens; empty if one can.
         why_no_foveation: why its vision tower cannot see parts of an image at several sizes; empty if it can.
         foveation_settings: which of FoveationConfig's settings mean something to it.
     """
 
     uses_mrope: ClassVar[bool]
     rotary_room: ClassVar[int]
-    why_no_eviction: ClassVar[str]
     why_no_foveation: ClassVar[str]
     foveation_settings: ClassVar[frozenset[str]]
 
@@ -56,6 +54,11 @@ class VisionGeometry(Protocol):
     @property
     def num_layers(self) -> int:
         """Decoder layers of the language model."""
+        ...
+
+    @property
+    def state_tokens(self) -> int:
+        """Of a hybrid: the tokens whose keys and values take as much of a layer as a state; 0 of others."""
         ...
 
     @property
@@ -191,10 +194,6 @@ def check_layers_that_evict(geometry: VisionGeometry, eviction_layers: Sequence[
     """Check that a checkpoint can evict at these layers.
 
     Raises:
-        BudgetError: it cannot at any, or not at these.
+        BudgetError: it cannot.
     """
-    if geometry.why_no_eviction:
-        raise BudgetError(
-            f"eviction_layers cannot be used with this model: {geometry.why_no_eviction}. Use method 'plc'"
-        )
     check_eviction_layers(eviction_layers, geometry.num_layers, geometry.first_eviction_layer)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many layers the language model has, and which of them look at all that came before."""
+"""How many layers the language model has, which look at all that came before, and what the others keep."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -38,3 +38,26 @@ def full_attention_layers(model: Mapping[str, Any], num_layers: int) -> list[int
         "linear_attention" if (layer + 1) % every else "full_attention" for layer in range(num_layers)
     ]
     return [layer for layer, kind in enumerate(kinds[:num_layers]) if kind == "full_attention"]
+
+
+# transformers' defaults of Qwen3.5 for what a config.json may leave out.
+_STATE = {
+    **{"linear_num_key_heads": 16, "linear_num_value_heads": 32, "linear_conv_kernel_dim": 4},
+    **{"linear_key_head_dim": 128, "linear_value_head_dim": 128, "head_dim": 256},
+}
+
+
+def state_tokens(model: Mapping[str, Any]) -> int:
+    """Of a hybrid with Gated DeltaNets: the tokens whose keys and values take as much as a state, in 16 bits.
+
+    vLLM gives blocks of keys and values about so many tokens (platforms/interface.py), as all take the same.
+    """
+    given = model.get("text_config") or model
+    heads = 2 if "moe" in given.get("model_type", "") else 4
+    text: dict[str, Any] = {**_STATE, "num_key_value_heads": heads, **given}
+    values = text["linear_num_value_heads"] * text["linear_value_head_dim"]
+    channels = 2 * text["linear_num_key_heads"] * text["linear_key_head_dim"] + values
+    convolution = 2 * channels * (text["linear_conv_kernel_dim"] - 1)
+    state = values * text["linear_key_head_dim"] * (4 if text.get("mamba_ssm_dtype") == "float32" else 2)
+    of_a_token: int = 4 * text["num_key_value_heads"] * text["head_dim"]
+    return -(-int(convolution + state) // of_a_token)

@@ -216,7 +216,6 @@ class CropRenderer(HfRenderer):
             if params is None:
                 given = settings.get(CROP_KEY)
                 params = CropParams.parse({} if given is None else given)
-            self.mm_processor.planner.check_method(params)
             data = prompt.get("multi_modal_data") or {}
             places = shown_in(messages)
             num_images = _num_images(data, params, len(places))

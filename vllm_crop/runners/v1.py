@@ -57,6 +57,18 @@ class CropCPUModelRunner(CPUModelRunner):
             self._row_owners = []  # an id may come back as another request
         return super()._update_states(scheduler_output, *args, **kwargs)
 
+    def _zero_block_ids(self, block_ids: list[int], *args: Any, **kwargs: Any) -> None:
+        """As upstream, which knows full attention by its spec, and the blocks of later stages too.
+
+        A state may have been there before, whose bytes are any numbers; a kernel reads whole blocks.
+        """
+        super()._zero_block_ids(block_ids, *args, **kwargs)
+        layers = self.compilation_config.static_forward_context
+        for stage in groups_by_stage(self.kv_cache_config, len(self.eviction_settings.stages)):
+            for group in stage.layers.keys() - stage.with_state:
+                for name in stage.layers[group]:
+                    layers[name].kv_cache[block_ids] = 0
+
     def _build_attention_metadata(self, **kwargs: Any) -> Any:
         self._evicting = self._heat = None
         num_reqs = self.input_batch.num_reqs

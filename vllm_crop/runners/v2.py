@@ -22,6 +22,7 @@ from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
 from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_crop.eviction.decoder import EvictingStep
+from vllm_crop.eviction.kept_states import StateLayers, tables_in_graph
 from vllm_crop.eviction.markers import EvictionSettings, image_embeddings, image_placeholders
 from vllm_crop.eviction.prompt_eviction import IndexArray, read_markers
 from vllm_crop.eviction.refusals import refuse_graphs
@@ -88,7 +89,8 @@ class CropModelState(DefaultModelState):
             refuse_heat_flags(self.vllm_config)
         super().initialize_kv_cache(kv_cache_config, block_tables, *args, **kwargs)
         self.stages = groups_by_stage(kv_cache_config, len(self.settings.stages))
-        self.batches = StageBatches(self.stages, block_tables, self.max_num_reqs)
+        layers = self.vllm_config.compilation_config.static_forward_context
+        self.batches = StageBatches(self.stages, block_tables, self.max_num_reqs, layers)
 
     def prepare_attn(
         self,
@@ -179,8 +181,14 @@ class CropHybridModelState(CropModelState, MambaHybridModelState):
 class StageBatches:
     """Makes the stages' batches, in buffers that captured graphs may hold on to."""
 
-    def __init__(self, stages: Sequence[StageGroups], block_tables: BlockTables, max_num_reqs: int) -> None:
-        self.stages, self.block_tables = stages, block_tables
+    def __init__(
+        self,
+        stages: Sequence[StageGroups],
+        block_tables: BlockTables,
+        max_num_reqs: int,
+        layers: StateLayers,
+    ) -> None:
+        self.stages, self.block_tables, self._layers = stages, block_tables, layers
         self.device = block_tables.slot_mappings.device
         self._slots = [torch.empty_like(block_tables.slot_mappings) for _ in stages]
         self._seq_lens = torch.zeros(len(stages), max_num_reqs, dtype=torch.int32, device=self.device)
@@ -209,8 +217,13 @@ class StageBatches:
             self._write_slots(index, view, kv_indices, input_batch, slot_mappings)
         seq_lens_cpu = np.zeros(num_reqs, dtype=np.int32)
         seq_lens_cpu[: len(view.seq_lens)] = view.seq_lens
+        # A graph takes every row for a continuation.
         is_prefilling = np.zeros(num_reqs, dtype=np.bool_)
-        is_prefilling[: input_batch.num_reqs] = input_batch.is_prefilling_np
+        tables: Any = block_tables
+        if in_graph and is_real:
+            tables = tables_in_graph(view, self.stages[index], block_tables, self._layers)
+        elif not in_graph:
+            is_prefilling[:] = input_batch.is_prefilling_np
         return StageBatch(
             num_reqs=num_reqs,
             num_tokens=num_tokens,
@@ -222,7 +235,7 @@ class StageBatches:
             max_seq_len=int(view.seq_lens.max()),
             kv_indices=kv_indices,
             is_prefilling=torch.from_numpy(is_prefilling),
-            block_tables=block_tables,
+            block_tables=tables,
             slot_mappings=slot_mappings,
         )
 

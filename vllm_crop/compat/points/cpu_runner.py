@@ -21,6 +21,13 @@ CPU_RUNNER_POINTS = (
         "tells the model whose runner it has",
         passes_on=True,
     ),
+    UpstreamPoint(
+        "vllm.v1.worker.cpu_model_runner",
+        "CPUModelRunner._zero_block_ids",
+        ("self", "block_ids"),
+        "clears the blocks of later stages where states share their memory",
+        passes_on=True,
+    ),
     _v1_runner("_update_states", "self scheduler_output", "notices requests that come and go"),
     _v1_runner(
         "_build_attention_metadata",

@@ -181,6 +181,30 @@ EVICTION_POINTS = (
         "clears them after a step in stages",
     ),
     UpstreamPoint(
+        "vllm.model_executor.models.qwen3_next",
+        "Qwen3NextDecoderLayer.forward",
+        ("self", "hidden_states", "residual", "positions"),
+        "runs layers in stages",
+    ),
+    UpstreamPoint(
+        "vllm.model_executor.models.qwen3_next",
+        "Qwen3NextModel.forward",
+        ("self", "input_ids", "positions", "intermediate_tensors", "inputs_embeds"),
+        "is what the stages do: embeddings through every layer, then the norm",
+    ),
+    UpstreamPoint(
+        "vllm.model_executor.layers.mamba.abstract",
+        "MambaBase.get_kv_cache_spec",
+        ("self", "vllm_config"),
+        "gives the states of later layers a spec of their own",
+    ),
+    UpstreamPoint(
+        "vllm.v1.kv_cache_interface",
+        "MambaSpec.is_uniform_with_collection",
+        ("self", "kv_cache_specs"),
+        "keeps their stages in groups of their own",
+    ),
+    UpstreamPoint(
         "vllm.compilation.decorators",
         "support_torch_compile",
         ("cls", "dynamic_arg_dims"),
