@@ -9,12 +9,13 @@ ONE_BATCH := tests/cpu/test_eviction_parity.py::test_all_scenarios_in_one_batch
 # families, tests/selection.py leaves two to the other runner; another vLLM is asked about all.
 V2_TESTS := $(addprefix tests/cpu/test_,runner.py parity.py caches.py image_names.py eviction_caches.py eviction_scheduling.py \
 	eviction_graphs.py heat.py soak.py qwen2_5_vl.py llava_next.py glm4v.py tinyvqa_served.py) \
+	tests/cpu/test_eviction_states.py::test_tokens_that_stay_in_a_captured_step \
 	"tests/cpu/test_foveation.py::test_all_scenarios_in_one_batch[qwen3_vl]" $(ONE_BATCH)
 # Every engine of a process stays until it ends: two processes need half the memory of one each.
 V1_FIRST := $(wildcard tests/cpu/test_[a-h]*.py)
 TRAINED_TESTS := $(addprefix tests/e2e/test_,attention_localizer.py shadow.py monitoring.py engine_localizer.py playground.py compare.py remote_localizer.py not_asked_for.py hostile_requests.py)
-# Another vLLM than setup installs: each family compresses and evicts in one batch, on both runners, or compresses if it
-# cannot evict; start; a server.
+# Another vLLM than setup installs: each family compresses and evicts in one batch, on both runners, Qwen3.5 compresses with
+# prefix caching besides; start; a server.
 OTHER_TESTS := tests/cpu/test_points.py tests/cpu/test_start.py tests/cpu/test_grouping_matches_vllm.py tests/e2e/test_eviction.py \
 	"tests/cpu/test_parity.py::test_all_scenarios_in_one_batch[qwen3_5]"
 # Two lanes side by side on two cores, those with one process each first: a thread for each process, which vLLM must not bind to a core.

@@ -113,8 +113,14 @@ CHANGES = (
     ),
     Change(
         "class",
-        "DefaultModelState, MambaHybridModelState: CropModelState, CropHybridModelState",
+        "DefaultModelState: CropModelState",
         "makes the attention metadata of later layers, knows whose heat maps a step makes",
+        "eviction, localizer attention",
+    ),
+    Change(
+        "class",
+        "MambaHybridModelState: CropHybridModelState",
+        "the same for models with states",
         "eviction, localizer attention",
     ),
     Change(

@@ -103,12 +103,13 @@ def describe(
     plain = grouping.plain_layer_tokens(unpruned[0])
     compressed = kept_per_stage[0] < image_tokens
     kept = ", then ".join(map(str, kept_per_stage if compressed else kept_per_stage[1:]))
+    memory = "KV memory" if grouping.looking is None else "memory for KV and states"
     return [
         f"KV cache groups: {len(grouping.groups)} ({_groups_by_stage(grouping)}).",
         f"Padding makes an unpruned request take {grouping.padding_fraction:.1%} more KV memory "
         "than in plain vLLM.",
         f"With one image of {image_tokens} tokens, {kept} kept, and {prompt_text_tokens} text tokens "
-        f"a request takes {grouping.layer_tokens(pruned) / plain:.1%} of plain vLLM's KV memory "
+        f"a request takes {grouping.layer_tokens(pruned) / plain:.1%} of plain vLLM's {memory} "
         f"(ideal {grouping.ideal_layer_tokens(pruned) / grouping.plain.ideal_layer_tokens(unpruned):.1%}, "
         f"unpruned {grouping.layer_tokens(unpruned) / plain:.1%}).",
     ]
