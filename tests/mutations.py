@@ -37,6 +37,7 @@ PARITY = "tests/cpu/test_eviction_parity.py::test_all_scenarios_in_one_batch[sta
 QWEN3 = "tests/cpu/test_eviction_parity.py::test_all_scenarios_in_one_batch[staged-qwen3_vl]"
 EVICTION_CACHES = "tests/cpu/test_eviction_caches.py"
 KV = "tests/cpu/test_eviction_kv.py"
+STATES = "tests/cpu/test_eviction_states.py"
 SCHEDULING = "tests/cpu/test_eviction_scheduling.py"
 NAMES = "tests/cpu/test_image_names.py"
 CACHES = "tests/cpu/test_caches.py"
@@ -337,6 +338,34 @@ MUTATIONS = (
         "return num_tokens if eviction is None else eviction.num_kept(self.stage, num_tokens)",
         "return num_tokens",
         (KV,),
+    ),
+    Mutation(
+        "states of later stages in one group with the first's",
+        "eviction/layers.py",
+        "    if not stage:\n        return\n    # The class",
+        "    if True:\n        return\n    # The class",
+        (STATES,),
+    ),
+    Mutation(
+        "blocks of later stages keep what a state has left there",
+        "runners/v1.py",
+        "layers[name].kv_cache[block_ids] = 0",
+        "pass",
+        ("tests/cpu/test_qwen3_5.py",),
+    ),
+    Mutation(
+        "an evicted token enters its request's state in a captured graph",
+        "eviction/kept_states.py",
+        "        if len(evicted):",
+        "        if False:",
+        (f"{V2}{STATES}",),
+    ),
+    Mutation(
+        "a state goes on with what its block held, in a captured graph",
+        "eviction/kept_states.py",
+        "        if len(beginning):",
+        "        if False:",
+        (f"{V2}{STATES}",),
     ),
     Mutation(
         "tails under the key of full blocks",

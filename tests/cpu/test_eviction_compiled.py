@@ -48,7 +48,7 @@ def test_compiled_stages(
 ) -> None:
     before = num_compiled()
     checkpoint = checkpoint_of(family, family.deep)
-    crop = {**EVICT, "localizer": heat.LOCALIZER}
+    crop = {**EVICT, "localizer": {**heat.LOCALIZER, "layers": list(family.looking)}}
     engine = Engine(checkpoint, crop, family, max_num_batched_tokens=512, enforce_eager=False)
     assert engine.model.eviction.runs_all_steps
     check(engine, reference_of(family, "evicting"))
