@@ -27,11 +27,18 @@ def install() -> None:
     import vllm.model_executor.layers.mamba.ops.cpu.gdn_attention as kernels
     from vllm.forward_context import get_forward_context
     from vllm.model_executor.layers.mamba.ops.cpu.gdn_attention import _resolve_layer_name
+    from vllm.utils.torch_utils import LayerNameType, direct_register_custom_op
 
     kernels.register_cpu_gdn_attention_ops()
     stock = torch.ops.vllm.cpu_gdn_attention_core
 
-    def core(mixed_qkv: Any, b: Any, a: Any, core_attn_out: Any, layer_name: Any) -> None:
+    def cpu_gdn_attention_core_of_tests(
+        mixed_qkv: torch.Tensor,
+        b: torch.Tensor,
+        a: torch.Tensor,
+        core_attn_out: torch.Tensor,
+        layer_name: LayerNameType,
+    ) -> None:
         if mixed_qkv.dtype != torch.float32:
             stock(mixed_qkv, b, a, core_attn_out, layer_name)
             return
@@ -41,7 +48,14 @@ def install() -> None:
         layer = context.no_compile_layers[_resolve_layer_name(layer_name)]
         _run(layer, context.attn_metadata[layer.prefix], mixed_qkv, b, a, core_attn_out)
 
-    torch.ops.vllm.cpu_gdn_attention_core = core
+    # torch.compile takes an operation as it is, and would read a function.
+    direct_register_custom_op(
+        cpu_gdn_attention_core_of_tests.__name__,
+        cpu_gdn_attention_core_of_tests,
+        mutates_args=["core_attn_out"],
+        fake_impl=lambda mixed_qkv, b, a, core_attn_out, layer_name: None,
+    )
+    torch.ops.vllm.cpu_gdn_attention_core = torch.ops.vllm.cpu_gdn_attention_core_of_tests
 
 
 def _run(

@@ -57,7 +57,7 @@ def test_compiled_stages(
     assert num_compiled() == before + 2
     looked = Question((heat.PICTURE,), heat.OFF)
     cells = heat.cells_of(engine, heat.PICTURE, heat.OFF)
-    wanted = heat.expected(hf_of(family, family.deep), engine, looked, cells)
+    wanted = heat.expected(hf_of(family, family.deep), engine, looked, cells, family.looking)
     for leaves in (False, True):  # after the last layer that is read, or through all
         left = engine.model.heat.steps_left
         output = engine.llm.generate(
