@@ -123,7 +123,7 @@ class CropRequest:
             budgets = NO_BUDGET * num_images  # the localizer's view is what the server wants it to be
         if self.found is None:
             requests = image_requests(self.params, config, num_images, self.limited, budgets)
-            return [replace(request, overview=self.overview) for request in requests]
+            return [replace(request, overview=True) for request in requests] if self.overview else requests
         params = self.params.model_copy(update={"regions": [one.region for one in self.found]})
         requests = image_requests(params, config, num_images, self.limited, budgets)
         return [replace(request, warm=one.warm) for request, one in zip(requests, self.found, strict=True)]
@@ -290,6 +290,8 @@ def image_requests(
             requests.append(replace(asked, max_tokens=budget.max_tokens, by=budget.by))
         elif budget.whole:
             requests.append(replace(whole, by=budget.by))
+        elif region is None and not off:
+            requests.append(whole)
         else:
             requests.append(replace(whole, region=None if off else region, off=off))
     return requests

@@ -124,7 +124,7 @@ def image_budgets(
         budget = _own_budget(tokens, speaks, one.detail, low_tokens, default)
         if history is not None and one.message < num_old:
             budget = budget.grown_old(history, in_prompt)
-        budgets.append(replace(budget, old=one.message < num_messages - 1))
+        budgets.append(replace(budget, old=True) if one.message < num_messages - 1 else budget)
     return tuple(budgets)
 
 
