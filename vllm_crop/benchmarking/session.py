@@ -53,7 +53,7 @@ def run_benchmark(options: Options, console: Console) -> Outcome:
         modes = [mode for mode in options.modes if mode not in LOCALIZED_MODES]
         plans = {mode: options.plan(mode, geometry) for mode in modes}
         shape = client.call(read_shape, to_serve.model)
-        with started(options, to_serve, shape.layers, client, console) as targets:
+        with started(options, to_serve, geometry, client, console) as targets:
             runs = _measure(options, targets, client, console)
     per_layer = {mode: plan.tokens_per_layer(shape.layers) for mode, plan in plans.items()}
     text_tokens = mean_prompt_tokens(runs)["off"] - per_layer["off"][0]

@@ -17,8 +17,9 @@ from vllm_crop.benchmarking.kv import KVCapacity
 from vllm_crop.benchmarking.load import Client
 from vllm_crop.benchmarking.options import Dummy, Options
 from vllm_crop.benchmarking.runs import Mode, Run
-from vllm_crop.eviction.grouping import KVGrouping
+from vllm_crop.eviction.grouping import KVGrouping, predict_grouping
 from vllm_crop.families.checkpoint import load_geometry
+from vllm_crop.families.registry import VisionGeometry
 from vllm_crop.localizers.dialects import dialect_with
 from vllm_crop.localizers.settings import Kind, LocalizerConfig, suits
 from vllm_crop.measuring.metrics import samples
@@ -149,7 +150,7 @@ def _make_dummy(folder: Path, dummy: Dummy, weights: bool) -> Path:
 
 @contextmanager
 def started(
-    options: Options, to_serve: ToServe, num_layers: int, client: Client, console: Console
+    options: Options, to_serve: ToServe, geometry: VisionGeometry, client: Client, console: Console
 ) -> Iterator[dict[Mode, Target]]:
     """Serve until the block ends; per mode the server that its requests go to."""
 
@@ -164,9 +165,9 @@ def started(
         localizer = own_localizer(own[0], options) if own else None
         server = serve_with(options.crop_arguments(localizer), options.folder / "server.log")
         capacity = KVCapacity.of_server(server.base_url)
-        if options.stages:
-            grouping = client.call(_grouping, num_layers, options.stages, capacity.block_size)
-            capacity = capacity.of_grouping(grouping)
+        layers = geometry.num_layers, tuple(geometry.looking_layers)
+        grouping = client.call(_grouping, *layers, options.stages, capacity.block_size)
+        capacity = capacity.of_grouping(grouping)
         targets = dict.fromkeys(options.modes, Target(server, capacity))
         for kind in own[1:]:  # a server finds regions in one way
             arguments = options.crop_arguments(own_localizer(kind, options))
@@ -178,12 +179,18 @@ def started(
             targets["remote localizer"] = Target(asking, capacity)
         if options.stock:
             server = serve_with((), options.folder / "stock_server.log")
-            targets["stock"] = Target(server, KVCapacity.of_server(server.base_url))
+            targets["stock"] = Target(
+                server, KVCapacity.of_server(server.base_url).of_grouping(grouping.plain)
+            )
         yield targets
 
 
-def _grouping(num_layers: int, stages: tuple[int, ...], block_size: int) -> KVGrouping:
+def _grouping(
+    num_layers: int, looking: tuple[int, ...], stages: tuple[int, ...], block_size: int
+) -> KVGrouping:
     """How the server has grouped the layers; it would not start otherwise. Called where vLLM is loaded."""
     from vllm_crop.eviction.report import expected_grouping
 
-    return expected_grouping(num_layers, stages, block_size)
+    if not stages:
+        return predict_grouping(num_layers, (), block_size, looking)
+    return expected_grouping(num_layers, stages, block_size, looking)

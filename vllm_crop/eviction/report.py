@@ -28,10 +28,17 @@ def packed_layout() -> bool:
     return os.environ.get("VLLM_KV_CACHE_LAYOUT", "").upper().startswith("BL")
 
 
-def expected_grouping(num_layers: int, stages: tuple[int, ...], block_size: int) -> KVGrouping:
-    """The KV cache groups vLLM should make."""
-    predict = predict_packed_grouping if packed_layout() else predict_grouping
-    return predict(num_layers, stages, block_size)
+def expected_grouping(
+    num_layers: int, stages: tuple[int, ...], block_size: int, looking: Sequence[int] | None = None
+) -> KVGrouping:
+    """The KV cache groups vLLM should make.
+
+    Args:
+        looking: the layers of a hybrid that have keys and values; its blocks are never outermost.
+    """
+    if packed_layout():
+        return predict_packed_grouping(num_layers, stages, block_size)
+    return predict_grouping(num_layers, stages, block_size, looking)
 
 
 def report_start(
