@@ -336,10 +336,12 @@ class Planner:
             return
         delta = sum(decision.mrope_position_delta for decision in decisions)
         if delta > self.room:
+            wishes = [_field_of(one.request) for one in decisions if one.mrope_position_delta]
             raise InvalidCropError(
-                "crop.regions",
+                wishes[-1],
                 f"{delta} tokens removed, but this server keeps their position ids and has room for "
-                f"{self.room}: prune fewer images or less of them",
+                f"{self.room}: prune fewer images or less of them; a server started with a --max-model-len "
+                f"that is smaller by {delta - self.room} takes it",
             )
 
 

@@ -23,9 +23,13 @@ from tests.families import INTERNVL, INTERNVL_CHAT, Family
 from tests.pictures import noise_image
 from tests.reference import HfReference
 from vllm_crop.benchmarking.dummy_internvl import TILE, VIDEO
+from vllm_crop.crop_params import CropParams
 from vllm_crop.errors import UnsupportedModelError
 from vllm_crop.families.internvl import InternVLGeometry
+from vllm_crop.frontend.unseen_images import without_unseen
 from vllm_crop.planning.geometry import Box, Region
+from vllm_crop.planning.image_budgets import ImageBudget
+from vllm_crop.request import CropRequest
 
 pytestmark = pytest.mark.vllm_runtime
 
@@ -143,6 +147,21 @@ def test_videos_pass_untouched(engine_of: EngineOf, family: Family) -> None:
         "multi_modal_data": {"image": [noise_image(840, 500, 400)], "video": [frames]},
     }
     check_videos_pass_untouched(engine_of(family, "stock"), pool, prompt)
+
+
+def test_an_image_that_is_text_cannot_be_taken_out(engine_of: EngineOf) -> None:
+    """What the server wants itself fails no request: such an image costs a token."""
+    pool, image = engine_of(INTERNVL_CHAT, "pool"), noise_image(850, 500, 400)
+    with pytest.raises(VLLMValidationError, match=r"0 is not possible with this model.*send 1"):
+        pool.ask(Question((image,), {"max_tokens": 0}))
+    (least,) = pool.ask(Question((image,), {"max_tokens": 1}))
+    (whole,) = pool.ask(Question((image,), {"method": "off"}))
+    full = pool.processor.geometry.grid(500, 400).num_tokens
+    assert whole.num_prompt_tokens - least.num_prompt_tokens == full - 1
+    prompt = {"prompt_token_ids": [5, 6], "multi_modal_data": {"image": [image]}}
+    servers_own = CropRequest(CropParams(), budgets=(ImageBudget(0, "server"),))
+    left, _ = without_unseen(prompt, servers_own, [], pool.processor.info.get_hf_config(), {})
+    assert left.budgets == (ImageBudget(1, "server"),)
 
 
 def test_a_server_without_tiles_is_refused(checkpoint_of: CheckpointOf) -> None:

@@ -39,7 +39,7 @@ def without_unseen(
         names: images that are known by name, by their index: some come without data.
 
     Raises:
-        VLLMValidationError: the prompt's ids do not say where its images are.
+        VLLMValidationError: the prompt's ids do not say where its images are, or they cannot be taken out.
     """
     assert asked.budgets is not None
     gone: dict[int, BudgetSource] = {
@@ -56,6 +56,12 @@ def without_unseen(
         if not pictures:
             raise VLLMValidationError(
                 "crop.max_tokens: not possible for image embeddings", parameter="crop.max_tokens"
+            )
+        if image is None:
+            raise VLLMValidationError(
+                "crop.max_tokens: 0 is not possible with this model, in whose prompts an image is no token "
+                "that could be taken out: send 1",
+                parameter="crop.max_tokens",
             )
         raise VLLMValidationError(
             f"crop.max_tokens: {len(places)} image placeholder(s) in a prompt of {len(asked.budgets)} "

@@ -210,7 +210,8 @@ class CropProcessorMixin(BaseMultiModalProcessor):
 
     def num_places(self, prompt: Sequence[int]) -> int:
         """How many images an unexpanded prompt has places for."""
-        return prompt.count(image_token_of(self.info.get_hf_config()))
+        image = image_token_of(self.info.get_hf_config())
+        return sum(token == image for token in prompt)
 
     def _without_impossible_pieces(
         self, items: ImageProcessorItems, images: RequestImages, decisions: tuple[ImageDecision, ...]
@@ -407,10 +408,13 @@ def position_room(model_config: Any, geometry: VisionGeometry) -> int:
     return positions - int(model_config.max_model_len)
 
 
-def image_token_of(hf_config: Any) -> int:
-    """The id that stands for an image in an unexpanded prompt; transformers has two names for it."""
-    found: int = getattr(hf_config, "image_token_id", None) or hf_config.image_token_index
-    return found
+def image_token_of(hf_config: Any) -> int | None:
+    """The id that stands for an image in an unexpanded prompt; transformers has two names for it.
+
+    None of a model in whose prompts an image is text, of any tokens.
+    """
+    found: int | None = getattr(hf_config, "image_token_id", None)
+    return found or getattr(hf_config, "image_token_index", None)
 
 
 @contextmanager
