@@ -44,7 +44,6 @@ SETTLED_S = 0.5  # after the last token: a process is some twenty times slower i
 COUNTING = ("valgrind", "--tool=callgrind", "--instr-atstart=no", "--quiet")
 # The engine is a program of its own, so that it does not run in there; it waits for the API process.
 ENVIRONMENT = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn", "VLLM_ENGINE_READY_TIMEOUT_S": "3600"}
-NOTHING: Mapping[str, str] = {}
 READY_TIMEOUT_S = 3600.0
 _TOTALS = re.compile(r"^totals: (\d+)", re.MULTILINE)
 
@@ -77,8 +76,8 @@ def measure_api_instructions(
         folder = Path(name)
         model = str(make_checkpoint(folder / "model"))
         plugin = ("--plugin", "crop", "--crop-config", json.dumps(CROP))
-        stock = servers.enter_context(_counted(folder / "stock", model, env={"VLLM_PLUGINS": ""}))
-        ours = servers.enter_context(_counted(folder / "crop", model, *plugin))
+        stock = servers.enter_context(_counted(folder / "stock", {"VLLM_PLUGINS": ""}, model))
+        ours = servers.enter_context(_counted(folder / "crop", {}, model, *plugin))
         seeds, random = count(), Random(0)
         for size, num_requests in sizes.items():
             of_stock: list[int] = []
@@ -155,7 +154,7 @@ class _Counted:
 
 
 @contextmanager
-def _counted(folder: Path, model: str, *args: str, env: Mapping[str, str] = NOTHING) -> Iterator[_Counted]:
+def _counted(folder: Path, env: Mapping[str, str], model: str, *args: str) -> Iterator[_Counted]:
     """A server of the benchmark whose API process runs in callgrind."""
     folder.mkdir()
     launcher = (*COUNTING, f"--callgrind-out-file={folder}/count")

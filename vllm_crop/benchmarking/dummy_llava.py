@@ -163,6 +163,21 @@ def save_weights(folder: Path, model: Any) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def save_dummy(
+    folder: Path, size: DummySize, seed: int, config: Any, model_class: Any, processor: Any, weights: bool
+) -> Path:
+    """Write configuration and processor, and a model with scaled random weights if `weights`."""
+    import torch
+
+    if weights:
+        torch.manual_seed(seed)
+        scale_weights(model_class(config), size).save_pretrained(folder)
+    else:
+        config.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
 def scale_weights(model: Any, size: DummySize) -> Any:
     """Draw the weights of a vision-language model of transformers anew."""
     import torch

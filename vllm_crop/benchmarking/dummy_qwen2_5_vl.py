@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_crop.benchmarking import dummy_llava
-from vllm_crop.benchmarking.dummy_llava import VOCAB_SIZE, DummySize, make_tokenizer, scale_weights
+from vllm_crop.benchmarking.dummy_llava import VOCAB_SIZE, DummySize, make_tokenizer, save_dummy
 
 VISION_START, IMAGE_PAD, VISION_END, VIDEO_PAD = (
     f"<|{name}|>" for name in ("vision_start", "image_pad", "vision_end", "video_pad")
@@ -115,7 +115,6 @@ def write_checkpoint(
         max_tokens: of an image.
         weights: whether to write any.
     """
-    import torch
     from transformers import Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
     tokenizer = make_tokenizer(SPECIAL_TOKENS)
@@ -127,10 +126,4 @@ def write_checkpoint(
         chat_template=CHAT_TEMPLATE,
     )
     config = config_of(size, tokenizer)
-    if weights:
-        torch.manual_seed(seed)
-        scale_weights(model_class(config), size).save_pretrained(folder)
-    else:
-        config.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+    return save_dummy(folder, size, seed, config, model_class, processor, weights)

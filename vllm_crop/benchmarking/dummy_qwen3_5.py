@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vllm_crop.benchmarking.dummy_llava import DummySize, make_tokenizer, scale_weights, text_sizes
+from vllm_crop.benchmarking.dummy_llava import DummySize, make_tokenizer, save_dummy, text_sizes
 from vllm_crop.benchmarking.dummy_qwen2_5_vl import (
     CHAT_TEMPLATE,
     IMAGE_PAD,
@@ -123,14 +123,6 @@ def write_checkpoint(
         max_tokens: of an image.
         weights: whether to write any.
     """
-    import torch
-
     processor = make_processor(max_tokens)
     config = config_of(size, processor.tokenizer)
-    if weights:
-        torch.manual_seed(seed)
-        scale_weights(model_class(config), size).save_pretrained(folder)
-    else:
-        config.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+    return save_dummy(folder, size, seed, config, model_class, processor, weights)

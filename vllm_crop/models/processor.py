@@ -210,8 +210,7 @@ class CropProcessorMixin(BaseMultiModalProcessor):
 
     def num_places(self, prompt: Sequence[int]) -> int:
         """How many images an unexpanded prompt has places for."""
-        image = image_token_of(self.info.get_hf_config())
-        return sum(token == image for token in prompt)
+        return prompt.count(image_token_of(self.info.get_hf_config()))
 
     def _without_impossible_pieces(
         self, items: ImageProcessorItems, images: RequestImages, decisions: tuple[ImageDecision, ...]
