@@ -26,7 +26,8 @@ def keep_crop(request: Any, chat: Any) -> None:
         _dropping.setdefault(type(request).__name__, False)
         return
     for name in _KEPT:
-        if name in fields and getattr(chat, name, None) is None:
+        # A field that the chat completion's model knows would get what nobody has validated.
+        if name in fields and name not in type(chat).model_fields:
             setattr(chat, name, fields[name])
 
 
