@@ -99,7 +99,7 @@ class Engine:
         # vLLM looks at each class in a process of its own, to keep CUDA out of this one. Models run here
         # anyway, and each of those processes imports all of vLLM for some seconds.
         registry._run_in_subprocess = lambda inspect: inspect()
-        if family.module == QWEN3_5.module:
+        if family.module == QWEN3_5.module and not torch.cuda.is_available():
             float32_deltanet.install()
         self.image = family.reference.image
         self.config = CropConfig.from_mapping(crop or {})

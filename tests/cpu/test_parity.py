@@ -2,11 +2,13 @@
 """The served model computes what plain transformers computes from the same compressed embeddings."""
 
 import pytest
+import torch
 
 from tests.cpu.conftest import Answer, Engine, EngineOf, Question, ReferenceFor, ReferenceOf
 from tests.families import FAMILIES, Family
 from tests.pictures import noise_image
 from tests.reference import Reference
+from vllm_crop.models.encoder import CompressingEncoder
 from vllm_crop.planning.geometry import Region
 
 pytestmark = pytest.mark.vllm_runtime
@@ -134,6 +136,10 @@ def test_vision_tower_batches_hold_no_more_tokens_than_profiled(
     counts = [engine.processor.geometry.grid(*image.size).num_tokens for image in images]
     assert encoder.num_encoded == before + len(images)
     assert max(counts) <= encoder.peak_tokens <= encoder.max_tokens < sum(counts)
+    # Made where vLLM makes a model's weights, which is no place that numpy can read.
+    with torch.device("meta"):
+        elsewhere = CompressingEncoder(engine.llm.llm_engine.vllm_config)
+    assert elsewhere.max_tokens == encoder.max_tokens
 
 
 @each_family

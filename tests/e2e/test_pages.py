@@ -8,12 +8,16 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
 
 from lab.pages.asking import FAMILIES, LOCAL, ask
 from lab.pages.browser import Drawer, Page, drawer
 from lab.pages.looks import FONTS, LAYOUTS, SPLITS, Split
 from lab.pages.questions import write_questions
 from lab.pages.store import read_pages, write_page
+from lab.pages.training.batches import Pages, Steps
+from lab.pages.training.phases import PHASES
+from lab.pages.training.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -116,3 +120,17 @@ def test_kept_and_read_again(browser: Drawer, tmp_path: Path) -> None:
         assert all(0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1 for x0, y0, x1, y1 in line["boxes"])
     with pytest.raises(ValueError, match="too few pages"):
         write_questions(tmp_path, 3000)
+
+
+def test_a_whole_curriculum_within_seconds(browser: Drawer, tmp_path: Path) -> None:
+    """Every phase has its share; batches made ahead by another process are those made here."""
+    for index, page in enumerate(drawn(browser, "train", 3)):
+        write_page(page, tmp_path, f"{index}.png")
+    trainer = Trainer(tmp_path, tmp_path / "model", "cpu", batch_scale=0.05, workers=1, within=0.05)
+    trainer.run(minutes=5)
+    assert trainer.phase == len(PHASES)
+    assert (tmp_path / "model" / "checkpoint" / "model.safetensors").exists()
+    steps = Steps(Pages(tmp_path, trainer.tokenizer), PHASES[-1], seed=1, batch_scale=0.05)
+    for here, ahead in zip(range(7, 9), steps.ahead(7, workers=1), strict=False):
+        assert torch.equal(steps[here].images, ahead.images)
+        assert torch.equal(steps[here].questions, ahead.questions)

@@ -64,7 +64,10 @@ class CompressingEncoder:
 
     def __init__(self, vllm_config: VllmConfig) -> None:
         config = CropConfig.from_mapping(vllm_config.model_config.hf_config.crop)
-        budget = MultiModalBudget(vllm_config, MULTIMODAL_REGISTRY, enable_cache=False)
+        # A model is made with its device as torch's default one, and the budget asks the image processor what
+        # the largest image has: some make tensors on the way and read them as numpy arrays.
+        with torch.device("cpu"):
+            budget = MultiModalBudget(vllm_config, MULTIMODAL_REGISTRY, enable_cache=False)
         self.max_tokens = budget.get_encoder_budget()
         self.peak_tokens = 0
         self.num_encoded = 0

@@ -16,11 +16,15 @@ def main(
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     batch_scale: Annotated[float, typer.Option(help="Larger steps, for a GPU.")] = 1.0,
+    workers: Annotated[int, typer.Option(help="Processes that make batches; 0: none.")] = 0,
     minutes: Annotated[float, typer.Option(help="Stop after so long; the next run goes on.")] = 1e6,
+    within: Annotated[
+        float | None, typer.Option(help="Minutes for the whole curriculum, phases getting their shares.")
+    ] = None,
 ) -> None:
     """Train letters, then answers."""
     torch.set_num_threads(threads)
-    Trainer(pages, out, device, batch_scale).run(minutes)
+    Trainer(pages, out, device, batch_scale, workers, within).run(minutes)
 
 
 typer.run(main)

@@ -3,7 +3,7 @@
 
 import random
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,17 +15,20 @@ from numpy.typing import NDArray
 from PIL import Image
 from rich.progress import track
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from lab.pages.browser import Page
 from lab.pages.checkpoint import WINDOW
 from lab.pages.store import read_pages
 from lab.pages.training.lessons import teach, words_of
 from lab.pages.training.letters import IGNORED, letter_labels
+from lab.pages.training.phases import Phase
 from lab.tinyvqa.checkpoint import TOKEN
 from lab.tinyvqa.words import ANSWER, END, VISION_END
 
 LENGTH = 44  # tokens of a question with its answer; longer ones are not asked
 _TRIES = 200
+_MOST_STEPS = 10**9
 
 Size = tuple[int, int]  # width and height in pixels
 
@@ -73,6 +76,7 @@ class Pages:
         self.by_size: dict[Size, list[Sample]] = defaultdict(list)
         for page in track(read_pages(folder), description="reading pages"):
             path = Path(str(page.picture.filename))  # type: ignore[attr-defined]
+            page.picture.close()
             self.by_size[page.look.size].append(Sample(page, path.read_bytes()))
         self.tokenizer = tokenizer
         self.end, self.answer, self.vision_end = (
@@ -134,6 +138,36 @@ class Pages:
         if text not in self._known:
             self._known[text] = self.tokenizer.encode(text, add_special_tokens=False)
         return self._known[text]
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The batches of a phase by their step; each has a seed of its own."""
+
+    pages: Pages
+    phase: Phase
+    seed: int
+    batch_scale: float
+
+    def __getitem__(self, step: int) -> Batch:
+        phase = self.phase
+        tokens = int(phase.tokens * self.batch_scale)
+        return self.pages.batch(self.seed + step, tokens, phase.questions, phase.weights, phase.scales)
+
+    def ahead(self, first: int, workers: int) -> Iterator[Batch]:
+        """All batches from a step on, made by other processes while earlier ones are trained on."""
+        steps = range(first, first + _MOST_STEPS)
+        if not workers:
+            return map(self.__getitem__, steps)
+        loader: DataLoader[Batch] = DataLoader(
+            self,  # type: ignore[arg-type]
+            batch_size=None,
+            sampler=steps,
+            num_workers=workers,
+            prefetch_factor=4,
+            multiprocessing_context="fork",  # pages are in memory, and stay the parent's
+        )
+        return iter(loader)
 
 
 def _scaled(size: Size, scale: float) -> Size:

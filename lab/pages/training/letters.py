@@ -48,7 +48,7 @@ class LetterHeads(nn.Module):
         super().__init__()
         self.slots = nn.Linear(hidden, SLOTS * (len(ALPHABET) + 1))
 
-    def loss(self, features: Tensor, labels: Tensor) -> tuple[Tensor, float]:
+    def loss(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The loss, and the share of letters that are read right.
 
         Args:
@@ -63,4 +63,4 @@ class LetterHeads(nn.Module):
         )
         letters = (labels != NOTHING) & (labels != IGNORED)
         right = (logits.argmax(-1) == labels)[letters].float().mean()
-        return (losses * weight.flatten()).sum() / weight.sum(), float(right)
+        return (losses * weight.flatten()).sum() / weight.sum(), right

@@ -42,3 +42,8 @@ PHASES = (
     Phase("asking", 15_000, 1.5e-3, 1536, 16, THEN, 0.1),
     Phase("fewer", 6000, 5e-4, 1536, 16, THEN, 0.05, (1.0, 1.0, 0.75, 0.5), 0.5),
 )
+
+
+def share_of(phase: Phase) -> float:
+    """The part of all steps that is a phase's."""
+    return phase.steps / sum(each.steps for each in PHASES)

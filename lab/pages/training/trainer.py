@@ -6,6 +6,7 @@ import math
 import random
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,10 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from lab.pages import checkpoint
 from lab.pages.tokenizer import make_tokenizer
-from lab.pages.training.batches import LENGTH, Batch, Pages
+from lab.pages.training.batches import LENGTH, Batch, Pages, Steps
 from lab.pages.training.fewer import fewer_tokens
 from lab.pages.training.letters import IGNORED, LetterHeads
-from lab.pages.training.phases import PHASES, Phase
+from lab.pages.training.phases import PHASES, Phase, share_of
 from lab.tinyvqa.checkpoint import TOKEN, make_processor, save
 from lab.tinyvqa.training.batches import moved
 from lab.tinyvqa.training.forward import (
@@ -44,14 +45,25 @@ SAVE_EVERY = 180.0  # seconds
 class Trainer:
     """Holds the model, the optimizer and where the training stands; `out/state.pt` keeps them."""
 
-    def __init__(self, pages: Path, out: Path, device: str, batch_scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        pages: Path,
+        out: Path,
+        device: str,
+        batch_scale: float = 1.0,
+        workers: int = 0,
+        within: float | None = None,
+    ) -> None:
         """Go on with what `out` has, else begin.
 
         Args:
             batch_scale: how many times as many visual tokens a step has as `phases` says.
+            workers: processes that make batches ahead.
+            within: minutes for all phases; without it each has as many steps as `phases` says.
         """
         torch.manual_seed(SEED)
         self.out, self.device, self.batch_scale = out, torch.device(device), batch_scale
+        self.workers, self.within = workers, within
         out.mkdir(parents=True, exist_ok=True)
         self.tokenizer = make_tokenizer()
         self.model: Any = Qwen2_5_VLForConditionalGeneration(checkpoint.make_config(self.tokenizer))
@@ -59,9 +71,12 @@ class Trainer:
         self.model.to(self.device)
         self.heads.to(self.device)
         self.pages = Pages(pages, self.tokenizer)
-        self.phase, self.step = 0, 0
+        self.phase, self.step, self.spent = 0, 0, 0.0
         self.optimizer = Optimizers(self.model, self.heads)
-        self._window: dict[str, list[float]] = defaultdict(list)
+        self._batches: Iterator[Batch] | None = None
+        # Read when a report is due: reading a number waits for the device.
+        self._window: dict[str, list[Tensor]] = defaultdict(list)
+        self._answered: list[tuple[str, Tensor, list[list[str]]]] = []
         if (out / "state.pt").exists():
             self._load()
 
@@ -71,13 +86,13 @@ class Trainer:
         columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         with Progress(*columns) as progress:
             bars = [
-                progress.add_task(phase.name, total=phase.steps, completed=phase.steps * (index < self.phase))
+                progress.add_task(phase.name, total=1.0, completed=int(index < self.phase))
                 for index, phase in enumerate(PHASES)
             ]
             while self.phase < len(PHASES) and time.monotonic() < end:
-                bar = bars[self.phase]
+                bar, phase = bars[self.phase], PHASES[self.phase]
                 self.train_step()
-                progress.update(bar, completed=self.step or PHASES[self.phase - 1].steps)
+                progress.update(bar, completed=self._done(phase) if self.step else 1.0)
                 if time.monotonic() - saved > SAVE_EVERY:
                     self.save()
                     saved = time.monotonic()
@@ -86,22 +101,31 @@ class Trainer:
 
     def train_step(self) -> None:
         """One step; the last one of a phase begins the next."""
-        phase = PHASES[self.phase]
-        falling = 0.5 * (1 + math.cos(math.pi * self.step / phase.steps))
+        began, phase = time.monotonic(), PHASES[self.phase]
+        falling = 0.5 * (1 + math.cos(math.pi * min(1.0, self._done(phase))))
         rate = phase.final_rate + (1 - phase.final_rate) * falling
         self.optimizer.set_rate(phase.learning_rate * rate * min(1.0, (self.step + 1) / WARMUP))
-        seed = SEED + 1_000_003 * self.phase + self.step
-        tokens = int(phase.tokens * self.batch_scale)
-        batch = self.pages.batch(seed, tokens, phase.questions, phase.weights, phase.scales)
+        seed = SEED + 1_000_003 * self.phase
+        if self._batches is None:
+            steps = Steps(self.pages, phase, seed, self.batch_scale)
+            self._batches = steps.ahead(self.step, self.workers)
+        batch = moved(next(self._batches), self.device)
         with torch.autocast(self.device.type, torch.bfloat16):
-            loss = self._loss(phase, moved(batch, self.device), random.Random(seed))
+            loss = self._loss(phase, batch, random.Random(seed + self.step))
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         self.step += 1
+        self.spent += time.monotonic() - began
         if self.step % REPORT_EVERY == 0:
             self._report(phase)
-        if self.step >= phase.steps:
-            self.phase, self.step = self.phase + 1, 0
+        if self._done(phase) >= 1:
+            self.phase, self.step, self.spent, self._batches = self.phase + 1, 0, 0.0, None
+
+    def _done(self, phase: Phase) -> float:
+        """Which part of a phase is done, 1 or more when it is over."""
+        if self.within is None:
+            return self.step / phase.steps
+        return self.spent / (60 * self.within * share_of(phase))
 
     def _loss(self, phase: Phase, batch: Batch, chance: random.Random) -> Tensor:
         height, width = batch.images.shape[1:3]
@@ -109,8 +133,8 @@ class Trainer:
         features = vision_features(self.model.model.visual, image_patches(batch.images), rows, cols)
         loss: Tensor
         loss, right = self.heads.loss(features, batch.letters)
-        self._note("letters loss", float(loss.detach()))
-        self._note("letters", right)
+        self._window["letters loss"].append(loss.detach())
+        self._window["letters"].append(right)
         if not phase.questions:
             return loss
         layout = _layout(rows, cols, phase.questions, self.device)
@@ -131,20 +155,21 @@ class Trainer:
         logits = self.model.lm_head(states.last[asked]).float()
         targets = batch.targets[asked]
         loss = functional.cross_entropy(logits, targets)
-        self._note(f"{kind}loss", float(loss.detach()))
+        self._window[f"{kind}loss"].append(loss.detach())
         right = torch.ones_like(asked)
         right[asked] = logits.argmax(-1) == targets
-        for page, families in zip(right.all(-1).tolist(), batch.families, strict=True):
-            for is_right, family in zip(page, families, strict=True):
-                self._note(kind + family, float(is_right))
+        self._answered.append((kind, right.all(-1), batch.families))
         return loss
 
-    def _note(self, name: str, value: float) -> None:
-        self._window[name].append(value)
-
     def _report(self, phase: Phase) -> None:
-        means = {name: round(sum(values) / len(values), 4) for name, values in sorted(self._window.items())}
+        seen = {name: [float(value) for value in values] for name, values in self._window.items()}
+        for kind, right, families in self._answered:
+            for page, asked in zip(right.tolist(), families, strict=True):
+                for is_right, family in zip(page, asked, strict=True):
+                    seen.setdefault(kind + family, []).append(is_right)
         self._window.clear()
+        self._answered.clear()
+        means = {name: round(sum(values) / len(values), 4) for name, values in sorted(seen.items())}
         line = {"phase": phase.name, "step": self.step, "time": round(time.time()), **means}
         with (self.out / "log.jsonl").open("a") as log:
             log.write(json.dumps(line) + "\n")
@@ -153,6 +178,7 @@ class Trainer:
         """Write the state, so that a run can go on."""
         state = {"model": self.model.state_dict(), "heads": self.heads.state_dict()}
         state |= {"optimizer": self.optimizer.state_dict(), "phase": self.phase, "step": self.step}
+        state["spent"] = self.spent
         torch.save(state, self.out / "state.new")
         (self.out / "state.new").replace(self.out / "state.pt")
 
@@ -161,7 +187,7 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.heads.load_state_dict(state["heads"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.phase, self.step = state["phase"], state["step"]
+        self.phase, self.step, self.spent = state["phase"], state["step"], state["spent"]
 
 
 @cache
