@@ -161,6 +161,12 @@ class Planner:
         """
         grid = self.geometry.grid(width, height)
         view = self.geometry.view(width, height)
+        if request.region is not None and self.geometry.why_no_regions:
+            raise InvalidCropError(
+                "crop.regions",
+                f"not possible with this model: {self.geometry.why_no_regions}. "
+                "`max_tokens` bounds all of an image",
+            )
         region = request.region and view.project(request.region)
         if request.max_tokens is not None and request.max_tokens >= grid.num_tokens:
             return ImagePlan(region, whole_image_plan(grid))
@@ -206,6 +212,12 @@ class Planner:
         assert request.max_tokens is not None
         count = max(1, request.max_tokens)
         pieces = self.geometry.small(width, height, count) if self.sees_small else ()
+        if not pieces and self.geometry.why_no_regions:
+            least = tower_tokens(self.geometry.small(width, height, self.geometry.fewest_tokens))
+            raise InvalidCropError(
+                "crop.max_tokens",
+                f"{count} is too few: this model sees an image of this size in {least} at least",
+            )
         if not pieces:
             return ImagePlan(None, even_plan(grid, count, request.compression))
         unseen = self.geometry.unseen(width, height, pieces)
@@ -242,7 +254,7 @@ class Planner:
             return list(decisions)
         if not room.prunes or not possible:
             room.check(taken, room.advice if possible else _NOT_BESIDE)
-        floor = self.config.fit_floor
+        floor = max(self.config.fit_floor, self.geometry.fewest_tokens)
         try:
             given = share_room(claims, room.aim, floor)
         except NoRoomError as error:
@@ -278,7 +290,7 @@ class Planner:
 
     def fewest_embeddings(self, full: int, pruning_rate: float, method: Method) -> int:
         """The fewest that an image with `full` visual tokens can take in the prompt, whatever its region."""
-        if method == "ilp":
+        if method == "ilp" or self.geometry.why_no_regions:
             return full
         settings = self.config
         if settings.compression == "foveate" and settings.foveation.unseen_tiles == "left_out":

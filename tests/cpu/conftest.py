@@ -37,12 +37,17 @@ STEPS = 4 if "TRITON_INTERPRET" in os.environ else 8
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt with images and the `crop` it is asked with (None: the field is left out)."""
+    """A prompt with images and the `crop` it is asked with (None: the field is left out).
+
+    Attributes:
+        settings: other processor settings of the request.
+    """
 
     images: tuple[Image.Image, ...] = ()
     crop: Mapping[str, Any] | None = None
     text: str = TEXT
     after_image: str = "\n"
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def prompt(self, image: str = LLAVA.reference.image) -> dict[str, Any]:
         """As `LLM.generate` takes it; `image` is how the family writes one."""
@@ -50,8 +55,9 @@ class Question:
         prompt: dict[str, Any] = {"prompt": self.text.format(images=images)}
         if self.images:
             prompt["multi_modal_data"] = {"image": list(self.images)}
-        if self.crop is not None:
-            prompt["mm_processor_kwargs"] = {"crop": dict(self.crop)}
+        crop = {} if self.crop is None else {"crop": dict(self.crop)}
+        if crop or self.settings:
+            prompt["mm_processor_kwargs"] = {**crop, **self.settings}
         return prompt
 
 

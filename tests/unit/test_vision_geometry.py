@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from vllm_crop.errors import UnsupportedModelError
+from vllm_crop.families.gemma4 import Gemma4Geometry
 from vllm_crop.families.llava import LlavaGeometry
 from vllm_crop.families.llava_next import LlavaNextGeometry, LlavaOnevisionGeometry
 from vllm_crop.families.not_supported import WHY_NOT
@@ -224,6 +225,14 @@ MISTRAL_24B: dict[str, Any] = {
     "spatial_merge_size": 2,
 }
 MISTRAL_PREPROCESSOR = {"size": {"longest_edge": 1540}, "patch_size": {"height": 14, "width": 14}}
+# As published with google/gemma-4-E4B-it.
+GEMMA_4_E4B: dict[str, Any] = {
+    "architectures": ["Gemma4ForConditionalGeneration"],
+    "model_type": "gemma4",
+    "text_config": {"model_type": "gemma4_text", "num_hidden_layers": 42},
+    "vision_config": {"patch_size": 16, "pooling_kernel_size": 3, "default_output_length": 280},
+}
+GEMMA_4_PREPROCESSOR = {"max_soft_tokens": 280, "patch_size": 16, "pooling_kernel_size": 3}
 PUBLISHED = {
     "LlavaForConditionalGeneration": (LLAVA_7B, LLAVA_PREPROCESSOR),
     "LlavaNextForConditionalGeneration": (LLAVA_NEXT_7B, LLAVA_NEXT_PREPROCESSOR),
@@ -239,6 +248,7 @@ PUBLISHED = {
     "Qwen3_5MoeForConditionalGeneration": (QWEN3_5_35B_A3B, QWEN3_VL_PREPROCESSOR),
     "Glm4vForConditionalGeneration": (GLM_4_1V_9B, GLM_PREPROCESSOR),
     "Glm4vMoeForConditionalGeneration": (GLM_4_5V, GLM_PREPROCESSOR),
+    "Gemma4ForConditionalGeneration": (GEMMA_4_E4B, GEMMA_4_PREPROCESSOR),
 }
 
 
@@ -374,6 +384,24 @@ def test_published_mistral3_has_a_token_per_28_pixels_and_breaks() -> None:
         geometry_from_configs({**MISTRAL_24B, "vision_config": {"model_type": "siglip_vision_model"}}, {})
     with pytest.raises(UnsupportedModelError, match="no 'longest_edge'"):
         geometry_from_configs(MISTRAL_24B, {"size": {"height": 336, "width": 336}})
+
+
+def test_published_gemma4_has_a_token_per_48_pixels_and_five_budgets() -> None:
+    geometry = geometry_from_configs(GEMMA_4_E4B, GEMMA_4_PREPROCESSOR)
+    assert isinstance(geometry, Gemma4Geometry)
+    assert (geometry.num_layers, geometry.max_tokens) == (42, 280)
+    assert geometry.grid(1024, 1024) == TokenGrid(16, 16)
+    assert geometry.pixels(1024, 512) == (23 * 48, 11 * 48)
+    assert geometry.grid(3, 900) == TokenGrid(280, 1)
+    tokens = [
+        sum(piece.num_tokens for piece in geometry.small(1024, 1024, bound))
+        for bound in (63, 64, 120, 121, 139, 255)
+    ]
+    assert tokens == [0, 64, 64, 121, 121, 121]
+    larger = geometry_from_configs(GEMMA_4_E4B, {**GEMMA_4_PREPROCESSOR, "max_soft_tokens": 1120})
+    assert larger.grid(1024, 1024) == TokenGrid(33, 33)
+    with pytest.raises(UnsupportedModelError, match="max_soft_tokens 300 is none of"):
+        geometry_from_configs(GEMMA_4_E4B, {"max_soft_tokens": 300})
 
 
 QWEN_LINE = {

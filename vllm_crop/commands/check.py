@@ -188,6 +188,9 @@ def _print_model(console: Console, model: Mapping[str, Any]) -> None:
         f"({model['layout']}), {model['num_layers']} decoder layers",
         soft_wrap=True,
     )
+    if "budgets" in model:
+        _print_budgets(console, model)
+        return
     layers = ",".join(map(str, model["eviction_layers"]))
     console.print(
         f"  to begin with: eviction_layers [{layers}], which makes {model['kv_groups']} KV cache groups",
@@ -205,6 +208,16 @@ def _print_model(console: Console, model: Mapping[str, Any]) -> None:
         "prepared for this eviction, against vLLM without the plugin",
         soft_wrap=True,
     )
+
+
+def _print_budgets(console: Console, model: Mapping[str, Any]) -> None:
+    console.print(f"  no regions: {model['why_no_regions']}. All of an image can be bounded:", soft_wrap=True)
+    table = Table(box=None, padding=(0, 2))
+    for title in ("max_tokens", "image tokens"):
+        table.add_column(title)
+    for budget in model["budgets"]:
+        table.add_row(str(budget["max_tokens"]), str(budget["image_tokens"]))
+    console.print(table)
 
 
 def _command(report: Mapping[str, Any]) -> str:

@@ -22,6 +22,7 @@ from vllm_crop.planning.plan import Compression
 from vllm_crop.request import ImageRequest, image_requests
 
 DEFAULTS = CropConfig()
+_OPTIONS = {"crop.regions": "--region", "crop.max_tokens": "--max-tokens"}
 
 RegionOption = Annotated[
     list[str] | None,
@@ -188,7 +189,7 @@ def plan_for_image(
     except UnsupportedImageError as error:
         raise typer.BadParameter(str(error)) from None
     except InvalidCropError as error:
-        option = "--pruning-rate" if request.max_tokens is None else "--max-tokens"
+        option = _OPTIONS.get(error.parameter, "--pruning-rate")
         raise typer.BadParameter(error.reason, param_hint=option) from None
 
 

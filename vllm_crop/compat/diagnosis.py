@@ -39,6 +39,7 @@ from vllm_crop.families.registry import FAMILIES, VisionGeometry
 from vllm_crop.heat.refusals import refused_with_attention
 from vllm_crop.localizers.calibration import SETTINGS as CALIBRATED
 from vllm_crop.localizers.calibration import with_calibration
+from vllm_crop.planning.foveation import tower_tokens
 
 ENTRY_POINT_GROUP, ENTRY_POINT = "vllm.general_plugins", "crop"
 ENDPOINT_GROUP = "vllm.endpoint_plugins"  # of the playground; added only where VLLM_PLUGINS names it
@@ -146,8 +147,21 @@ def describe_checkpoint(model: str) -> dict[str, Any]:
         "layout": grid.describe(),
         "tokens_per_image": grid.num_tokens,
         "num_layers": geometry.num_layers,
-        **_describe_eviction(grid.num_tokens, geometry),
+        **_describe_pruning(grid.num_tokens, geometry),
     }
+
+
+def _describe_pruning(num_tokens: int, geometry: VisionGeometry) -> dict[str, Any]:
+    if not geometry.why_no_regions:
+        return _describe_eviction(num_tokens, geometry)
+    bounds = [geometry.max_tokens]
+    while bounds[-1] // 2 >= geometry.fewest_tokens:
+        bounds.append(bounds[-1] // 2)
+    seen_in = [
+        {"max_tokens": bound, "image_tokens": tower_tokens(geometry.small(*_EXAMPLE_SIZE, bound))}
+        for bound in bounds
+    ]
+    return {"why_no_regions": geometry.why_no_regions, "budgets": seen_in}
 
 
 def _describe_eviction(num_tokens: int, geometry: VisionGeometry) -> dict[str, Any]:

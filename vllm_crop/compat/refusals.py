@@ -133,6 +133,8 @@ def refuse_for_geometry(geometry: VisionGeometry, config: CropConfig) -> None:
         InvalidConfigError: naming the setting and what would do.
     """
     settle_position_ids(config.position_ids, geometry)
+    if geometry.why_no_regions:
+        _refuse_what_is_about_regions(geometry, config)
     if config.stages:
         refuse_budget(geometry, config)
     for name, field in FoveationConfig.model_fields.items():
@@ -165,6 +167,31 @@ def refuse_for_geometry(geometry: VisionGeometry, config: CropConfig) -> None:
                 f"--crop-config localizer.layers {layers}: of this model's layers only "
                 f"{list(geometry.looking_layers)} have full attention, which maps are made of; "
                 f"{strangers} have none"
+            )
+
+
+def _refuse_what_is_about_regions(geometry: VisionGeometry, config: CropConfig) -> None:
+    about_regions = {
+        "eviction_layers": bool(config.stages),
+        "localizer.kind": config.localizer.localizes,
+        "compression": config.compression != "pool",
+        "position_ids": config.position_ids == "original",
+    }
+    for name in (name for name, is_set in about_regions.items() if is_set):
+        raise InvalidConfigError(
+            f"--crop-config {name} is about parts of an image, which this model's are not pruned by: "
+            f"{geometry.why_no_regions}. Leave it out; max_tokens, detail and history bound all of an image"
+        )
+    bounds = {
+        "max_tokens": config.max_tokens,
+        "detail_low_tokens": config.detail_low_tokens,
+        "history.max_tokens": config.history and config.history.max_tokens,
+    }
+    for name, bound in bounds.items():
+        if bound and bound < geometry.fewest_tokens:
+            raise InvalidConfigError(
+                f"--crop-config {name} {bound} is too few for this model, whose images cost up to "
+                f"{geometry.fewest_tokens} at least"
             )
 
 

@@ -19,10 +19,9 @@ WHY_NOT = {
         _READS_ALL,
     ),
     **dict.fromkeys(("Gemma3ForConditionalGeneration", "Gemma3nForConditionalGeneration"), _BOTH_WAYS),
-    **dict.fromkeys(
-        ("Gemma4ForConditionalGeneration", "Gemma4UnifiedForConditionalGeneration"),
+    "Gemma4UnifiedForConditionalGeneration": (
         f"{_BOTH_WAYS}; what vLLM has for it is a budget for each request, --mm-processor-kwargs or the "
-        'request\'s mm_processor_kwargs {"max_soft_tokens": 70, 140, 280, 560 or 1120}',
+        'request\'s mm_processor_kwargs {"max_soft_tokens": 70, 140, 280, 560 or 1120}'
     ),
     **dict.fromkeys(
         (

@@ -19,6 +19,8 @@ class PlainText:
     uses_mrope: ClassVar[bool] = False
     rotary_room: ClassVar[int] = 1
     first_eviction_layer: ClassVar[int] = 1
+    why_no_regions: ClassVar[str] = ""
+    fewest_tokens: ClassVar[int] = 1
 
     @property
     def state_tokens(self) -> int:

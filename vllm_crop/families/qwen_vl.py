@@ -118,6 +118,8 @@ class Qwen2_5VLGeometry:
     default_patch: ClassVar[int] = 14
     default_deepstack: ClassVar[tuple[int, ...]] = ()
     default_window: ClassVar[int] = 112
+    why_no_regions: ClassVar[str] = ""
+    fewest_tokens: ClassVar[int] = 1
     why_no_foveation: ClassVar[str] = ""
     foveation_settings: ClassVar[frozenset[str]] = frozenset({"view_tokens", "rim_size", "reuse", "halo"})
 

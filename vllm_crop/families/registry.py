@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self
 
 from vllm_crop.errors import UnsupportedModelError
+from vllm_crop.families.gemma4 import Gemma4Geometry
 from vllm_crop.families.glm4v import Glm4vGeometry
 from vllm_crop.families.internvl import InternVLChatGeometry, InternVLGeometry
 from vllm_crop.families.llava import LlavaGeometry
@@ -33,12 +34,16 @@ class VisionGeometry(Protocol):
     Attributes:
         uses_mrope: position ids are coordinates in the image, which the tokens that are left keep.
         rotary_room: how many times the model's positions vLLM's rotary table holds.
+        why_no_regions: why no part of an image can be pruned, only all of it be seen small; empty if one can.
+        fewest_tokens: the least that `max_tokens` can bound an image to.
         why_no_foveation: why its vision tower cannot see parts of an image at several sizes; empty if it can.
         foveation_settings: which of FoveationConfig's settings mean something to it.
     """
 
     uses_mrope: ClassVar[bool]
     rotary_room: ClassVar[int]
+    why_no_regions: ClassVar[str]
+    fewest_tokens: ClassVar[int]
     why_no_foveation: ClassVar[str]
     foveation_settings: ClassVar[frozenset[str]]
 
@@ -161,6 +166,7 @@ FAMILIES = {
     "Mistral3ForConditionalGeneration": Family(Mistral3Geometry, "mistral3"),
     "Glm4vForConditionalGeneration": Family(Glm4vGeometry, "glm4_1v", ("glm4", "llama")),
     "Glm4vMoeForConditionalGeneration": Family(Glm4vGeometry, "glm4_1v", ("glm4_moe",)),
+    "Gemma4ForConditionalGeneration": Family(Gemma4Geometry, "gemma4_mm"),
 }
 
 

@@ -13,6 +13,7 @@ _DEFAULT_LAYERS = {
     **{"qwen2_5_vl": 80, "qwen2_5_vl_text": 80, "qwen3_vl": 32, "qwen3_vl_text": 32},
     **{"qwen3_vl_moe": 24, "qwen3_vl_moe_text": 24},
     **{"qwen3_5": 32, "qwen3_5_text": 32, "qwen3_5_moe": 40, "qwen3_5_moe_text": 40},
+    **{"gemma4": 30, "gemma4_text": 30},
     **{"glm4v": 40, "glm4v_text": 40, "glm4v_moe": 46, "glm4v_moe_text": 46},
 }
 

@@ -114,7 +114,8 @@ class CropProcessorMixin(BaseMultiModalProcessor):
         original = self.crop_config.position_ids == "original"
         room = position_room(self.info.ctx.model_config, self.geometry) if original else None
         # The tower's ranks would split a batch by images, and know nothing of their pieces.
-        sees_small = self.info.ctx.get_mm_config().mm_encoder_tp_mode != "data"
+        split = self.info.ctx.get_mm_config().mm_encoder_tp_mode == "data"
+        sees_small = not split or bool(self.geometry.why_no_regions)  # such images are none in pieces
         return Planner(self.crop_config, self.geometry, room, sees_small)
 
     @cached_property

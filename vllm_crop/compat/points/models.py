@@ -18,6 +18,8 @@ _FAMILIES = (
     ("qwen3_5", "Qwen3_5ForConditionalGeneration", "Qwen3VLMultiModalProcessor"),
     ("glm4_1v", "Glm4vForConditionalGeneration", "Glm4vMultiModalProcessor"),
 )
+# Files of which we have the processor alone, and the stock model.
+_PROCESSORS = (("gemma4_mm", "Gemma4MultiModalProcessor"),)
 _OF_MODELS = (
     ("embed_multimodal", "self kwargs", "returns compressed embeddings"),
     (
@@ -47,6 +49,11 @@ MODEL_POINTS = (
         for module, model, processor in _FAMILIES
         for of, methods in ((model, _OF_MODELS), (processor, _OF_PROCESSORS))
         for method, parameters, reason in methods
+    ),
+    *(
+        UpstreamPoint(f"{_MODELS}.{module}", f"{processor}.{method}", tuple(parameters.split()), reason)
+        for module, processor in _PROCESSORS
+        for method, parameters, reason in _OF_PROCESSORS
     ),
     UpstreamPoint(
         "vllm.model_executor.models.qwen2_vl",
