@@ -129,11 +129,11 @@ MUTATIONS = (
         (LOCALIZER,),
     ),
     Mutation(
-        "room for positions is not checked",
-        "planner.py",
-        "        if delta > self.room:",
-        "        if delta > 4 * self.room:",
-        ("tests/cpu/test_qwen3_vl.py -k rotary",),
+        "positions beyond the model's are not counted",
+        "models/processor.py",
+        'len(processed["prompt_token_ids"]) - excess',
+        'len(processed["prompt_token_ids"])',
+        ("tests/cpu/test_qwen3_vl.py -k positions_of_the_model",),
     ),
     Mutation(
         "a found region fails a request",

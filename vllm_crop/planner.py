@@ -100,14 +100,11 @@ class Planner:
     Attributes:
         config: the server's settings.
         geometry: grid and view of the model it serves.
-        room: position ids that are left beyond the longest prompt, for prompts that keep the original ones;
-            None where nobody counts them.
         sees_small: whether the vision tower may be shown an image small where that is all that is left of it.
     """
 
     config: CropConfig
     geometry: VisionGeometry
-    room: int | None = None
     sees_small: bool = True
 
     def plan(
@@ -142,7 +139,7 @@ class Planner:
         decisions: list[ImageDecision] = []
         for request, size in zip(requests, sizes, strict=True):
             try:
-                decision = self._checked(request, size, embeddings, other_kwargs, decisions)
+                decision = self._checked(request, size, embeddings, other_kwargs)
             except _CANNOT_PRUNE as error:
                 if is_clients_wish(request, asked):
                     raise
@@ -262,14 +259,12 @@ class Planner:
                 what = f"take at least {error.least} visual tokens, with {floor} for each"
                 raise room.refusal(what) from None
             given = share_room(claims, error.least, floor)  # what is left is the answer's
-        fitted = [
+        return [
             decision
             if tokens == claim.tokens
             else self._decide(_brought_to_fit(decision.request, tokens), size, embeddings=False)
             for decision, size, claim, tokens in zip(decisions, known, claims, given, strict=True)
         ]
-        self._check_room(fitted)
-        return fitted
 
     def _claim(self, decision: ImageDecision, size: Size, is_old: bool) -> Claim:
         grid = self.geometry.grid(*size)
@@ -312,7 +307,7 @@ class Planner:
         if not request.wants_less:
             return ImageDecision(request)
         if embeddings:
-            raise InvalidCropError(_field_of(request), "not possible for image embeddings")
+            raise InvalidCropError(field_of(request), "not possible for image embeddings")
         if size is None:  # a uuid alone that nobody knows: vLLM says so when it misses the image
             return ImageDecision(request.without_budget())
         planned = self.plan_image(request, *size)
@@ -329,32 +324,16 @@ class Planner:
         size: Size | None,
         embeddings: bool,
         other_kwargs: Sequence[str],
-        before: Sequence[ImageDecision],
     ) -> ImageDecision:
         _refuse_beside(other_kwargs, request)
         try:
-            decision = self._decide(request, size, embeddings)
+            return self._decide(request, size, embeddings)
         except InvalidCropError:
             if request.by != "server" or not request.eviction_layers or embeddings:
                 raise
             # The server's own bound is too small for the client's method: it holds all the same.
             assert request.max_tokens is not None
-            decision = self._decide(request.bounded(request.max_tokens), size, embeddings)
-        self._check_room([*before, decision])
-        return decision
-
-    def _check_room(self, decisions: Sequence[ImageDecision]) -> None:
-        if self.room is None:
-            return
-        delta = sum(decision.mrope_position_delta for decision in decisions)
-        if delta > self.room:
-            wishes = [_field_of(one.request) for one in decisions if one.mrope_position_delta]
-            raise InvalidCropError(
-                wishes[-1],
-                f"{delta} tokens removed, but this server keeps their position ids and has room for "
-                f"{self.room}: prune fewer images or less of them; a server started with a --max-model-len "
-                f"that is smaller by {delta - self.room} takes it",
-            )
+            return self._decide(request.bounded(request.max_tokens), size, embeddings)
 
 
 def _brought_to_fit(request: ImageRequest, tokens: int) -> ImageRequest:
@@ -363,7 +342,7 @@ def _brought_to_fit(request: ImageRequest, tokens: int) -> ImageRequest:
     return replace(request.bounded(bound), by="fit")
 
 
-def _field_of(request: ImageRequest) -> str:
+def field_of(request: ImageRequest) -> str:
     """Which of the client's fields asks for less of an image."""
     if request.by == "history":
         return "crop.history"
@@ -381,7 +360,7 @@ def _refuse_beside(other_kwargs: Sequence[str], request: ImageRequest) -> None:
     if not other_kwargs or not request.wants_less:
         return
     raise InvalidCropError(
-        _field_of(request),
+        field_of(request),
         f"not possible beside other mm_processor_kwargs of the request, {sorted(other_kwargs)}: "
         "they can move the image under the region",
     )

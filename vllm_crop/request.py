@@ -12,6 +12,8 @@ from vllm_crop.planning.geometry import Region
 from vllm_crop.planning.image_budgets import BudgetSource, ImageBudget, Shown, image_budgets
 from vllm_crop.planning.plan import Compression
 
+ANSWER_ROOM = "crop_answer_room"  # key of the engine's input: the most tokens that the answer may have
+
 
 @dataclass(frozen=True)
 class Found:

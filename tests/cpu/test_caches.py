@@ -5,8 +5,9 @@ import pytest
 from PIL import Image
 from vllm.exceptions import VLLMValidationError
 
-from tests.cpu.conftest import Answer, Engine, Question, ReferenceFor
+from tests.cpu.conftest import STEPS, Answer, Engine, Question, ReferenceFor, ReferenceOf
 from tests.cpu.test_parity import TOLERANCE, cells, difference
+from tests.families import LLAVA
 from tests.pictures import noise_image
 
 pytestmark = pytest.mark.vllm_runtime
@@ -173,24 +174,37 @@ def test_pruning_rate_zero_is_the_unpruned_image(pool_engine: Engine) -> None:
     assert (zero.logprobs == whole.logprobs).all()
 
 
-def test_original_positions_refuse_to_run_past_the_model(original_engine: Engine) -> None:
-    """max_model_len 2048 of 4096 positions leaves room for 2048 removed tokens, four images' worth."""
-    images = tuple(noise_image(60 + index) for index in range(5))
-    said = r"crop\.regions: 2240 tokens removed.* keeps their position ids .*max-model-len .* smaller by 192 "
+def test_original_positions_end_the_answer_with_the_model(
+    original_engine: Engine, reference_of: ReferenceOf
+) -> None:
+    """Seven images of 576 tokens and the text take 4,088 of 4,096 positions, however few tokens are left."""
+    question = Question(tuple(noise_image(60 + index) for index in range(7)), {"regions": [FIRST] * 7})
+    (answer,) = original_engine.ask(question, steps=STEPS)
+    room = original_engine.processor.positions - (answer.num_prompt_tokens + 7 * (576 - 128))
+    assert STEPS <= room < 64
+    reference = reference_of(LLAVA, "original")(question, original_engine.config)
+    assert difference(answer, reference) <= TOLERANCE
+    (long,) = original_engine.ask(question, steps=64)
+    assert len(long.token_ids) == room
+
+
+def test_original_positions_that_run_past_the_model_are_refused(original_engine: Engine) -> None:
+    said = r"crop\.regions: what is left of images keeps its position ids.* past the 4096 that"
+    images = tuple(noise_image(60 + index) for index in range(8))
     with pytest.raises(VLLMValidationError, match=said):
-        original_engine.ask(Question(images, {"regions": [FIRST] * 5}))
+        original_engine.ask(Question(images, {"regions": [FIRST] * 8}))
 
 
 def test_original_positions_count_images_known_by_uuid(original_engine: Engine) -> None:
     """What a cached plan removed counts as much as what a new one removes."""
-    for index in range(5):
+    for index in range(8):
         prompt = about(noise_image(70 + index), FIRST).prompt()
         prompt["multi_modal_uuids"] = {"image": [f"picture-{70 + index}"]}
         original_engine.llm.generate([prompt], use_tqdm=False)
-    known = Question((noise_image(70),) * 5, {"regions": [FIRST] * 5}).prompt()
-    known["multi_modal_data"] = {"image": [None] * 5}
-    known["multi_modal_uuids"] = {"image": [f"picture-{70 + index}" for index in range(5)]}
-    with pytest.raises(VLLMValidationError, match="keeps their position ids"):
+    known = Question((noise_image(70),) * 8, {"regions": [FIRST] * 8}).prompt()
+    known["multi_modal_data"] = {"image": [None] * 8}
+    known["multi_modal_uuids"] = {"image": [f"picture-{70 + index}" for index in range(8)]}
+    with pytest.raises(VLLMValidationError, match="keeps its position ids"):
         original_engine.llm.generate([known], use_tqdm=False)
 
 

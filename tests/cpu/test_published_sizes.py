@@ -139,18 +139,17 @@ def test_every_budget_is_met_at_every_size(server_of: ServerOf, family: Family) 
 
 
 @each_family
-def test_original_positions_of_the_largest_image_fit(server_of: ServerOf, family: Family) -> None:
-    """A prompt as long as the server takes, and an image whose tokens are nearly all gone."""
+def test_no_image_takes_more_positions_than_unpruned(server_of: ServerOf, family: Family) -> None:
+    """So a prompt that fits unpruned fits pruned, whatever is left of its images."""
     server = server_of(family)
     planner, geometry = server.processor.planner, server.processor.geometry
-    if not geometry.uses_mrope:
-        assert planner.room is None  # renumbered, unless asked for otherwise
-        return
-    assert planner.room is not None
+    assert (server.processor.positions is not None) == geometry.uses_mrope
     for size in (*SIZES, (6000, 6000), (28 * 190, 28)):
         asked = CropRequest(CropParams.parse({"regions": [[0.0, 0.0, 0.9, 0.9]], "pruning_rate": 0.99}))
         (decision,) = planner.plan(asked, [size])
-        assert decision.mrope_position_delta <= planner.room
+        assert decision.plan is not None
+        taken = decision.plan.num_embeddings + decision.mrope_position_delta
+        assert taken <= decision.plan.grid.num_tokens
 
 
 @each_family

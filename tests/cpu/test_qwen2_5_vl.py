@@ -2,7 +2,6 @@
 """What images of their own size, M-RoPE and videos beside images bring along, beyond test_parity.py."""
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -32,13 +31,8 @@ from tests.cpu.videos import check_videos_pass_untouched
 from tests.families import QWEN2_5_VL
 from tests.pictures import noise_image
 from tests.reference import HfReference
-from vllm_crop.config import CropConfig
-from vllm_crop.crop_params import CropParams, InvalidCropError
 from vllm_crop.eviction.decoder import _gather_positions
-from vllm_crop.models.processor import position_room
-from vllm_crop.planner import Planner
 from vllm_crop.planning.geometry import TokenGrid
-from vllm_crop.request import CropRequest
 
 pytestmark = pytest.mark.vllm_runtime
 
@@ -237,25 +231,3 @@ def test_gathered_positions_lie_in_memory_like_all() -> None:
         gathered = _gather_positions(positions, rows)
         assert gathered.equal(positions[..., rows])
         assert gathered.stride() == positions.stride()
-
-
-def test_positions_that_run_past_the_rotary_table_are_refused(pool: Engine) -> None:
-    """vLLM's table holds four times the model's positions; a narrow image takes many more than tokens."""
-    long, square = noise_image(308, 5600, 28), noise_image(309)
-    config = CropConfig(position_ids="original")
-    text_config = SimpleNamespace(max_position_embeddings=1000)
-
-    def decide(max_model_len: int, *images: Any) -> Any:
-        model_config = SimpleNamespace(max_model_len=max_model_len, hf_text_config=text_config)
-        geometry = pool.processor.geometry
-        planner = Planner(config, geometry, position_room(model_config, geometry))
-        params = CropParams.parse({"regions": [FIRST] * len(images), "pruning_rate": 0.9})
-        return planner.plan(CropRequest(params), [image.size for image in images])
-
-    (found,) = decide(1000, long)
-    assert (found.plan.grid.num_tokens, found.plan.num_embeddings) == (200, 20)
-    assert found.mrope_position_delta == 180
-    assert decide(1000, square)[0].mrope_position_delta == 0
-    decide(3820, long)
-    with pytest.raises(InvalidCropError, match="has room for 179"):
-        decide(3821, long)

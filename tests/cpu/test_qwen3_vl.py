@@ -3,7 +3,6 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,10 +32,7 @@ from tests.cpu.videos import check_videos_pass_untouched
 from tests.families import QWEN2_5_VL, QWEN3_VL, Family
 from tests.pictures import noise_image
 from tests.reference import HfReference
-from vllm_crop.config import CropConfig
-from vllm_crop.crop_params import CropParams, InvalidCropError
-from vllm_crop.models.processor import position_room
-from vllm_crop.planner import Planner
+from vllm_crop.crop_params import CropParams
 from vllm_crop.planning.geometry import Region, TokenGrid
 from vllm_crop.planning.plan import TokenPlan
 from vllm_crop.request import CropRequest
@@ -231,20 +227,20 @@ def test_the_rotary_table_is_as_long_as_positions_may_be(engine_of: EngineOf, fa
     assert rotary.cos_sin_cache.shape[0] == positions * engine.processor.geometry.rotary_room
 
 
-def test_positions_that_run_past_the_rotary_table_are_refused(pool: Engine) -> None:
+def test_an_answer_ends_with_the_positions_of_the_model(
+    pool: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A narrow image takes more positions than it has tokens left, and the table holds the model's only."""
-    text_config = SimpleNamespace(max_position_embeddings=1000)
-
-    def decide(max_model_len: int) -> Any:
-        model_config = SimpleNamespace(max_model_len=max_model_len, hf_text_config=text_config)
-        geometry = pool.processor.geometry
-        room = position_room(model_config, geometry)
-        planner = Planner(CropConfig(position_ids="original"), geometry, room)
-        params = CropParams.parse({"regions": [cells(0, 0, 1, 1)], "pruning_rate": 0.9})
-        return planner.plan(CropRequest(params), [(5120, 32)])
-
-    (found,) = decide(856)
-    assert (found.plan.grid.num_tokens, found.plan.num_embeddings) == (160, 16)
-    assert found.mrope_position_delta == 144
-    with pytest.raises(InvalidCropError, match="has room for 143"):
-        decide(857)
+    narrow = Question((noise_image(310, 5120, 32),), {"regions": [cells(0, 0, 1, 1)], "pruning_rate": 0.9})
+    (answer,) = pool.ask(narrow)
+    (image,) = pool.processor.planner.plan(CropRequest(CropParams.parse(narrow.crop)), [(5120, 32)])
+    assert (image.plan.grid.num_tokens, image.plan.num_embeddings) == (160, 16)
+    assert image.mrope_position_delta == 144
+    taken = answer.num_prompt_tokens + 144
+    for room in (2, 1):
+        monkeypatch.setitem(pool.processor.__dict__, "positions", taken + room)
+        (short,) = pool.ask(narrow)
+        assert short.token_ids == answer.token_ids[:room]
+    monkeypatch.setitem(pool.processor.__dict__, "positions", taken)
+    with pytest.raises(VLLMValidationError, match=f"run past the {taken} that this model has"):
+        pool.ask(narrow)

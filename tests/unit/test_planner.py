@@ -4,7 +4,7 @@
 import pytest
 
 from vllm_crop.config import CropConfig
-from vllm_crop.crop_params import CropParams, InvalidCropError
+from vllm_crop.crop_params import CropParams
 from vllm_crop.families.qwen_vl import Qwen2_5VLGeometry
 from vllm_crop.planner import ImageDecision, Planner
 from vllm_crop.planning.geometry import Region
@@ -61,21 +61,6 @@ def test_what_a_client_asks_is_refused_and_what_the_server_found_is_left_out(
 def test_a_found_region_that_cannot_be_used_takes_no_other_along() -> None:
     decisions = PLANNER.plan(found(REGION, REGION, None), [SIZE, (20000, 10), SIZE])
     assert whole(decisions) == [None, "not_possible", "no_region"]
-
-
-def test_positions_that_are_left_over_need_room() -> None:
-    delta = PLANNER.plan(asked(BOX), [(2000, 100)])[0].mrope_position_delta
-    assert delta > 0
-    enough, short = (
-        Planner(PLANNER.config, GEOMETRY, 2 * delta),
-        Planner(PLANNER.config, GEOMETRY, 2 * delta - 1),
-    )
-    sizes = [(2000, 100)] * 2
-    assert whole(enough.plan(asked(BOX, BOX), sizes)) == [None, None]
-    with pytest.raises(InvalidCropError, match=f"has room for {2 * delta - 1}") as refused:
-        short.plan(asked(BOX, BOX), sizes)
-    assert refused.value.parameter == "crop.regions"
-    assert whole(short.plan(found(REGION, REGION), sizes)) == [None, "not_possible"]
 
 
 def test_images_that_vllm_has_taken_apart_are_whole() -> None:

@@ -99,13 +99,6 @@ def test_tokenizers_of_transformers_pass(tokenizer_mode: str) -> None:
     refuse_model(model_config(tokenizer_mode=tokenizer_mode), CropConfig())
 
 
-def test_original_positions_need_room_for_an_unpruned_image() -> None:
-    original = CropConfig(position_ids="original")
-    refuse_model(model_config(max_model_len=4096 - 576), original)
-    with pytest.raises(InvalidConfigError, match=r"--max-model-len must be at most 3520.*got 3521"):
-        refuse_model(model_config(max_model_len=4096 - 575), original)
-
-
 def test_layers_that_the_model_does_not_have_are_refused_before_it_is_loaded() -> None:
     def reading(*layers: int) -> CropConfig:
         return CropConfig(localizer=LocalizerConfig(kind="attention", layers=list(layers)))

@@ -32,7 +32,6 @@ REFUSED = {
     "shadow.rate with --max-logprobs 0": "a check compares log-probabilities of first tokens",
     "shadow.rate with --logprobs-mode raw_logits|processed_logits": "logits of two prompts do not compare",
     "compression=foveate with --mm-encoder-tp-mode data": "pieces of images are one batch of the tower",
-    "position_ids=original without room in the model's positions": "set a smaller --max-model-len",
 }
 
 
@@ -99,15 +98,7 @@ def refuse_model(model_config: Any, config: CropConfig) -> None:
     """
     if model_config.tokenizer_mode not in ("auto", "hf", "slow"):
         refuse("--tokenizer-mode other than auto|hf|slow")
-    geometry = served_geometry(model_config)
-    refuse_for_geometry(geometry, config)
-    if config.position_ids == "original" and not geometry.uses_mrope:
-        room = model_config.hf_text_config.max_position_embeddings - geometry.max_tokens
-        if model_config.max_model_len > room:
-            raise InvalidConfigError(
-                "--crop-config position_ids='original' lets positions run past the prompt's length: "
-                f"--max-model-len must be at most {room} for this model, got {model_config.max_model_len}"
-            )
+    refuse_for_geometry(served_geometry(model_config), config)
 
 
 def refuse_tokenizer(model_config: Any) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from vllm_crop.eviction.markers import UNMARKED, EvictionSettings, Unmarked, image_placeholders
 from vllm_crop.frontend.request_context import FACTS, current_request
+from vllm_crop.request import ANSWER_ROOM
 
 # Key of the engine's input of a request of the server's own (the localizer's, a shadow check's): its items
 # that the engine has not got yet.
@@ -14,7 +15,7 @@ IN_THE_WAY = ("prompt_logprobs", "prompt_logprob_token_ids")  # sampling paramet
 
 
 def settle_request(request: Any, prompt: Any, settings: EvictionSettings) -> None:
-    """Judge an EngineCoreRequest, and leave out evictions that it cannot have.
+    """Judge an EngineCoreRequest, leave out evictions that it cannot have, and bound its answer.
 
     Args:
         prompt: the engine's input it was made of.
@@ -22,6 +23,9 @@ def settle_request(request: Any, prompt: Any, settings: EvictionSettings) -> Non
     Raises:
         VLLMValidationError: the client has asked for both; answered with HTTP 400.
     """
+    room = prompt.get(ANSWER_ROOM) if isinstance(prompt, dict) else None
+    if room is not None and request.sampling_params is not None:
+        _end_within(request.sampling_params, room)
     parameter = _parameter_in_the_way(request)
     if parameter is None or not settings.stages:
         return
@@ -42,6 +46,12 @@ def settle_request(request: Any, prompt: Any, settings: EvictionSettings) -> Non
             replace(facts, tokens_avg=float(facts.tokens_after_plc)) if id(facts) in stale else facts
             for facts in context.facts
         ]
+
+
+def _end_within(params: Any, room: int) -> None:
+    """Have the answer end with the model's last position id, as one does that reaches --max-model-len."""
+    params.max_tokens = min(params.max_tokens, room)
+    params.min_tokens = min(params.min_tokens, params.max_tokens)
 
 
 def evictions_refused(parameter: str) -> Any:

@@ -42,10 +42,10 @@ from vllm_crop.models.plan_fields import (
     positions,
 )
 from vllm_crop.models.sent import OnTheWay, forgotten_on_failure, newly_sent, withhold
-from vllm_crop.planner import ImageDecision, Planner, is_clients_wish
+from vllm_crop.planner import ImageDecision, Planner, field_of, is_clients_wish
 from vllm_crop.planning.geometry import ImageTokens
 from vllm_crop.planning.plan import TokenPlan
-from vllm_crop.request import CropRequest
+from vllm_crop.request import ANSWER_ROOM, CropRequest
 
 # Keys of a request's processor settings: what the client sent, what the renderer makes of it, and what a call
 # of the processor tells its own parts. Under the last two, only objects of ours mean anything.
@@ -110,13 +110,19 @@ class CropProcessorMixin(BaseMultiModalProcessor):
 
     @cached_property
     def planner(self) -> Planner:
-        """Plans this server's images; original position ids must fit into vLLM's rotary table."""
-        original = self.crop_config.position_ids == "original"
-        room = position_room(self.info.ctx.model_config, self.geometry) if original else None
+        """Plans this server's images."""
         # The tower's ranks would split a batch by images, and know nothing of their pieces.
         split = self.info.ctx.get_mm_config().mm_encoder_tp_mode == "data"
         sees_small = not split or bool(self.geometry.why_no_regions)  # such images are none in pieces
-        return Planner(self.crop_config, self.geometry, room, sees_small)
+        return Planner(self.crop_config, self.geometry, sees_small)
+
+    @cached_property
+    def positions(self) -> int | None:
+        """Position ids in vLLM's rotary table; None where a prompt has no more of them than tokens."""
+        if self.crop_config.position_ids != "original":
+            return None
+        positions: int = self.info.ctx.model_config.hf_text_config.max_position_embeddings
+        return positions * self.geometry.rotary_room
 
     @cached_property
     def _known_images(self) -> WeakKeyDictionary[Any, KnownImages]:
@@ -187,12 +193,33 @@ class CropProcessorMixin(BaseMultiModalProcessor):
             for name, image, data in images.named:
                 known.remember(name, asked.salt, image, data)
         processed[DECISIONS] = decisions
+        self._bound_answer(processed, decisions)
         if not asked.shown and any(one.plan is not None and one.plan.evicts for one in decisions):
             if asked.found is not None or not any(_evicted_by_client(decision) for decision in decisions):
                 first = min(one.offset for one in processed["mm_placeholders"]["image"])
                 processed[UNMARKED] = Unmarked(tuple(processed["prompt_token_ids"]), first)
             self._mark_evicted(processed, decisions)
         return processed
+
+    def _bound_answer(self, processed: Any, decisions: Sequence[ImageDecision]) -> None:
+        """Say how long an answer may be that goes on after position ids which have no token any more.
+
+        No prompt reaches further than it would unpruned: a server-wide bound would have to be for the largest
+        image, whatever a request has.
+        """
+        beyond = [one for one in decisions if one.mrope_position_delta]
+        if self.positions is None or not beyond:
+            return
+        excess = sum(one.mrope_position_delta for one in beyond)
+        room = self.positions - len(processed["prompt_token_ids"]) - excess
+        if room < 1:
+            with as_validation_error():
+                raise InvalidCropError(
+                    field_of(beyond[-1].request),
+                    "what is left of images keeps its position ids, and with this text they run past the "
+                    f"{self.positions} that this model has: send fewer images",
+                )
+        processed[ANSWER_ROOM] = room
 
     def _refuse_images_without_places(self, inputs: ProcessorInputs) -> None:
         """Refuse a prompt that was cut, or whose template has left images out.
@@ -400,12 +427,6 @@ class CropProcessorMixin(BaseMultiModalProcessor):
             return self.planned_prompt(framed, planned, num_tokens)
 
         return replace(update, replacement=planned_replacement)
-
-
-def position_room(model_config: Any, geometry: VisionGeometry) -> int:
-    """Position ids in vLLM's rotary table beyond those of the longest prompt."""
-    positions: int = model_config.hf_text_config.max_position_embeddings * geometry.rotary_room
-    return positions - int(model_config.max_model_len)
 
 
 def image_token_of(hf_config: Any) -> int | None:
