@@ -92,6 +92,17 @@ def pytest_unconfigure() -> None:
         os._exit(_STATUS[-1])
 
 
+def inspect_models_here() -> None:
+    """Have vLLM look at model classes in this process.
+
+    It takes another for each class, to keep CUDA out of this one. Models run here anyway, and each of those
+    processes imports all of vLLM for some seconds.
+    """
+    from vllm.model_executor.models import registry
+
+    registry._run_in_subprocess = lambda inspect: inspect()
+
+
 class Engine:
     """A vLLM `LLM` with helpers to ask it and to look into its model."""
 
@@ -100,11 +111,8 @@ class Engine:
     ) -> None:
         from vllm import LLM
         from vllm.distributed import parallel_state
-        from vllm.model_executor.models import registry
 
-        # vLLM looks at each class in a process of its own, to keep CUDA out of this one. Models run here
-        # anyway, and each of those processes imports all of vLLM for some seconds.
-        registry._run_in_subprocess = lambda inspect: inspect()
+        inspect_models_here()
         if family.module == QWEN3_5.module and not torch.cuda.is_available():
             float32_deltanet.install()
         self.image = family.reference.image

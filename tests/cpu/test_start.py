@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import CheckpointOf
+from tests.cpu.conftest import inspect_models_here
 from tests.families import QWEN2_5_VL
 from tests.supported_window import NEXT, NIGHTLY, PREVIOUS
 from vllm_crop.calibrating.report import write_calibration
@@ -28,6 +29,11 @@ OPTIONS = ("--dtype", "float32", "--max-model-len", "2048", "--enforce-eager")
 
 
 Parse = Callable[..., Any]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_process() -> None:
+    inspect_models_here()
 
 
 @pytest.fixture
@@ -174,10 +180,8 @@ def test_a_cpu_that_cannot_compile_is_refused(
         engine_config(checkpoint, {})
 
 
-def test_original_positions_need_room(checkpoint: Path) -> None:
-    engine_config(checkpoint, {"position_ids": "original"}, max_model_len=3520)
-    with pytest.raises(ValueError, match="at most 3520"):
-        engine_config(checkpoint, {"position_ids": "original"}, max_model_len=3521)
+def test_original_positions_go_with_the_models_whole_length(checkpoint: Path) -> None:
+    engine_config(checkpoint, {"position_ids": "original"}, max_model_len=4096)
 
 
 def test_unknown_settings_are_refused_offline(checkpoint: Path) -> None:
