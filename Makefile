@@ -14,10 +14,11 @@ V2_TESTS := $(addprefix tests/cpu/test_,runner.py parity.py caches.py image_name
 # Every engine of a process stays until it ends: two processes need half the memory of one each.
 V1_FIRST := $(wildcard tests/cpu/test_[a-h]*.py)
 TRAINED_TESTS := $(addprefix tests/e2e/test_,attention_localizer.py shadow.py monitoring.py engine_localizer.py playground.py compare.py remote_localizer.py not_asked_for.py hostile_requests.py)
-# Another vLLM than setup installs: each family compresses and evicts in one batch, on both runners, Qwen3.5 compresses with
-# prefix caching besides; start; a server.
+# Another vLLM than setup installs: each family compresses and evicts in one batch, Qwen3.5 compresses with prefix caching
+# besides; start; a server. On the slow runner, beside all other lanes, a family of each kind: plain, with M-RoPE, hybrid.
 OTHER_TESTS := tests/cpu/test_points.py tests/cpu/test_start.py tests/cpu/test_grouping_matches_vllm.py tests/e2e/test_eviction.py \
-	"tests/cpu/test_parity.py::test_all_scenarios_in_one_batch[qwen3_5]"
+	"tests/cpu/test_parity.py::test_all_scenarios_in_one_batch[qwen3_5]" tests/cpu/test_gemma4.py
+OTHER_V2_TESTS := $(if $(ALSO),$(foreach family,llava qwen3_vl qwen3_5,"$(ONE_BATCH)[staged-$(family)]"),$(ONE_BATCH) --all-families -k staged)
 # Two lanes side by side on two cores, those with one process each first: a thread for each process, which vLLM must not bind to a core.
 LANE := set -o pipefail; OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(BIN)/python -m pytest -p no:cacheprovider
 export HF_HUB_OFFLINE ?= 1
@@ -84,7 +85,7 @@ lane-other-v1:
 	@$(LANE) $(OTHER_TESTS) $(ONE_BATCH) $(PYTEST_ARGS) | sed -u 's/^/V1 $(VLLM)$(ALSO) /'
 
 lane-other-v2:
-	@$(LANE) -p tests.v2_runner $(ONE_BATCH) --all-families -k staged $(PYTEST_ARGS) | sed -u 's/^/V2 $(VLLM)$(ALSO) /'
+	@$(LANE) -p tests.v2_runner $(OTHER_V2_TESTS) $(PYTEST_ARGS) | sed -u 's/^/V2 $(VLLM)$(ALSO) /'
 
 lane-v1:
 	@$(LANE) tests/unit $(V1_FIRST) $(PYTEST_ARGS) | sed -u 's/^/V1      /'

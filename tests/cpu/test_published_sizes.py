@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.cpu.conftest import inspect_models_here
 from tests.families import (
     FAMILIES,
     GLM4V,
@@ -72,6 +73,8 @@ def server_of(tmp_path_factory: pytest.TempPathFactory) -> ServerOf:
     """What a server with this checkpoint decides with: its processor, and the checkpoint's folder."""
     from vllm.engine.arg_utils import EngineArgs
     from vllm.multimodal import MULTIMODAL_REGISTRY
+
+    inspect_models_here()
 
     @cache
     def of(family: Family) -> SimpleNamespace:
