@@ -131,8 +131,8 @@ MUTATIONS = (
     Mutation(
         "positions beyond the model's are not counted",
         "models/processor.py",
-        'len(processed["prompt_token_ids"]) - excess',
-        'len(processed["prompt_token_ids"])',
+        "LengthBound(self.positions - excess,",
+        "LengthBound(self.positions,",
         ("tests/cpu/test_qwen3_vl.py -k positions_of_the_model",),
     ),
     Mutation(

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from vllm_crop.config import CropConfig
-from vllm_crop.crop_params import InvalidCropError
+from vllm_crop.crop_params import CropParams, InvalidCropError
 from vllm_crop.errors import UnsupportedImageError
 from vllm_crop.families.registry import VisionGeometry
 from vllm_crop.planning.budget import BudgetError, Method, retained_count
@@ -127,6 +127,8 @@ class Planner:
                 however little is left of them.
             UnsupportedImageError: for a client's region; the image processor refuses the image too.
         """
+        if self.geometry.why_no_regions:
+            self._refuse_what_is_about_regions(asked.params)
         if asked.found is not None and len(asked.found) != len(sizes):
             asked = replace(asked, found=(Found(),) * len(sizes))  # embeddings that vLLM has taken apart
         requests = asked.images(self.config, len(sizes))
@@ -159,11 +161,7 @@ class Planner:
         grid = self.geometry.grid(width, height)
         view = self.geometry.view(width, height)
         if request.region is not None and self.geometry.why_no_regions:
-            raise InvalidCropError(
-                "crop.regions",
-                f"not possible with this model: {self.geometry.why_no_regions}. "
-                "`max_tokens` bounds all of an image",
-            )
+            raise self._no_regions("regions")
         region = request.region and view.project(request.region)
         if request.max_tokens is not None and request.max_tokens >= grid.num_tokens:
             return ImagePlan(region, whole_image_plan(grid))
@@ -204,6 +202,21 @@ class Planner:
             raise InvalidCropError("crop.max_tokens", few + needed) from None
         return ImagePlan(region, tokens, pieces if tokens.compresses else ())
 
+    def _refuse_what_is_about_regions(self, params: CropParams) -> None:
+        about_regions = {
+            "regions": any(region is not None for region in params.regions or ()),
+            "pruning_rate": params.pruning_rate is not None,
+        }
+        for name in (name for name, is_asked in about_regions.items() if is_asked):
+            raise self._no_regions(name)
+
+    def _no_regions(self, name: str) -> InvalidCropError:
+        return InvalidCropError(
+            f"crop.{name}",
+            f"not possible with this model: {self.geometry.why_no_regions}. Send `max_tokens` instead, "
+            f"{self.geometry.fewest_tokens} or more, for all of an image",
+        )
+
     def _seen_evenly(self, request: ImageRequest, width: int, height: int, grid: ImageTokens) -> ImagePlan:
         """All of an image alike, in `max_tokens` at most: seen small where that can be, else pooled."""
         assert request.max_tokens is not None
@@ -212,8 +225,8 @@ class Planner:
         if not pieces and self.geometry.why_no_regions:
             least = tower_tokens(self.geometry.small(width, height, self.geometry.fewest_tokens))
             raise InvalidCropError(
-                "crop.max_tokens",
-                f"{count} is too few: this model sees an image of this size in {least} at least",
+                field_of(request),
+                f"{count} tokens are too few: this model sees an image of this size in {least} at least",
             )
         if not pieces:
             return ImagePlan(None, even_plan(grid, count, request.compression))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What one request asks for each of its images: its field `crop` with the server's settings applied."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,7 +12,29 @@ from vllm_crop.planning.geometry import Region
 from vllm_crop.planning.image_budgets import BudgetSource, ImageBudget, Shown, image_budgets
 from vllm_crop.planning.plan import Compression
 
-ANSWER_ROOM = "crop_answer_room"  # key of the engine's input: the most tokens that the answer may have
+
+@dataclass(frozen=True)
+class LengthBound:
+    """What a prompt whose images keep their position ids may come to.
+
+    Attributes:
+        tokens: of prompt and answer together: one more, and its position id is none that the model has.
+        parameter: the client's field that has left the ids without tokens, or "images".
+    """
+
+    tokens: int
+    parameter: str
+
+
+class BoundedPlaceholders(dict[str, Any]):
+    """`mm_placeholders` of an engine's input, with what its length is bounded to.
+
+    Here it stays with the images: vLLM makes the input of each step of a beam anew, of these and little else.
+    """
+
+    def __init__(self, placeholders: Mapping[str, Any], bound: LengthBound) -> None:
+        super().__init__(placeholders)
+        self.bound = bound
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,11 @@ def off_by(answer: Answer, wanted: torch.Tensor) -> float:
 def test_tokens_are_counted_as_upstream_counts_them(engine: Engine, geometry: Gemma4Geometry) -> None:
     info, chance = engine.processor.info, random.Random(0)
     sizes = [(chance.randint(1, 3000), chance.randint(1, 3000)) for _ in range(300)]
-    for width, height in [*sizes, (1, 3000), (3000, 1), (48, 48), (480, 480), (1, 1)]:
+    # Round shapes come out whole: one operation in another order, and a row or column is missing.
+    round_shapes = [
+        (step * x, step * y) for x in range(1, 65) for y in range(1, 65) for step in (1, 7, 10, 14, 34, 70)
+    ]
+    for width, height in [*sizes, *round_shapes, (1, 3000), (3000, 1), (1, 1)]:
         for budget in BUDGETS:
             wanted = info._compute_num_soft_tokens(width, height, max_soft_tokens=budget)
             assert geometry._grid(width, height, budget).num_tokens == wanted, (width, height, budget)
@@ -136,6 +140,9 @@ def test_tokens_are_counted_as_upstream_counts_them(engine: Engine, geometry: Ge
         ((WIDE, TALL, SQUARE), [140, None, 70], (140, 280, 70)),
         ((WIDE, WIDE), [70, 280], (70, 280)),
         ((SQUARE,), 100_000, (280,)),
+        ((noise_image(4, 170, 238),), 140, (140,)),
+        ((noise_image(5, 448, 640),), 140, (140,)),
+        ((noise_image(6, 490, 350), WIDE), [140, None], (140, 280)),
     ],
 )
 def test_each_image_has_the_budget_below_its_bound(
@@ -179,10 +186,12 @@ def test_an_image_is_kept_for_each_budget(engine: Engine, reference: Any) -> Non
 
 
 def test_what_cannot_be_is_said(engine: Engine) -> None:
-    with pytest.raises(VLLMValidationError, match=r"crop\.max_tokens: 60 is too few.* in 63 at least"):
+    with pytest.raises(VLLMValidationError, match=r"crop\.max_tokens: 60 tokens are too few.* in 63"):
         ask(engine, (WIDE,), {"max_tokens": 60})
     with pytest.raises(VLLMValidationError, match=r"crop\.regions: not possible with this model"):
         ask(engine, (WIDE,), {"regions": [[[0.1, 0.1, 0.5, 0.5]]]})
+    with pytest.raises(VLLMValidationError, match=r"crop\.pruning_rate: not possible .* Send `max_tokens`"):
+        ask(engine, (WIDE,), {"pruning_rate": 0.5})
     with pytest.raises(VLLMValidationError, match="mm_processor_kwargs"):
         ask(engine, (WIDE,), {"max_tokens": 70}, max_soft_tokens=140)
 
@@ -191,6 +200,7 @@ def test_what_cannot_be_is_said(engine: Engine) -> None:
     ("crop", "said"),
     [
         ({"method": "ilp"}, "eviction_layers is about parts of an image"),
+        ({"pruning_rate": 0.5}, "pruning_rate is about parts"),
         ({"localizer": {"kind": "attention"}}, "localizer.kind is about parts"),
         ({"compression": "foveate"}, "compression is about parts"),
         ({"max_tokens": 64}, "max_tokens 64 is too few for this model"),

@@ -242,5 +242,26 @@ def test_an_answer_ends_with_the_positions_of_the_model(
         (short,) = pool.ask(narrow)
         assert short.token_ids == answer.token_ids[:room]
     monkeypatch.setitem(pool.processor.__dict__, "positions", taken)
-    with pytest.raises(VLLMValidationError, match=f"run past the {taken} that this model has"):
+    said = rf"crop\.regions: what is left .* room for {taken - 144} tokens .* and {taken - 144} are there"
+    with pytest.raises(VLLMValidationError, match=said):
         pool.ask(narrow)
+
+
+def test_a_beam_ends_with_the_positions_of_the_model(pool: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of its steps is a request of its own, for one token."""
+    from vllm.sampling_params import BeamSearchParams
+
+    narrow = Question((noise_image(310, 5120, 32),), {"regions": [cells(0, 0, 1, 1)], "pruning_rate": 0.9})
+    (answer,) = pool.ask(narrow)
+    monkeypatch.setitem(pool.processor.__dict__, "positions", answer.num_prompt_tokens + 144 + 3)
+    prompt = narrow.prompt(pool.image)
+
+    def beams(tokens: int) -> Any:
+        return pool.llm.beam_search(
+            [prompt], BeamSearchParams(beam_width=2, max_tokens=tokens, ignore_eos=True)
+        )
+
+    (found,) = beams(3)
+    assert len(found.sequences[0].tokens) == answer.num_prompt_tokens + 3
+    with pytest.raises(VLLMValidationError, match="smaller max_tokens with beams"):
+        beams(5)

@@ -5,7 +5,9 @@ import argparse
 import json
 import logging
 import re
+import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +184,23 @@ def test_a_cpu_that_cannot_compile_is_refused(
 
 def test_original_positions_go_with_the_models_whole_length(checkpoint: Path) -> None:
     engine_config(checkpoint, {"position_ids": "original"}, max_model_len=4096)
+
+
+def test_what_vllm_keeps_of_a_class_depends_on_its_mixins(tmp_path: Path) -> None:
+    """It keeps what a class can do under a hash of where the class is registered."""
+    from vllm import ModelRegistry
+
+    import vllm_crop.models
+
+    kept: Any = ModelRegistry.models["CropLlavaForConditionalGeneration"]
+    assert kept.load_model_cls().__module__ == "vllm_crop.models.llava"
+    files = Path(find_spec(kept.module_name).origin)
+    copy = Path(shutil.copytree(files.parent, tmp_path / "models"), files.name)
+    before = kept._get_modelinfo_module_hash(copy)
+    copy.with_name("base.py").write_text("# another mixin")
+    assert kept._get_modelinfo_module_hash(copy) != before
+    with pytest.raises(AttributeError, match="no attribute 'LlamaForCausalLM'"):
+        vllm_crop.models.LlamaForCausalLM  # noqa: B018
 
 
 def test_unknown_settings_are_refused_offline(checkpoint: Path) -> None:

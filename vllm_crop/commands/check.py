@@ -224,9 +224,8 @@ def _command(report: Mapping[str, Any]) -> str:
     """How what was judged is served."""
     model = report["model"]["name"] if report["model"] else "MODEL"
     settings = report["crop_config"]
-    return shlex.join(
-        ["vllm", "serve", model, "--plugin", "crop", *(["--crop-config", settings] if settings else [])]
-    )
+    crop = ["--crop-config", settings] if settings else []
+    return shlex.join(["vllm", "serve", model, "--plugin", "crop", *crop, *report["serve_options"]])
 
 
 def _print_verdict(console: Console, problems: Sequence[str], warnings: Sequence[str], command: str) -> None:

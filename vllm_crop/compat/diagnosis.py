@@ -35,7 +35,7 @@ from vllm_crop.eviction.grouping import predict_grouping
 from vllm_crop.eviction.refusals import refused_with_eviction
 from vllm_crop.eviction.report import block_size_of, recommended_layer, savings
 from vllm_crop.families.checkpoint import CheckpointFileError, load_geometry, load_model_config
-from vllm_crop.families.registry import FAMILIES, VisionGeometry
+from vllm_crop.families.registry import FAMILIES, VisionGeometry, family_of
 from vllm_crop.heat.refusals import refused_with_attention
 from vllm_crop.localizers.calibration import SETTINGS as CALIBRATED
 from vllm_crop.localizers.calibration import with_calibration
@@ -67,9 +67,11 @@ def describe_installation(model: str | None = None, crop_config: str | None = No
     checkpoint = describe_checkpoint(model) if model is not None else None
     if checkpoint and not checkpoint["supported"]:
         problems.append(checkpoint["reason"])
-    calibration = None
+    calibration, serve_options = None, list[str]()
     try:
         calibration = None if crop_config is None else judge_settings(crop_config, model)
+        if model is not None and checkpoint and checkpoint["supported"]:
+            serve_options = _serve_options(model, crop_config)
     except CropError as error:
         problems.append(str(error))
     return {
@@ -96,7 +98,17 @@ def describe_installation(model: str | None = None, crop_config: str | None = No
         "model": checkpoint,
         "calibration": calibration,
         "crop_config": crop_config,
+        "serve_options": serve_options,
     }
+
+
+def _serve_options(model: str, crop_config: str | None) -> list[str]:
+    """Options of `vllm serve` that a checkpoint does not start without; the settings are right."""
+    options = list(FAMILIES[family_of(load_model_config(model))].serve_options)
+    evicts = bool(CropConfig.from_mapping(json.loads(crop_config or "{}")).stages)
+    if evicts and load_geometry(model).state_tokens:
+        options.append("--no-enable-prefix-caching")
+    return options
 
 
 def judge_settings(crop_config: str, model: str | None) -> dict[str, str] | None:

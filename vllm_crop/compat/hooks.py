@@ -95,9 +95,8 @@ def _attach(kind: str, made: Any) -> None:
 
 
 def _register_models(registry: ModuleType) -> None:
-    for architecture, family in FAMILIES.items():
-        module = f"vllm_crop.models.{family.module}"
-        registry.ModelRegistry.register_model(f"Crop{architecture}", f"{module}:{architecture}")
+    for architecture in FAMILIES:
+        registry.ModelRegistry.register_model(f"Crop{architecture}", f"vllm_crop.models:{architecture}")
 
 
 def _register_config_hooks(config: ModuleType) -> None:

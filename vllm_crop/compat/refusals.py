@@ -167,6 +167,8 @@ def _refuse_what_is_about_regions(geometry: VisionGeometry, config: CropConfig) 
         "localizer.kind": config.localizer.localizes,
         "compression": config.compression != "pool",
         "position_ids": config.position_ids == "original",
+        "method": config.method in ("ilp", "plc+ilp"),
+        "pruning_rate": config.pruning_rate != CropConfig.model_fields["pruning_rate"].default,
     }
     for name in (name for name, is_set in about_regions.items() if is_set):
         raise InvalidConfigError(
@@ -181,8 +183,7 @@ def _refuse_what_is_about_regions(geometry: VisionGeometry, config: CropConfig) 
     for name, bound in bounds.items():
         if bound and bound < geometry.fewest_tokens:
             raise InvalidConfigError(
-                f"--crop-config {name} {bound} is too few for this model, whose images cost up to "
-                f"{geometry.fewest_tokens} at least"
+                f"--crop-config {name} {bound} is too few for this model: {geometry.fewest_tokens} at least"
             )
 
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gemma 4: the whole image, resized to what one of five budgets of tokens has room for.
 
-Follows get_aspect_ratio_preserving_size of transformers' Gemma4ImageProcessor and, where both sides would be
-rounded, `_compute_num_soft_tokens` of vllm/model_executor/models/gemma4_mm.py, which counts the same.
+Follows `_compute_num_soft_tokens` of vllm/model_executor/models/gemma4_mm.py step by step: where a side comes
+out whole, another order of the same operations rounds it to one token less. transformers'
+get_aspect_ratio_preserving_size counts alike.
 """
 
 import math
@@ -24,7 +25,8 @@ class Gemma4Geometry(PlainText, SeenWhole):
     """The geometry of a Gemma4ImageProcessor.
 
     Attributes:
-        token_side: pixels of a visual token's side after the resize.
+        patch: pixels of a patch's side.
+        pool: patches along a visual token's side.
         budget: tokens of an image at most, unless less is asked for.
     """
 
@@ -35,7 +37,8 @@ class Gemma4Geometry(PlainText, SeenWhole):
     why_no_foveation: ClassVar[str] = why_no_regions
     fewest_tokens: ClassVar[int] = BUDGETS[0]
 
-    token_side: int
+    patch: int
+    pool: int
     budget: int
     num_layers: int
 
@@ -50,9 +53,13 @@ class Gemma4Geometry(PlainText, SeenWhole):
         budget = preprocessor.get("max_soft_tokens") or vision.get("default_output_length") or 280
         if budget not in BUDGETS:
             raise UnsupportedModelError(f"max_soft_tokens {budget!r} is none of {list(BUDGETS)}")
-        side = vision.get("patch_size", 16) * vision.get("pooling_kernel_size", 3)
         layers = decoder_layers({"model_type": "gemma4_text", **(model.get("text_config") or {})})
-        return cls(side, budget, layers)
+        return cls(vision.get("patch_size", 16), vision.get("pooling_kernel_size", 3), budget, layers)
+
+    @property
+    def token_side(self) -> int:
+        """Pixels of a visual token's side after the resize."""
+        return self.patch * self.pool
 
     @property
     def max_tokens(self) -> int:
@@ -64,7 +71,8 @@ class Gemma4Geometry(PlainText, SeenWhole):
         return self._grid(width, height, self.budget)
 
     def _grid(self, width: int, height: int, budget: int) -> TokenGrid:
-        scale = math.sqrt(budget / ((height / self.token_side) * (width / self.token_side)))
+        patches = (height / self.patch) * (width / self.patch)
+        scale = math.sqrt(budget * self.pool**2 / patches)
         rows, cols = (max(1, math.floor(side * scale / self.token_side)) for side in (height, width))
         # A side of less than a token is a token's; the other one ends with the budget.
         return TokenGrid(min(rows, budget), min(cols, budget))

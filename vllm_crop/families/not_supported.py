@@ -43,6 +43,7 @@ WHY_NOT = {
     "Llama4ForConditionalGeneration": "most layers look at chunks of positions, which pruning would shift",
     "PixtralForConditionalGeneration": (
         "vLLM has another renderer for Mistral's own format, which would ignore `crop`: take a checkpoint in "
-        "transformers' format (Mistral3ForConditionalGeneration)"
+        "transformers' format (Mistral3ForConditionalGeneration), and where a repository has both, say "
+        "--tokenizer-mode hf --config-format hf --load-format safetensors"
     ),
 }

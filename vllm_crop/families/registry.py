@@ -139,11 +139,13 @@ class Family:
         geometry: how its checkpoints turn an image into tokens.
         module: the file of its model, in vllm_crop/models and in vllm/model_executor/models.
         also: further files there that its model is made of.
+        serve_options: of `vllm serve`, without which its published checkpoints do not start.
     """
 
     geometry: type[VisionGeometry]
     module: str
     also: tuple[str, ...] = ()
+    serve_options: tuple[str, ...] = ()
 
     @property
     def upstream_files(self) -> tuple[str, ...]:
@@ -162,8 +164,13 @@ FAMILIES = {
     "Qwen3_5ForConditionalGeneration": Family(Qwen3_5Geometry, "qwen3_5", ("qwen3_vl", "qwen3_next")),
     "Qwen3_5MoeForConditionalGeneration": Family(Qwen3_5Geometry, "qwen3_5", ("qwen3_vl", "qwen3_next")),
     "InternVLForConditionalGeneration": Family(InternVLGeometry, "interns1"),
-    "InternVLChatModel": Family(InternVLChatGeometry, "internvl"),
-    "Mistral3ForConditionalGeneration": Family(Mistral3Geometry, "mistral3"),
+    "InternVLChatModel": Family(InternVLChatGeometry, "internvl", serve_options=("--trust-remote-code",)),
+    # Of a repository with Mistral's own files beside transformers', vLLM would take those.
+    "Mistral3ForConditionalGeneration": Family(
+        Mistral3Geometry,
+        "mistral3",
+        serve_options=("--tokenizer-mode", "hf", "--config-format", "hf", "--load-format", "safetensors"),
+    ),
     "Glm4vForConditionalGeneration": Family(Glm4vGeometry, "glm4_1v", ("glm4", "llama")),
     "Glm4vMoeForConditionalGeneration": Family(Glm4vGeometry, "glm4_1v", ("glm4_moe",)),
     "Gemma4ForConditionalGeneration": Family(Gemma4Geometry, "gemma4_mm"),

@@ -6,7 +6,7 @@ from typing import Any
 
 from vllm_crop.eviction.markers import UNMARKED, EvictionSettings, Unmarked, image_placeholders
 from vllm_crop.frontend.request_context import FACTS, current_request
-from vllm_crop.request import ANSWER_ROOM
+from vllm_crop.request import BoundedPlaceholders, LengthBound
 
 # Key of the engine's input of a request of the server's own (the localizer's, a shadow check's): its items
 # that the engine has not got yet.
@@ -23,9 +23,9 @@ def settle_request(request: Any, prompt: Any, settings: EvictionSettings) -> Non
     Raises:
         VLLMValidationError: the client has asked for both; answered with HTTP 400.
     """
-    room = prompt.get(ANSWER_ROOM) if isinstance(prompt, dict) else None
-    if room is not None and request.sampling_params is not None:
-        _end_within(request.sampling_params, room)
+    placeholders = prompt.get("mm_placeholders") if isinstance(prompt, dict) else None
+    if isinstance(placeholders, BoundedPlaceholders) and request.sampling_params is not None:
+        _end_within(request, placeholders.bound)
     parameter = _parameter_in_the_way(request)
     if parameter is None or not settings.stages:
         return
@@ -48,9 +48,22 @@ def settle_request(request: Any, prompt: Any, settings: EvictionSettings) -> Non
         ]
 
 
-def _end_within(params: Any, room: int) -> None:
-    """Have the answer end with the model's last position id, as one does that reaches --max-model-len."""
-    params.max_tokens = min(params.max_tokens, room)
+def _end_within(request: Any, bound: LengthBound) -> None:
+    """Have the answer end with the model's last position id, as one does that reaches --max-model-len.
+
+    The length is that of this very request: a beam is asked on with what it has written.
+    """
+    from vllm.exceptions import VLLMValidationError
+
+    length, params = len(request.prompt_token_ids or ()), request.sampling_params
+    if length >= bound.tokens:
+        raise VLLMValidationError(
+            f"{bound.parameter}: what is left of images keeps its position ids, so that this model has room "
+            f"for {bound.tokens} tokens of prompt and answer, and {length} are there already: send fewer "
+            "images, or a smaller max_tokens with beams",
+            parameter=bound.parameter,
+        )
+    params.max_tokens = min(params.max_tokens, bound.tokens - length)
     params.min_tokens = min(params.min_tokens, params.max_tokens)
 
 

@@ -27,6 +27,7 @@ SIDE = 448  # pixels of the pictures that are sent
 QUESTION = "What is in the picture?"
 TIMEOUT_S = 20.0
 _REGION = [0.25, 0.25, 0.5, 0.5]
+_FEW = 100  # tokens of such a picture where there are no regions: less than any of them is whole
 _OUTSIDE = [2.0, 0.0, 0.0, 0.0]
 _FAILED = ("error", "timeout", "unreadable", "suspended")
 _NOT_IMPLEMENTED = 501
@@ -136,10 +137,11 @@ def _try_all(client: BoundedClient, address: str, model: str | None, num_request
         yield Finding("endpoint", "works", f"serves {shown(client.model)}, which its /models does not list")
     field = _field_read(client)
     yield field
-    answers = [_ask(client, seed, {"regions": [_REGION]}) for seed in range(num_requests)]
+    asked = _possible(client)
+    answers = [_ask(client, seed, asked) for seed in range(num_requests)]
     told = [facts for _, facts in answers]
-    yield _pruned(whole, [tokens for tokens, _ in answers], told, field)
-    yield _header([*told, _facts_streamed(client)])
+    yield _pruned(whole, [tokens for tokens, _ in answers], told, field, "regions" in asked)
+    yield _header([*told, _facts_streamed(client, asked)])
     yield _saved(told)
     yield _regions_found(_ask(client, num_requests, None)[1])
     settings, instead = _settings(client)
@@ -190,11 +192,23 @@ def _ask(client: BoundedClient, seed: int, crop: dict[str, Any] | None) -> tuple
     return _read(_Completion, response.text).usage.prompt_tokens, _facts(response)
 
 
-def _facts_streamed(client: BoundedClient) -> _Facts | None:
+def _possible(client: BoundedClient) -> dict[str, Any]:
+    """What the model's images can be pruned by."""
+    import openai
+
+    asked: dict[str, Any] = {"regions": [_REGION]}
+    try:
+        _ask(client, 0, asked)
+    except openai.BadRequestError as error:
+        if "crop.regions: not possible with this model" not in said_by(error):
+            raise
+        return {"max_tokens": _FEW}
+    return asked
+
+
+def _facts_streamed(client: BoundedClient, asked: dict[str, Any]) -> _Facts | None:
     def ask() -> Any:
-        response = client.send(
-            _picture(0), QUESTION, {"regions": [_REGION]}, max_tokens=1, stream=True
-        ).http_response
+        response = client.send(_picture(0), QUESTION, asked, max_tokens=1, stream=True).http_response
         response.close()  # the header has arrived
         return response
 
@@ -259,12 +273,15 @@ def _field_read(client: BoundedClient) -> Finding:
 
 
 def _pruned(
-    whole: int, prompt_tokens: Sequence[int], told: Sequence[_Facts | None], field: Finding
+    whole: int, prompt_tokens: Sequence[int], told: Sequence[_Facts | None], field: Finding, regions: bool
 ) -> Finding:
+    what, sent = ("regions honoured", "a region") if regions else ("max_tokens honoured", "max_tokens")
     pruned = sum(one < whole for one in prompt_tokens)
-    counted = f"{pruned} of {len(prompt_tokens)} requests with a region took fewer than {whole} prompt tokens"
+    counted = f"{pruned} of {len(prompt_tokens)} requests with {sent} took fewer than {whole} prompt tokens"
     if pruned == len(prompt_tokens):
-        return Finding("regions honoured", "works", f"{counted}: {max(prompt_tokens)} at most")
+        return Finding(what, "works", f"{counted}: {max(prompt_tokens)} at most")
+    if all(facts is not None and facts.method == "ilp" and facts.tokens_avg < facts.tokens for facts in told):
+        return Finding(what, "works", "the server's method is ilp: prompts keep their tokens, layers do not")
     if pruned:
         why = "some of the servers behind it do not prune"
     elif field.state == "fails":
@@ -273,7 +290,7 @@ def _pruned(
         why = "the server's method is off, so that only requests that name one are pruned"
     else:
         why = "method, rate or limits of the server"
-    return Finding("regions honoured", "fails", f"{counted}: {why}")
+    return Finding(what, "fails", f"{counted}: {why}")
 
 
 def _header(told: Sequence[_Facts | None]) -> Finding:

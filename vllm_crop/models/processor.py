@@ -45,7 +45,7 @@ from vllm_crop.models.sent import OnTheWay, forgotten_on_failure, newly_sent, wi
 from vllm_crop.planner import ImageDecision, Planner, field_of, is_clients_wish
 from vllm_crop.planning.geometry import ImageTokens
 from vllm_crop.planning.plan import TokenPlan
-from vllm_crop.request import ANSWER_ROOM, CropRequest
+from vllm_crop.request import BoundedPlaceholders, CropRequest, LengthBound
 
 # Keys of a request's processor settings: what the client sent, what the renderer makes of it, and what a call
 # of the processor tells its own parts. Under the last two, only objects of ours mean anything.
@@ -193,7 +193,7 @@ class CropProcessorMixin(BaseMultiModalProcessor):
             for name, image, data in images.named:
                 known.remember(name, asked.salt, image, data)
         processed[DECISIONS] = decisions
-        self._bound_answer(processed, decisions)
+        self._bound_length(processed, decisions, asked)
         if not asked.shown and any(one.plan is not None and one.plan.evicts for one in decisions):
             if asked.found is not None or not any(_evicted_by_client(decision) for decision in decisions):
                 first = min(one.offset for one in processed["mm_placeholders"]["image"])
@@ -201,8 +201,8 @@ class CropProcessorMixin(BaseMultiModalProcessor):
             self._mark_evicted(processed, decisions)
         return processed
 
-    def _bound_answer(self, processed: Any, decisions: Sequence[ImageDecision]) -> None:
-        """Say how long an answer may be that goes on after position ids which have no token any more.
+    def _bound_length(self, processed: Any, decisions: Sequence[ImageDecision], asked: CropRequest) -> None:
+        """Say how long prompt and answer may be together, which go on after position ids without tokens.
 
         No prompt reaches further than it would unpruned: a server-wide bound would have to be for the largest
         image, whatever a request has.
@@ -211,15 +211,9 @@ class CropProcessorMixin(BaseMultiModalProcessor):
         if self.positions is None or not beyond:
             return
         excess = sum(one.mrope_position_delta for one in beyond)
-        room = self.positions - len(processed["prompt_token_ids"]) - excess
-        if room < 1:
-            with as_validation_error():
-                raise InvalidCropError(
-                    field_of(beyond[-1].request),
-                    "what is left of images keeps its position ids, and with this text they run past the "
-                    f"{self.positions} that this model has: send fewer images",
-                )
-        processed[ANSWER_ROOM] = room
+        wishes = [field_of(one.request) for one in beyond if is_clients_wish(one.request, asked)]
+        bound = LengthBound(self.positions - excess, wishes[-1] if wishes else "images")
+        processed["mm_placeholders"] = BoundedPlaceholders(processed["mm_placeholders"], bound)
 
     def _refuse_images_without_places(self, inputs: ProcessorInputs) -> None:
         """Refuse a prompt that was cut, or whose template has left images out.
