@@ -4,6 +4,7 @@
 import gzip
 import inspect
 import json
+import re
 import socket
 import threading
 import time
@@ -50,6 +51,7 @@ class Fake:
         }
         self.chat: Answer | None = None
         self.reads_field = True
+        self.has_regions = True
         self.facts: Any = FACTS
         self.asked: list[str] = []
 
@@ -65,7 +67,9 @@ class Fake:
         # As on a real server: the body is read before the model is looked for.
         if body["model"] != "tiny":
             return error(404, f"The model `{body['model']}` does not exist.")
-        pruned = "regions" in crop and self.facts["method"] != "off"
+        if "regions" in crop and not self.has_regions:
+            return error(400, "crop.regions: not possible with this model: all of them are needed")
+        pruned = ("regions" in crop or "max_tokens" in crop) and self.facts["method"] not in ("off", "ilp")
         told = {"x_crop_facts": json.dumps(self.facts)} if self.reads_field else {}
         return body_of({"usage": {"prompt_tokens": 30 if pruned else 105}}, **told)
 
@@ -420,6 +424,22 @@ def test_a_server_whose_method_is_off(fake: Fake, root: str) -> None:
     assert "the server's method is off, so that only requests that name one are pruned" in output
     assert "the server's method is off: no localizer is asked" in output
     assert "no localizer is set" not in output
+
+
+def test_a_model_without_regions_is_asked_for_less_of_all(fake: Fake, root: str) -> None:
+    fake.has_regions = False
+    result = CliRunner().invoke(app, ["--base-url", f"{root}/v1"], env={"COLUMNS": "400"})
+    assert re.search(r"works +max_tokens honoured +4 of 4 requests with max_tokens took fewer", result.output)
+    assert result.exit_code == 0
+
+
+def test_a_server_that_evicts_keeps_its_prompts(fake: Fake, root: str) -> None:
+    fake.facts = {**FACTS, "method": "ilp"}
+    result = CliRunner().invoke(app, ["--base-url", f"{root}/v1"], env={"COLUMNS": "400"})
+    assert re.search(r"works +regions honoured +the server's method is ilp: prompts keep", result.output)
+    assert result.exit_code == 0
+    fake.facts = {**fake.facts, "tokens_avg": FACTS["tokens"]}  # and evicts nothing
+    assert "0 of 4 requests with a region took fewer" in asked(f"{root}/v1")
 
 
 def test_what_the_page_of_a_server_that_does_not_prune_says_is_passed_on(fake: Fake, root: str) -> None:
