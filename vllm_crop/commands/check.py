@@ -42,6 +42,14 @@ def check(
     timeout: Annotated[
         float, typer.Option(min=1.0, help="Seconds that each question to --base-url may take, in all.")
     ] = 20.0,
+    everything: Annotated[
+        bool,
+        typer.Option(
+            "--all",
+            help="Also list what of vLLM this builds on and what it changes there, which flags are refused, "
+            "and all settings.",
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Check this installation, or a running endpoint, and list settings and limits.
@@ -51,8 +59,9 @@ def check(
     \b
     Does pruning work through my router?
       vllm-crop check --base-url http://router:8000/v1
-    Which settings are there?
+    Which settings are there, and which flags of vLLM are refused beside them?
       vllm-crop check --settings
+      vllm-crop check --all
     Does a calibration fit a checkpoint?
       vllm-crop check --model M \\
         --crop-config '{"localizer": {"kind": "attention", "calibration": "file.json"}}'
@@ -78,7 +87,7 @@ def check(
     if as_json:
         typer.echo(json.dumps(report, indent=2))
     else:
-        _print_report(Console(highlight=False), report)
+        _print_report(Console(highlight=False), report, everything)
     raise typer.Exit(0 if report["ok"] else 1)
 
 
@@ -118,7 +127,7 @@ _MARKS = {
 }
 
 
-def _print_report(console: Console, report: Mapping[str, Any]) -> None:
+def _print_report(console: Console, report: Mapping[str, Any], everything: bool) -> None:
     from vllm_crop.compat.diagnosis import ENDPOINT_GROUP, ENTRY_POINT_GROUP
 
     _print_rows(console, "Versions", report["versions"].items())
@@ -128,22 +137,41 @@ def _print_report(console: Console, report: Mapping[str, Any]) -> None:
     selected = report["vllm_plugins"]
     unset = "VLLM_PLUGINS is not set: vLLM adds no endpoint plugin"
     console.print(f"  {unset if selected is None else f'VLLM_PLUGINS={escape(selected)}'}")
+    if everything:
+        _print_lists(console, report)
+    else:
+        _print_problems_of_points(console, report["upstream_points"])
+        console.print("  --all lists them, what is changed there, refused flags and all settings")
+    if report["model"]:
+        _print_model(console, report["model"])
+    if report["calibration"]:
+        _print_rows(console, "Calibration", report["calibration"].items())
+    _print_verdict(console, report["problems"], report["warnings"], _command(report))
+
+
+def _print_lists(console: Console, report: Mapping[str, Any]) -> None:
     _print_upstream_points(console, report["upstream_points"])
     changes = [(one["kind"], one["when"], one["where"], one["why"]) for one in report["changes"]]
     _print_rows(console, "What is different in vLLM: kind, when, where, why", changes)
     _print_heading(console, "Supported architectures")
     for architecture in report["architectures"]:
         console.print(f"  {architecture}")
-    _print_rows(console, "Refused with --plugin crop", report["refused"].items())
+    _print_rows(console, "Flags that are refused with --plugin crop", report["refused"].items())
     _print_rows(console, "Refused with eviction too", report["refused_with_eviction"].items())
     attention = report["refused_with_attention"]
     _print_rows(console, "Refused with localizer kind 'attention' too", attention.items())
     _print_settings(console, report["config"])
-    if report["model"]:
-        _print_model(console, report["model"])
-    if report["calibration"]:
-        _print_rows(console, "Calibration", report["calibration"].items())
-    _print_verdict(console, report["problems"], report["warnings"], _command(report))
+
+
+def _print_problems_of_points(console: Console, points: Sequence[Mapping[str, Any]]) -> None:
+    _print_heading(console, "Functions of vLLM this builds on")
+    if not points:
+        console.print("  not checked, see the problems below")
+        return
+    problems = [point for point in points if point["problem"]]
+    console.print(f"  {len(points) - len(problems)} of {len(points)} are as they should be")
+    for point in problems:
+        console.print(f"  [red]problem[/red]  {escape(point['name'])}", soft_wrap=True)
 
 
 def _print_settings(console: Console, described: Sequence[Mapping[str, Any]]) -> None:
