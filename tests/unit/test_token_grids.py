@@ -159,6 +159,8 @@ def test_json_of_a_plan_describes_every_grid() -> None:
         {"grid": [36, 48], "window": [0, 0, 1, 1], "newlines": True},
     ]
     assert NEXT.describe() == "24 x 24 and 36 x 48 with newlines"
+    tiles = TokenGrids(tuple(GridPart(TokenGrid(4, 4), first=16 * index) for index in range(13)))
+    assert tiles.describe() == "13 times 4 x 4"
 
 
 def test_grids_that_do_not_follow_each_other_are_a_mistake() -> None:

@@ -6,6 +6,7 @@ Coordinates are fractions of the image, x to the right and y down, half-open: [x
 
 import math
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -285,10 +286,10 @@ class TokenGrids:
         return Places(*places)
 
     def describe(self) -> str:
-        """Such as "24 x 24 and 48 x 36 with newlines"."""
-        return " and ".join(
-            part.grid.describe() + (" with newlines" if part.newlines else "") for part in self.parts
-        )
+        """Such as "24 x 24 and 48 x 36 with newlines", or "13 times 16 x 16"."""
+        each = (part.grid.describe() + (" with newlines" if part.newlines else "") for part in self.parts)
+        alike = ((said, len(list(group))) for said, group in groupby(each))
+        return " and ".join(said if count == 1 else f"{count} times {said}" for said, count in alike)
 
     def to_json(self) -> dict[str, Any]:
         """The grids as plans are printed with them."""
