@@ -3,6 +3,7 @@
 
 import itertools
 from collections.abc import Mapping
+from difflib import get_close_matches
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -333,7 +334,11 @@ def describe_errors(error: ValidationError, prefix: str, model: type[BaseModel])
         )
         message = detail["msg"].removeprefix("Value error, ")
         if detail["type"] == "extra_forbidden":
-            message = f"unknown key, allowed are {', '.join(_keys_at(model, detail['loc'][:-1]))}"
+            *outer, key = detail["loc"]
+            allowed = _keys_at(model, tuple(outer))
+            meant = get_close_matches(str(key)[:LONGEST_KEY], allowed, n=1)
+            said = f"did you mean {meant[0]!r}?" if meant else f"allowed are {', '.join(allowed)}"
+            message = f"unknown key, {said}"
         if detail["type"] == "model_type":
             message = f"must be an object with {', '.join(_keys_at(model, detail['loc']))}"
         given = "" if detail["type"] in ("missing", "value_error") else f", got {shorten(detail['input'])}"

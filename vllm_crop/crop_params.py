@@ -225,6 +225,10 @@ def _check_size(value: Mapping[Any, Any]) -> None:
     regions = value.get("regions")
     if not isinstance(regions, list | tuple) or len(regions) > MAX_IMAGES:
         return  # refused by its type or its length
+    if len(regions) == 4 and all(isinstance(side, int | float) for side in regions):
+        raise InvalidCropError(
+            "crop.regions", f"one entry for each image needed: did you mean {shorten([list(regions)])}?"
+        )
     num_boxes = sum(len(boxes) for boxes in regions if isinstance(boxes, list | tuple))
     if num_boxes > MAX_BOXES_IN_ALL:
         raise InvalidCropError("crop.regions", f"at most {MAX_BOXES_IN_ALL} boxes in all, got {num_boxes}")

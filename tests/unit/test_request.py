@@ -55,7 +55,12 @@ REFUSED: list[tuple[Any, str, str]] = [
     ({"method": "\ud800"}, "crop.method", r"got '\ud800'"),
     ({"regions": {}}, "crop.regions", "valid list, got {}"),
     ({"regions": "all"}, "crop.regions", "valid list, got 'all'"),
-    ({"regions": BOX}, "crop.regions", "crop.regions[0]: must be null, a box"),
+    (
+        {"regions": BOX},
+        "crop.regions",
+        f"one entry for each image needed: did you mean [{BOX}]?",
+    ),
+    ({"region": [BOX]}, "crop.region", "unknown key, did you mean 'regions'?"),
     ({"regions": [[]]}, "crop.regions", "a list of boxes, got []"),
     ({"regions": [None, 3]}, "crop.regions", "crop.regions[1]: must be null, a box"),
     ({"regions": [[0, 0, 1]]}, "crop.regions", "four fractions"),
