@@ -199,7 +199,8 @@ def test_what_cannot_be_is_said(engine: Engine) -> None:
 @pytest.mark.parametrize(
     ("crop", "said"),
     [
-        ({"method": "ilp"}, "eviction_layers is about parts of an image"),
+        ({"method": "ilp"}, "method is about parts of an image"),
+        ({"eviction_layers": [2]}, "eviction_layers is about parts"),
         ({"pruning_rate": 0.5}, "pruning_rate is about parts"),
         ({"localizer": {"kind": "attention"}}, "localizer.kind is about parts"),
         ({"compression": "foveate"}, "compression is about parts"),

@@ -163,11 +163,11 @@ def refuse_for_geometry(geometry: VisionGeometry, config: CropConfig) -> None:
 
 def _refuse_what_is_about_regions(geometry: VisionGeometry, config: CropConfig) -> None:
     about_regions = {
+        "method": config.method in ("ilp", "plc+ilp"),  # which brings eviction_layers along
         "eviction_layers": bool(config.stages),
         "localizer.kind": config.localizer.localizes,
         "compression": config.compression != "pool",
         "position_ids": config.position_ids == "original",
-        "method": config.method in ("ilp", "plc+ilp"),
         "pruning_rate": config.pruning_rate != CropConfig.model_fields["pruning_rate"].default,
     }
     for name in (name for name, is_set in about_regions.items() if is_set):
