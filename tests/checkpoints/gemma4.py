@@ -19,7 +19,6 @@ TINY = DummySize(layers=6, branch_gain=0.6)
 IMAGE = "<|image|>"
 FRAME = ("<boi>", "<eoi>")
 SPECIAL_TOKENS = ("<pad>", "</s>", "<s>", IMAGE, *FRAME, "<|video|>", "<|audio|>", "<boa>", "<eoa>")
-MAX_POSITIONS = 4096
 
 
 def make_checkpoint(folder: Path, size: DummySize = TINY, seed: int = 0) -> Path:
@@ -50,7 +49,7 @@ def _tokenizer() -> Any:
         bos_token="<s>",
         eos_token="</s>",
         pad_token="<pad>",
-        model_max_length=MAX_POSITIONS,
+        model_max_length=TINY.max_positions,
         extra_special_tokens=dict(zip(names, SPECIAL_TOKENS[3:], strict=True)),
     )
 
@@ -69,7 +68,6 @@ def _config(size: DummySize, tokenizer: Any) -> Any:
         "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * (size.layers // 3),
         "sliding_window": 512,
         "final_logit_softcapping": 30.0,
-        "max_position_embeddings": MAX_POSITIONS,
         # vLLM's CPU kernels know causal masks only.
         "use_bidirectional_attention": None,
         "bos_token_id": ids["<s>"],

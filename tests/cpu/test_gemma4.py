@@ -21,8 +21,8 @@ from tests.families import Family
 from tests.pictures import noise_image
 from tests.reference import HfLlava
 from vllm_crop.config import CropConfig
+from vllm_crop.families.checkpoint import load_geometry
 from vllm_crop.families.gemma4 import BUDGETS, Gemma4Geometry
-from vllm_crop.families.registry import geometry_from_configs
 
 pytestmark = pytest.mark.vllm_runtime
 
@@ -58,9 +58,7 @@ def stock(checkpoint: Path) -> Engine:
 
 @pytest.fixture(scope="module")
 def geometry(checkpoint: Path) -> Gemma4Geometry:
-    import json
-
-    found = geometry_from_configs(json.loads((checkpoint / "config.json").read_text()), {})
+    found = load_geometry(str(checkpoint))
     assert isinstance(found, Gemma4Geometry)
     return found
 

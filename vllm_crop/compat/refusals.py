@@ -12,7 +12,7 @@ from vllm_crop.errors import InvalidConfigError, UnsupportedFlagError
 from vllm_crop.families.registry import VisionGeometry, check_layers_that_evict, geometry_from_configs
 from vllm_crop.localizers.settings import LocalizerConfig
 from vllm_crop.planner import LATE
-from vllm_crop.planning.budget import BudgetError, retained_per_stage
+from vllm_crop.planning.budget import BudgetError, method_evicts, retained_per_stage
 
 REFUSED = {
     "VLLM_USE_RUST_FRONTEND=1": "the Rust front end replaces the Python API server that reads `crop`",
@@ -163,7 +163,7 @@ def refuse_for_geometry(geometry: VisionGeometry, config: CropConfig) -> None:
 
 def _refuse_what_is_about_regions(geometry: VisionGeometry, config: CropConfig) -> None:
     about_regions = {
-        "method": config.method in ("ilp", "plc+ilp"),  # which brings eviction_layers along
+        "method": method_evicts(config.method),  # which brings eviction_layers along
         "eviction_layers": bool(config.stages),
         "localizer.kind": config.localizer.localizes,
         "compression": config.compression != "pool",
