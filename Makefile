@@ -10,7 +10,8 @@ ONE_BATCH := tests/cpu/test_eviction_parity.py::test_all_scenarios_in_one_batch
 V2_TESTS := $(addprefix tests/cpu/test_,runner.py parity.py caches.py image_names.py eviction_caches.py eviction_scheduling.py \
 	eviction_graphs.py heat.py soak.py qwen2_5_vl.py llava_next.py glm4v.py tinyvqa_served.py) \
 	tests/cpu/test_eviction_states.py::test_tokens_that_stay_in_a_captured_step \
-	"tests/cpu/test_foveation.py::test_all_scenarios_in_one_batch[qwen3_vl]" $(ONE_BATCH)
+	"tests/cpu/test_foveation.py::test_all_scenarios_in_one_batch[qwen3_vl]" $(ONE_BATCH) \
+	tests/cpu/test_resampler.py::test_all_scenarios_in_one_batch
 # Every engine of a process stays until it ends: two processes need half the memory of one each.
 V1_FIRST := $(wildcard tests/cpu/test_[a-h]*.py)
 TRAINED_TESTS := $(addprefix tests/e2e/test_,attention_localizer.py shadow.py monitoring.py engine_localizer.py playground.py compare.py remote_localizer.py not_asked_for.py hostile_requests.py)

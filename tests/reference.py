@@ -109,6 +109,10 @@ class HfReference:
         """The same for an image with a plan."""
         return self.features(image)
 
+    def compressed(self, features: torch.Tensor, plan: TokenPlan) -> torch.Tensor:
+        """What a plan makes of them, `[num_embeddings, hidden]`."""
+        return naive_compress(features, plan)
+
     def image_positions(self, grid: ImageTokens) -> tuple[torch.Tensor, int]:
         """Position ids of an unpruned image that begins at 0, `[1 or 3, num_tokens]`, and what follows it."""
         raise NotImplementedError
@@ -191,7 +195,7 @@ class HfReference:
                 continue
             image, plan = next(pending)
             plan = plan or whole_image_plan(self.geometry.grid(*image.size))
-            rows.append(naive_compress(self.features_of(image, plan), plan))
+            rows.append(self.compressed(self.features_of(image, plan), plan))
             if original_positions:
                 within, span = self.image_positions(plan.grid)
                 within = within[:, [e.position for e in embeddings_of(plan)]]

@@ -32,6 +32,11 @@ LEFT_OUT = {
     "test_foveation": {"qwen3_vl_moe", "qwen3_5"},  # their vision tower is Qwen3-VL's
     "test_budgets": {"glm4v"},
     "test_localizer_offline": {"glm4v"},
+    # What is read is any family's features: a plain one, one with deepstack, tiles with newlines, and states.
+    "test_resampler": {
+        *("llava_onevision", "llava_siglip", "llava_next_siglip", "qwen2_vl", "qwen2_5_vl", "qwen3_vl_moe"),
+        *("glm4v", "internvl_hf", "internvl_chat", "mistral3"),
+    },
 }
 # Families of the whole product only: every line of theirs another one runs.
 WHOLE_PRODUCT = {"glm4v_moe", "qwen3_5_moe"}
@@ -45,6 +50,7 @@ LEFT_OUT_INTERPRETED = {
     "test_eviction_caches": {"evicting_engine"},
     "test_heat": {"False"},  # without eviction
     "test_soak": {"no prefix caching"},
+    "test_resampler": {"llava", "llava_next", "qwen3_5"},
 }
 # The settings of engines (tests/cpu/conftest.py) that run for every family: on the slow runner, only the one
 # that compresses and evicts.

@@ -22,6 +22,7 @@ from vllm_crop.localizers.settings import LocalizerConfig
 from vllm_crop.planning.budget import Method, method_evicts
 from vllm_crop.planning.image_budgets import MOST_TOKENS, History
 from vllm_crop.planning.plan import Compression
+from vllm_crop.resampler.settings import ResamplerConfig
 
 PositionIds = Literal["renumbered", "original"]
 Fit = Literal["refuse", "prune"]
@@ -183,7 +184,8 @@ class CropConfig(BaseModel):
         default="pool",
         description="What 'plc' makes of tokens outside the region: 'pool' averages groups of them, "
         "'prune' keeps one token of each group; 'foveate' pools too, but the vision tower sees the region "
-        "alone at full size, and all else in a small view of the image.",
+        "alone at full size, and all else in a small view of the image; 'resampler' has trained queries read "
+        "what 'pool' averages and what it leaves out.",
     )
     rim: float = Field(
         default=0.125,
@@ -206,6 +208,9 @@ class CropConfig(BaseModel):
     )
     foveation: FoveationConfig = Field(
         default=FoveationConfig(), description="What the vision tower sees, for compression 'foveate'."
+    )
+    resampler: ResamplerConfig = Field(
+        default=ResamplerConfig(), description="Whose trained weights, for compression 'resampler'."
     )
     limits: CropLimits = Field(
         default=CropLimits(), validate_default=True, description="What one request may ask for."
@@ -279,6 +284,23 @@ class CropConfig(BaseModel):
                     f"foveation.{name} belongs to compression 'foveate', and the compression is "
                     f"{self.compression!r}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _check_resampler(self) -> Self:
+        if self.compression == "resampler" and self.resampler.weights is None:
+            raise ValueError(
+                "compression 'resampler' needs resampler.weights, the folder or the Hub repository of a "
+                "compressor trained for this model (docs/compressing.md)"
+            )
+        for name, value in self.resampler.model_dump().items():
+            if self.compression != "resampler" and value is not None:
+                raise ValueError(
+                    f"resampler.{name} belongs to compression 'resampler', and the compression is "
+                    f"{self.compression!r}"
+                )
+            if name != "weights" and value is not None and self.resampler.weights is None:
+                raise ValueError(f"resampler.{name} is about resampler.weights, which is left out")
         return self
 
     @model_validator(mode="after")

@@ -147,7 +147,7 @@ class CropRequest:
             budgets = NO_BUDGET * num_images  # the localizer's view is what the server wants it to be
         if self.found is None:
             requests = image_requests(self.params, config, num_images, self.limited, budgets)
-            return [replace(request, overview=True) for request in requests] if self.overview else requests
+            return [request.for_localizer() for request in requests] if self.overview else requests
         params = self.params.model_copy(update={"regions": [one.region for one in self.found]})
         requests = image_requests(params, config, num_images, self.limited, budgets)
         return [replace(request, warm=one.warm) for request, one in zip(requests, self.found, strict=True)]
@@ -208,6 +208,11 @@ class ImageRequest:
         boxes = self.region.widened(self.rim).boxes if self.rim else ()
         boxes += self.warm.boxes if self.warm is not None else ()
         return Region(boxes) if boxes else None
+
+    def for_localizer(self) -> "ImageRequest":
+        """The same for a localizer's view, of which plain means are made whoever reads the picture later."""
+        compression: Compression = "pool" if self.compression == "resampler" else self.compression
+        return replace(self, compression=compression, overview=True)
 
     def without_region(self) -> "ImageRequest":
         """The same for an image whose region cannot be used."""

@@ -22,7 +22,8 @@ from vllm_crop.compat.patches.cli_flags import apply_options
 from vllm_crop.compat.supported import SUPPORTED_VERSIONS, UNTESTED
 from vllm_crop.config import CropConfig
 from vllm_crop.errors import InvalidConfigError, UnsupportedFlagError, UnsupportedVersionError
-from vllm_crop.localizers.calibration import Calibration, CalibrationError, ModelShape
+from vllm_crop.families.model_shape import ModelShape
+from vllm_crop.localizers.calibration import Calibration, CalibrationError
 
 pytestmark = pytest.mark.vllm_runtime
 

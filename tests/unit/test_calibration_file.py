@@ -11,8 +11,9 @@ from checkpoint_json import QWEN2_5_VL, QWEN3_VL, write_qwen2_5_vl, write_qwen3_
 from vllm_crop.compat.diagnosis import judge_settings
 from vllm_crop.config import CropConfig
 from vllm_crop.errors import CropError, InvalidConfigError
+from vllm_crop.families.model_shape import ModelShape
 from vllm_crop.families.text_layers import full_attention_layers
-from vllm_crop.localizers.calibration import Calibration, CalibrationError, ModelShape, with_calibration
+from vllm_crop.localizers.calibration import Calibration, CalibrationError, with_calibration
 
 SETTINGS = {"layers": [11, 14], "prompt": "{question} briefly", "whole_below": 0.21, "thumbnail_tokens": 144}
 

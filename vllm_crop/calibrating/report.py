@@ -15,7 +15,8 @@ from rich.table import Table
 from vllm_crop.calibrating.outcome import CENTRE, CHOSEN, RANDOM, Outcome, Places
 from vllm_crop.calibrating.scoring import WINDOW, kept, most_covered
 from vllm_crop.comparing.statistics import share, spread
-from vllm_crop.localizers.calibration import Calibration, ModelShape
+from vllm_crop.families.model_shape import ModelShape
+from vllm_crop.localizers.calibration import Calibration
 
 _FEW = 50
 _BAR = 20  # characters of the largest change

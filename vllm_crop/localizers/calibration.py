@@ -13,6 +13,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vllm_crop.errors import CropError
+from vllm_crop.families.model_shape import ModelShape
 from vllm_crop.localizers.settings import LocalizerConfig
 
 # What may be learned, and what it was learned with: all that a map, its region and its confidence depend on.
@@ -26,46 +27,6 @@ AGAIN = "run `vllm-crop calibrate --model M` for it, or leave localizer.calibrat
 
 class CalibrationError(CropError):
     """A calibration cannot be used; the message names the file and what to do."""
-
-
-class ModelShape(BaseModel):
-    """What of a checkpoint a calibration belongs to: layers of another model mean something else.
-
-    Weights may differ: a fine-tuned model usually looks where its base does, and `check` names both. None is
-    what a config.json leaves out.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-    architecture: str
-    model_type: str | None
-    num_hidden_layers: int | None
-    hidden_size: int | None
-    num_attention_heads: int | None
-    num_key_value_heads: int | None
-
-    @classmethod
-    def of(cls, model: Mapping[str, Any]) -> Self:
-        """Read a config.json, or the `to_dict()` of a loaded configuration."""
-        text = model.get("text_config") or model
-        architectures = model.get("architectures") or [""]
-        return cls(
-            architecture=str(architectures[0]).removeprefix("Crop"),
-            model_type=model.get("model_type"),
-            **{
-                name: text.get(name)
-                for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads")
-            },
-        )
-
-    def differences(self, other: Self) -> list[str]:
-        """Such as "num_hidden_layers 28, not 36" where both say something else than the other."""
-        ours, others = self.model_dump(), other.model_dump()
-        return [
-            f"{name} {others[name]}, not {value}"
-            for name, value in ours.items()
-            if value is not None and others[name] is not None and others[name] != value
-        ]
 
 
 class Calibration(BaseModel):

@@ -19,7 +19,7 @@ from vllm_crop.families.text_layers import full_attention_layers
 from vllm_crop.heat.step import HeatStep
 from vllm_crop.heat.taps import start_heat
 from vllm_crop.models.encoder import CompressingEncoder, Encode, SeenImage
-from vllm_crop.models.plan_fields import ASSIGNMENT, PLAN_FIELDS, POSITIONS
+from vllm_crop.models.plan_fields import ASSIGNMENT, PLACES, PLAN_FIELDS, POSITIONS
 
 
 class CropModelMixin(nn.Module):
@@ -72,7 +72,8 @@ class CropModelMixin(nn.Module):
         if kwargs.get(self.pixels) is None:  # videos, and image embeddings from the client
             return self.embed_stock(**kwargs)
         images, encode = self.images_of(kwargs)
-        return self.crop_encoder(images, encode, **{name: kwargs[name] for name in PLAN_FIELDS})
+        plan = {name: kwargs[name] for name in PLAN_FIELDS}
+        return self.crop_encoder(images, encode, **plan, crop_places=kwargs.get(PLACES))
 
     def embed_stock(self, **kwargs: Any) -> Any:
         """vLLM's own `embed_multimodal`: vision tower and projector."""
@@ -152,7 +153,7 @@ class CropModelMixin(nn.Module):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """As upstream; cached features belong to the old weights."""
-        self.crop_encoder.cache.clear()
+        self.crop_encoder.start_anew()
         stock: Any = super()
         loaded: set[str] = stock.load_weights(weights)
         return loaded

@@ -12,8 +12,10 @@ from vllm.multimodal.encoder_budget import MultiModalBudget
 from vllm_crop.config import CropConfig
 from vllm_crop.models.features import FeatureCache, ImageKey, compress
 from vllm_crop.planning.foveation import Piece
+from vllm_crop.resampler.served import ServedResampler
 
 Encode = Callable[[Sequence[int]], Iterable[torch.Tensor]]
+_NO_PLACES = torch.empty(0, 4)
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,17 @@ class CompressingEncoder:
         self.tokens_encoded = 0
         self.cache = FeatureCache(config.vit_cache_mib << 20, vllm_config.device_config.device)
         self.reuses_larger = config.foveation.reuse == "larger"
+        self.resampler = None
+        if config.compression == "resampler":
+            self.resampler = ServedResampler(
+                config.resampler, vllm_config.model_config.dtype, vllm_config.device_config.device
+            )
+
+    def start_anew(self) -> None:
+        """Forget what other weights have made, when the model's are loaded."""
+        self.cache.clear()
+        if self.resampler is not None:
+            self.resampler.restore()
 
     def __call__(
         self,
@@ -82,6 +95,7 @@ class CompressingEncoder:
         crop_assignment: Sequence[torch.Tensor],
         crop_image_key: Sequence[torch.Tensor],
         crop_positions: Sequence[torch.Tensor],
+        crop_places: Sequence[torch.Tensor] | None = None,
     ) -> list[torch.Tensor]:
         """Embed a batch of images.
 
@@ -91,6 +105,8 @@ class CompressingEncoder:
             crop_assignment: per image `[num_tokens]`, or empty for an image served whole.
             crop_image_key: per image `[parts, 2]`, two 64-bit words made of what a part shows, or empty.
             crop_positions: per image `[num_embeddings]`, or empty; checked against the result.
+            crop_places: per image `[num_tokens, 4]`, or empty for one that is not resampled; None where the
+                server has no resampler.
         """
         parts = [part for image in images for part in image.parts]
         keys = [
@@ -98,11 +114,20 @@ class CompressingEncoder:
             for key, image in zip(crop_image_key, images, strict=True)
             for words, part in zip(key.tolist() or [()] * len(image.parts), image.parts, strict=True)
         ]
-        seen = iter(self._features(parts, encode, keys))
-        plans = zip(images, crop_assignment, crop_positions, strict=True)
+        features = self._features(parts, encode, keys)
+        if self.resampler is not None:
+            self.resampler.rehearse(max(features, key=len))
+        seen = iter(features)
+        places = [_NO_PLACES] * len(images) if crop_places is None else crop_places
+        plans = zip(images, crop_assignment, crop_positions, places, strict=True)
         embeddings = []
-        for image, assignment, positions in plans:
-            rows = _assembled(image, [next(seen) for _ in image.parts], assignment)
+        for image, assignment, positions, placed in plans:
+            whole, order = _assembled(image, [next(seen) for _ in image.parts])
+            if self.resampler is not None and len(placed):
+                whole = whole if order is None else whole[order.to(whole.device)]
+                rows = self.resampler(whole, assignment, placed)
+            else:
+                rows = compress(whole, assignment, order) if len(assignment) else whole
             expected = len(positions) or image.num_tokens
             # vLLM slices what it needs and drops surplus rows silently.
             assert len(rows) == expected, f"{len(rows)} embeddings for {expected} placeholders"
@@ -157,11 +182,10 @@ def _cache_key(words: Sequence[int], part: Part, is_first: bool) -> ImageKey:
     return (*words, part.num_tokens) if part.piece is None or is_first else (*words, *part.piece.window)
 
 
-def _assembled(image: SeenImage, seen: Sequence[torch.Tensor], assignment: torch.Tensor) -> torch.Tensor:
-    """The embeddings of an image, from the features of what it was seen in."""
+def _assembled(image: SeenImage, seen: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The features of what an image was seen in, and which are those of each token, if not in order."""
     if image.assemble is None:
         (whole,) = seen
-        return compress(whole, assignment) if len(assignment) else whole
+        return whole, None
     parts = zip(image.parts, seen, strict=True)
-    features, rows = image.assemble([(part.piece, rows) for part, rows in parts if part.piece is not None])
-    return compress(features, assignment, rows)
+    return image.assemble([(part.piece, rows) for part, rows in parts if part.piece is not None])

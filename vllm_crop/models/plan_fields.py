@@ -9,13 +9,15 @@ import torch
 from numpy.typing import NDArray
 
 from vllm_crop.planning.foveation import Piece
-from vllm_crop.planning.plan import TokenPlan
+from vllm_crop.planning.plan import TokenPlan, places_of
 
 ASSIGNMENT, POSITIONS, IMAGE_KEY = "crop_assignment", "crop_positions", "crop_image_key"
 PLAN_FIELDS = (ASSIGNMENT, POSITIONS, IMAGE_KEY)
 PIECES = "crop_pieces"
-CROP_FIELDS = (*PLAN_FIELDS, PIECES)
+PLACES = "crop_places"  # of servers with a resampler
+CROP_FIELDS = (*PLAN_FIELDS, PIECES, PLACES)
 _NOTHING = torch.empty(0, dtype=torch.int32)
+_NO_PLACES = torch.empty(0, 4, dtype=torch.int16)
 
 
 def assignment(plan: TokenPlan | None) -> torch.Tensor:
@@ -26,6 +28,13 @@ def assignment(plan: TokenPlan | None) -> torch.Tensor:
 def positions(plan: TokenPlan | None) -> torch.Tensor:
     """`[num_embeddings]`, or empty for an image that is not compressed."""
     return _NOTHING if plan is None else _tensor(plan.position)
+
+
+def places(plan: TokenPlan | None) -> torch.Tensor:
+    """`[num_tokens, 4]` as `vllm_crop.resampler.reading` takes them, or empty for what is not resampled."""
+    if plan is None or plan.zone is None:
+        return _NO_PLACES
+    return torch.from_numpy(np.stack([plan.zone, *places_of(plan.grid)], axis=1).astype(np.int16))
 
 
 def _tensor(array: NDArray[np.int32]) -> torch.Tensor:

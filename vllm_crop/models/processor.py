@@ -37,8 +37,10 @@ from vllm_crop.models.plan_fields import (
     ASSIGNMENT,
     CROP_FIELDS,
     IMAGE_KEY,
+    PLACES,
     POSITIONS,
     assignment,
+    places,
     positions,
 )
 from vllm_crop.models.sent import OnTheWay, forgotten_on_failure, newly_sent, withhold
@@ -305,7 +307,8 @@ class CropProcessorMixin(BaseMultiModalProcessor):
     def _hashes_with_requests(
         self, image_hashes: Sequence[str], decisions: Sequence[ImageDecision]
     ) -> list[str]:
-        settings = self.crop_config.position_ids, self.crop_config.foveation.unseen_tiles
+        config = self.crop_config
+        settings = config.position_ids, config.foveation.unseen_tiles, config.resampler.fingerprint
         return [
             hash_of(image_hash, self.plan_for_encoder(decision), decision, settings)
             for image_hash, decision in zip(image_hashes, decisions, strict=True)
@@ -345,6 +348,8 @@ class CropProcessorMixin(BaseMultiModalProcessor):
         plans = [self.plan_for_encoder(decision) for decision in items.decisions]
         data[ASSIGNMENT] = [assignment(plan) for plan in plans]
         data[POSITIONS] = [positions(plan) for plan in plans]
+        if self.crop_config.compression == "resampler":
+            data[PLACES] = [places(plan) for plan in plans]
         if IMAGE_KEY not in data:
             data[IMAGE_KEY] = [image_key(image_hash) for image_hash in items.image_hashes]
         return data

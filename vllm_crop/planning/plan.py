@@ -23,7 +23,7 @@ from vllm_crop.planning.groups import Groups, even_groups, middles
 
 logger = logging.getLogger("vllm.plugins.crop")
 
-Compression = Literal["pool", "prune", "foveate"]
+Compression = Literal["pool", "prune", "foveate", "resampler"]
 
 NEVER = np.iinfo(np.int32).max  # greater than any decoder layer
 
@@ -43,6 +43,8 @@ class TokenPlan:
             ascending, `[num_embeddings]` int32.
         evicted_from_layer: the first decoder layer that runs without an embedding, NEVER if all layers see
             it, `[num_embeddings]` int32.
+        zone: for compression "resampler", which reads the zones of an image apart: the one of each token (see
+            `Zones.codes`), `[num_tokens]` uint8. None for others.
     """
 
     grid: ImageTokens
@@ -50,6 +52,7 @@ class TokenPlan:
     assignment: NDArray[np.int32]
     position: NDArray[np.int32]
     evicted_from_layer: NDArray[np.int32]
+    zone: NDArray[np.uint8] | None = None
 
     def __post_init__(self) -> None:
         for array in self._arrays:
@@ -58,16 +61,18 @@ class TokenPlan:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, TokenPlan):
             return NotImplemented
-        return (self.grid, self.pruning_rate) == (other.grid, other.pruning_rate) and all(
-            map(np.array_equal, self._arrays, other._arrays)
-        )
+        ours, theirs = self._arrays, other._arrays
+        return (
+            (self.grid, self.pruning_rate, len(ours)) == (other.grid, other.pruning_rate, len(theirs))
+        ) and all(map(np.array_equal, ours, theirs))
 
     def __hash__(self) -> int:
         return hash((self.grid, self.pruning_rate, *(array.tobytes() for array in self._arrays)))
 
     @property
-    def _arrays(self) -> tuple[NDArray[np.int32], ...]:
-        return self.assignment, self.position, self.evicted_from_layer
+    def _arrays(self) -> tuple[NDArray[Any], ...]:
+        zone = () if self.zone is None else (self.zone,)
+        return self.assignment, self.position, self.evicted_from_layer, *zone
 
     @property
     def num_embeddings(self) -> int:
@@ -166,7 +171,8 @@ def make_plan(
         grid: the image's visual tokens.
         region: in fractions of what the model sees (after `ImageView.project`).
         pruning_rate: fraction of the image's (token, layer) pairs to remove, in [0, 1).
-        compression: what becomes of the tokens outside the region before the language model; "foveate" pools.
+        compression: what becomes of the tokens outside the region before the language model; the counts and
+            groups of "foveate" and "resampler" are those of "pool".
         method: "ilp" passes all tokens to the language model.
         num_layers: decoder layers; the average over them is what the rate is about.
         eviction_layers: strictly ascending, in 1..num_layers-1; without meaning for "plc".
@@ -270,7 +276,7 @@ class Zones(NamedTuple):
     left_out: Mask
 
     def codes(self) -> NDArray[np.uint8]:
-        """Of each token its zone as compiled_plan.py knows it, `[num_tokens]`."""
+        """Of each token its zone, `[num_tokens]`: 0 far away, 1 inside, 2 in the rim, 3 left out."""
         inside, rim, left_out = (zone.view(np.uint8) for zone in self)
         return inside + 2 * rim + 3 * left_out
 
@@ -295,11 +301,12 @@ def _plan_counts(
     eviction_layers: tuple[int, ...],
 ) -> TokenPlan:
     """Make a plan for counts that are known: of all embeddings, then after each eviction."""
-    places = _places(grid)
+    places = places_of(grid)
+    zone = zones.codes() if compression == "resampler" else None
     if _compiled is not None:
         pools = compression != "prune"
         planned = _compiled(places, zones.codes(), pools, counts, eviction_layers, NEVER)
-        return TokenPlan(grid, pruning_rate, *planned)
+        return TokenPlan(grid, pruning_rate, *planned, zone)
     first, *later = counts
     assignment, position = _compressed(places, zones, first, compression)
     leaves_at = np.full(grid.num_tokens, NEVER, dtype=np.int32)
@@ -308,11 +315,12 @@ def _plan_counts(
         leaves_at[left] = layer
         left = _region_first(places, zones, left, min(count, len(left)))
         leaves_at[left] = NEVER
-    return TokenPlan(grid, pruning_rate, assignment, position.astype(np.int32), leaves_at[position])
+    return TokenPlan(grid, pruning_rate, assignment, position.astype(np.int32), leaves_at[position], zone)
 
 
 @lru_cache(maxsize=8)  # pictures of one size often come one after another
-def _places(grid: ImageTokens) -> Places:
+def places_of(grid: ImageTokens) -> Places:
+    """Where every token of an image is; the arrays cannot be written to."""
     places = grid.places()
     for array in places:
         array.setflags(write=False)

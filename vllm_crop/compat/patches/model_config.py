@@ -30,6 +30,7 @@ from vllm_crop.config import CONFIG_KEY, CropConfig
 from vllm_crop.errors import CropError, UnsupportedFlagError, UnsupportedVersionError, reads_settings
 from vllm_crop.eviction.markers import attach_eviction
 from vllm_crop.localizers.calibration import with_calibration
+from vllm_crop.resampler.settings import with_compressor
 
 REASON = "selects the Crop architectures through hf_overrides when additional_config.crop is set"
 STOCK_RENDERER = ("vllm.renderers.hf", "HfRenderer")
@@ -58,6 +59,7 @@ def patch(engine_args: Any, require_supported: Callable[[CropConfig, Any], None]
         # Checked first as they were given: a wrong key is the operator's, not the file's.
         named = CropConfig.from_mapping(settings).localizer.calibration
         settings, calibration = with_calibration(settings)
+        settings, compressor = with_compressor(settings)
         config = CropConfig.from_mapping(settings)
         require_supported(config, None)
         with reads_settings():
@@ -78,6 +80,8 @@ def patch(engine_args: Any, require_supported: Callable[[CropConfig, Any], None]
         require_supported(config, model_config.hf_config)
         if calibration is not None:
             calibration.require_fit(str(named), model_config.hf_config.to_dict())
+        if compressor is not None:
+            compressor.require_fit(str(config.resampler.weights), model_config.hf_config.to_dict())
         with reads_settings():
             refuse_model(model_config, config)
             refuse_tokenizer(model_config)

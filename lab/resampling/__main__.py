@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m lab.resampling`: trains a compressor for compression "resampler"."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from lab.resampling.items import read_items, scene_items
+from vllm_crop.errors import CropError
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def train(
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the weights, the log and the state.")],
+    model: Annotated[
+        str, typer.Option(help="Checkpoint to train for: a folder, or a name on the Hub.")
+    ] = "lab/checkpoints/tinyvqa",
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Questions to train on, JSONL: `image` (a path beside the file), `question`, and if known "
+            "`answer` and `boxes`. Left out: generated scenes, which only tinyvqa knows."
+        ),
+    ] = None,
+    recipe: Annotated[
+        str,
+        typer.Option(
+            help="answers: learn to have the right answer said. match: learn to have the model think what it "
+            "thinks unpruned, which needs no answers."
+        ),
+    ] = "answers",
+    steps: Annotated[int, typer.Option(min=1)] = 2000,
+    batch: Annotated[int, typer.Option(min=1, help="Questions a step.")] = 32,
+    learning_rate: Annotated[float, typer.Option(min=0)] = 1e-3,
+    width: Annotated[
+        int | None, typer.Option(help="Of queries, keys and values. Left out: a quarter of the features.")
+    ] = None,
+    heads: Annotated[int | None, typer.Option(help="Heads of attention. Left out: 64 columns each.")] = None,
+    mlp: Annotated[int | None, typer.Option(help="Columns within the MLP. Left out: as the width.")] = None,
+    pictures: Annotated[int, typer.Option(min=1, help="Scenes to generate, without --data.")] = 2000,
+    seed: Annotated[int, typer.Option(help="Of weights, scenes and steps.")] = 20261128,
+    minutes: Annotated[float, typer.Option(help="Stop after so long; the next run goes on.")] = 1e6,
+    cache_gib: Annotated[float, typer.Option(help="Memory for features of pictures, GiB.")] = 2.0,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="Of the frozen model: float32 or bfloat16.")] = "float32",
+    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+) -> None:
+    """Train a compressor, the model itself frozen.
+
+    Every step compresses pictures at one rate (0.889, 0.926, 0.95 or 0.97): around what is asked for, beside
+    it, all of it by sampling, and all of it evenly. Run the same command again to go on.
+
+    \b
+    The reference checkpoint's, about half an hour on two cores:
+      python -m lab.resampling -o build/resampler --width 128 --heads 4 --mlp 256
+    For a model of your own on its own answers, on a GPU:
+      python -m lab.resampling -o build/resampler --model llava-hf/llava-1.5-7b-hf --data questions.jsonl \\
+          --recipe match --device cuda --dtype bfloat16 --batch 16
+    Then:
+      vllm serve M --plugin crop \\
+          --crop-config '{"compression": "resampler", "resampler": {"weights": "build/resampler"}}'
+    """
+    console = Console(highlight=False)
+    if recipe not in ("answers", "match"):
+        raise typer.BadParameter(f"answers or match, got {recipe!r}", param_hint="--recipe")
+    try:
+        items = scene_items(pictures, seed) if data is None else read_items(data, recipe == "answers")
+        console.print(f"{len(items)} questions about {len({item.picture for item in items})} pictures")
+        _train(
+            console,
+            (out, model, items, {"data": None if data is None else data.name, "pictures": pictures}),
+            {"recipe": recipe, "steps": steps, "batch": batch, "learning_rate": learning_rate},
+            {"seed": seed, "cache_gib": cache_gib},
+            {"width": width, "num_heads": heads, "mlp_size": mlp},
+            (minutes, device, dtype, threads),
+        )
+    except CropError as error:
+        console.print(f"The training failed: {error}", style="red", markup=False)
+        raise typer.Exit(1) from None
+
+
+def _train(
+    console: Console,
+    what: tuple[Path, str, Any, dict[str, Any]],
+    course_settings: dict[str, Any],
+    more: dict[str, Any],
+    sizes: dict[str, int | None],
+    machine: tuple[float, str, str, int | None],
+) -> None:
+    import torch
+
+    from lab.resampling.card import describe
+    from lab.resampling.frozen import FrozenModel
+    from lab.resampling.trainer import Course, Trainer
+    from vllm_crop.families.model_shape import feature_size
+    from vllm_crop.measuring.provenance import provenance
+    from vllm_crop.resampler.settings import ResamplerCard, ResamplerShape
+    from vllm_crop.resampler.weights import write_resampler
+
+    out, name, items, origin = what
+    minutes, device, dtype, threads = machine
+    if threads:
+        torch.set_num_threads(threads)
+    model = FrozenModel(name, device, getattr(torch, dtype))
+    features = feature_size(model.config)
+    assert features is not None
+    suited = ResamplerShape.suited_to(features).model_dump()
+    shape = ResamplerShape.model_validate(
+        {**suited, **{key: value for key, value in sizes.items() if value is not None}}
+    )
+    course = Course(**course_settings, **more)
+    trainer = Trainer(model, items, shape, course, out)
+    done = trainer.run(minutes)
+    card = ResamplerCard.untrained(shape, name, model.config)
+    trained = {**origin, **course_settings, **more, "rates": list(course.rates), "done": trainer.step}
+    card = card.model_copy(update={"training": {**trained, "provenance": provenance()}})
+    write_resampler(out, trainer.resampler, card, describe(card))
+    console.print(
+        f"{'Done' if done else 'Stopped'} after {trainer.step} of {course.steps} steps: {out} is what "
+        "resampler.weights can name",
+        markup=False,
+    )
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the pictures of a step are compressed: around what is asked for, beside it, or evenly.
+
+A server compresses around regions that somebody found, who errs, and whole pictures where a budget says so. A
+compressor that had only seen true regions would learn that what is far away never matters.
+"""
+
+import random
+from dataclasses import replace
+
+from vllm_crop.planning.budget import retained_count
+from vllm_crop.planning.geometry import Box, ImageTokens, ImageView, Region
+from vllm_crop.planning.plan import TokenPlan, even_plan, make_plan
+
+RATES = (0.889, 0.926, 0.95, 0.97)
+RIM = 0.125  # as CropConfig's
+# How often a picture is compressed around what is asked for, around a box beside that, around all of itself
+# (of which tokens are sampled), and evenly.
+LOCAL = {"true": 0.4, "moved": 0.2, "whole": 0.2, "even": 0.2}
+GLOBAL = {"moved": 0.2, "whole": 0.4, "even": 0.4}
+
+
+def plan_lesson(
+    region: Region | None, grid: ImageTokens, view: ImageView, rate: float, chance: random.Random
+) -> TokenPlan:
+    """A plan for one picture, with the count that the rate says.
+
+    Args:
+        region: what is asked for; None if unknown.
+    """
+    local = region is not None and region != Region.whole()
+    kinds = LOCAL if local else GLOBAL
+    (kind,) = chance.choices(list(kinds), list(kinds.values()))
+    if kind == "even":
+        return even_plan(grid, retained_count(grid.num_tokens, rate), "resampler")
+    around = chance.choice((0.0, RIM))
+    if kind == "whole":
+        chosen: Region = Region.whole()
+    elif kind == "true":
+        assert region is not None
+        chosen = region
+    else:
+        chosen = _beside(region, chance) if local and region is not None else _anywhere(chance)
+    seen = view.project(chosen)
+    if seen is None:  # out of sight
+        return even_plan(grid, retained_count(grid.num_tokens, rate), "resampler")
+    rim = view.project(chosen.widened(around)) if around else None
+    return make_plan(grid, seen, rate, "resampler", around=rim)
+
+
+def _beside(region: Region, chance: random.Random) -> Region:
+    """Its boxes, each moved by up to its own size."""
+    return Region(tuple(_moved(box, chance) for box in region.boxes))
+
+
+def _moved(box: Box, chance: random.Random) -> Box:
+    width, height = box.x1 - box.x0, box.y1 - box.y0
+    x0 = min(max(box.x0 + chance.uniform(-width, width), 0.0), 1 - width)
+    y0 = min(max(box.y0 + chance.uniform(-height, height), 0.0), 1 - height)
+    return replace(box, x0=x0, y0=y0, x1=x0 + width, y1=y0 + height)
+
+
+def _anywhere(chance: random.Random) -> Region:
+    width, height = chance.uniform(0.1, 0.4), chance.uniform(0.1, 0.4)
+    x0, y0 = chance.uniform(0, 1 - width), chance.uniform(0, 1 - height)
+    return Region((Box(x0, y0, x0 + width, y0 + height),))

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training loop: a frozen model, a compressor, and what the answers say about it."""
+
+import json
+import math
+import random
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from cachetools import LRUCache
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+from torch.nn import functional
+
+from lab.resampling.frozen import FrozenModel, Prompt, Shown
+from lab.resampling.items import Item
+from lab.resampling.lessons import RATES, plan_lesson
+from vllm_crop.models.plan_fields import assignment, places
+from vllm_crop.planning.plan import TokenPlan
+from vllm_crop.resampler.module import Resampler
+from vllm_crop.resampler.settings import ResamplerShape
+
+Recipe = Literal["answers", "match"]
+WARMUP = 50  # steps
+REPORT_EVERY = 25  # steps
+SAVE_EVERY = 120.0  # seconds
+MOST_SAID = 16  # tokens of an answer that nobody has given
+
+
+@dataclass(frozen=True)
+class Course:
+    """How it is trained.
+
+    Attributes:
+        recipe: "answers" learns what is right, "match" what the unpruned model thinks.
+        batch: questions a step.
+        rates: of which each step has one.
+    """
+
+    recipe: Recipe = "answers"
+    steps: int = 2000
+    batch: int = 32
+    learning_rate: float = 1e-3
+    seed: int = 20261128
+    rates: tuple[float, ...] = RATES
+    cache_gib: float = 2.0
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """One question of a step."""
+
+    item: Item
+    plan: TokenPlan
+    features: Tensor
+    prompt: Prompt
+
+
+class Trainer:
+    """Holds the compressor, the optimizer and where the training stands; `out/state.pt` keeps them."""
+
+    def __init__(
+        self, model: FrozenModel, items: Sequence[Item], shape: ResamplerShape, course: Course, out: Path
+    ) -> None:
+        torch.manual_seed(course.seed)
+        self.model, self.items, self.course, self.out = model, items, course, out
+        out.mkdir(parents=True, exist_ok=True)
+        self.resampler = Resampler(shape).to(model.device)
+        self.optimizer = torch.optim.AdamW(
+            self.resampler.parameters(), lr=course.learning_rate, weight_decay=0.01
+        )
+        self.step = 0
+        cache_bytes = int(course.cache_gib * 2**30)
+        self._features: LRUCache[str, Tensor] = LRUCache(
+            cache_bytes, getsizeof=lambda part: part.numel() * part.element_size()
+        )
+        self._teacher: dict[int, tuple[list[int], Tensor]] = {}
+        self._window: dict[str, list[float]] = defaultdict(list)
+        self._load()
+
+    def run(self, minutes: float) -> bool:
+        """Train until done or so many minutes have passed, then save.
+
+        Returns:
+            Whether it is done.
+        """
+        end, saved = time.monotonic() + 60 * minutes, time.monotonic()
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns) as progress:
+            bar = progress.add_task("steps", total=self.course.steps, completed=self.step)
+            while self.step < self.course.steps and time.monotonic() < end:
+                self.train_step()
+                progress.update(bar, completed=self.step)
+                if time.monotonic() - saved > SAVE_EVERY:
+                    self.save()
+                    saved = time.monotonic()
+        self.save()
+        return self.step >= self.course.steps
+
+    def train_step(self) -> None:
+        """One step, the same whenever it is run."""
+        chance = random.Random(self.course.seed + 1_000_003 * self.step)
+        rate = chance.choice(self.course.rates)
+        chosen = chance.sample(range(len(self.items)), min(self.course.batch, len(self.items)))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.course.learning_rate * self._falling()
+        targets = [self._target(index) for index in chosen]
+        lessons = [
+            self._lesson(self.items[index], rate, chance, ids)
+            for index, (ids, _) in zip(chosen, targets, strict=True)
+        ]
+        shown = [self._compressed(lesson) for lesson in lessons]
+        logits = self.model.logits([lesson.prompt for lesson in lessons], shown)
+        losses = [self._loss(row, ids, thought) for row, (ids, thought) in zip(logits, targets, strict=True)]
+        loss = torch.stack(losses).mean()
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self.resampler.parameters(), 1.0)
+        self.optimizer.step()
+        self.step += 1
+        self._note(rate, loss, logits, targets)
+
+    def _lesson(self, item: Item, rate: float, chance: random.Random, ids: Sequence[int]) -> Lesson:
+        features, (width, height) = self._seen(item)
+        grid, view = self.model.geometry.grid(width, height), self.model.geometry.view(width, height)
+        plan = plan_lesson(item.region, grid, view, rate, chance)
+        return Lesson(item, plan, features, self.model.prompt(item.question, ids))
+
+    def _compressed(self, lesson: Lesson) -> Shown:
+        plan = lesson.plan
+        rows = self.resampler(lesson.features.float(), assignment(plan), places(plan))
+        return Shown.planned(rows.to(self.model.model.dtype), plan)
+
+    def _loss(self, logits: Tensor, ids: Sequence[int], thought: Tensor | None) -> Tensor:
+        if thought is None:
+            return functional.cross_entropy(logits, torch.tensor(list(ids), device=logits.device))
+        return functional.kl_div(
+            logits.log_softmax(-1), thought.to(logits.device), reduction="batchmean", log_target=True
+        )
+
+    def _target(self, index: int) -> tuple[list[int], Tensor | None]:
+        """What is to be said of an item, and for recipe "match" what the unpruned model thinks of it."""
+        item = self.items[index]
+        if self.course.recipe == "answers":
+            assert item.answer is not None
+            return self.model.answer_ids(item.answer), None
+        if index not in self._teacher:
+            features, size = self._seen(item)
+            whole = Shown.whole(features, self.model.geometry.grid(*size))
+            ids = self.model.say(item.question, whole, MOST_SAID)
+            with torch.inference_mode():
+                (logits,) = self.model.logits([self.model.prompt(item.question, ids)], [whole])
+            self._teacher[index] = ids, logits.log_softmax(-1).cpu()
+        return self._teacher[index]
+
+    def _seen(self, item: Item) -> tuple[Tensor, tuple[int, int]]:
+        known = self._features.get(item.picture)
+        if known is not None:
+            return known.to(self.model.device), self._sizes[item.picture]
+        image = item.open()
+        self._sizes[item.picture] = image.size
+        features = self.model.features(image).clone()
+        if self._features.getsizeof(features) <= self._features.maxsize:
+            self._features[item.picture] = features.cpu()
+        return features, image.size
+
+    def _falling(self) -> float:
+        falling = 0.5 * (1 + math.cos(math.pi * self.step / self.course.steps))
+        return (0.02 + 0.98 * falling) * min(1.0, (self.step + 1) / WARMUP)
+
+    def _note(
+        self, rate: float, loss: Tensor, logits: Sequence[Tensor], targets: Sequence[tuple[list[int], Any]]
+    ) -> None:
+        right = [
+            logit.argmax(-1).tolist() == list(ids) for logit, (ids, _) in zip(logits, targets, strict=True)
+        ]
+        self._window[f"loss {rate:g}"].append(float(loss.detach()))
+        self._window[f"right {rate:g}"].append(sum(right) / len(right))
+        if self.step % REPORT_EVERY == 0:
+            means = {name: round(sum(of) / len(of), 4) for name, of in sorted(self._window.items())}
+            self._window.clear()
+            with (self.out / "log.jsonl").open("a") as log:
+                log.write(json.dumps({"step": self.step, "time": round(time.time()), **means}) + "\n")
+
+    def save(self) -> None:
+        """Write the state, so that a run can go on."""
+        state = {
+            "resampler": self.resampler.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "course": asdict(self.course),
+        }
+        torch.save(state, self.out / "state.new")
+        (self.out / "state.new").replace(self.out / "state.pt")
+
+    def _load(self) -> None:
+        self._sizes: dict[str, tuple[int, int]] = {}
+        path = self.out / "state.pt"
+        if not path.exists():
+            return
+        state = torch.load(path, map_location=self.model.device)
+        if state["course"] != asdict(self.course):
+            raise SystemExit(f"{path} was trained otherwise: give its settings again, or another --out")
+        self.resampler.load_state_dict(state["resampler"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]

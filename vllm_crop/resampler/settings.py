@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The folder of a compressor's weights: what its config.json says, and which checkpoints it fits.
+
+Such a folder, or a repository on the Hugging Face Hub, has
+
+    config.json         model_type "crop_plc", its shape, the model it was trained for, how it was trained
+    model.safetensors   the weights
+    README.md           the card
+
+Read once, while a server's configuration is made, which then carries a fingerprint of both files to every
+worker: whoever loads other weights under the same name fails, and cached embeddings are named by it.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from vllm_crop.errors import CropError
+from vllm_crop.families.checkpoint import CONFIG_FILE
+from vllm_crop.families.model_shape import ModelShape, feature_size, merge_size
+
+WEIGHTS_FILE = "model.safetensors"
+CARD_FILE = "README.md"
+MODEL_TYPE = "crop_plc"
+_TRAIN = "train one for it (docs/compressing.md), or use compression 'pool'"
+
+
+class ResamplerError(CropError):
+    """The weights of a compressor cannot be used; the message names them and what to do."""
+
+
+class ResamplerConfig(BaseModel):
+    """Whose weights compression 'resampler' uses."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    weights: str | None = Field(
+        default=None,
+        max_length=4000,
+        description="Folder of the compressor's weights, or the name of a repository on the Hub.",
+    )
+    revision: str | None = Field(
+        default=None, max_length=200, description="Branch, tag or commit of that repository."
+    )
+    fingerprint: str | None = Field(
+        default=None,
+        pattern="^[0-9a-f]{64}$",
+        description="SHA-256 that the weights must have, as the server logs it at start. Left out: whatever "
+        "is found then.",
+    )
+
+
+class ResamplerShape(BaseModel):
+    """The sizes of a compressor.
+
+    Attributes:
+        feature_size: columns of a visual token's features: the model's hidden size, and as much again for
+            each layer of deepstack.
+        width: of queries, keys and values, all heads together.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    feature_size: int = Field(ge=1, le=1 << 20)
+    width: int = Field(ge=4, le=1 << 16)
+    num_heads: int = Field(ge=1, le=1024)
+    mlp_size: int = Field(ge=1, le=1 << 20)
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> Self:
+        if self.width % (4 * self.num_heads):
+            raise ValueError(f"width {self.width} must be a multiple of 4 x {self.num_heads} heads")
+        return self
+
+    @classmethod
+    def suited_to(cls, feature_size: int) -> Self:
+        """A compressor a quarter as wide as the model's features, with heads of 64 or less."""
+        width = max(16, 1 << max(0, (feature_size // 4 - 1).bit_length()))
+        return cls(
+            feature_size=feature_size,
+            width=width,
+            num_heads=max(1, width // 64) if width >= 64 else 1,
+            mlp_size=width,
+        )
+
+
+class ResamplerCard(BaseModel):
+    """The config.json of a compressor.
+
+    Attributes:
+        base_model: name of the checkpoint it was trained for, with its revision on the Hub if it has one.
+        base: what of that checkpoint must be as it was.
+        spatial_merge_size: patches in a row of a visual token, where models have them.
+        training: recipe, data, steps, versions; as the trainer wrote it.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    model_type: Literal["crop_plc"] = "crop_plc"
+    version: Literal[1] = 1
+    shape: ResamplerShape
+    base_model: str
+    base_model_revision: str | None = None
+    base: ModelShape
+    spatial_merge_size: int | None = None
+    training: dict[str, Any] = Field(default_factory=dict)
+
+    @classmethod
+    def untrained(cls, shape: ResamplerShape, base_model: str, model: Mapping[str, Any]) -> Self:
+        """For a checkpoint with this config.json; the name of a folder is its last part."""
+        return cls(
+            shape=shape,
+            base_model=Path(base_model).name if Path(base_model).is_dir() else base_model,
+            base_model_revision=model.get("_commit_hash"),
+            base=ModelShape.of(model),
+            spatial_merge_size=merge_size(model),
+        )
+
+    def require_fit(self, name: str, model: Mapping[str, Any]) -> None:
+        """Refuse another model than the one they were trained for.
+
+        Args:
+            name: of the weights, for the message.
+            model: config.json, or the `to_dict()` of a loaded configuration.
+
+        Raises:
+            ResamplerError: the models differ in shape.
+        """
+        differences = self.base.differences(ModelShape.of(model))
+        if (found := feature_size(model)) != self.shape.feature_size:
+            differences.append(f"features of {found} columns, not {self.shape.feature_size}")
+        if (merges := merge_size(model)) != self.spatial_merge_size:
+            differences.append(f"spatial_merge_size {merges}, not {self.spatial_merge_size}")
+        if differences:
+            raise ResamplerError(
+                f"resampler.weights {name} were trained for another model, {self.base_model}: this one has "
+                f"{'; '.join(differences)}. {_TRAIN[0].upper()}{_TRAIN[1:]}"
+            )
+
+
+def find_weights(config: ResamplerConfig) -> Path:
+    """The folder that a server's settings name, fetched from the Hub if it is none.
+
+    Raises:
+        ResamplerError: there is none, or it lacks a file.
+    """
+    assert config.weights is not None
+    folder = Path(config.weights).expanduser()
+    if not folder.is_dir():
+        folder = _download(config.weights, config.revision)
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / name).is_file():
+            raise ResamplerError(f"resampler.weights {config.weights} has no {name}: {_TRAIN}")
+    return folder
+
+
+def read_card(folder: Path) -> ResamplerCard:
+    """The config.json of a folder.
+
+    Raises:
+        ResamplerError: it is of something else, or of another version.
+    """
+    path = folder / CONFIG_FILE
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ResamplerError(f"resampler.weights: {path} cannot be read ({error}): {_TRAIN}") from None
+    kind = found.get("model_type") if isinstance(found, dict) else None
+    if kind != MODEL_TYPE:
+        raise ResamplerError(
+            f"resampler.weights {folder} is no compressor: its config.json says model_type {kind!r}, not "
+            f"{MODEL_TYPE!r}. {_TRAIN[0].upper()}{_TRAIN[1:]}"
+        )
+    try:
+        return ResamplerCard.model_validate(found)
+    except ValidationError as error:
+        wrong = error.errors(include_url=False, include_input=False)[0]
+        raise ResamplerError(
+            f"resampler.weights {folder} is no compressor of this version "
+            f"({'.'.join(map(str, wrong['loc']))}: {wrong['msg']}): {_TRAIN}"
+        ) from None
+
+
+def fingerprint_of(folder: Path) -> str:
+    """SHA-256 of both files that decide what comes out."""
+    digest = hashlib.sha256()
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        with (folder / name).open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def require_fingerprint(config: ResamplerConfig, folder: Path) -> str:
+    """The fingerprint of a folder, which must be the one that the settings say, if they say one.
+
+    Raises:
+        ResamplerError: it is another.
+    """
+    found = fingerprint_of(folder)
+    if config.fingerprint not in (None, found):
+        raise ResamplerError(
+            f"resampler.weights {config.weights} have changed: their fingerprint is {found}, and "
+            f"{config.fingerprint} is asked for. Start again with the weights that are meant"
+        )
+    return found
+
+
+def with_compressor(settings: Mapping[str, Any]) -> tuple[dict[str, Any], ResamplerCard | None]:
+    """The settings of a server with the fingerprint of the weights they name; and what these are for.
+
+    Args:
+        settings: of CropConfig, as an operator gives them; checked.
+
+    Raises:
+        ResamplerError: the weights cannot be used.
+    """
+    named = ResamplerConfig.model_validate(settings.get("resampler") or {})
+    if named.weights is None:
+        return dict(settings), None
+    folder = find_weights(named)
+    card, fingerprint = read_card(folder), require_fingerprint(named, folder)
+    return {**settings, "resampler": {**named.model_dump(), "fingerprint": fingerprint}}, card
+
+
+def _download(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+    except HFValidationError:
+        raise ResamplerError(
+            f"resampler.weights {name!r} is neither a directory nor a name on the Hub"
+        ) from None
+    except LocalEntryNotFoundError:
+        raise ResamplerError(
+            f"resampler.weights: there is no directory {name!r}, nothing of that name is cached, and the Hub "
+            "cannot be reached"
+        ) from None
+    except OSError as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ResamplerError(f"resampler.weights {name!r}: the Hub answers {reason}") from None

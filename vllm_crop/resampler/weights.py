@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compressors from and to their folders. torch only."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from vllm_crop.families.checkpoint import CONFIG_FILE
+from vllm_crop.resampler.module import Resampler
+from vllm_crop.resampler.settings import (
+    CARD_FILE,
+    WEIGHTS_FILE,
+    ResamplerCard,
+    ResamplerConfig,
+    ResamplerError,
+    find_weights,
+    read_card,
+    require_fingerprint,
+)
+
+
+def load_resampler(config: ResamplerConfig, dtype: torch.dtype) -> Resampler:
+    """The compressor that a server's settings name, on the CPU.
+
+    Raises:
+        ResamplerError: it cannot be read, or is another than the settings say.
+    """
+    folder = find_weights(config)
+    require_fingerprint(config, folder)
+    return read_resampler(folder).to(dtype)
+
+
+def read_resampler(folder: Path) -> Resampler:
+    """The compressor in a folder, in float32 on the CPU.
+
+    Raises:
+        ResamplerError: the weights are not those that its config.json promises.
+    """
+    card = read_card(folder)
+    try:
+        weights = load_file(folder / WEIGHTS_FILE)
+    except (OSError, SafetensorError) as error:
+        raise ResamplerError(f"resampler.weights {folder / WEIGHTS_FILE} cannot be read: {error}") from None
+    with torch.device("cpu"):
+        resampler = Resampler(card.shape).float()
+    try:
+        resampler.load_state_dict(weights)
+    except RuntimeError as error:
+        told = str(error).split("\n")[1:2] or [str(error)]
+        raise ResamplerError(
+            f"resampler.weights {folder}: model.safetensors does not fit its config.json ({told[0].strip()})"
+        ) from None
+    return resampler.eval().requires_grad_(False)
+
+
+def write_resampler(folder: Path, resampler: Resampler, card: ResamplerCard, text: str) -> None:
+    """Write a folder that `resampler.weights` can name.
+
+    Args:
+        text: of the card, markdown.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    content = json.dumps(card.model_dump(), indent=2, sort_keys=True)
+    (folder / CONFIG_FILE).write_text(f"{content}\n", encoding="utf-8")
+    weights = {name: part.detach().float().contiguous() for name, part in resampler.state_dict().items()}
+    save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    (folder / CARD_FILE).write_text(text, encoding="utf-8")
