@@ -17,7 +17,7 @@ def crop_pruning(plans: Sequence[TokenPlan], num_layers: int) -> Pruning:
     stages = {layer: counts[layer] for layer in range(1, num_layers) if counts[layer] < counts[layer - 1]}
 
     def before(sight: Sight) -> Kept:
-        features = torch.stack([_compressed(sight.image.features, plan) for plan in plans])
+        features = torch.stack([pooled(sight.image.features, plan) for plan in plans])
         tokens = torch.stack([torch.tensor(plan.position).long() for plan in plans])
         return Kept(features, tokens)
 
@@ -30,7 +30,8 @@ def crop_pruning(plans: Sequence[TokenPlan], num_layers: int) -> Pruning:
     return Pruning(None if unchanged else before, stages, choose)
 
 
-def _compressed(features: Tensor, plan: TokenPlan) -> Tensor:
+def pooled(features: Tensor, plan: TokenPlan) -> Tensor:
+    """The mean of the tokens of each embedding, `[num_embeddings, hidden]`."""
     return torch.stack([features[tokens].mean(0) for tokens in plan.members()])
 
 

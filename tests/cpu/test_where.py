@@ -20,16 +20,17 @@ def test_every_part_is_timed_where_it_happens(deep_checkpoint: Path) -> None:
         "again": {"regions": [[[0.4, 0.2, 0.6, 0.4]]]},
         "attention": {"question": "What is it?"},
     }
-    runs = ask_in_turn(
+    runs, compressor = ask_in_turn(
         deep_checkpoint, crop, crops, 3, 336, 2048, is_cpu=True, serve_args=["--load-format", "dummy"]
     )
+    assert compressor is None
     assert set(runs) == set(MODES)
     for mode, of_mode in runs.items():
         assert len(of_mode) == 3
         for run in of_mode:
             seen = {part for part, took in run.parts.items() if took > 0}
             of_view = {part for part in PARTS if part.startswith("view")}
-            assert seen == set(PARTS) - (set() if mode == "attention" else of_view)
+            assert seen == set(PARTS) - {"compressor"} - (set() if mode == "attention" else of_view)
             assert (run.tower_tokens == 0) == (mode == "again"), "its features are kept"
             assert sum(run.parts.values()) == pytest.approx(run.total)
     for run in runs["attention"]:

@@ -29,6 +29,7 @@ class Options:
         image_side: pixels, of the square random images.
         dummy: which family's dummy model, without `model`.
         compression: what "plc" does.
+        resampler: folder of a compressor; None for an untrained one, which takes as long.
         localizers: modes in which the server finds regions, for the first of the methods.
         localizer_config: more settings of their localizers.
     """
@@ -49,6 +50,7 @@ class Options:
     image_side: int = IMAGE_SIDE
     dummy: Dummy = "llava"
     compression: Compression = "pool"
+    resampler: str | None = None
     localizers: tuple[LocalizedMode, ...] = ()
     localizer_config: Mapping[str, Any] = field(default_factory=dict)
 
@@ -63,9 +65,16 @@ class Options:
         stock: tuple[Mode, ...] = ("stock",) if self.stock else ()
         return (*stock, "off", *self.methods, *self.localizers)
 
-    def crop_arguments(self, localizer: Mapping[str, Any] | None) -> tuple[str, ...]:
-        """What asks for the plugin on the command line of `vllm serve`."""
+    def crop_arguments(
+        self, localizer: Mapping[str, Any] | None, more: Mapping[str, Any] | None = None
+    ) -> tuple[str, ...]:
+        """What asks for the plugin on the command line of `vllm serve`.
+
+        Args:
+            more: settings that are known only once there is a model.
+        """
         settings: dict[str, Any] = {"eviction_layers": self.stages, "compression": self.compression}
+        settings |= more or {}
         if localizer is not None:
             settings["localizer"] = localizer
         return ("--plugin", "crop", "--crop-config", json.dumps(settings))

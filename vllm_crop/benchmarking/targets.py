@@ -94,11 +94,16 @@ SHARE_OF_ALL = 0.9  # of the device's memory
 
 @dataclass(frozen=True)
 class ToServe:
-    """What both servers have in common."""
+    """What both servers have in common.
+
+    Attributes:
+        crop: settings of the plugin that depend on the model.
+    """
 
     model: str
     args: tuple[str, ...]
     env: dict[str, str]
+    crop: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -116,10 +121,12 @@ def what_to_serve(options: Options, machine: Machine, client: Client) -> ToServe
     servers = max(1, own) + options.stock + ("remote localizer" in options.localizers)
     share = ("--gpu-memory-utilization", f"{SHARE_OF_ALL / servers:.2f}") if servers > 1 else ()
     if options.model is not None:
-        return ToServe(options.model, (*QUIET, *share, *options.serve_args), {})
+        crop = _compressor(options, options.model, client)
+        return ToServe(options.model, (*QUIET, *share, *options.serve_args), {}, crop)
     # vLLM's dummy weights give the same answer to all: no localizer may be made of them.
     scaled = bool(options.localizers)
     model = str(client.call(_make_dummy, options.folder / "model", options.dummy, scaled))
+    crop = _compressor(options, model, client)
     longest = load_geometry(model).grid(options.image_side, options.image_side).num_tokens + ROOM_FOR_TEXT
     args = [*QUIET, "--max-model-len", str(max(MAX_MODEL_LEN, longest))]
     args += [] if scaled else ["--load-format", "dummy"]
@@ -127,12 +134,28 @@ def what_to_serve(options: Options, machine: Machine, client: Client) -> ToServe
     # would answer those beginnings, a larger share of the pruned prompts.
     args.append("--no-enable-prefix-caching")
     if not machine.is_cpu:
-        return ToServe(model, (*args, *share, *options.serve_args), {})
+        return ToServe(model, (*args, *share, *options.serve_args), {}, crop)
     # Compiling takes a minute longer and gains 5 percent; blocks as small as the CPU allows show KV use
     # most exactly.
     args += ["--enforce-eager", *(HYBRID if options.dummy == "qwen3_5" else PLAIN)]
     env = {"VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", str(CPU_KV_GIB))}
-    return ToServe(model, (*args, *options.serve_args), env)
+    return ToServe(model, (*args, *options.serve_args), env, crop)
+
+
+def _compressor(options: Options, model: str, client: Client) -> dict[str, Any]:
+    """The setting that names a compressor's weights: the options' own, or untrained ones."""
+    if options.compression != "resampler":
+        return {}
+    weights = options.resampler or str(client.call(_make_untrained, options.folder / "resampler", model))
+    return {"resampler": {"weights": weights}}
+
+
+def _make_untrained(folder: Path, model: str) -> Path:
+    """Write a compressor that does what pooling does, with all the work. Called where torch is loaded."""
+    from vllm_crop.families.checkpoint import load_model_config
+    from vllm_crop.resampler.weights import write_untrained
+
+    return write_untrained(folder, model, load_model_config(model))
 
 
 def _make_dummy(folder: Path, dummy: Dummy, weights: bool) -> Path:
@@ -154,6 +177,9 @@ def started(
 ) -> Iterator[dict[Mode, Target]]:
     """Serve until the block ends; per mode the server that its requests go to."""
 
+    def crop_arguments(localizer: Mapping[str, Any] | None) -> tuple[str, ...]:
+        return options.crop_arguments(localizer, to_serve.crop)
+
     def serve_with(plugin: tuple[str, ...], log_path: Path) -> Server:
         args = (*plugin, *to_serve.args)
         return stack.enter_context(
@@ -163,18 +189,18 @@ def started(
     with ExitStack() as stack:
         own = [kind for kind, mode in OWN_MODES.items() if mode in options.localizers]
         localizer = own_localizer(own[0], options) if own else None
-        server = serve_with(options.crop_arguments(localizer), options.folder / "server.log")
+        server = serve_with(crop_arguments(localizer), options.folder / "server.log")
         capacity = KVCapacity.of_server(server.base_url)
         layers = geometry.num_layers, tuple(geometry.looking_layers)
         grouping = client.call(_grouping, *layers, options.stages, capacity.block_size)
         capacity = capacity.of_grouping(grouping)
         targets = dict.fromkeys(options.modes, Target(server, capacity))
         for kind in own[1:]:  # a server finds regions in one way
-            arguments = options.crop_arguments(own_localizer(kind, options))
+            arguments = crop_arguments(own_localizer(kind, options))
             another = serve_with(arguments, options.folder / f"{kind}_server.log")
             targets[OWN_MODES[kind]] = Target(another, capacity)
         if "remote localizer" in options.localizers:
-            arguments = options.crop_arguments(remote_localizer(options, server))
+            arguments = crop_arguments(remote_localizer(options, server))
             asking = serve_with(arguments, options.folder / "asking_server.log")
             targets["remote localizer"] = Target(asking, capacity)
         if options.stock:

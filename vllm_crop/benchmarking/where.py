@@ -23,7 +23,8 @@ from vllm_crop.benchmarking.options import Options
 from vllm_crop.benchmarking.targets import MAX_MODEL_LEN, ROOM_FOR_TEXT, own_localizer, what_to_serve
 from vllm_crop.families.checkpoint import load_geometry
 from vllm_crop.measuring.provenance import Machine, describe_machine
-from vllm_crop.planning.geometry import Box, Region
+from vllm_crop.planning.geometry import Box, ImageTokens, Region
+from vllm_crop.planning.plan import make_plan
 
 # In the order they happen; "view" is the localizer's part of the work.
 PARTS = {
@@ -34,6 +35,7 @@ PARTS = {
     "view model": "view: language model",
     "process": "HF processor and plan",
     "tower": "vision tower",
+    "compressor": "compressor",
     "model": "language model",
     "rest": "the rest: prompt, scheduler, sampler",
 }
@@ -59,6 +61,7 @@ class WhereOutcome:
         cpu: CPU milliseconds of the process, all of its threads.
         tower_tokens: visual tokens that the vision tower made, a view's among them.
         prompt_tokens: of the request itself.
+        compressor: MiB of its weights, and of what it works with at most on such a picture; None without one.
     """
 
     machine: Machine
@@ -69,6 +72,7 @@ class WhereOutcome:
     cpu: Mapping[str, float]
     tower_tokens: Mapping[str, float]
     prompt_tokens: Mapping[str, float]
+    compressor: tuple[float, float] | None = None
 
 
 def measure_where(options: Options) -> WhereOutcome:
@@ -78,7 +82,7 @@ def measure_where(options: Options) -> WhereOutcome:
         served = what_to_serve(options, machine, client)
         crop = {
             **{"pruning_rate": options.pruning_rate, "localizer": own_localizer("attention", options)},
-            "compression": options.compression,
+            **{"compression": options.compression, **served.crop},
         }
         crops: dict[str, dict[str, Any]] = {
             "off": {"method": "off"},
@@ -87,7 +91,7 @@ def measure_where(options: Options) -> WhereOutcome:
             "attention": {"method": "plc", "question": QUESTION.strip()},
         }
         longest = load_geometry(served.model).grid(options.image_side, options.image_side).num_tokens
-        runs = client.call(
+        runs, compressor = client.call(
             ask_in_turn,
             Path(served.model),
             crop,
@@ -118,6 +122,7 @@ def measure_where(options: Options) -> WhereOutcome:
         medians(lambda run: run.cpu),
         medians(lambda run: run.tower_tokens),
         medians(lambda run: run.prompt_tokens),
+        compressor,
     )
 
 
@@ -147,6 +152,12 @@ def where_table(outcome: WhereOutcome) -> Table:
         full = counts["off"]
         cells = [f"{counts[mode]:.0f} ({counts[mode] / full:.2f}x)" for mode in MODES]
         table.add_row(title, *cells)
+    if outcome.compressor is not None:
+        weights, working = outcome.compressor
+        table.caption = (
+            f"{table.caption} The compressor's weights take {weights:.1f} MiB, its work on such a picture "
+            f"{working:.1f} MiB at most."
+        )
     return table
 
 
@@ -170,7 +181,7 @@ def ask_in_turn(
     max_model_len: int,
     is_cpu: bool,
     serve_args: Sequence[str] = (),
-) -> dict[str, list[_Run]]:
+) -> tuple[dict[str, list[_Run]], tuple[float, float] | None]:
     """Ask `questions` times in each mode, after some to warm up. Called in a process that keeps its engine.
 
     Args:
@@ -179,6 +190,9 @@ def ask_in_turn(
         side: of the square pictures, in pixels.
         max_model_len: of the engine.
         serve_args: options of `vllm serve` that are the engine's; they win over the benchmark's own.
+
+    Returns:
+        The requests by mode, and WhereOutcome.compressor.
     """
     from vllm import LLM, SamplingParams
     from vllm.multimodal.media.image import ImageMediaIO
@@ -214,7 +228,7 @@ def ask_in_turn(
                 run.prompt_tokens = len(output.prompt_token_ids)
             if number >= WARM_UPS:
                 runs[mode].append(run)
-    return runs
+    return runs, clock.compressor_memory(load_geometry(str(model)).grid(side, side))
 
 
 class _Clock:
@@ -234,6 +248,8 @@ class _Clock:
         self._of_view = False
         self._wrap(renderer.mm_processor, "apply", "process")
         self._wrap(model, "embed_multimodal", "tower")
+        if self._encoder.resampler is not None:
+            self._wrap(self._encoder.resampler.module, "forward", "compressor")
         self._wrap(model, "forward", "model")
         self._wrap(requests, "glance_now", "view picture")
         ask_now = requests.ask_now
@@ -247,6 +263,27 @@ class _Clock:
 
         requests.ask_now = of_view
 
+    def compressor_memory(self, grid: ImageTokens) -> tuple[float, float] | None:
+        """MiB of the compressor's weights, and of what it works with at most; None without one."""
+        if self._encoder.resampler is None:
+            return None
+        import torch
+        from torch.distributed._tools.mem_tracker import MemTracker
+
+        from vllm_crop.models.plan_fields import assignment, places
+
+        module = self._encoder.resampler.module
+        weights = list(module.parameters())
+        plan = make_plan(grid, Region.whole(), 0.1, "resampler")  # most tokens are queries
+        features = weights[0].new_zeros(grid.num_tokens, module.norm.normalized_shape[0])
+        tracker = MemTracker()
+        tracker.track_external(module, features)
+        with torch.no_grad(), tracker:
+            module(features, assignment(plan), places(plan))
+        peak = sum(device["Total"] for device in tracker.get_tracker_snapshot("peak").values())
+        own = sum(part.nbytes for part in weights)
+        return own / 2**20, (peak - own - features.nbytes) / 2**20
+
     @contextmanager
     def request(self) -> Iterator[_Run]:
         """One request; what no part accounts for is the rest."""
@@ -256,7 +293,9 @@ class _Clock:
         self._run.tower_tokens = self._encoder.tokens_encoded - before
         self._run.total = 1e3 * (time.perf_counter() - start)
         self._run.cpu = 1e3 * (time.process_time() - cpu)
-        self._run.parts["rest"] = self._run.total - sum(self._run.parts.values())
+        parts = self._run.parts
+        parts["tower"] = parts.get("tower", 0.0) - parts.get("compressor", 0.0)  # which runs within it
+        parts["rest"] = self._run.total - sum(parts.values())
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:

@@ -81,6 +81,13 @@ def bench(
         ),
     ] = "llava",
     compression: CompressionOption = DEFAULTS.compression,
+    resampler: Annotated[
+        str | None,
+        typer.Option(
+            help="With --compression resampler: folder or Hub repository of the compressor. Left out: an "
+            "untrained one, which takes as long."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="First seed of the random images and questions.")] = 0,
     stock: Annotated[
         bool,
@@ -174,6 +181,8 @@ def bench(
       vllm-crop bench --where
     What does the vision tower spare that sees the region alone at full size?
       vllm-crop bench --where --dummy qwen2_5_vl --image-side 1792 --compression foveate --num-prompts 4
+    What do learned queries cost?
+      vllm-crop bench --where --compression resampler
     What does it cost the API process?
       vllm-crop bench --planning
       vllm-crop bench --api-cpu
@@ -239,6 +248,8 @@ def bench(
         raise typer.BadParameter(f"{', '.join(sorted(wrong))}: not of {LOCALIZERS}", param_hint="--localizer")
     if wrong := set(method).difference(METHODS):
         raise typer.BadParameter(f"{', '.join(sorted(wrong))}: not of {METHODS}", param_hint="--method")
+    if resampler is not None and compression != "resampler":
+        raise typer.BadParameter("needs --compression resampler", param_hint="--resampler")
     settings = _parse_settings(localizer_config)
     _refuse_stray(settings, ["attention"] if where else localizer)
     # Late, as all of the benchmark: the other commands start without it.
@@ -262,6 +273,7 @@ def bench(
         image_side=image_side,
         dummy=dummy,
         compression=compression,
+        resampler=resampler,
         seed=seed,
         stock=stock,
         serve_args=tuple(shlex.split(serve_args)),

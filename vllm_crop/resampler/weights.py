@@ -2,13 +2,16 @@
 """Compressors from and to their folders. torch only."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from vllm_crop.families.checkpoint import CONFIG_FILE
+from vllm_crop.families.model_shape import feature_size
 from vllm_crop.resampler.module import Resampler
 from vllm_crop.resampler.settings import (
     CARD_FILE,
@@ -16,6 +19,7 @@ from vllm_crop.resampler.settings import (
     ResamplerCard,
     ResamplerConfig,
     ResamplerError,
+    ResamplerShape,
     find_weights,
     read_card,
     require_fingerprint,
@@ -54,6 +58,24 @@ def read_resampler(folder: Path) -> Resampler:
             f"resampler.weights {folder}: model.safetensors does not fit its config.json ({told[0].strip()})"
         ) from None
     return resampler.eval().requires_grad_(False)
+
+
+def write_untrained(folder: Path, name: str, model: Mapping[str, Any]) -> Path:
+    """Write weights that do what compression "pool" does, for a model with this config.json.
+
+    Args:
+        name: of the model.
+
+    Raises:
+        ResamplerError: its config.json does not say how wide its features are.
+    """
+    columns = feature_size(model)
+    if columns is None:
+        raise ResamplerError(f"the config.json of {name} has no hidden_size to make a compressor for")
+    shape = ResamplerShape.suited_to(columns)
+    card = ResamplerCard.untrained(shape, name, model)
+    write_resampler(folder, Resampler(shape), card, f"# An untrained compressor for {card.base_model}\n")
+    return folder
 
 
 def write_resampler(folder: Path, resampler: Resampler, card: ResamplerCard, text: str) -> None:
