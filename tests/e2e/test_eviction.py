@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A server configured by a YAML file alone: prepared to evict, finding regions where the model looks, on two
-tensor-parallel workers, with the shared-memory image cache, prefix caching and no API key."""
+"""A server configured by a YAML file alone: prepared to evict, with learned queries that compress, finding
+regions where the model looks, on two tensor-parallel workers, with the shared-memory image cache, prefix
+caching and no API key."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,13 +26,16 @@ from tests.e2e.test_serve import (
     messages,
 )
 from tests.reference import HfLlava
+from tests.resampler_reference import resampling, weights_of, write_random_resampler
 from vllm_crop.client import facts_of
+from vllm_crop.families.checkpoint import load_model_config
 from vllm_crop.heat.request import NOWHERE
 from vllm_crop.localizers.heat import HeatMap, heat_grid
 from vllm_crop.localizers.settings import LocalizerConfig
 from vllm_crop.measuring.server import Server
 from vllm_crop.planning.budget import Method, retained_per_stage
 from vllm_crop.planning.geometry import Region
+from vllm_crop.resampler.weights import read_resampler
 
 pytestmark = pytest.mark.e2e
 
@@ -44,7 +48,8 @@ crop-config:
   method: ilp
   eviction_layers: [2]
   pruning_rate: {RATE}
-  compression: prune
+  compression: resampler
+  resampler: {{weights: {{weights}}}}
   localizer: {{kind: attention, layers: {LAYERS}, prompt: "{{question}}", whole_below: 0, timeout_s: 60}}
 tensor-parallel-size: 2
 mm-processor-cache-type: shm
@@ -54,9 +59,19 @@ METHODS: tuple[Method, ...] = ("off", "plc", "ilp", "plc+ilp")
 
 
 @pytest.fixture(scope="module")
-def server(deep_checkpoint: Path, logs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def weights(deep_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = load_model_config(str(deep_checkpoint))
+    return write_random_resampler(
+        tmp_path_factory.mktemp("weights"), model["text_config"]["hidden_size"], model
+    )
+
+
+@pytest.fixture(scope="module")
+def server(
+    deep_checkpoint: Path, weights: Path, logs: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
     file = tmp_path_factory.mktemp("settings") / "serve.yaml"
-    file.write_text(SETTINGS)
+    file.write_text(SETTINGS.replace("{weights}", str(weights)))
     options_without_budget = OPTIONS[: OPTIONS.index("--max-num-batched-tokens")]
     options = ("--config", str(file), *options_without_budget)
     log_path = logs / "evicting.log"
@@ -72,8 +87,9 @@ def client(server: Server) -> openai.OpenAI:
 
 
 @pytest.fixture(scope="module")
-def hf(deep_checkpoint: Path) -> HfLlava:
-    return HfLlava(deep_checkpoint)
+def hf(deep_checkpoint: Path, weights: Path) -> HfLlava:
+    found: HfLlava = resampling(HfLlava, deep_checkpoint, weights_of(read_resampler(weights)))
+    return found
 
 
 ANSWERS: dict[Any, str] = {}
@@ -85,7 +101,7 @@ def answer_of(hf: HfLlava, image: Any, region: Any, method: Method) -> str:
     if key not in ANSWERS:
         pruned = None if method == "off" else region
         stages = (2,) if "ilp" in method else ()
-        ANSWERS[key] = expected(hf, [image], [pruned], RATE, "prune", method, stages)[0]
+        ANSWERS[key] = expected(hf, [image], [pruned], RATE, "resampler", method, stages)[0]
     return ANSWERS[key]
 
 
@@ -168,17 +184,19 @@ def test_names_of_images_decide_nothing(client: openai.OpenAI, hf: HfLlava, meth
 
 def test_requests_choose_method_and_rate(client: openai.OpenAI, hf: HfLlava, server: Server) -> None:
     """Not how tokens are compressed: that is the file's."""
-    retained = metric(server, "crop:visual_tokens_retained_total")
+    retained, noticed = metric(server, "crop:visual_tokens_retained_total"), []
     for regions in ([FIRST], [SECOND], [FIRST, SECOND], [FIRST]):
         images = [SQUARE] * len(regions)
         crop = {"regions": [one.as_lists() for one in regions], "method": "plc", "pruning_rate": 0.889}
         response = chat(client, images, crop)
-        text, num_prompt_tokens = expected(hf, images, regions, 0.889, "prune")
+        text, num_prompt_tokens = expected(hf, images, regions, 0.889, "resampler")
+        noticed.append(text != expected(hf, images, regions, 0.889, "pool")[0])
         completion = response.parse()
         assert facts_of(response.headers)["tokens_after_plc"] == 64 * len(regions)
         assert completion.usage.prompt_tokens == num_prompt_tokens
         assert completion.choices[0].message.content == text
     assert metric(server, "crop:visual_tokens_retained_total") == retained + 5 * 64
+    assert any(noticed), "means would have been answered alike"
 
 
 def test_two_workers_look_where_the_whole_model_does(client: openai.OpenAI, hf: HfLlava) -> None:
