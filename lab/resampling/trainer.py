@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lab.resampling.frozen import FrozenModel, Prompt, Shown
-from lab.resampling.items import Item
+from lab.resampling.items import Item, TrainingDataError
 from lab.resampling.lessons import RATES, plan_lesson
 from vllm_crop.models.plan_fields import assignment, places
 from vllm_crop.planning.plan import TokenPlan
@@ -210,7 +210,9 @@ class Trainer:
             return
         state = torch.load(path, map_location=self.model.device)
         if state["course"] != asdict(self.course):
-            raise SystemExit(f"{path} was trained otherwise: give its settings again, or another --out")
+            raise TrainingDataError(
+                f"{path} was trained otherwise: give its settings again, or another --out"
+            )
         self.resampler.load_state_dict(state["resampler"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compressors are trained by the command, go on where they were, and are what a server can name."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from lab.evaluation.runner.qwen import QwenRunner
+from lab.resampling.__main__ import app
+from lab.resampling.frozen import FrozenModel, Shown
+from lab.resampling.items import TrainingDataError, read_items, scene_items
+from lab.resampling.lessons import plan_lesson
+from lab.resampling.trainer import Course, Trainer
+from tests.tinyvqa import CHECKPOINT
+from vllm_crop.planning.budget import retained_count
+from vllm_crop.planning.geometry import Box, ImageView, Region, TokenGrid
+from vllm_crop.resampler.settings import ResamplerShape, read_card
+from vllm_crop.resampler.weights import read_resampler
+
+SHAPE = ResamplerShape(feature_size=128, width=32, num_heads=2, mlp_size=32)
+COURSE = Course(steps=4, batch=4, cache_gib=0.1)
+
+
+@pytest.fixture(scope="module")
+def model() -> FrozenModel:
+    return FrozenModel(str(CHECKPOINT), "cpu", torch.float32)
+
+
+def trainer(model: FrozenModel, out: Path, course: Course = COURSE) -> Trainer:
+    return Trainer(model, scene_items(2, 7), SHAPE, course, out)
+
+
+def test_a_stopped_training_goes_on_as_if_it_had_not(model: FrozenModel, tmp_path: Path) -> None:
+    whole = trainer(model, tmp_path / "whole")
+    assert whole.run(10)
+    stopped = trainer(model, tmp_path / "parts")
+    stopped.train_step()
+    stopped.train_step()
+    stopped.save()
+    again = trainer(model, tmp_path / "parts")
+    assert again.step == 2
+    assert again.run(10)
+    for name, part in whole.resampler.state_dict().items():
+        assert torch.equal(part, again.resampler.state_dict()[name]), name
+    assert whole.resampler.out.weight.detach().any(), "something was learned"
+    with pytest.raises(TrainingDataError, match="was trained otherwise"):
+        trainer(model, tmp_path / "parts", Course(steps=5, batch=4))
+
+
+@pytest.mark.parametrize("recipe", ["answers", "match"])
+def test_it_learns(model: FrozenModel, tmp_path: Path, recipe: Any) -> None:
+    """The same few questions again and again at a rate where means say little."""
+    course = Course(recipe=recipe, steps=60, batch=6, rates=(0.97,), learning_rate=3e-3)
+    items = scene_items(1, 11)[:6]
+    one = Trainer(model, items, SHAPE, course, tmp_path)
+    one.run(10)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    losses = [line["loss 0.97"] for line in lines]
+    print(f"{recipe}: {losses}")
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_the_frozen_model_says_what_transformers_says(model: FrozenModel) -> None:
+    """The runner of the evaluation is checked against the served engine elsewhere."""
+    item = scene_items(1, 3)[0]
+    image = item.open()
+    features = model.features(image)
+    shown = Shown.whole(features, model.geometry.grid(*image.size))
+    runner = QwenRunner(CHECKPOINT)
+    (reply,) = runner.answer([runner.see(image, attention=False)], [item.question], steps=4)
+    said = model.say(item.question, shown, 4)
+    assert model.tokenizer.decode(said, skip_special_tokens=True).strip() == reply.text
+    with torch.inference_mode():
+        (logits,) = model.logits([model.prompt(item.question, said)], [shown])
+    assert (logits[0].log_softmax(-1) - reply.logprobs).abs().max() < 1e-4
+
+
+def test_lessons_have_the_count_of_their_rate() -> None:
+    grid, view = TokenGrid(24, 24), ImageView(Box(0.0, 0.0, 1.0, 1.0))
+    for seed in range(200):
+        chance = random.Random(seed)
+        region = [None, Region.whole(), Region.from_grid_cells(2, 3, 2, 3)][seed % 3]
+        plan = plan_lesson(region, grid, view, 0.95, chance)
+        assert plan.num_embeddings == retained_count(576, 0.95)
+        assert plan.zone is not None
+
+
+def test_the_command_writes_what_a_server_can_name(tmp_path: Path) -> None:
+    picture = scene_items(1, 5)[0].open()
+    picture.save(tmp_path / "a.png")
+    lines = [
+        {"image": "a.png", "question": "how many circles?", "answer": "1", "boxes": []},
+        {"image": "a.png", "question": "what number is on the red circle?", "answer": "2"},
+    ]
+    data = tmp_path / "questions.jsonl"
+    data.write_text("\n".join(map(json.dumps, lines)))
+    arguments = ["-o", str(tmp_path / "out"), "--data", str(data), "--steps", "2", "--batch", "2"]
+    ran = CliRunner().invoke(app, [*arguments, "--recipe", "match"])
+    assert ran.exit_code == 0, ran.output
+    card = read_card(tmp_path / "out")
+    assert card.base_model == "tinyvqa"
+    trained = [card.training[name] for name in ("done", "recipe", "data")]
+    assert trained == [2, "match", "questions.jsonl"]
+    assert card.shape == ResamplerShape.suited_to(128)
+    read_resampler(tmp_path / "out")
+    assert "base_model: tinyvqa" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("{", "no JSON"),
+        ('{"image": "b.png", "question": "q", "answer": "a"}', "no file"),
+        ('{"image": "a.png", "answer": "a"}', "question"),
+        ('{"image": "a.png", "question": "q"}', "no `answer`"),
+        ('{"image": "a.png", "question": "q", "answer": "a", "boxes": [[0, 0, 2, 1]]}', "boxes"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path: Path, line: str, told: str) -> None:
+    scene_items(1, 5)[0].open().save(tmp_path / "a.png")
+    data = tmp_path / "questions.jsonl"
+    data.write_text(f'{{"image": "a.png", "question": "q", "answer": "a"}}\n{line}\n')
+    with pytest.raises(TrainingDataError, match=r"line 2") as refused:
+        read_items(data, need_answers=True)
+    assert told in str(refused.value)
+
+
+def test_other_architectures_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "qwen3_vl", "architectures": ["Qwen3VLForConditionalGeneration"]})
+    )
+    ran = CliRunner().invoke(app, ["-o", str(tmp_path / "out"), "--model", str(tmp_path), "--pictures", "1"])
+    assert ran.exit_code == 1
+    assert "not for Qwen3VLForConditionalGeneration" in ran.output.replace("\n", " ")
