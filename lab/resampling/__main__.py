@@ -1,14 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m lab.resampling`: trains a compressor for compression "resampler"."""
 
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
+from pydantic import ValidationError
 from rich.console import Console
 
-from lab.resampling.items import read_items, scene_items
+from lab.resampling.card import describe
+from lab.resampling.course import Course, Recipe
+from lab.resampling.items import TrainingDataError, read_items, scene_items
 from vllm_crop.errors import CropError
+from vllm_crop.families.model_shape import feature_size
+from vllm_crop.measuring.provenance import provenance
+from vllm_crop.resampler.settings import ResamplerCard, ResamplerShape
 
 app = typer.Typer(add_completion=False)
 
@@ -27,7 +35,7 @@ def train(
         ),
     ] = None,
     recipe: Annotated[
-        str,
+        Recipe,
         typer.Option(
             help="answers: learn to have the right answer said. match: learn to have the model think what it "
             "thinks unpruned, which needs no answers."
@@ -46,7 +54,9 @@ def train(
     minutes: Annotated[float, typer.Option(help="Stop after so long; the next run goes on.")] = 1e6,
     cache_gib: Annotated[float, typer.Option(help="Memory for features of pictures, GiB.")] = 2.0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="Of the frozen model: float32 or bfloat16.")] = "float32",
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], typer.Option(help="Of the frozen model.")
+    ] = "float32",
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
 ) -> None:
     """Train a compressor, the model itself frozen.
@@ -65,65 +75,52 @@ def train(
           --crop-config '{"compression": "resampler", "resampler": {"weights": "build/resampler"}}'
     """
     console = Console(highlight=False)
-    if recipe not in ("answers", "match"):
-        raise typer.BadParameter(f"answers or match, got {recipe!r}", param_hint="--recipe")
+    course = Course(recipe, steps, batch, learning_rate, seed, cache_gib=cache_gib)
+    sizes = {"width": width, "num_heads": heads, "mlp_size": mlp}
     try:
         items = scene_items(pictures, seed) if data is None else read_items(data, recipe == "answers")
         console.print(f"{len(items)} questions about {len({item.picture for item in items})} pictures")
-        _train(
-            console,
-            (out, model, items, {"data": None if data is None else data.name, "pictures": pictures}),
-            {"recipe": recipe, "steps": steps, "batch": batch, "learning_rate": learning_rate},
-            {"seed": seed, "cache_gib": cache_gib},
-            {"width": width, "num_heads": heads, "mlp_size": mlp},
-            (minutes, device, dtype, threads),
-        )
+        _import_torch(threads)
+        from lab.resampling.frozen import FrozenModel
+        from lab.resampling.trainer import Trainer
+        from vllm_crop.resampler.weights import write_resampler
+
+        frozen = FrozenModel(model, device, dtype)
+        shape = _shape(frozen.config, {key: value for key, value in sizes.items() if value is not None})
+        trainer = Trainer(frozen, items, shape, course, out)
+        done = trainer.run(minutes)
+        card = ResamplerCard.untrained(shape, model, frozen.config)
+        training = {**asdict(course), "data": data.name if data else None, "pictures": pictures}
+        training |= {"done": trainer.step, "provenance": provenance()}
+        card = card.model_copy(update={"training": training})
+        write_resampler(out, trainer.resampler, card, describe(card))
     except CropError as error:
         console.print(f"The training failed: {error}", style="red", markup=False)
         raise typer.Exit(1) from None
-
-
-def _train(
-    console: Console,
-    what: tuple[Path, str, Any, dict[str, Any]],
-    course_settings: dict[str, Any],
-    more: dict[str, Any],
-    sizes: dict[str, int | None],
-    machine: tuple[float, str, str, int | None],
-) -> None:
-    import torch
-
-    from lab.resampling.card import describe
-    from lab.resampling.frozen import FrozenModel
-    from lab.resampling.trainer import Course, Trainer
-    from vllm_crop.families.model_shape import feature_size
-    from vllm_crop.measuring.provenance import provenance
-    from vllm_crop.resampler.settings import ResamplerCard, ResamplerShape
-    from vllm_crop.resampler.weights import write_resampler
-
-    out, name, items, origin = what
-    minutes, device, dtype, threads = machine
-    if threads:
-        torch.set_num_threads(threads)
-    model = FrozenModel(name, device, getattr(torch, dtype))
-    features = feature_size(model.config)
-    assert features is not None
-    suited = ResamplerShape.suited_to(features).model_dump()
-    shape = ResamplerShape.model_validate(
-        {**suited, **{key: value for key, value in sizes.items() if value is not None}}
-    )
-    course = Course(**course_settings, **more)
-    trainer = Trainer(model, items, shape, course, out)
-    done = trainer.run(minutes)
-    card = ResamplerCard.untrained(shape, name, model.config)
-    trained = {**origin, **course_settings, **more, "rates": list(course.rates), "done": trainer.step}
-    card = card.model_copy(update={"training": {**trained, "provenance": provenance()}})
-    write_resampler(out, trainer.resampler, card, describe(card))
     console.print(
-        f"{'Done' if done else 'Stopped'} after {trainer.step} of {course.steps} steps: {out} is what "
+        f"{'Done' if done else 'Stopped'} after {trainer.step} of {steps} steps: {out} is what "
         "resampler.weights can name",
         markup=False,
     )
+
+
+def _import_torch(threads: int | None) -> None:
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
+
+
+def _shape(model: Mapping[str, Any], sizes: Mapping[str, int]) -> ResamplerShape:
+    """The compressor that suits a model, but for sizes that were said."""
+    columns = feature_size(model)
+    assert columns is not None
+    suited = ResamplerShape.suited_to(columns).model_dump()
+    try:
+        return ResamplerShape.model_validate({**suited, **sizes})
+    except ValidationError as error:
+        told = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise TrainingDataError(f"--width and --heads: {told}") from None
 
 
 if __name__ == "__main__":

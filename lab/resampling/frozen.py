@@ -3,7 +3,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,7 +62,7 @@ class Shown:
 class FrozenModel:
     """A checkpoint on transformers, none of whose weights change."""
 
-    def __init__(self, checkpoint: str, device: str, dtype: torch.dtype) -> None:
+    def __init__(self, checkpoint: str, device: str, dtype: str = "float32") -> None:
         from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
         config = AutoConfig.from_pretrained(checkpoint).to_dict()
@@ -72,7 +71,7 @@ class FrozenModel:
                 f"compressors are trained for {', '.join(ARCHITECTURES)} so far, not for {family}"
             )
         self.device = torch.device(device)
-        model: Any = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=dtype)
+        model: Any = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=getattr(torch, dtype))
         self.model = model.to(self.device).eval().requires_grad_(False)
         self.processor: Any = AutoProcessor.from_pretrained(checkpoint)
         self.tokenizer = self.processor.tokenizer
@@ -168,12 +167,3 @@ def _padded(part: Tensor, length: int, dim: int) -> Tensor:
     shape = list(part.shape)
     shape[dim] = length - shape[dim]
     return torch.cat([part, part.new_zeros(shape)], dim=dim)
-
-
-def revision_of(checkpoint: str) -> str | None:
-    """The commit of a checkpoint from the Hub."""
-    from transformers import AutoConfig
-
-    if Path(checkpoint).is_dir():
-        return None
-    return getattr(AutoConfig.from_pretrained(checkpoint), "_commit_hash", None)

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from cachetools import LRUCache
@@ -17,38 +17,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torch.nn import functional
 
+from lab.resampling.course import Course
 from lab.resampling.frozen import FrozenModel, Prompt, Shown
 from lab.resampling.items import Item, TrainingDataError
-from lab.resampling.lessons import RATES, plan_lesson
+from lab.resampling.lessons import plan_lesson
 from vllm_crop.models.plan_fields import assignment, places
 from vllm_crop.planning.plan import TokenPlan
 from vllm_crop.resampler.module import Resampler
 from vllm_crop.resampler.settings import ResamplerShape
 
-Recipe = Literal["answers", "match"]
 WARMUP = 50  # steps
 REPORT_EVERY = 25  # steps
 SAVE_EVERY = 120.0  # seconds
 MOST_SAID = 16  # tokens of an answer that nobody has given
-
-
-@dataclass(frozen=True)
-class Course:
-    """How it is trained.
-
-    Attributes:
-        recipe: "answers" learns what is right, "match" what the unpruned model thinks.
-        batch: questions a step.
-        rates: of which each step has one.
-    """
-
-    recipe: Recipe = "answers"
-    steps: int = 2000
-    batch: int = 32
-    learning_rate: float = 1e-3
-    seed: int = 20261128
-    rates: tuple[float, ...] = RATES
-    cache_gib: float = 2.0
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,11 @@ from typer.testing import CliRunner
 
 from lab.evaluation.runner.qwen import QwenRunner
 from lab.resampling.__main__ import app
+from lab.resampling.course import Course
 from lab.resampling.frozen import FrozenModel, Shown
 from lab.resampling.items import TrainingDataError, read_items, scene_items
 from lab.resampling.lessons import plan_lesson
-from lab.resampling.trainer import Course, Trainer
+from lab.resampling.trainer import Trainer
 from tests.tinyvqa import CHECKPOINT
 from vllm_crop.planning.budget import retained_count
 from vllm_crop.planning.geometry import Box, ImageView, Region, TokenGrid
@@ -28,7 +29,7 @@ COURSE = Course(steps=4, batch=4, cache_gib=0.1)
 
 @pytest.fixture(scope="module")
 def model() -> FrozenModel:
-    return FrozenModel(str(CHECKPOINT), "cpu", torch.float32)
+    return FrozenModel(str(CHECKPOINT), "cpu")
 
 
 def trainer(model: FrozenModel, out: Path, course: Course = COURSE) -> Trainer:
@@ -136,4 +137,4 @@ def test_other_architectures_are_refused(tmp_path: Path) -> None:
     )
     ran = CliRunner().invoke(app, ["-o", str(tmp_path / "out"), "--model", str(tmp_path), "--pictures", "1"])
     assert ran.exit_code == 1
-    assert "not for Qwen3VLForConditionalGeneration" in ran.output.replace("\n", " ")
+    assert "not for Qwen3VLForConditionalGeneration" in " ".join(ran.output.split())
