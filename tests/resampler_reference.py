@@ -9,10 +9,10 @@ import torch
 
 from tests.reference import HfReference
 from tests.slow_plan import embeddings_of
+from vllm_crop.compression.resampler import Resampler
+from vllm_crop.compression.settings import ResamplerCard, ResamplerShape
+from vllm_crop.compression.weights import write_resampler
 from vllm_crop.planning.plan import TokenPlan
-from vllm_crop.resampler.module import Resampler
-from vllm_crop.resampler.settings import ResamplerCard, ResamplerShape
-from vllm_crop.resampler.weights import write_resampler
 
 
 def naive_resample(features: torch.Tensor, plan: TokenPlan, weights: dict[str, torch.Tensor]) -> torch.Tensor:

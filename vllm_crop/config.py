@@ -17,12 +17,12 @@ from pydantic import (
     model_validator,
 )
 
+from vllm_crop.compression.settings import ResamplerConfig
 from vllm_crop.errors import InvalidConfigError
 from vllm_crop.localizers.settings import LocalizerConfig
 from vllm_crop.planning.budget import Method, method_evicts
 from vllm_crop.planning.image_budgets import MOST_TOKENS, History
 from vllm_crop.planning.plan import Compression
-from vllm_crop.resampler.settings import ResamplerConfig
 
 PositionIds = Literal["renumbered", "original"]
 Fit = Literal["refuse", "prune"]

@@ -13,12 +13,12 @@ from lab.evaluation.conditions import Condition
 from lab.evaluation.crop_pruning import pooled
 from lab.evaluation.runner.method import Kept, Pruning, Sight
 from lab.evaluation.transformers_answers import TransformersAnswers
+from vllm_crop.compression.weights import read_resampler
 from vllm_crop.config import CropConfig
 from vllm_crop.models.plan_fields import assignment, places
 from vllm_crop.planning.budget import retained_count
 from vllm_crop.planning.geometry import ImageTokens, Region
 from vllm_crop.planning.plan import Compression, TokenPlan, even_plan, make_plan
-from vllm_crop.resampler.weights import read_resampler
 
 
 class CompressedAnswers(TransformersAnswers):

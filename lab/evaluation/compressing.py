@@ -99,7 +99,7 @@ def compressing(
     origin = provenance()
     try:
         from lab.evaluation.compressed_answers import CompressedAnswers
-        from vllm_crop.resampler.settings import fingerprint_of
+        from vllm_crop.compression.settings import fingerprint_of
 
         settings = {
             "weights": weights_hash(model),

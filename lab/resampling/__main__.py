@@ -13,10 +13,10 @@ from rich.console import Console
 from lab.resampling.card import describe
 from lab.resampling.course import Course, Recipe
 from lab.resampling.items import TrainingDataError, read_items, scene_items
+from vllm_crop.compression.settings import ResamplerCard, ResamplerShape
 from vllm_crop.errors import CropError
 from vllm_crop.families.model_shape import feature_size
 from vllm_crop.measuring.provenance import provenance
-from vllm_crop.resampler.settings import ResamplerCard, ResamplerShape
 
 app = typer.Typer(add_completion=False)
 
@@ -83,7 +83,7 @@ def train(
         _import_torch(threads)
         from lab.resampling.frozen import FrozenModel
         from lab.resampling.trainer import Trainer
-        from vllm_crop.resampler.weights import write_resampler
+        from vllm_crop.compression.weights import write_resampler
 
         frozen = FrozenModel(model, device, dtype)
         shape = _shape(frozen.config, {key: value for key, value in sizes.items() if value is not None})

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The README.md of a trained compressor."""
 
-from vllm_crop.resampler.settings import ResamplerCard
+from vllm_crop.compression.settings import ResamplerCard
 
 
 def describe(card: ResamplerCard) -> str:

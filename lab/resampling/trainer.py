@@ -21,10 +21,10 @@ from lab.resampling.course import Course
 from lab.resampling.frozen import FrozenModel, Prompt, Shown
 from lab.resampling.items import Item, TrainingDataError
 from lab.resampling.lessons import plan_lesson
+from vllm_crop.compression.resampler import Resampler
+from vllm_crop.compression.settings import ResamplerShape
 from vllm_crop.models.plan_fields import assignment, places
 from vllm_crop.planning.plan import TokenPlan
-from vllm_crop.resampler.module import Resampler
-from vllm_crop.resampler.settings import ResamplerShape
 
 WARMUP = 50  # steps
 REPORT_EVERY = 25  # steps

@@ -16,14 +16,14 @@ from tests.cpu.test_parity import NOTICEABLE, TOLERANCE, TWO_BOXES, cells, diffe
 from tests.families import FAMILIES, LLAVA, LLAVA_NEXT, Family
 from tests.pictures import noise_image
 from tests.resampler_reference import random_resampler, resampling, weights_of, write_random_resampler
+from vllm_crop.compression.resampler import Resampler
+from vllm_crop.compression.settings import ResamplerCard, ResamplerError, ResamplerShape
+from vllm_crop.compression.weights import write_resampler
 from vllm_crop.config import CropConfig
 from vllm_crop.crop_params import CropParams
 from vllm_crop.families.checkpoint import load_model_config
 from vllm_crop.families.model_shape import feature_size
 from vllm_crop.request import CropRequest
-from vllm_crop.resampler.module import Resampler
-from vllm_crop.resampler.settings import ResamplerCard, ResamplerError, ResamplerShape
-from vllm_crop.resampler.weights import write_resampler
 
 pytestmark = pytest.mark.vllm_runtime
 

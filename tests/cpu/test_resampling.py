@@ -18,10 +18,10 @@ from lab.resampling.items import TrainingDataError, read_items, scene_items
 from lab.resampling.lessons import plan_lesson
 from lab.resampling.trainer import Trainer
 from tests.tinyvqa import CHECKPOINT
+from vllm_crop.compression.settings import ResamplerShape, read_card
+from vllm_crop.compression.weights import read_resampler
 from vllm_crop.planning.budget import retained_count
 from vllm_crop.planning.geometry import Box, ImageView, Region, TokenGrid
-from vllm_crop.resampler.settings import ResamplerShape, read_card
-from vllm_crop.resampler.weights import read_resampler
 
 SHAPE = ResamplerShape(feature_size=128, width=32, num_heads=2, mlp_size=32)
 COURSE = Course(steps=4, batch=4, cache_gib=0.1)

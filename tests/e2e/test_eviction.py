@@ -28,6 +28,7 @@ from tests.e2e.test_serve import (
 from tests.reference import HfLlava
 from tests.resampler_reference import resampling, weights_of, write_random_resampler
 from vllm_crop.client import facts_of
+from vllm_crop.compression.weights import read_resampler
 from vllm_crop.families.checkpoint import load_model_config
 from vllm_crop.heat.request import NOWHERE
 from vllm_crop.localizers.heat import HeatMap, heat_grid
@@ -35,7 +36,6 @@ from vllm_crop.localizers.settings import LocalizerConfig
 from vllm_crop.measuring.server import Server
 from vllm_crop.planning.budget import Method, retained_per_stage
 from vllm_crop.planning.geometry import Region
-from vllm_crop.resampler.weights import read_resampler
 
 pytestmark = pytest.mark.e2e
 

@@ -142,7 +142,9 @@ class TestFit:
 class TestCheck:
     def test_says_that_it_fits(self, tmp_path: Path) -> None:
         path = write(tmp_path, calibration())
-        found = judge_settings(json.dumps(crop(path, whole_below=0.4)), write_qwen2_5_vl(tmp_path))
+        found = judge_settings(json.dumps(crop(path, whole_below=0.4)), write_qwen2_5_vl(tmp_path))[
+            "calibration"
+        ]
         assert found is not None
         assert found["fits"].startswith("yes")
         assert found["made for"] == "Qwen/Qwen2.5-VL-7B-Instruct"
@@ -155,10 +157,10 @@ class TestCheck:
             judge_settings(json.dumps(crop(path)), write_qwen3_vl(tmp_path))
 
     def test_without_a_model_nothing_is_compared(self, tmp_path: Path) -> None:
-        found = judge_settings(json.dumps(crop(write(tmp_path, calibration()))), None)
+        found = judge_settings(json.dumps(crop(write(tmp_path, calibration()))), None)["calibration"]
         assert found is not None
         assert "give --model" in found["fits"]
-        assert judge_settings("{}", None) is None
+        assert judge_settings("{}", None) == {}
 
     @pytest.mark.parametrize("wrong", ["{", "[]", '{"localizer": {"layer": 3}}'])
     def test_wrong_settings_are_named(self, wrong: str) -> None:

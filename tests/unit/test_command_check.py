@@ -89,7 +89,7 @@ def test_what_keeps_a_cpu_from_compiling_is_a_problem(
 def test_every_setting_is_listed_with_its_default() -> None:
     listed = {setting["key"]: setting for setting in report(0)["config"]}
     plain = CropConfig().model_dump()
-    nested = {name: plain.pop(name) for name in ("foveation", "limits", "localizer", "shadow")}
+    nested = {name: plain.pop(name) for name in ("foveation", "limits", "localizer", "resampler", "shadow")}
     for name, keys in nested.items():
         plain |= {f"{name}.{key}": value for key, value in keys.items()}
     assert {key: setting["default"] for key, setting in listed.items()} == plain

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from strategies import grids, regions
 
 from tests.slow_plan import embeddings_of
-from vllm_crop.models.features import FeatureCache, compress
+from vllm_crop.compression.pooling import compress
+from vllm_crop.models.features import FeatureCache
 from vllm_crop.planning.geometry import Region, TokenGrid
 from vllm_crop.planning.plan import Compression, make_plan, whole_image_plan
 

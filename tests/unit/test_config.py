@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
+from vllm_crop.compression.settings import ResamplerConfig
 from vllm_crop.config import CropConfig, CropLimits, FoveationConfig, ShadowConfig, shorten
 from vllm_crop.errors import InvalidConfigError
 from vllm_crop.localizers.settings import LocalizerConfig
@@ -19,7 +20,12 @@ ALLOWED: dict[str, list[Any]] = {
     "method": ["plc", "ilp", "plc+ilp", "off"],
     "pruning_rate": [0, 0.0, 0.5, 0.99],
     "eviction_layers": [None, [], [1], [2, 16], [1, 2, 3, 1000]],
-    "compression": ["pool", "prune", "foveate"],
+    "compression": ["pool", "prune", "foveate", "resampler"],
+    "resampler": [
+        {},
+        {"weights": "folder"},
+        {"weights": "org/name", "revision": "v1", "fingerprint": "0" * 64},
+    ],
     "foveation": [{}, {"halo": 0}, {"view_tokens": 64, "halo": 4, "rim_size": "half"}],
     "rim": [0, 0.0, 0.125, 0.5],
     "max_tokens": [None, 1, 256],
@@ -48,6 +54,7 @@ NESTED: dict[str, Any] = {
     "history": History,
     "limits": CropLimits,
     "localizer": LocalizerConfig,
+    "resampler": ResamplerConfig,
     "shadow": ShadowConfig,
 }
 # Settings, then what the message must say: the key, what is allowed, the value.
@@ -91,7 +98,7 @@ REFUSED: list[tuple[dict[Any, Any], list[str]]] = [
     ({"eviction_layers": [1, 2, 3, 4, 5]}, [".eviction_layers:", "at most 4", "got [1, 2, 3, 4, 5]"]),
     ({"method": "ilp", "eviction_layers": []}, [".eviction_layers:", "'ilp' needs at least one", "got []"]),
     ({"method": "plc+ilp", "eviction_layers": []}, [".eviction_layers:", "'plc+ilp' needs at least one"]),
-    ({"compression": "resampler"}, [".compression:", "'pool', 'prune' or 'foveate'", "got 'resampler'"]),
+    ({"compression": "mean"}, [".compression:", "'pool', 'prune', 'foveate' or 'resampler'", "got 'mean'"]),
     ({"position_ids": "mrope"}, [".position_ids:", "'renumbered' or 'original'", "got 'mrope'"]),
     ({"vit_cache_mib": -1}, [".vit_cache_mib:", "greater than or equal to 0", "got -1"]),
     ({"vit_cache_mib": 1.5}, [".vit_cache_mib:", "integer", "got 1.5"]),
@@ -170,6 +177,7 @@ def test_defaults_are_plc_at_128_llava_tokens() -> None:
             **{"max_pruning_rate": 0.99, "max_boxes_per_image": 16, "named_images_mib": 128},
             **{"min_tokens": 0, "max_tokens_per_request": None},
         },
+        "resampler": {"weights": None, "revision": None, "fingerprint": None},
         "localizer": LocalizerConfig().model_dump(),
         "shadow": {"rate": 0.0, "max_running": 1, "max_held": 16, "timeout_s": 30.0},
     }
@@ -178,7 +186,12 @@ def test_defaults_are_plc_at_128_llava_tokens() -> None:
 
 @pytest.mark.parametrize(("key", "value"), [(key, value) for key in ALLOWED for value in ALLOWED[key]])
 def test_allowed_values_are_taken_over(key: str, value: Any) -> None:
-    beside = {"compression": "foveate"} if key == "foveation" else {}  # or it would belong to nothing
+    # Or it would belong to nothing, or lack what it needs.
+    beside: dict[str, Any] = {"foveation": {"compression": "foveate"}}.get(key, {})
+    if key == "resampler" and value:
+        beside = {"compression": "resampler"}
+    if (key, value) == ("compression", "resampler"):
+        beside = {"resampler": {"weights": "folder"}}
     taken = getattr(CropConfig.from_mapping({key: value, **beside}), key)
     assert taken == (NESTED[key](**value) if isinstance(value, dict) else value)
 

@@ -17,16 +17,12 @@ from tests.resampler_reference import (
     weights_of,
     write_random_resampler,
 )
-from vllm_crop.config import CropConfig
-from vllm_crop.errors import InvalidConfigError
-from vllm_crop.models.features import compress
-from vllm_crop.models.plan_fields import assignment, places
-from vllm_crop.planning import plan as planning
-from vllm_crop.planning.geometry import Box, GridPart, ImageTokens, Region, TokenGrid, TokenGrids
-from vllm_crop.planning.plan import TokenPlan, even_plan, make_plan, small_plan
-from vllm_crop.resampler.module import Resampler
-from vllm_crop.resampler.reading import plan_reading
-from vllm_crop.resampler.settings import (
+from tests.tinyvqa import CHECKPOINT
+from vllm_crop.compat.diagnosis import judge_settings
+from vllm_crop.compression.pooling import compress
+from vllm_crop.compression.reading import plan_reading
+from vllm_crop.compression.resampler import Resampler
+from vllm_crop.compression.settings import (
     ResamplerCard,
     ResamplerConfig,
     ResamplerError,
@@ -37,7 +33,14 @@ from vllm_crop.resampler.settings import (
     require_fingerprint,
     with_compressor,
 )
-from vllm_crop.resampler.weights import load_resampler, read_resampler
+from vllm_crop.compression.weights import load_resampler, read_resampler
+from vllm_crop.config import CropConfig
+from vllm_crop.errors import InvalidConfigError
+from vllm_crop.families.checkpoint import load_model_config
+from vllm_crop.models.plan_fields import assignment, places
+from vllm_crop.planning import plan as planning
+from vllm_crop.planning.geometry import Box, GridPart, ImageTokens, Region, TokenGrid, TokenGrids
+from vllm_crop.planning.plan import TokenPlan, even_plan, make_plan, small_plan
 
 GRID = TokenGrid(12, 10)
 REGION = Region.from_grid_cells(1, 2, 3, 4)
@@ -224,6 +227,17 @@ def test_refuses_another_model(tmp_path: Path) -> None:
     assert "features of 64 columns, not 24" in told
     with pytest.raises(ResamplerError, match="spatial_merge_size 3, not 2"):
         read_card(folder).require_fit("w", {**MODEL, "vision_config": {"spatial_merge_size": 3}})
+
+
+def test_check_says_whether_weights_fit(tmp_path: Path) -> None:
+    folder = write_random_resampler(tmp_path / "weights", 128, load_model_config(str(CHECKPOINT)))
+    crop = {"compression": "resampler", "resampler": {"weights": str(folder)}}
+    found = judge_settings(json.dumps(crop), str(CHECKPOINT))["compressor"]
+    assert found["fingerprint"] == fingerprint_of(folder)
+    assert found["fits"].startswith("yes")
+    write_random_resampler(folder, 24, MODEL)
+    with pytest.raises(ResamplerError, match="trained for another model"):
+        judge_settings(json.dumps(crop), str(CHECKPOINT))
 
 
 def test_refuses_changed_weights(tmp_path: Path) -> None:

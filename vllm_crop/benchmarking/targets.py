@@ -152,8 +152,8 @@ def _compressor(options: Options, model: str, client: Client) -> dict[str, Any]:
 
 def _make_untrained(folder: Path, model: str) -> Path:
     """Write a compressor that does what pooling does, with all the work. Called where torch is loaded."""
+    from vllm_crop.compression.weights import write_untrained
     from vllm_crop.families.checkpoint import load_model_config
-    from vllm_crop.resampler.weights import write_untrained
 
     return write_untrained(folder, model, load_model_config(model))
 

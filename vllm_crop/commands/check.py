@@ -62,9 +62,11 @@ def check(
     Which settings are there, and which flags of vLLM are refused beside them?
       vllm-crop check --settings
       vllm-crop check --all
-    Does a calibration fit a checkpoint?
+    Does a calibration fit a checkpoint? Do a compressor's weights?
       vllm-crop check --model M \\
         --crop-config '{"localizer": {"kind": "attention", "calibration": "file.json"}}'
+      vllm-crop check --model M \\
+        --crop-config '{"compression": "resampler", "resampler": {"weights": "folder"}}'
     """
     from vllm_crop.compat.diagnosis import describe_config, describe_installation
     from vllm_crop.config import CropConfig
@@ -146,6 +148,8 @@ def _print_report(console: Console, report: Mapping[str, Any], everything: bool)
         _print_model(console, report["model"])
     if report["calibration"]:
         _print_rows(console, "Calibration", report["calibration"].items())
+    if report["compressor"]:
+        _print_rows(console, "Compressor", report["compressor"].items())
     _print_verdict(console, report["problems"], report["warnings"], _command(report))
 
 

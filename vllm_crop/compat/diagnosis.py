@@ -29,6 +29,7 @@ from vllm_crop.compat.supported import (
     served_modules,
     unhooked,
 )
+from vllm_crop.compression.settings import with_compressor
 from vllm_crop.config import CropConfig
 from vllm_crop.errors import CropError, InvalidConfigError, UnsupportedModelError
 from vllm_crop.eviction.grouping import predict_grouping
@@ -67,9 +68,9 @@ def describe_installation(model: str | None = None, crop_config: str | None = No
     checkpoint = describe_checkpoint(model) if model is not None else None
     if checkpoint and not checkpoint["supported"]:
         problems.append(checkpoint["reason"])
-    calibration, serve_options = None, list[str]()
+    files, serve_options = dict[str, dict[str, str]](), list[str]()
     try:
-        calibration = None if crop_config is None else judge_settings(crop_config, model)
+        files = {} if crop_config is None else judge_settings(crop_config, model)
         if model is not None and checkpoint and checkpoint["supported"]:
             serve_options = _serve_options(model, crop_config)
     except CropError as error:
@@ -96,7 +97,8 @@ def describe_installation(model: str | None = None, crop_config: str | None = No
         "refused_with_attention": refused_with_attention(),
         "config": describe_config(CropConfig),
         "model": checkpoint,
-        "calibration": calibration,
+        "calibration": files.get("calibration"),
+        "compressor": files.get("compressor"),
         "crop_config": crop_config,
         "serve_options": serve_options,
     }
@@ -111,14 +113,14 @@ def _serve_options(model: str, crop_config: str | None) -> list[str]:
     return options
 
 
-def judge_settings(crop_config: str, model: str | None) -> dict[str, str] | None:
+def judge_settings(crop_config: str, model: str | None) -> dict[str, dict[str, str]]:
     """Read settings as a server does, and judge them by a checkpoint if one is given.
 
     Returns:
-        What their calibration says and whether it fits; None if they name none.
+        What the files that they name say and whether they fit: "calibration", "compressor".
 
     Raises:
-        CropError: the settings are wrong or do not suit the checkpoint, or their calibration cannot be used.
+        CropError: the settings are wrong or do not suit the checkpoint, or a file of theirs cannot be used.
     """
     try:
         settings = json.loads(crop_config)
@@ -126,22 +128,35 @@ def judge_settings(crop_config: str, model: str | None) -> dict[str, str] | None
         raise InvalidConfigError(f"--crop-config is no JSON: {error}") from None
     named = CropConfig.from_mapping(settings).localizer.calibration
     settings, calibration = with_calibration(settings)
+    settings, compressor = with_compressor(settings)
+    weights = (settings.get("resampler") or {}).get("weights")
     if calibration is not None and model is not None:
         calibration.require_fit(str(named), load_model_config(model))
+    if compressor is not None and model is not None:
+        compressor.require_fit(str(weights), load_model_config(model))
     config = CropConfig.from_mapping(settings)
     if model is not None:
         with suppress(UnsupportedModelError, CheckpointFileError):  # said beside the model
             refuse_for_geometry(load_geometry(model), config)
-    if calibration is None:
-        return None
-    localizer = config.localizer
-    return {
-        "file": str(named),
-        "made for": calibration.model_name,
-        "made on": str(calibration.provenance.get("date", "unknown")),
-        "fits": "not compared: give --model" if model is None else f"yes, {model} has the same shape",
-        "settings": json.dumps({name: getattr(localizer, name) for name in CALIBRATED}),
-    }
+    fits = "not compared: give --model" if model is None else f"yes, {model} has the same shape"
+    found = {}
+    if calibration is not None:
+        found["calibration"] = {
+            "file": str(named),
+            "made for": calibration.model_name,
+            "made on": str(calibration.provenance.get("date", "unknown")),
+            "fits": fits,
+            "settings": json.dumps({name: getattr(config.localizer, name) for name in CALIBRATED}),
+        }
+    if compressor is not None:
+        revision = compressor.base_model_revision
+        found["compressor"] = {
+            "weights": str(weights),
+            "trained for": compressor.base_model + (f" at {revision}" if revision else ""),
+            "fits": fits,
+            "fingerprint": str(config.resampler.fingerprint),
+        }
+    return found
 
 
 def describe_checkpoint(model: str) -> dict[str, Any]:

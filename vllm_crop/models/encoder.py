@@ -9,10 +9,11 @@ from vllm.config import VllmConfig
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.encoder_budget import MultiModalBudget
 
+from vllm_crop.compression.pooling import compress
+from vllm_crop.compression.served import ServedResampler
 from vllm_crop.config import CropConfig
-from vllm_crop.models.features import FeatureCache, ImageKey, compress
+from vllm_crop.models.features import FeatureCache, ImageKey
 from vllm_crop.planning.foveation import Piece
-from vllm_crop.resampler.served import ServedResampler
 
 Encode = Callable[[Sequence[int]], Iterable[torch.Tensor]]
 _NO_PLACES = torch.empty(0, 4)

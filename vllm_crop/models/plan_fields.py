@@ -31,7 +31,7 @@ def positions(plan: TokenPlan | None) -> torch.Tensor:
 
 
 def places(plan: TokenPlan | None) -> torch.Tensor:
-    """`[num_tokens, 4]` as `vllm_crop.resampler.reading` takes them, or empty for what is not resampled."""
+    """`[num_tokens, 4]` as `vllm_crop.compression.reading` takes them, or empty for what is not resampled."""
     if plan is None or plan.zone is None:
         return _NO_PLACES
     return torch.from_numpy(np.stack([plan.zone, *places_of(plan.grid)], axis=1).astype(np.int16))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lab.tinyvqa.questions import Question
-from vllm_crop.models.features import compress
+from vllm_crop.compression.pooling import compress
 from vllm_crop.planning.budget import retained_count
 from vllm_crop.planning.geometry import Region, TokenGrid
 from vllm_crop.planning.plan import make_plan

@@ -26,11 +26,11 @@ from vllm_crop.compat.refusals import (
     refuse_tokenizer,
     served_geometry,
 )
+from vllm_crop.compression.settings import with_compressor
 from vllm_crop.config import CONFIG_KEY, CropConfig
 from vllm_crop.errors import CropError, UnsupportedFlagError, UnsupportedVersionError, reads_settings
 from vllm_crop.eviction.markers import attach_eviction
 from vllm_crop.localizers.calibration import with_calibration
-from vllm_crop.resampler.settings import with_compressor
 
 REASON = "selects the Crop architectures through hf_overrides when additional_config.crop is set"
 STOCK_RENDERER = ("vllm.renderers.hf", "HfRenderer")

@@ -6,8 +6,8 @@ Every tensor-parallel rank has all of it and computes the same.
 
 import torch
 
-from vllm_crop.resampler.settings import ResamplerConfig, ResamplerError
-from vllm_crop.resampler.weights import load_resampler
+from vllm_crop.compression.settings import ResamplerConfig, ResamplerError
+from vllm_crop.compression.weights import load_resampler
 
 
 class ServedResampler:
@@ -37,7 +37,7 @@ class ServedResampler:
 
         Args:
             features: `[num_tokens, feature_size]`.
-            assignment, places: as `vllm_crop.resampler.reading.plan_reading` takes them.
+            assignment, places: as `vllm_crop.compression.reading.plan_reading` takes them.
 
         Returns:
             `[num_embeddings, feature_size]`.

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vllm_crop.models.features import compress
-from vllm_crop.resampler.reading import NUM_ZONES, Reading, plan_reading
-from vllm_crop.resampler.settings import ResamplerShape
+from vllm_crop.compression.pooling import compress
+from vllm_crop.compression.reading import NUM_ZONES, Reading, plan_reading
+from vllm_crop.compression.settings import ResamplerShape
 
 _ROTARY_BASE = 100.0  # the longest wave is as long as 600 tokens in a row
 _PEAK = 4.0  # how much likelier, in nats, a query reads its own place than a far one, before training

@@ -10,10 +10,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from vllm_crop.families.checkpoint import CONFIG_FILE
-from vllm_crop.families.model_shape import feature_size
-from vllm_crop.resampler.module import Resampler
-from vllm_crop.resampler.settings import (
+from vllm_crop.compression.resampler import Resampler
+from vllm_crop.compression.settings import (
     CARD_FILE,
     WEIGHTS_FILE,
     ResamplerCard,
@@ -24,6 +22,8 @@ from vllm_crop.resampler.settings import (
     read_card,
     require_fingerprint,
 )
+from vllm_crop.families.checkpoint import CONFIG_FILE
+from vllm_crop.families.model_shape import feature_size
 
 
 def load_resampler(config: ResamplerConfig, dtype: torch.dtype) -> Resampler:
