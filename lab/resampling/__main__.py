@@ -13,7 +13,7 @@ from rich.console import Console
 from lab.resampling.card import describe
 from lab.resampling.course import Course, Recipe
 from lab.resampling.items import TrainingDataError, read_items, scene_items
-from vllm_crop.compression.settings import ResamplerCard, ResamplerShape
+from vllm_crop.compression.settings import ResamplerCard, ResamplerShape, read_card
 from vllm_crop.errors import CropError
 from vllm_crop.families.model_shape import feature_size
 from vllm_crop.measuring.provenance import provenance
@@ -49,6 +49,9 @@ def train(
     ] = None,
     heads: Annotated[int | None, typer.Option(help="Heads of attention. Left out: 64 columns each.")] = None,
     mlp: Annotated[int | None, typer.Option(help="Columns within the MLP. Left out: as the width.")] = None,
+    start: Annotated[
+        Path | None, typer.Option(help="Folder of a compressor to begin with, of the same sizes.")
+    ] = None,
     pictures: Annotated[int, typer.Option(min=1, help="Scenes to generate, without --data.")] = 2000,
     seed: Annotated[int, typer.Option(help="Of weights, scenes and steps.")] = 20261128,
     minutes: Annotated[float, typer.Option(help="Stop after so long; the next run goes on.")] = 1e6,
@@ -88,10 +91,13 @@ def train(
         frozen = FrozenModel(model, device, dtype)
         shape = _shape(frozen.config, {key: value for key, value in sizes.items() if value is not None})
         trainer = Trainer(frozen, items, shape, course, out)
+        if start is not None:
+            trainer.start_from(start)
         done = trainer.run(minutes)
         card = ResamplerCard.untrained(shape, model, frozen.config)
         training = {**asdict(course), "data": data.name if data else None, "pictures": pictures}
         training |= {"done": trainer.step, "provenance": provenance()}
+        training |= {"started_from": None if start is None else read_card(start).training}
         card = card.model_copy(update={"training": training})
         write_resampler(out, trainer.resampler, card, describe(card))
     except CropError as error:

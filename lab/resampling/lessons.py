@@ -13,11 +13,11 @@ from vllm_crop.planning.geometry import Box, ImageTokens, ImageView, Region
 from vllm_crop.planning.plan import TokenPlan, even_plan, make_plan
 
 RATES = (0.889, 0.926, 0.95, 0.97)
-RIM = 0.125  # as CropConfig's
+RIM, WITH_RIM = 0.125, 0.7  # as CropConfig's, and how often there is one
 # How often a picture is compressed around what is asked for, around a box beside that, around all of itself
 # (of which tokens are sampled), and evenly.
-LOCAL = {"true": 0.4, "moved": 0.2, "whole": 0.2, "even": 0.2}
-GLOBAL = {"moved": 0.2, "whole": 0.4, "even": 0.4}
+LOCAL = {"true": 0.3, "moved": 0.3, "whole": 0.1, "even": 0.3}
+GLOBAL = {"moved": 0.15, "whole": 0.25, "even": 0.6}
 
 
 def plan_lesson(
@@ -33,7 +33,7 @@ def plan_lesson(
     (kind,) = chance.choices(list(kinds), list(kinds.values()))
     if kind == "even":
         return even_plan(grid, retained_count(grid.num_tokens, rate), "resampler")
-    around = chance.choice((0.0, RIM))
+    around = RIM if chance.random() < WITH_RIM else 0.0
     if kind == "whole":
         chosen: Region = Region.whole()
     elif kind == "true":

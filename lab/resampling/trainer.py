@@ -22,7 +22,8 @@ from lab.resampling.frozen import FrozenModel, Prompt, Shown
 from lab.resampling.items import Item, TrainingDataError
 from lab.resampling.lessons import plan_lesson
 from vllm_crop.compression.resampler import Resampler
-from vllm_crop.compression.settings import ResamplerShape
+from vllm_crop.compression.settings import ResamplerShape, read_card
+from vllm_crop.compression.weights import read_resampler
 from vllm_crop.models.plan_fields import assignment, places
 from vllm_crop.planning.plan import TokenPlan
 
@@ -51,6 +52,7 @@ class Trainer:
         torch.manual_seed(course.seed)
         self.model, self.items, self.course, self.out = model, items, course, out
         out.mkdir(parents=True, exist_ok=True)
+        self.shape = shape
         self.resampler = Resampler(shape).to(model.device)
         self.optimizer = torch.optim.AdamW(
             self.resampler.parameters(), lr=course.learning_rate, weight_decay=0.01
@@ -63,6 +65,19 @@ class Trainer:
         self._teacher: dict[int, tuple[list[int], Tensor]] = {}
         self._window: dict[str, list[float]] = defaultdict(list)
         self._load()
+
+    def start_from(self, folder: Path) -> None:
+        """Begin with a compressor's weights; a training that has been saved goes on instead.
+
+        Raises:
+            ResamplerError: it cannot be read.
+            TrainingDataError: it is of other sizes.
+        """
+        if self.step:
+            return
+        if read_card(folder).shape != self.shape:
+            raise TrainingDataError(f"{folder} has other sizes: give its --width, --heads and --mlp")
+        self.resampler.load_state_dict(read_resampler(folder).state_dict())
 
     def run(self, minutes: float) -> bool:
         """Train until done or so many minutes have passed, then save.
