@@ -45,7 +45,7 @@ SOURCES = {
     "shifted, rim": "with the rim",
     EVENLY: "no region: all of the picture alike",
 }
-RIVALS = ("visionzip", "scope", "divprune", "vispruner", "vscan", "mmtok")  # the best of the main table
+RIVALS = ("scope", "cdpruner", "divprune", "mmtok")  # the best of the dev split with 43 tokens
 OTHERS = (*RIVALS, "stride", "random")
 COMPRESSOR = Path("lab/checkpoints/tinyvqa-plc")
 LOCALIZER_TOKENS = 64  # of the view in which tinyvqa finds a region, through all layers
@@ -76,7 +76,7 @@ class Gain:
 def compressing(
     weights: Annotated[Path, typer.Option(help="Folder of the compressor.")] = COMPRESSOR,
     model: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = Path("lab/checkpoints/tinyvqa"),
-    n: Annotated[int, typer.Option("--n", min=1, help="Questions of each of the five families.")] = 500,
+    n: Annotated[int, typer.Option("--n", min=1, help="Questions of each of the five families.")] = 170,
     split: Annotated[Split, typer.Option(help="Choose on dev, report test.")] = "dev",
     rates: Annotated[str, typer.Option(help="Pruning rates.")] = ",".join(f"{rate:g}" for rate in RATES),
     sources: Annotated[
@@ -161,13 +161,26 @@ def _grid(
 ) -> list[Condition]:
     grid = [OFF]
     for rate in rates:
-        grid += [Condition("plc", source, rate, name) for source in sources for name in COMPRESSIONS]
+        for source in sources:
+            # Around a region means and single tokens of the rest answer alike.
+            names = COMPRESSIONS if source == EVENLY else ("pool", "resampler")
+            grid += [Condition("plc", source, rate, name) for name in names]
         for rival in rivals:
             # With as many tokens as CROP where a client says the region, and where the model has to find it.
-            for one in (rate, _with_localizer(rate)):
-                found = (tuned.configuration(rival, one) for tuned in tunings)
-                grid.append(Condition(rival, None, one, next((name for name in found if name), None)))
+            for one in (rate, _with_localizer(rate)) if rival in RIVALS else (rate,):
+                grid.append(Condition(rival, None, one, _configuration(rival, one, tunings)))
     return list(dict.fromkeys(grid))
+
+
+def _configuration(rival: str, rate: float, tunings: Sequence[Tuning]) -> str | None:
+    """The one that was best on the dev split, at the nearest rate that was tried there."""
+    tried = [
+        (abs(one.pruning_rate - rate), one.chosen)
+        for tuning in tunings
+        for one in tuning.methods
+        if one.method == rival and one.chosen is not None
+    ]
+    return min(tried, key=lambda one: one[0])[1] if tried else None
 
 
 def _with_localizer(rate: float) -> float:
