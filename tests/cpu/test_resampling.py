@@ -11,12 +11,16 @@ import torch
 from typer.testing import CliRunner
 
 from lab.evaluation.runner.qwen import QwenRunner
+from lab.resampling import memory
 from lab.resampling.__main__ import app
 from lab.resampling.course import Course
 from lab.resampling.frozen import FrozenModel, Shown
 from lab.resampling.items import TrainingDataError, read_items, scene_items
 from lab.resampling.lessons import plan_lesson
 from lab.resampling.trainer import Trainer
+from tests.conftest import CheckpointOf
+from tests.families import LLAVA, QWEN2_5_VL, QWEN2_VL, Family
+from tests.pictures import noise_image
 from tests.tinyvqa import CHECKPOINT
 from vllm_crop.compression.settings import ResamplerShape, read_card
 from vllm_crop.compression.weights import read_resampler
@@ -79,6 +83,43 @@ def test_the_frozen_model_says_what_transformers_says(model: FrozenModel) -> Non
     with torch.inference_mode():
         (logits,) = model.logits([model.prompt(item.question, said)], [shown])
     assert (logits[0].log_softmax(-1) - reply.logprobs).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("family", [LLAVA, QWEN2_VL, QWEN2_5_VL], ids=str)
+def test_prompts_are_those_of_the_processor(checkpoint_of: CheckpointOf, family: Family) -> None:
+    """Of every architecture that is trained for: ids and positions, beside one padded to another length."""
+    frozen = FrozenModel(str(checkpoint_of(family, family.shallow)), "cpu")
+    image, question = noise_image(720, 300, 420), "What is the time?"
+    whole = Shown.whole(frozen.features(image), frozen.geometry.grid(*image.size))
+    prompts = [frozen.prompt(question, [7, 9, 11]), frozen.prompt(question + " And where is it?", [5])]
+    with torch.inference_mode():
+        found, _ = frozen.logits(prompts, [whole, whole])
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        messages = [{"role": "user", "content": content}]
+        text = frozen.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        inputs = frozen.processor(text=[text], images=[image], return_tensors="pt", add_special_tokens=False)
+        asked = inputs["input_ids"].shape[1]
+        ids = torch.cat([inputs["input_ids"], torch.tensor([[7, 9, 11]])], dim=1)
+        kinds = {"mm_token_type_ids": (ids == frozen.image_token).int()} if family is not LLAVA else {}
+        pixels = {name: part for name, part in inputs.items() if "pixel" in name or "thw" in name}
+        logits = frozen.model(input_ids=ids, attention_mask=torch.ones_like(ids), **pixels, **kinds).logits
+    wanted = logits[0, asked - 1 : asked + 2]
+    print(f"{family}: {(found - wanted).abs().max():.1e}")
+    assert (found - wanted).abs().max() < 1e-4
+    assert (wanted[0] - wanted[1]).abs().max() > 1e-2
+
+
+def test_memory_is_said_without_the_machine() -> None:
+    ran = CliRunner().invoke(memory.app, ["--model", str(CHECKPOINT), "--batch", "4"])
+    assert ran.exit_code == 0, ran.output
+    assert "held for the backward pass, 4 prompts of 64 + 60 tokens" in " ".join(ran.output.split())
+    more = CliRunner().invoke(memory.app, ["--model", str(CHECKPOINT), "--batch", "400"])
+    assert _total(more.output) > _total(ran.output)
+
+
+def _total(printed: str) -> float:
+    (line,) = (line for line in printed.splitlines() if line.endswith("together"))
+    return float(line.split()[0])
 
 
 def test_lessons_have_the_count_of_their_rate() -> None:

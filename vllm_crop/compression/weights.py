@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from vllm_crop.compression.resampler import Resampler
 from vllm_crop.compression.settings import (
@@ -88,5 +88,6 @@ def write_resampler(folder: Path, resampler: Resampler, card: ResamplerCard, tex
     content = json.dumps(card.model_dump(), indent=2, sort_keys=True)
     (folder / CONFIG_FILE).write_text(f"{content}\n", encoding="utf-8")
     weights = {name: part.detach().float().contiguous() for name, part in resampler.state_dict().items()}
-    save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    # Not `save_file`, which lets nobody but the owner read it.
+    (folder / WEIGHTS_FILE).write_bytes(save(weights, metadata={"format": "pt"}))
     (folder / CARD_FILE).write_text(text, encoding="utf-8")
