@@ -82,6 +82,9 @@ def compressing(
     sources: Annotated[
         str, typer.Option(help=f"Where regions come from, ;-separated: {'; '.join(SOURCES)}.")
     ] = ";".join(SOURCES),
+    compressions: Annotated[
+        str, typer.Option(help="Which of them; what is left out can be added by another run.")
+    ] = ",".join(COMPRESSIONS),
     rivals: Annotated[str, typer.Option(help="Which others; empty for none.")] = ",".join(OTHERS),
     tuning: Annotated[
         list[Path] | None, typer.Option(help="Configurations of rivals, as lab.evaluation.tuning found them.")
@@ -112,7 +115,11 @@ def compressing(
         tunings = [read_tuning(path) for path in tuning or (TUNING, MORE_TUNING) if path.exists()]
         fingerprint = fingerprint_of(weights)
         names = [name for name in rivals.split(",") if name]
-        grid = _grid([float(rate) for rate in rates.split(",")], sources.split(";"), names, tunings)
+        grid = [
+            one
+            for one in _grid([float(rate) for rate in rates.split(",")], sources.split(";"), names, tunings)
+            if one.method != "plc" or one.configuration in compressions.split(",")
+        ]
         study = _Study(
             scenes,
             CompressedAnswers(model, weights),
