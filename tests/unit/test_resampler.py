@@ -33,7 +33,7 @@ from vllm_crop.compression.settings import (
     require_fingerprint,
     with_compressor,
 )
-from vllm_crop.compression.weights import load_resampler, read_resampler
+from vllm_crop.compression.weights import load_resampler, read_resampler, write_resampler
 from vllm_crop.config import CropConfig
 from vllm_crop.errors import InvalidConfigError
 from vllm_crop.families.checkpoint import load_model_config
@@ -266,6 +266,9 @@ def test_refuses_changed_weights(tmp_path: Path) -> None:
         (lambda folder: _set(folder, shape={"feature_size": 24, "width": 64, "num_heads": 2, "mlp_size": 48}),
          "does not fit its config.json"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"nothing"), "cannot be read"),
+        (lambda folder: _spoil(folder, float("nan")), "key.weight has numbers that are none"),
+        (lambda folder: _set(folder, shape={"feature_size": 1 << 20, "width": 1 << 16, "num_heads": 1024,
+                                            "mlp_size": 1 << 20}), "does not fit its config.json"),
     ],
 )  # fmt: skip
 def test_says_what_is_wrong_with_a_folder(tmp_path: Path, spoil: Any, told: str) -> None:
@@ -278,6 +281,12 @@ def test_says_what_is_wrong_with_a_folder(tmp_path: Path, spoil: Any, told: str)
 
     with pytest.raises(ResamplerError, match=told):
         start()
+
+
+def _spoil(folder: Path, value: float) -> None:
+    resampler = read_resampler(folder)
+    resampler.key.weight[0, 0] = value
+    write_resampler(folder, resampler, read_card(folder), "")
 
 
 def _set(folder: Path, **changed: Any) -> None:

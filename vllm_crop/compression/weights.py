@@ -48,15 +48,17 @@ def read_resampler(folder: Path) -> Resampler:
         weights = load_file(folder / WEIGHTS_FILE)
     except (OSError, SafetensorError) as error:
         raise ResamplerError(f"resampler.weights {folder / WEIGHTS_FILE} cannot be read: {error}") from None
-    with torch.device("cpu"):
-        resampler = Resampler(card.shape).float()
+    with torch.device("meta"):  # sizes that a file only claims take no memory
+        resampler = Resampler(card.shape)
     try:
-        resampler.load_state_dict(weights)
+        resampler.load_state_dict({name: part.float() for name, part in weights.items()}, assign=True)
     except RuntimeError as error:
         told = str(error).split("\n")[1:2] or [str(error)]
         raise ResamplerError(
             f"resampler.weights {folder}: model.safetensors does not fit its config.json ({told[0].strip()})"
         ) from None
+    if wrong := [name for name, part in resampler.named_parameters() if not bool(part.isfinite().all())]:
+        raise ResamplerError(f"resampler.weights {folder}: {wrong[0]} has numbers that are none")
     return resampler.eval().requires_grad_(False)
 
 
