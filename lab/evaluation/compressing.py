@@ -37,13 +37,14 @@ from vllm_crop.planning.geometry import Region
 
 RATES = (0.889, 0.926, 0.95, 0.97)
 COMPRESSIONS = ("pool", "prune", "resampler")
-EVENLY = "evenly"
+WHOLE, EVENLY = "whole", "evenly"
 SOURCES = {
     "exact": "the smallest region that holds the answer, without a rim",
     "exact, rim": "with the rim that servers have if nobody says otherwise",
     "shifted": "every box moved by one of 8x8 cells, without a rim",
     "shifted, rim": "with the rim",
-    EVENLY: "no region: all of the picture alike",
+    WHOLE: "the box [0, 0, 1, 1]: all of the picture, of which tokens are sampled",
+    EVENLY: "no region: all of the picture in even groups, as a budget has it where images are not resized",
 }
 RIVALS = ("scope", "cdpruner", "divprune", "mmtok")  # the best of the dev split with 43 tokens
 OTHERS = (*RIVALS, "stride", "random")
@@ -170,7 +171,7 @@ def _grid(
     for rate in rates:
         for source in sources:
             # Around a region means and single tokens of the rest answer alike.
-            names = COMPRESSIONS if source == EVENLY else ("pool", "resampler")
+            names = COMPRESSIONS if source == EVENLY else ("pool", "resampler")  # of all, sampled is sampled
             grid += [Condition("plc", source, rate, name) for name in names]
         for rival in rivals:
             # With as many tokens as CROP where a client says the region, and where the model has to find it.
@@ -237,7 +238,9 @@ def tasks_of(condition: Condition, scenes: Sequence[TestScene]) -> Iterator[Any]
     oracle = regions_for("oracle", scenes)
     for scene, exact in zip(scenes, oracle, strict=True):
         regions: list[Region | None] = [None] * len(exact)
-        if condition.region not in (None, EVENLY):
+        if condition.region == WHOLE:
+            regions = [Region.whole()] * len(exact)
+        elif condition.region not in (None, EVENLY):
             regions = list(exact)
         if condition.region is not None and condition.region.startswith("shifted"):
             regions = [
@@ -259,7 +262,7 @@ def name_of(condition: Condition) -> str:
 def groups_of(condition: Condition, families: Sequence[str]) -> dict[str, list[bool]]:
     """Which questions count; a region is known of local ones alone."""
     groups: dict[str, tuple[str, ...]] = {"local": LOCAL}
-    if condition.region in (None, EVENLY):
+    if condition.region in (None, WHOLE, EVENLY):
         groups["all"] = FAMILIES
         groups.update((name, (name,)) for name in FAMILIES)
     return {name: [family in of for family in families] for name, of in groups.items()}
@@ -288,7 +291,7 @@ def compare(scenes: Sequence[TestScene], results: Sequence[ConditionResult]) -> 
         if ours.configuration != "resampler" or ours.pruning_rate is None:
             continue
         others = [replace(ours, configuration=name) for name in COMPRESSIONS if name != "resampler"]
-        found = ours.region != EVENLY
+        found = ours.region not in (WHOLE, EVENLY)
         rates = {ours.pruning_rate, _with_localizer(ours.pruning_rate)} if found else {ours.pruning_rate}
         others += [one for one in right if one.method in CHOOSERS and one.pruning_rate in rates]
         groups = groups_of(ours, families)
