@@ -15,22 +15,30 @@ from vllm_crop.planning.plan import TokenPlan, even_plan, make_plan
 RATES = (0.889, 0.926, 0.95, 0.97)
 RIM, WITH_RIM = 0.125, 0.7  # as CropConfig's, and how often there is one
 # How often a picture is compressed around what is asked for, around a box beside that, around all of itself
-# (of which tokens are sampled), and evenly.
+# (of which tokens are sampled), and evenly. Where a server would rather show a smaller picture, none is evenly.
 LOCAL = {"true": 0.3, "moved": 0.3, "whole": 0.1, "even": 0.3}
 GLOBAL = {"moved": 0.15, "whole": 0.25, "even": 0.6}
 
 
 def plan_lesson(
-    region: Region | None, grid: ImageTokens, view: ImageView, rate: float, chance: random.Random
+    region: Region | None,
+    grid: ImageTokens,
+    view: ImageView,
+    rate: float,
+    chance: random.Random,
+    resizes: bool = False,
 ) -> TokenPlan:
     """A plan for one picture, with the count that the rate says.
 
     Args:
         region: what is asked for; None if unknown.
+        resizes: a picture that is to be few tokens without a region is shown smaller.
     """
     local = region is not None and region != Region.whole()
     kinds = LOCAL if local else GLOBAL
     (kind,) = chance.choices(list(kinds), list(kinds.values()))
+    if kind == "even" and resizes:
+        kind = "whole"
     if kind == "even":
         return even_plan(grid, retained_count(grid.num_tokens, rate), "resampler")
     around = RIM if chance.random() < WITH_RIM else 0.0

@@ -25,6 +25,7 @@ from vllm_crop.compression.resampler import Resampler
 from vllm_crop.compression.settings import ResamplerShape, read_card
 from vllm_crop.compression.weights import read_resampler
 from vllm_crop.models.plan_fields import assignment, places
+from vllm_crop.planning.budget import retained_count
 from vllm_crop.planning.plan import TokenPlan
 
 WARMUP = 50  # steps
@@ -129,7 +130,8 @@ class Trainer:
     def _lesson(self, item: Item, rate: float, chance: random.Random, ids: Sequence[int]) -> Lesson:
         features, (width, height) = self._seen(item)
         grid, view = self.model.geometry.grid(width, height), self.model.geometry.view(width, height)
-        plan = plan_lesson(item.region, grid, view, rate, chance)
+        resizes = bool(self.model.geometry.small(width, height, retained_count(grid.num_tokens, rate)))
+        plan = plan_lesson(item.region, grid, view, rate, chance, resizes)
         return Lesson(item, plan, features, self.model.prompt(item.question, ids))
 
     def _compressed(self, lesson: Lesson) -> Shown:
