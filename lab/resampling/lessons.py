@@ -15,7 +15,7 @@ from vllm_crop.planning.plan import TokenPlan, even_plan, make_plan
 RATES = (0.889, 0.926, 0.95, 0.97)
 RIM, WITH_RIM = 0.125, 0.7  # as CropConfig's, and how often there is one
 # How often a picture is compressed around what is asked for, around a box beside that, around all of itself
-# (of which tokens are sampled), and evenly. Where a server would rather show a smaller picture, none is evenly.
+# (of which tokens are sampled), and evenly. Where a server rather shows a smaller picture, none is evenly.
 LOCAL = {"true": 0.3, "moved": 0.3, "whole": 0.1, "even": 0.3}
 GLOBAL = {"moved": 0.15, "whole": 0.25, "even": 0.6}
 

@@ -337,8 +337,22 @@ def test_small_images_use_their_tokens_up(rows: int, cols: int, most: int) -> No
         if r * c <= most and max(r * cols, c * rows) <= MOST_DISTORTED * min(r * cols, c * rows)
     ]
     assert found.num_tokens >= max((r * c for r, c in others), default=1)
-    if 1 not in (found.rows, found.cols):
-        assert (found.rows, found.cols) in others
+    assert (found.rows, found.cols) in others or not others
+
+
+def test_no_image_becomes_a_line_that_is_none() -> None:
+    """A prime number of tokens has no other grid, and fewer tokens of the right aspect say more."""
+    for full, most, wanted in (
+        ((24, 24), 17, (4, 4)),
+        ((30, 40), 16, (3, 5)),
+        ((30, 40), 29, (4, 6)),
+        ((40, 30), 4, (2, 2)),
+        ((30, 40), 2, (1, 1)),
+        ((100, 2), 16, (16, 1)),
+        ((1, 40), 7, (1, 7)),
+    ):
+        found = small_scale(TokenGrid(*full), most)
+        assert (found.rows, found.cols) == wanted, (full, most)
 
 
 def test_a_servers_bound_survives_being_written_down() -> None:

@@ -22,19 +22,19 @@ class HasGrid(Protocol):
 def small_scale(full: TokenGrid, max_tokens: int) -> TokenGrid:
     """As many tokens as an image may cost, of about its aspect and no more than it has along either side.
 
-    Of several with as many tokens that with the truest aspect.
+    Of several with as many tokens that with the truest aspect. Where so few tokens cannot have about its
+    aspect, that which distorts it least, and of several the one with most tokens.
     """
-    found, rank = TokenGrid(1, 1), (0, 0.0)
+    found, best = TokenGrid(1, 1), (False, -math.inf, 0.0)
     for rows in range(1, min(full.rows, max_tokens) + 1):
-        cols = min(full.cols, max_tokens // rows, math.floor(MOST_DISTORTED * rows * full.cols / full.rows))
-        if cols < 1:
-            continue
-        ratio = rows * full.cols / (cols * full.rows)
-        distorted = max(ratio, 1 / ratio)
-        # A line so narrow that no token of it has its aspect is seen as it can be.
-        near = distorted <= MOST_DISTORTED or 1 in (rows, cols)
-        if near and (rows * cols, -distorted) > rank:
-            found, rank = TokenGrid(rows, cols), (rows * cols, -distorted)
+        truest = rows * full.cols / full.rows
+        for wanted in (math.floor(MOST_DISTORTED * truest), round(truest)):
+            cols = min(full.cols, max_tokens // rows, max(1, wanted))
+            distorted = max(truest / cols, cols / truest)
+            near = distorted <= MOST_DISTORTED
+            rank = (near, rows * cols, -distorted) if near else (near, -distorted, rows * cols)
+            if rank > best:
+                found, best = TokenGrid(rows, cols), rank
     return found
 
 
