@@ -100,10 +100,17 @@ def compressing(
     model itself has found the region (64 tokens more).
     """
     console = Console(highlight=False)
+    for option, named, known in (
+        ("--sources", sources.split(";"), tuple(SOURCES)),
+        ("--compressions", compressions.split(","), COMPRESSIONS),
+        ("--rivals", [name for name in rivals.split(",") if name], tuple(CHOOSERS)),
+    ):
+        if unknown := [name for name in named if name not in known]:
+            raise typer.BadParameter(f"{unknown[0]!r}: not of {known}", param_hint=option)
     origin = provenance()
     try:
         from lab.evaluation.compressed_answers import CompressedAnswers
-        from vllm_crop.compression.settings import fingerprint_of
+        from vllm_crop.compression.settings import fingerprint_of, read_files
 
         settings = {
             "weights": weights_hash(model),
@@ -114,7 +121,7 @@ def compressing(
         }
         scenes = make_split(split, n)
         tunings = [read_tuning(path) for path in tuning or (TUNING, MORE_TUNING) if path.exists()]
-        fingerprint = fingerprint_of(weights)
+        fingerprint = fingerprint_of(*read_files(weights))
         names = [name for name in rivals.split(",") if name]
         grid = [
             one
@@ -192,7 +199,7 @@ def _configuration(rival: str, rate: float, tunings: Sequence[Tuning]) -> str | 
 
 
 def _with_localizer(rate: float) -> float:
-    return round(rate - LOCALIZER_TOKENS / 576, 3)
+    return max(0.0, round(rate - LOCALIZER_TOKENS / 576, 3))
 
 
 class _Study:

@@ -13,7 +13,7 @@ import torch
 from tests.conftest import CheckpointOf
 from tests.cpu.conftest import CHUNKED, STEPS, Engine, Question, ReferenceFor, decided, reference_by
 from tests.cpu.test_parity import NOTICEABLE, TOLERANCE, TWO_BOXES, cells, difference
-from tests.families import FAMILIES, LLAVA, LLAVA_NEXT, Family
+from tests.families import FAMILIES, LLAVA, LLAVA_NEXT, QWEN2_5_VL, Family
 from tests.pictures import noise_image
 from tests.resampler_reference import random_resampler, resampling, weights_of, write_random_resampler
 from vllm_crop.compression.resampler import Resampler
@@ -167,8 +167,19 @@ def test_untrained_weights_answer_as_pooling_does(
         assert torch.equal(ours.logprobs, pool.logprobs)
 
 
-def test_its_memory_is_taken_while_vllm_measures(resampling_engine_of: Callable[[Family], Engine]) -> None:
-    encoder = resampling_engine_of(LLAVA).model.crop_encoder
+def test_its_memory_is_taken_while_vllm_measures(
+    checkpoint_of: CheckpointOf, weights_for: Callable[..., Path]
+) -> None:
+    """Also where vLLM shows the model a video, as the largest item."""
+    checkpoint = checkpoint_of(QWEN2_5_VL, QWEN2_5_VL.shallow)
+    crop = {"compression": "resampler", "resampler": {"weights": str(weights_for(QWEN2_5_VL))}}
+    engine = Engine(checkpoint, crop, QWEN2_5_VL, **CHUNKED)
+    encoder = engine.model.crop_encoder
+    assert encoder.largest_image == engine.processor.geometry.max_tokens
+    encoder.resampler.rehearsed = False
+    executor = engine.llm.llm_engine.engine_core.engine_core.model_executor
+    worker = executor.driver_worker
+    getattr(worker, "worker", worker).model_runner.profile_run()
     assert encoder.resampler.rehearsed
 
 

@@ -10,6 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load, save
+from typer.testing import CliRunner
 
 from tests.resampler_reference import (
     naive_resample,
@@ -18,10 +20,12 @@ from tests.resampler_reference import (
     write_random_resampler,
 )
 from tests.tinyvqa import CHECKPOINT
+from vllm_crop.commands.app import app
 from vllm_crop.compat.diagnosis import judge_settings
 from vllm_crop.compression.pooling import compress
 from vllm_crop.compression.reading import plan_reading
 from vllm_crop.compression.resampler import Resampler
+from vllm_crop.compression.served import worst_case
 from vllm_crop.compression.settings import (
     ResamplerCard,
     ResamplerConfig,
@@ -30,6 +34,7 @@ from vllm_crop.compression.settings import (
     find_weights,
     fingerprint_of,
     read_card,
+    read_files,
     require_fingerprint,
     with_compressor,
 )
@@ -74,6 +79,8 @@ PLANS = {
     "a region larger than the budget": planned(GRID, 0.9, Region.whole()),
     "evenly": even_plan(GRID, 9, "resampler"),
     "one embedding": even_plan(GRID, 1, "resampler"),
+    # All that is outside the region is one group, of the rim and of what is far away.
+    "one embedding beside the region": planned(GRID, 1 - (int(GRID.mask(REGION).sum()) + 1) / 120),
     "tiles and newlines": planned(with_newlines(), 0.7),
 }
 
@@ -115,7 +122,7 @@ def test_plans_are_those_of_pooling(monkeypatch: pytest.MonkeyPatch, compiled: b
         planning.use_compiled()
     else:
         monkeypatch.setattr(planning, "_compiled", None)
-    for rate in (0.3, 0.6, 0.9, 0.97):
+    for rate in (0.3, 0.6, 0.9, 0.97, 1 - 5 / 120, 1 - 7 / 120):
         region = Region.from_grid_cells(0, 0, 1, 1 + int(10 * rate) % 3)
         ours, pool = (
             make_plan(GRID, region, rate, name, around=region.widened(0.1)) for name in ("resampler", "pool")
@@ -126,6 +133,8 @@ def test_plans_are_those_of_pooling(monkeypatch: pytest.MonkeyPatch, compiled: b
         assert ours.zone is not None
         assert ours != pool  # a cache must not take one for the other
         assert np.array_equal(ours.zone == 1, GRID.mask(region))
+        for tokens in ours.members():
+            assert len({int(ours.zone[token]) for token in tokens}) == 1
     assert small_plan(GRID, TokenGrid(3, 3)).zone is None
 
 
@@ -233,7 +242,7 @@ def test_check_says_whether_weights_fit(tmp_path: Path) -> None:
     folder = write_random_resampler(tmp_path / "weights", 128, load_model_config(str(CHECKPOINT)))
     crop = {"compression": "resampler", "resampler": {"weights": str(folder)}}
     found = judge_settings(json.dumps(crop), str(CHECKPOINT))["compressor"]
-    assert found["fingerprint"] == fingerprint_of(folder)
+    assert found["fingerprint"] == fingerprint_of(*read_files(folder))
     assert found["fits"].startswith("yes")
     write_random_resampler(folder, 24, MODEL)
     with pytest.raises(ResamplerError, match="trained for another model"):
@@ -244,7 +253,7 @@ def test_refuses_changed_weights(tmp_path: Path) -> None:
     folder = write_random_resampler(tmp_path / "weights", 24, MODEL)
     settings_found, _ = with_compressor({"resampler": {"weights": str(folder)}})
     pinned = ResamplerConfig.model_validate(settings_found["resampler"])
-    assert pinned.fingerprint == fingerprint_of(folder)
+    assert pinned.fingerprint == fingerprint_of(*read_files(folder))
     load_resampler(pinned, torch.float32)
     write_random_resampler(folder, 24, MODEL, seed=1)
     with pytest.raises(ResamplerError, match="have changed"):
@@ -267,6 +276,10 @@ def test_refuses_changed_weights(tmp_path: Path) -> None:
          "does not fit its config.json"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"nothing"), "cannot be read"),
         (lambda folder: _spoil(folder, float("nan")), "key.weight has numbers that are none"),
+        (lambda folder: _spoil(folder, 1e5), "key.weight has numbers that are none in torch.float16"),
+        (lambda folder: _quantize(folder), "key.weight is of torch.int8, and must be"),
+        (lambda folder: (folder / "config.json").write_text("[" * 200_000), "cannot be read"),
+        (lambda folder: _replace_by_folder(folder / "model.safetensors"), "has no model.safetensors"),
         (lambda folder: _set(folder, shape={"feature_size": 1 << 20, "width": 1 << 16, "num_heads": 1024,
                                             "mlp_size": 1 << 20}), "does not fit its config.json"),
     ],
@@ -277,7 +290,7 @@ def test_says_what_is_wrong_with_a_folder(tmp_path: Path, spoil: Any, told: str)
 
     def start() -> None:
         with_compressor({"resampler": {"weights": str(folder)}})
-        load_resampler(ResamplerConfig(weights=str(folder)), torch.float32)
+        load_resampler(ResamplerConfig(weights=str(folder)), torch.float16)
 
     with pytest.raises(ResamplerError, match=told):
         start()
@@ -287,6 +300,17 @@ def _spoil(folder: Path, value: float) -> None:
     resampler = read_resampler(folder)
     resampler.key.weight[0, 0] = value
     write_resampler(folder, resampler, read_card(folder), "")
+
+
+def _quantize(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    weights = load(path.read_bytes())
+    path.write_bytes(save({**weights, "key.weight": weights["key.weight"].to(torch.int8)}))
+
+
+def _replace_by_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
 
 
 def _set(folder: Path, **changed: Any) -> None:
@@ -299,6 +323,8 @@ def _set(folder: Path, **changed: Any) -> None:
     [
         ("no/such/folder/anywhere", "neither a directory nor a name on the Hub"),
         ("nobody/has-this", "the Hub"),
+        ("x" * 300, "cannot be read"),
+        ("~nobody-of-this-name/x", "cannot be read"),
     ],
 )
 def test_says_where_weights_are_not(monkeypatch: pytest.MonkeyPatch, name: str, told: str) -> None:
@@ -307,11 +333,47 @@ def test_says_where_weights_are_not(monkeypatch: pytest.MonkeyPatch, name: str, 
         find_weights(ResamplerConfig(weights=name))
 
 
+def test_a_folder_has_no_revision(tmp_path: Path) -> None:
+    folder = write_random_resampler(tmp_path / "weights", 24, MODEL)
+    with pytest.raises(ResamplerError, match=r"revision 'v1' is of a repository on the Hub"):
+        with_compressor({"resampler": {"weights": str(folder), "revision": "v1"}})
+
+
+def test_workers_are_told_where_the_folder_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_random_resampler(tmp_path / "weights", 24, MODEL)
+    monkeypatch.chdir(tmp_path)
+    found, _ = with_compressor({"resampler": {"weights": "weights"}})
+    monkeypatch.chdir("/")
+    load_resampler(ResamplerConfig.model_validate(found["resampler"]), torch.float32)
+
+
+def test_the_worst_case_is_one() -> None:
+    """All but one of the tokens read all of them."""
+    reading = plan_reading(*worst_case(50))
+    (group,) = reading.groups
+    assert (len(group.queries), len(group.tokens)) == (49, 50)
+
+
+def test_plans_are_printed_without_weights() -> None:
+    plans = [
+        CliRunner().invoke(
+            app,
+            [
+                *("plan", "--model", str(CHECKPOINT), "--image-size", "640x480", "--json"),
+                *("--region", "0.5,0.2,0.8,0.4", "--compression", name),
+            ],
+        )
+        for name in ("pool", "resampler")
+    ]
+    assert [ran.exit_code for ran in plans] == [0, 0], plans[1].output
+    assert plans[0].output == plans[1].output
+
+
 def test_a_fingerprint_may_be_asked_for(tmp_path: Path) -> None:
     folder = write_random_resampler(tmp_path / "weights", 24, MODEL)
     wrong = ResamplerConfig(weights=str(folder), fingerprint="0" * 64)
     with pytest.raises(ResamplerError, match="0000 is asked for"):
-        require_fingerprint(wrong, folder)
+        require_fingerprint(wrong, read_files(folder))
 
 
 @pytest.mark.parametrize(

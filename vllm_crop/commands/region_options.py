@@ -139,6 +139,8 @@ def request_for_image(
         "compression": compression,
         "rim": rim,
         "eviction_layers": parse_layers(eviction_layers) if eviction_layers is not None else None,
+        # Plans are the same whatever the weights.
+        "resampler": {"weights": "any"} if compression == "resampler" else {},
         # No operator has set limits here.
         "limits": {"max_boxes_per_image": MAX_BOXES, "max_pruning_rate": math.nextafter(1, 0)},
     }

@@ -46,23 +46,21 @@ class ServedResampler:
         embeddings: torch.Tensor = self.module(features, assignment, places)
         return embeddings
 
-    def rehearse(self, features: torch.Tensor) -> None:
-        """Take as much memory as can be needed, once: vLLM measures what its largest images take.
+    def rehearse(self, num_tokens: int) -> None:
+        """Take as much memory as can be needed, once, when vLLM shows the model its largest items.
 
-        It shows these before it gives the rest of memory to the KV cache, with nothing to be compressed in
-        them.
+        It measures what these take before it gives the rest of memory to the KV cache, and nothing is to be
+        compressed in them. On a CPU it measures nothing.
 
         Args:
-            features: of the largest image of a batch, `[num_tokens, feature_size]`.
+            num_tokens: of the largest image.
         """
         if self.rehearsed:
             return
         self.rehearsed = True
-        tokens = torch.arange(len(features))
-        # The first is left out, so that there are no anchors, and all others are queries.
-        assignment, nowhere = tokens - 1, torch.zeros_like(tokens)
-        places = torch.stack([nowhere, nowhere, nowhere, tokens], dim=1)
-        self(features, assignment, places)
+        weight = self.module.norm.weight
+        if num_tokens and weight.device.type != "cpu":
+            self(weight.new_zeros(num_tokens, len(weight)), *worst_case(num_tokens))
 
     def _require_width(self, features: torch.Tensor) -> None:
         wanted = self.module.norm.normalized_shape[0]
@@ -71,3 +69,11 @@ class ServedResampler:
                 f"the compressor is for features of {wanted} columns, and this model's have "
                 f"{features.shape[-1]}"
             )
+
+
+def worst_case(num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Assignment and places of the image that takes most: one zone, and all tokens but one are queries."""
+    tokens = torch.arange(num_tokens)
+    nowhere = torch.zeros_like(tokens)
+    # The first is left out, so that there are no anchors.
+    return tokens - 1, torch.stack([nowhere, nowhere, nowhere, tokens], dim=1)

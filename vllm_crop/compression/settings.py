@@ -13,7 +13,9 @@ worker: whoever loads other weights under the same name fails, and cached embedd
 
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -149,13 +151,32 @@ def find_weights(config: ResamplerConfig) -> Path:
         ResamplerError: there is none, or it lacks a file.
     """
     assert config.weights is not None
-    folder = Path(config.weights).expanduser()
-    if not folder.is_dir():
-        folder = _download(config.weights, config.revision)
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (folder / name).is_file():
-            raise ResamplerError(f"resampler.weights {config.weights} has no {name}: {_TRAIN}")
+    with _as_resampler_error(config.weights):
+        folder = Path(config.weights).expanduser()
+        if not folder.is_dir():
+            folder = _download(config.weights, config.revision)
+        elif config.revision is not None:
+            raise ResamplerError(
+                f"resampler.revision {config.revision!r} is of a repository on the Hub, and "
+                f"{config.weights} is a folder: leave it out"
+            )
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            if not (folder / name).is_file():
+                raise ResamplerError(f"resampler.weights {config.weights} has no {name}: {_TRAIN}")
     return folder
+
+
+@contextmanager
+def _as_resampler_error(name: str) -> Iterator[None]:
+    """Say whose files cannot be read.
+
+    Raises:
+        ResamplerError: in the place of what Python raises.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # of `expanduser`, for a user that is none
+        raise ResamplerError(f"resampler.weights {name[:200]} cannot be read: {error}") from None
 
 
 def read_card(folder: Path) -> ResamplerCard:
@@ -164,10 +185,21 @@ def read_card(folder: Path) -> ResamplerCard:
     Raises:
         ResamplerError: it is of something else, or of another version.
     """
+    with _as_resampler_error(str(folder)):
+        content = (folder / CONFIG_FILE).read_bytes()
+    return parse_card(content, folder)
+
+
+def parse_card(content: bytes, folder: Path) -> ResamplerCard:
+    """A config.json; `folder` it is of, for messages.
+
+    Raises:
+        ResamplerError: it is of something else, or of another version.
+    """
     path = folder / CONFIG_FILE
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        found = json.loads(content)
+    except (ValueError, RecursionError) as error:
         raise ResamplerError(f"resampler.weights: {path} cannot be read ({error}): {_TRAIN}") from None
     kind = found.get("model_type") if isinstance(found, dict) else None
     if kind != MODEL_TYPE:
@@ -185,22 +217,28 @@ def read_card(folder: Path) -> ResamplerCard:
         ) from None
 
 
-def fingerprint_of(folder: Path) -> str:
-    """SHA-256 of both files that decide what comes out."""
-    digest = hashlib.sha256()
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        with (folder / name).open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
+def read_files(folder: Path) -> tuple[bytes, bytes]:
+    """The config.json and the weights of a folder.
+
+    Raises:
+        ResamplerError: one cannot be read.
+    """
+    with _as_resampler_error(str(folder)):
+        return (folder / CONFIG_FILE).read_bytes(), (folder / WEIGHTS_FILE).read_bytes()
 
 
-def require_fingerprint(config: ResamplerConfig, folder: Path) -> str:
-    """The fingerprint of a folder, which must be the one that the settings say, if they say one.
+def fingerprint_of(config: bytes, weights: bytes) -> str:
+    """SHA-256 of both files, which decide what comes out."""
+    return hashlib.sha256(hashlib.sha256(config).digest() + hashlib.sha256(weights).digest()).hexdigest()
+
+
+def require_fingerprint(config: ResamplerConfig, files: tuple[bytes, bytes]) -> str:
+    """The fingerprint of a folder's files, which must be the one that the settings say, if they say one.
 
     Raises:
         ResamplerError: it is another.
     """
-    found = fingerprint_of(folder)
+    found = fingerprint_of(*files)
     if config.fingerprint not in (None, found):
         raise ResamplerError(
             f"resampler.weights {config.weights} have changed: their fingerprint is {found}, and "
@@ -222,8 +260,14 @@ def with_compressor(settings: Mapping[str, Any]) -> tuple[dict[str, Any], Resamp
     if named.weights is None:
         return dict(settings), None
     folder = find_weights(named)
-    card, fingerprint = read_card(folder), require_fingerprint(named, folder)
-    return {**settings, "resampler": {**named.model_dump(), "fingerprint": fingerprint}}, card
+    files = read_files(folder)
+    card, fingerprint = parse_card(files[0], folder), require_fingerprint(named, files)
+    # Workers may have another working directory, and a branch may move: what was found is what they load.
+    if Path(named.weights).expanduser().is_dir():
+        found: dict[str, str | None] = {"weights": str(folder.resolve())}
+    else:
+        found = {"revision": folder.name if re.fullmatch("[0-9a-f]{40}", folder.name) else named.revision}
+    return {**settings, "resampler": {**named.model_dump(), **found, "fingerprint": fingerprint}}, card
 
 
 def _download(name: str, revision: str | None) -> Path:

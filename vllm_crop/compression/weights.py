@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 
 from vllm_crop.compression.resampler import Resampler
 from vllm_crop.compression.settings import (
@@ -19,11 +19,14 @@ from vllm_crop.compression.settings import (
     ResamplerError,
     ResamplerShape,
     find_weights,
-    read_card,
+    parse_card,
+    read_files,
     require_fingerprint,
 )
 from vllm_crop.families.checkpoint import CONFIG_FILE
 from vllm_crop.families.model_shape import feature_size
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def load_resampler(config: ResamplerConfig, dtype: torch.dtype) -> Resampler:
@@ -33,8 +36,9 @@ def load_resampler(config: ResamplerConfig, dtype: torch.dtype) -> Resampler:
         ResamplerError: it cannot be read, or is another than the settings say.
     """
     folder = find_weights(config)
-    require_fingerprint(config, folder)
-    return read_resampler(folder).to(dtype)
+    files = read_files(folder)
+    require_fingerprint(config, files)
+    return _require_finite(_made_of(files, folder).to(dtype), folder)
 
 
 def read_resampler(folder: Path) -> Resampler:
@@ -43,11 +47,20 @@ def read_resampler(folder: Path) -> Resampler:
     Raises:
         ResamplerError: the weights are not those that its config.json promises.
     """
-    card = read_card(folder)
+    return _require_finite(_made_of(read_files(folder), folder), folder)
+
+
+def _made_of(files: tuple[bytes, bytes], folder: Path) -> Resampler:
+    card = parse_card(files[0], folder)
     try:
-        weights = load_file(folder / WEIGHTS_FILE)
-    except (OSError, SafetensorError) as error:
+        weights = load(files[1])
+    except SafetensorError as error:
         raise ResamplerError(f"resampler.weights {folder / WEIGHTS_FILE} cannot be read: {error}") from None
+    if strange := [name for name, part in weights.items() if part.dtype not in _DTYPES]:
+        raise ResamplerError(
+            f"resampler.weights {folder}: {strange[0]} is of {weights[strange[0]].dtype}, and must be of "
+            "float32, float16 or bfloat16"
+        )
     with torch.device("meta"):  # sizes that a file only claims take no memory
         resampler = Resampler(card.shape)
     try:
@@ -57,9 +70,16 @@ def read_resampler(folder: Path) -> Resampler:
         raise ResamplerError(
             f"resampler.weights {folder}: model.safetensors does not fit its config.json ({told[0].strip()})"
         ) from None
-    if wrong := [name for name, part in resampler.named_parameters() if not bool(part.isfinite().all())]:
-        raise ResamplerError(f"resampler.weights {folder}: {wrong[0]} has numbers that are none")
     return resampler.eval().requires_grad_(False)
+
+
+def _require_finite(resampler: Resampler, folder: Path) -> Resampler:
+    for name, part in resampler.named_parameters():
+        if not bool(part.isfinite().all()):
+            raise ResamplerError(
+                f"resampler.weights {folder}: {name} has numbers that are none in {part.dtype}"
+            )
+    return resampler
 
 
 def write_untrained(folder: Path, name: str, model: Mapping[str, Any]) -> Path:

@@ -70,7 +70,9 @@ class CropModelMixin(nn.Module):
     def embed_multimodal(self, **kwargs: Any) -> Any:
         """The embeddings of a batch of images or videos, one `[num_embeddings, hidden]` tensor each."""
         if kwargs.get(self.pixels) is None:  # videos, and image embeddings from the client
-            return self.embed_stock(**kwargs)
+            embeddings = self.embed_stock(**kwargs)
+            self.crop_encoder.rehearse()
+            return embeddings
         images, encode = self.images_of(kwargs)
         plan = {name: kwargs[name] for name in PLAN_FIELDS}
         return self.crop_encoder(images, encode, **plan, crop_places=kwargs.get(PLACES))

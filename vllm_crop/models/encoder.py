@@ -72,6 +72,7 @@ class CompressingEncoder:
         with torch.device("cpu"):
             budget = MultiModalBudget(vllm_config, MULTIMODAL_REGISTRY, enable_cache=False)
         self.max_tokens = budget.get_encoder_budget()
+        self.largest_image = budget.mm_max_toks_per_item.get("image", 0)
         self.peak_tokens = 0
         self.num_encoded = 0
         self.tokens_encoded = 0
@@ -88,6 +89,11 @@ class CompressingEncoder:
         self.cache.clear()
         if self.resampler is not None:
             self.resampler.restore()
+
+    def rehearse(self) -> None:
+        """Take the compressor's memory while vLLM measures what its largest items take, images or videos."""
+        if self.resampler is not None:
+            self.resampler.rehearse(self.largest_image)
 
     def __call__(
         self,
@@ -115,10 +121,8 @@ class CompressingEncoder:
             for key, image in zip(crop_image_key, images, strict=True)
             for words, part in zip(key.tolist() or [()] * len(image.parts), image.parts, strict=True)
         ]
-        features = self._features(parts, encode, keys)
-        if self.resampler is not None:
-            self.resampler.rehearse(max(features, key=len))
-        seen = iter(features)
+        seen = iter(self._features(parts, encode, keys))
+        self.rehearse()
         places = [_NO_PLACES] * len(images) if crop_places is None else crop_places
         plans = zip(images, crop_assignment, crop_positions, places, strict=True)
         embeddings = []

@@ -302,10 +302,10 @@ def _plan_counts(
 ) -> TokenPlan:
     """Make a plan for counts that are known: of all embeddings, then after each eviction."""
     places = places_of(grid)
-    zone = zones.codes() if compression == "resampler" else None
     if _compiled is not None:
         pools = compression != "prune"
         planned = _compiled(places, zones.codes(), pools, counts, eviction_layers, NEVER)
+        zone = _read_apart(zones, planned[0]) if compression == "resampler" else None
         return TokenPlan(grid, pruning_rate, *planned, zone)
     first, *later = counts
     assignment, position = _compressed(places, zones, first, compression)
@@ -315,7 +315,23 @@ def _plan_counts(
         leaves_at[left] = layer
         left = _region_first(places, zones, left, min(count, len(left)))
         leaves_at[left] = NEVER
+    zone = _read_apart(zones, assignment) if compression == "resampler" else None
     return TokenPlan(grid, pruning_rate, assignment, position.astype(np.int32), leaves_at[position], zone)
+
+
+def _read_apart(zones: Zones, assignment: NDArray[np.int32]) -> NDArray[np.uint8]:
+    """The zone of each token, each embedding of one alone.
+
+    Where a single embedding is left for all that is outside the region, its group has tokens of the rim and
+    of what is far away: then there is no rim.
+    """
+    codes = zones.codes()
+    stays = assignment >= 0
+    least = np.full(assignment.max() + 1, len(Zones._fields), dtype=np.uint8)
+    np.minimum.at(least, assignment[stays], codes[stays])
+    if (least[assignment[stays]] < codes[stays]).any():
+        codes[zones.rim] = 0
+    return codes
 
 
 @lru_cache(maxsize=8)  # pictures of one size often come one after another
