@@ -50,7 +50,8 @@ def train(
     heads: Annotated[int | None, typer.Option(help="Heads of attention. Left out: 64 columns each.")] = None,
     mlp: Annotated[int | None, typer.Option(help="Columns within the MLP. Left out: as the width.")] = None,
     start: Annotated[
-        Path | None, typer.Option(help="Folder of a compressor to begin with, of the same sizes.")
+        Path | None,
+        typer.Option(help="Folder of a compressor to begin with; its sizes hold if none are said."),
     ] = None,
     pictures: Annotated[int, typer.Option(min=1, help="Scenes to generate, without --data.")] = 2000,
     seed: Annotated[int, typer.Option(help="Of weights, scenes and steps.")] = 20261128,
@@ -68,8 +69,9 @@ def train(
     it, all of it by sampling, and all of it evenly. Run the same command again to go on.
 
     \b
-    The reference checkpoint's, about half an hour on two cores:
-      python -m lab.resampling -o build/resampler --width 128 --heads 4 --mlp 256
+    The reference checkpoint's, in two parts of about half an hour on two cores:
+      python -m lab.resampling -o build/first --width 128 --heads 4 --mlp 256 --pictures 3000 --steps 2500
+      python -m lab.resampling -o build/second --start build/first --pictures 1200 --steps 900 --seed 20261129
     For a model of your own on its own answers, on a GPU:
       python -m lab.resampling -o build/resampler --model llava-hf/llava-1.5-7b-hf --data questions.jsonl \\
           --recipe match --device cuda --dtype bfloat16 --batch 16
@@ -82,22 +84,31 @@ def train(
     sizes = {"width": width, "num_heads": heads, "mlp_size": mlp}
     try:
         items = scene_items(pictures, seed) if data is None else read_items(data, recipe == "answers")
-        console.print(f"{len(items)} questions about {len({item.picture for item in items})} pictures")
+        placed = sum(item.region is not None for item in items)
+        console.print(
+            f"questions: {len(items)}, with a known place {placed}; pictures: "
+            f"{len({item.picture for item in items})}"
+        )
         _import_torch(threads)
         from lab.resampling.frozen import FrozenModel
         from lab.resampling.trainer import Trainer
         from vllm_crop.compression.weights import write_resampler
 
         frozen = FrozenModel(model, device, dtype)
-        shape = _shape(frozen.config, {key: value for key, value in sizes.items() if value is not None})
+        said = {key: value for key, value in sizes.items() if value is not None}
+        shape = read_card(start).shape if start and not said else _shape(frozen.config, said)
         trainer = Trainer(frozen, items, shape, course, out)
         if start is not None:
             trainer.start_from(start)
-        done = trainer.run(minutes)
+        try:
+            done = trainer.run(minutes)
+        except KeyboardInterrupt:
+            trainer.save()
+            done = False
         card = ResamplerCard.untrained(shape, model, frozen.config)
         training = {**asdict(course), "data": data.name if data else None, "pictures": pictures}
         training |= {"done": trainer.step, "provenance": provenance()}
-        training |= {"started_from": None if start is None else read_card(start).training}
+        training |= {"started_from": trainer.started_from}
         card = card.model_copy(update={"training": training})
         write_resampler(out, trainer.resampler, card, describe(card))
     except CropError as error:
@@ -105,7 +116,7 @@ def train(
         raise typer.Exit(1) from None
     console.print(
         f"{'Done' if done else 'Stopped'} after {trainer.step} of {steps} steps: {out} is what "
-        "resampler.weights can name",
+        "resampler.weights can name" + ("" if done else "; the same command goes on"),
         markup=False,
     )
 
@@ -122,11 +133,12 @@ def _shape(model: Mapping[str, Any], sizes: Mapping[str, int]) -> ResamplerShape
     columns = feature_size(model)
     assert columns is not None
     suited = ResamplerShape.suited_to(columns).model_dump()
+    wide = {"mlp_size": sizes["width"]} if "width" in sizes else {}
     try:
-        return ResamplerShape.model_validate({**suited, **sizes})
+        return ResamplerShape.model_validate({**suited, **wide, **sizes})
     except ValidationError as error:
         told = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise TrainingDataError(f"--width and --heads: {told}") from None
+        raise TrainingDataError(f"--width and --heads: {told}, whose columns turn in fours") from None
 
 
 if __name__ == "__main__":

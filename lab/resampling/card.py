@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The README.md of a trained compressor."""
 
+from typing import Any
+
 from vllm_crop.compression.settings import ResamplerCard
 
 
@@ -31,4 +33,13 @@ around it, and the language model gets their summary in place of the visual toke
 | data | {data} |
 | pruning rates | {", ".join(f"{rate:g}" for rate in training.get("rates", ()))} |
 | seed | {training.get("seed")} |
-"""
+{_beginning(training)}"""
+
+
+def _beginning(training: dict[str, Any]) -> str:
+    """What it began with, if that was another compressor."""
+    first = training.get("started_from")
+    if not first:
+        return ""
+    steps, pictures, seed = (first.get(name) for name in ("done", "pictures", "seed"))
+    return f"| began with | another's weights after {steps} steps on {pictures} scenes, seed {seed} |\n"

@@ -65,7 +65,13 @@ class FrozenModel:
     def __init__(self, checkpoint: str, device: str, dtype: str = "float32") -> None:
         from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-        config = AutoConfig.from_pretrained(checkpoint).to_dict()
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise UnsupportedModelError("--device cuda: this torch sees no GPU")
+        try:
+            config = AutoConfig.from_pretrained(checkpoint).to_dict()
+        except (OSError, ValueError) as error:
+            told = str(error).strip().splitlines()[0]
+            raise UnsupportedModelError(f"the checkpoint {checkpoint} cannot be read: {told}") from None
         if (family := family_of(config)) not in ARCHITECTURES:
             raise UnsupportedModelError(
                 f"compressors are trained for {', '.join(ARCHITECTURES)} so far, not for {family}"

@@ -4,6 +4,7 @@
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +22,7 @@ from vllm_crop.measuring.question_files import json_object, listed, numbered_lin
 from vllm_crop.planning.geometry import Region
 
 PER_SCENE = 10
+KEYS = {"image", "question", "answer", "boxes"}
 # How often each family is asked; what needs the whole picture shows most of what a summary loses.
 FAMILIES = {"read": 1.0, "relation": 1.2, "compare": 1.2, "search": 1.6, "count": 1.6}
 
@@ -98,6 +100,11 @@ def _read_line(folder: Path, line: str, need_answers: bool) -> Item:
         raise TrainingDataError(describe_errors(error, "", _Line).lstrip(".")) from None
     if need_answers and said.answer is None:
         raise TrainingDataError("has no `answer`: give one, or train with --recipe match, which needs none")
+    for key in value.keys() - KEYS:
+        if meant := get_close_matches(key, KEYS, n=1, cutoff=0.7):
+            raise TrainingDataError(f"unknown key {key!r}, did you mean {meant[0]!r}?")
+    if "regions" in value or "answers" in value:
+        raise TrainingDataError("`boxes` and `answer` are read here, one list of boxes and one answer a line")
     path = folder / said.image
     if problem := why_unreadable(path):
         raise TrainingDataError(problem)

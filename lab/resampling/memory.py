@@ -6,6 +6,7 @@ counted tensor by tensor; weights and the optimizer's states are their sizes. No
 operations need for a moment, and the allocator's gaps.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -14,6 +15,8 @@ from rich.console import Console
 from lab.resampling.lessons import RATES
 from vllm_crop.compression.settings import ResamplerShape
 from vllm_crop.planning.budget import retained_count
+from vllm_crop.planning.geometry import TokenGrid
+from vllm_crop.planning.plan import even_plan
 
 GIB = 2**30
 app = typer.Typer(add_completion=False)
@@ -41,12 +44,15 @@ def memory(
         weights = sum(part.nbytes for part in whole.parameters())
     from vllm_crop.compression.resampler import Resampler
 
-    learned = sum(part.numel() for part in Resampler(shape).parameters())
+    compressor = Resampler(shape)
+    learned = sum(part.numel() for part in compressor.parameters())
+    own = _held_by(compressor, visual, kept)
     console = Console(highlight=False)
     rows = {
         "the model, bfloat16, frozen": weights,
         f"held for the backward pass, {batch} prompts of {kept} + {text} tokens": held,
         f"the compressor, {learned / 1e6:.1f} M parameters: weights, gradients, Adam": 16 * learned,
+        "what it holds for its own backward pass": batch * own,
     }
     for what, size in rows.items():
         console.print(f"{size / GIB:6.1f} GiB  {what}")
@@ -69,21 +75,45 @@ def _held(language: Any, head: Any, batch: int, tokens: int) -> int:
     """Bytes that a forward pass keeps for the backward one, the model's own weights aside."""
     import torch
 
-    own = {part.untyped_storage()._cdata for module in (language, head) for part in module.parameters()}
+    rows = torch.randn(batch, tokens, language.config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+
+    def step() -> None:
+        states = language(inputs_embeds=rows, use_cache=False).last_hidden_state
+        head(states[:, -1]).float().log_softmax(-1).mean()
+
+    return _saved_by(step, [*language.parameters(), *head.parameters()])
+
+
+def _held_by(compressor: Any, visual: int, kept: int) -> int:
+    """The same for one picture in the compressor."""
+    import torch
+
+    from vllm_crop.models.plan_fields import assignment, places
+
+    plan = even_plan(TokenGrid(1, visual), kept, "resampler")
+    features = torch.zeros(visual, compressor.norm.normalized_shape[0])
+
+    def step() -> None:
+        compressor(features, assignment(plan), places(plan))
+
+    return _saved_by(step, [*compressor.parameters(), features])
+
+
+def _saved_by(step: Callable[[], None], own: Sequence[Any]) -> int:
+    """Bytes that are saved for the backward pass, but for those of some tensors."""
+    import torch
+
+    known = {part.untyped_storage()._cdata for part in own}
     held: dict[int, Any] = {}
 
     def keep(tensor: Any) -> Any:
         storage = tensor.untyped_storage()
-        if storage._cdata not in own:
+        if storage._cdata not in known:
             held[storage._cdata] = storage  # kept, or another may get its number
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        rows = torch.randn(
-            batch, tokens, language.config.hidden_size, dtype=torch.bfloat16, requires_grad=True
-        )
-        states = language(inputs_embeds=rows, use_cache=False).last_hidden_state
-        head(states[:, -1]).float().log_softmax(-1).mean()
+        step()
     return sum(storage.nbytes() for storage in held.values())
 
 

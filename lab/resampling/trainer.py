@@ -8,6 +8,7 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from lab.resampling.lessons import plan_lesson
 from vllm_crop.compression.resampler import Resampler
 from vllm_crop.compression.settings import ResamplerShape, read_card
 from vllm_crop.compression.weights import read_resampler
+from vllm_crop.families.model_shape import ModelShape
 from vllm_crop.models.plan_fields import assignment, places
 from vllm_crop.planning.budget import retained_count
 from vllm_crop.planning.plan import TokenPlan
@@ -52,18 +54,18 @@ class Trainer:
     ) -> None:
         torch.manual_seed(course.seed)
         self.model, self.items, self.course, self.out = model, items, course, out
-        out.mkdir(parents=True, exist_ok=True)
         self.shape = shape
         self.resampler = Resampler(shape).to(model.device)
         self.optimizer = torch.optim.AdamW(
             self.resampler.parameters(), lr=course.learning_rate, weight_decay=0.01
         )
         self.step = 0
-        cache_bytes = int(course.cache_gib * 2**30)
-        self._features: LRUCache[str, Tensor] = LRUCache(
-            cache_bytes, getsizeof=lambda part: part.numel() * part.element_size()
+        self.started_from: dict[str, Any] | None = None
+        # Features by picture, and what the unpruned model thinks by item, as logarithms of probabilities.
+        self._kept: LRUCache[str | int, Tensor] = LRUCache(
+            int(course.cache_gib * 2**30), getsizeof=lambda part: part.nbytes
         )
-        self._teacher: dict[int, tuple[list[int], Tensor]] = {}
+        self._said: dict[int, list[int]] = {}
         self._window: dict[str, list[float]] = defaultdict(list)
         self._load()
 
@@ -79,6 +81,7 @@ class Trainer:
         if read_card(folder).shape != self.shape:
             raise TrainingDataError(f"{folder} has other sizes: give its --width, --heads and --mlp")
         self.resampler.load_state_dict(read_resampler(folder).state_dict())
+        self.started_from = read_card(folder).training
 
     def run(self, minutes: float) -> bool:
         """Train until done or so many minutes have passed, then save.
@@ -152,25 +155,32 @@ class Trainer:
         if self.course.recipe == "answers":
             assert item.answer is not None
             return self.model.answer_ids(item.answer), None
-        if index not in self._teacher:
-            features, size = self._seen(item)
-            whole = Shown.whole(features, self.model.geometry.grid(*size))
-            ids = self.model.say(item.question, whole, MOST_SAID)
-            with torch.inference_mode():
-                (logits,) = self.model.logits([self.model.prompt(item.question, ids)], [whole])
-            self._teacher[index] = ids, logits.log_softmax(-1).cpu()
-        return self._teacher[index]
+        known = self._kept.get(index)
+        if known is not None:
+            return self._said[index], known
+        features, size = self._seen(item)
+        whole = Shown.whole(features, self.model.geometry.grid(*size))
+        ids = self._said.get(index) or self.model.say(item.question, whole, MOST_SAID)
+        with torch.inference_mode():
+            (logits,) = self.model.logits([self.model.prompt(item.question, ids)], [whole])
+        self._said[index] = ids
+        return ids, self._keep(index, logits.log_softmax(-1))
 
     def _seen(self, item: Item) -> tuple[Tensor, tuple[int, int]]:
-        known = self._features.get(item.picture)
+        known = self._kept.get(item.picture)
         if known is not None:
             return known.to(self.model.device), self._sizes[item.picture]
         image = item.open()
         self._sizes[item.picture] = image.size
         features = self.model.features(image).clone()
-        if self._features.getsizeof(features) <= self._features.maxsize:
-            self._features[item.picture] = features.cpu()
+        self._keep(item.picture, features)
         return features, image.size
+
+    def _keep(self, key: str | int, part: Tensor) -> Tensor:
+        """Keep a tensor for the next time it is wanted, in the CPU's memory."""
+        if part.nbytes <= self._kept.maxsize:
+            self._kept[key] = part.cpu()
+        return part
 
     def _falling(self) -> float:
         falling = 0.5 * (1 + math.cos(math.pi * self.step / self.course.steps))
@@ -187,19 +197,38 @@ class Trainer:
         if self.step % REPORT_EVERY == 0:
             means = {name: round(sum(of) / len(of), 4) for name, of in sorted(self._window.items())}
             self._window.clear()
+            self.out.mkdir(parents=True, exist_ok=True)
             with (self.out / "log.jsonl").open("a") as log:
                 log.write(json.dumps({"step": self.step, "time": round(time.time()), **means}) + "\n")
 
     def save(self) -> None:
         """Write the state, so that a run can go on."""
+        self.out.mkdir(parents=True, exist_ok=True)
         state = {
             "resampler": self.resampler.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
-            "course": asdict(self.course),
+            "started_from": self.started_from,
+            "what": self._what(),
         }
         torch.save(state, self.out / "state.new")
         (self.out / "state.new").replace(self.out / "state.pt")
+
+    def _what(self) -> dict[str, Any]:
+        """What a training that goes on must share with what was before."""
+        asked = [(one.picture, one.question, one.answer, one.region) for one in self.items]
+        return {
+            **asdict(self.course),
+            "sizes": self.shape.model_dump(),
+            "questions": sha256(repr(asked).encode()).hexdigest(),
+            "model": ModelShape.of(self.model.config).model_dump(),
+        }
+
+    def _forget_log_after(self, step: int) -> None:
+        """Of steps that were taken after the last state was saved, and will be taken again."""
+        log = self.out / "log.jsonl"
+        lines = log.read_text().splitlines() if log.exists() else []
+        log.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
 
     def _load(self) -> None:
         self._sizes: dict[str, tuple[int, int]] = {}
@@ -207,10 +236,14 @@ class Trainer:
         if not path.exists():
             return
         state = torch.load(path, map_location=self.model.device)
-        if state["course"] != asdict(self.course):
+        before, now = state.get("what", {}), self._what()
+        if others := sorted(name for name, value in now.items() if before.get(name) != value):
             raise TrainingDataError(
-                f"{path} was trained otherwise: give its settings again, or another --out"
+                f"{path} was trained otherwise ({', '.join(others)}): give its settings again, or another "
+                "--out with --start to train on"
             )
+        self.started_from = state["started_from"]
+        self._forget_log_after(state["step"])
         self.resampler.load_state_dict(state["resampler"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]

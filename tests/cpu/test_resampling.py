@@ -22,8 +22,9 @@ from tests.conftest import CheckpointOf
 from tests.families import LLAVA, QWEN2_5_VL, QWEN2_VL, Family
 from tests.pictures import noise_image
 from tests.tinyvqa import CHECKPOINT
-from vllm_crop.compression.settings import ResamplerShape, read_card
-from vllm_crop.compression.weights import read_resampler
+from vllm_crop.compression.resampler import Resampler
+from vllm_crop.compression.settings import ResamplerCard, ResamplerShape, read_card
+from vllm_crop.compression.weights import read_resampler, write_resampler
 from vllm_crop.planning.budget import retained_count
 from vllm_crop.planning.geometry import Box, ImageView, Region, TokenGrid
 
@@ -53,8 +54,32 @@ def test_a_stopped_training_goes_on_as_if_it_had_not(model: FrozenModel, tmp_pat
     for name, part in whole.resampler.state_dict().items():
         assert torch.equal(part, again.resampler.state_dict()[name]), name
     assert whole.resampler.out.weight.detach().any(), "something was learned"
-    with pytest.raises(TrainingDataError, match="was trained otherwise"):
-        trainer(model, tmp_path / "parts", Course(steps=5, batch=4))
+    with pytest.raises(TrainingDataError, match=r"was trained otherwise \(steps\)"):
+        trainer(model, tmp_path / "parts", Course(steps=5, batch=4, cache_gib=0.1))
+    with pytest.raises(TrainingDataError, match=r"otherwise \(questions\)"):
+        Trainer(model, scene_items(3, 7), SHAPE, COURSE, tmp_path / "parts")
+    wide = SHAPE.model_copy(update={"width": 64})
+    with pytest.raises(TrainingDataError, match=r"otherwise \(sizes\)"):
+        Trainer(model, scene_items(2, 7), wide, COURSE, tmp_path / "parts")
+
+
+def test_a_training_can_begin_with_anothers_weights(model: FrozenModel, tmp_path: Path) -> None:
+    resampler = Resampler(SHAPE)
+    torch.nn.init.ones_(resampler.out.bias)
+    card = ResamplerCard.untrained(SHAPE, "tinyvqa", model.config)
+    write_resampler(tmp_path / "first", resampler, card.model_copy(update={"training": {"done": 3}}), "")
+    begun = trainer(model, tmp_path / "out")
+    begun.start_from(tmp_path / "first")
+    assert torch.equal(begun.resampler.out.bias, torch.ones(128))
+    begun.train_step()
+    begun.save()
+    again = trainer(model, tmp_path / "out")
+    again.start_from(tmp_path / "elsewhere")  # goes on with what was saved
+    assert (again.step, again.started_from) == (1, {"done": 3})
+    wide = SHAPE.model_copy(update={"width": 64})
+    other = Trainer(model, scene_items(1, 7), wide, COURSE, tmp_path / "wide")
+    with pytest.raises(TrainingDataError, match="has other sizes"):
+        other.start_from(tmp_path / "first")
 
 
 @pytest.mark.parametrize("recipe", ["answers", "match"])
@@ -160,6 +185,8 @@ def test_the_command_writes_what_a_server_can_name(tmp_path: Path) -> None:
         ('{"image": "b.png", "question": "q", "answer": "a"}', "no file"),
         ('{"image": "a.png", "answer": "a"}', "question"),
         ('{"image": "a.png", "question": "q"}', "no `answer`"),
+        ('{"image": "a.png", "question": "q", "answer": "a", "box": [0, 0, 1, 1]}', "did you mean 'boxes'"),
+        ('{"image": "a.png", "question": "q", "answer": "a", "regions": []}', "`boxes` and `answer` are"),
         ('{"image": "a.png", "question": "q", "answer": "a", "boxes": [[0, 0, 2, 1]]}', "boxes"),
     ],
 )

@@ -244,6 +244,7 @@ def test_check_says_whether_weights_fit(tmp_path: Path) -> None:
     found = judge_settings(json.dumps(crop), str(CHECKPOINT))["compressor"]
     assert found["fingerprint"] == fingerprint_of(*read_files(folder))
     assert found["fits"].startswith("yes")
+    assert found["trained"] == "nobody says how"
     write_random_resampler(folder, 24, MODEL)
     with pytest.raises(ResamplerError, match="trained for another model"):
         judge_settings(json.dumps(crop), str(CHECKPOINT))
@@ -367,6 +368,19 @@ def test_plans_are_printed_without_weights() -> None:
     ]
     assert [ran.exit_code for ran in plans] == [0, 0], plans[1].output
     assert plans[0].output == plans[1].output
+
+
+def test_a_header_is_checked_before_any_worker_starts(tmp_path: Path) -> None:
+    folder = write_random_resampler(tmp_path / "weights", 24, MODEL)
+    assert read_card(folder).shape.tensors() == {
+        name: list(part.shape) for name, part in read_resampler(folder).state_dict().items()
+    }
+    path = folder / "model.safetensors"
+    whole = path.read_bytes()
+    for spoilt in (whole[:-100], whole + b"0", whole[:4], b"\xff" * 100, whole[:200]):
+        path.write_bytes(spoilt)
+        with pytest.raises(ResamplerError, match="cannot be read"):
+            with_compressor({"resampler": {"weights": str(folder)}})
 
 
 def test_a_fingerprint_may_be_asked_for(tmp_path: Path) -> None:

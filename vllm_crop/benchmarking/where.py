@@ -2,6 +2,7 @@
 """Where the time to the first token goes, part by part, in one process: no HTTP, nothing beside it."""
 
 import argparse
+import copy
 import io
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -272,7 +273,8 @@ class _Clock:
 
         from vllm_crop.models.plan_fields import assignment, places
 
-        module = self._encoder.resampler.module
+        # A copy, as what is tracked must be able to learn.
+        module = copy.deepcopy(self._encoder.resampler.module).requires_grad_(True)
         weights = list(module.parameters())
         plan = make_plan(grid, Region.whole(), 0.1, "resampler")  # most tokens are queries
         features = weights[0].new_zeros(grid.num_tokens, module.norm.normalized_shape[0])

@@ -113,6 +113,16 @@ def _serve_options(model: str, crop_config: str | None) -> list[str]:
     return options
 
 
+# What `check` says of a compressor's training.
+_TRAINED = {
+    "recipe": "recipe",
+    "steps": "done",
+    "questions a step": "batch",
+    "data": "data",
+    "rates": "rates",
+}
+
+
 def judge_settings(crop_config: str, model: str | None) -> dict[str, dict[str, str]]:
     """Read settings as a server does, and judge them by a checkpoint if one is given.
 
@@ -149,10 +159,12 @@ def judge_settings(crop_config: str, model: str | None) -> dict[str, dict[str, s
             "settings": json.dumps({name: getattr(config.localizer, name) for name in CALIBRATED}),
         }
     if compressor is not None:
-        revision = compressor.base_model_revision
+        revision, told = compressor.base_model_revision, compressor.training
+        trained = (f"{name} {told[key]}" for name, key in _TRAINED.items() if told.get(key) is not None)
         found["compressor"] = {
             "weights": str(weights),
             "trained for": compressor.base_model + (f" at {revision}" if revision else ""),
+            "trained": ", ".join(trained) or "nobody says how",
             "fits": fits,
             "fingerprint": str(config.resampler.fingerprint),
         }

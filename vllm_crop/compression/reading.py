@@ -18,7 +18,6 @@ from typing import NamedTuple
 import torch
 
 LEFT_OUT = 3  # as of `vllm_crop.planning.plan.Zones.codes`
-NUM_ZONES = 3
 
 
 class Group(NamedTuple):

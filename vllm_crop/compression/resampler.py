@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vllm_crop.compression.pooling import compress
-from vllm_crop.compression.reading import NUM_ZONES, Reading, plan_reading
-from vllm_crop.compression.settings import ResamplerShape
+from vllm_crop.compression.reading import Reading, plan_reading
+from vllm_crop.compression.settings import NUM_ZONES, ResamplerShape
 
 _ROTARY_BASE = 100.0  # the longest wave is as long as 600 tokens in a row
 _PEAK = 4.0  # how much likelier, in nats, a query reads its own place than a far one, before training

@@ -14,6 +14,7 @@ worker: whoever loads other weights under the same name fails, and cached embedd
 import hashlib
 import json
 import re
+import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +29,8 @@ from vllm_crop.families.model_shape import ModelShape, feature_size, merge_size
 WEIGHTS_FILE = "model.safetensors"
 CARD_FILE = "README.md"
 MODEL_TYPE = "crop_plc"
-_TRAIN = "train one for it (docs/compressing.md), or use compression 'pool'"
+NUM_ZONES = 3  # far away, region, rim: those that are read, of `vllm_crop.planning.plan.Zones.codes`
+_TRAIN = "train a compressor for the model (docs/compressing.md), or use compression 'pool'"
 
 
 class ResamplerError(CropError):
@@ -77,6 +79,21 @@ class ResamplerShape(BaseModel):
         if self.width % (4 * self.num_heads):
             raise ValueError(f"width {self.width} must be a multiple of 4 x {self.num_heads} heads")
         return self
+
+    def tensors(self) -> dict[str, list[int]]:
+        """The names and shapes of a compressor's weights (`vllm_crop.compression.resampler`)."""
+        columns, width, mlp = self.feature_size, self.width, self.mlp_size
+        linear = {
+            **dict.fromkeys(("query", "key", "value"), (width, columns)),
+            **{"out": (columns, width), "mlp_in": (mlp, columns), "mlp_out": (columns, mlp)},
+        }
+        norms = {f"{name}.{of}": [columns] for name in ("norm", "mlp_norm") for of in ("weight", "bias")}
+        return {
+            **{"zone_query": [NUM_ZONES, width], "size_query": [width]},
+            **norms,
+            **{f"{name}.weight": list(shape) for name, shape in linear.items()},
+            **{f"{name}.bias": [shape[0]] for name, shape in linear.items()},
+        }
 
     @classmethod
     def suited_to(cls, feature_size: int) -> Self:
@@ -227,6 +244,34 @@ def read_files(folder: Path) -> tuple[bytes, bytes]:
         return (folder / CONFIG_FILE).read_bytes(), (folder / WEIGHTS_FILE).read_bytes()
 
 
+def require_tensors(card: ResamplerCard, weights: bytes, folder: Path) -> None:
+    """Check by a file's header that it has the weights that its config.json promises.
+
+    Whoever starts a server shall hear of it at once, and not from a worker that dies a minute later.
+
+    Raises:
+        ResamplerError: it has others, or is cut off.
+    """
+    try:
+        (length,) = struct.unpack("<Q", weights[:8])
+        header = json.loads(weights[8 : 8 + length])
+        found = {name: part["shape"] for name, part in header.items() if name != "__metadata__"}
+        end = 8 + length + max(part["data_offsets"][1] for name, part in header.items() if name in found)
+    except (struct.error, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise ResamplerError(f"resampler.weights {folder / WEIGHTS_FILE} cannot be read: {error!r}") from None
+    if end != len(weights):
+        raise ResamplerError(
+            f"resampler.weights {folder / WEIGHTS_FILE} cannot be read: it has {len(weights)} bytes, and its "
+            f"header promises {end}"
+        )
+    wanted = card.shape.tensors()
+    if wrong := [name for name in {**wanted, **found} if wanted.get(name) != found.get(name)]:
+        raise ResamplerError(
+            f"resampler.weights {folder}: model.safetensors does not fit its config.json ({wrong[0]} has "
+            f"shape {found.get(wrong[0])}, not {wanted.get(wrong[0])})"
+        )
+
+
 def fingerprint_of(config: bytes, weights: bytes) -> str:
     """SHA-256 of both files, which decide what comes out."""
     return hashlib.sha256(hashlib.sha256(config).digest() + hashlib.sha256(weights).digest()).hexdigest()
@@ -262,6 +307,7 @@ def with_compressor(settings: Mapping[str, Any]) -> tuple[dict[str, Any], Resamp
     folder = find_weights(named)
     files = read_files(folder)
     card, fingerprint = parse_card(files[0], folder), require_fingerprint(named, files)
+    require_tensors(card, files[1], folder)
     # Workers may have another working directory, and a branch may move: what was found is what they load.
     if Path(named.weights).expanduser().is_dir():
         found: dict[str, str | None] = {"weights": str(folder.resolve())}

@@ -511,4 +511,5 @@ def _image_facts(
         pieces=decision.pieces,
         foveation=config.foveation if request.compression == "foveate" else None,
         reason=decision.reason if localization is None else "",
+        resampled=plan is not None and plan.compresses and plan.zone is not None,
     )

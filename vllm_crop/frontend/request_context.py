@@ -44,6 +44,7 @@ class ImageFacts:
         pieces: what the vision tower sees instead of the whole image; empty if that is what it sees.
         foveation: the server's settings of it, of an image that could be seen in pieces.
         reason: why nothing of what was asked for could be done with it.
+        resampled: whether trained queries have read it, with compression "resampler".
     """
 
     tokens: int
@@ -56,6 +57,7 @@ class ImageFacts:
     pieces: tuple[Piece, ...] = ()
     foveation: FoveationConfig | None = None
     reason: str = ""
+    resampled: bool = False
 
     @property
     def tower_tokens(self) -> int:
@@ -93,6 +95,7 @@ class ImageFacts:
                 if self.request and (bound := self.request.max_tokens) is not None
                 else {}
             ),
+            **({"resampled": True} if self.resampled else {}),
             **({"reason": self.reason[:_LONGEST_REASON]} if self.reason else {}),
             **({"localizer": _localization_json(found, with_heat)} if found else {}),
         }

@@ -82,6 +82,10 @@ def patch(engine_args: Any, require_supported: Callable[[CropConfig, Any], None]
             calibration.require_fit(str(named), model_config.hf_config.to_dict())
         if compressor is not None:
             compressor.require_fit(str(config.resampler.weights), model_config.hf_config.to_dict())
+            logger.info(
+                "Compressor %s, trained for %s, fingerprint %s",
+                *(config.resampler.weights, compressor.base_model, config.resampler.fingerprint),
+            )
         with reads_settings():
             refuse_model(model_config, config)
             refuse_tokenizer(model_config)
