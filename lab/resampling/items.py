@@ -23,8 +23,9 @@ from vllm_crop.planning.geometry import Region
 
 PER_SCENE = 10
 KEYS = {"image", "question", "answer", "boxes"}
-# How often each family is asked; what needs the whole picture shows most of what a summary loses.
-FAMILIES = {"read": 1.0, "relation": 1.2, "compare": 1.2, "search": 1.6, "count": 1.6}
+# How often each family is asked. What needs the whole picture shows what a summary loses, and relations that
+# things must stay where they are: a query that gathers them from far away is of no use there.
+FAMILIES = {"read": 1.0, "relation": 3.0, "compare": 1.2, "search": 1.6, "count": 1.6}
 
 
 class TrainingDataError(CropError):

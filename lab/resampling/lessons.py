@@ -15,9 +15,9 @@ from vllm_crop.planning.plan import TokenPlan, even_plan, make_plan
 RATES = (0.889, 0.926, 0.95, 0.97)
 RIM, WITH_RIM = 0.125, 0.7  # as CropConfig's, and how often there is one
 # How often a picture is compressed around what is asked for, around a box beside that, around all of itself
-# (of which tokens are sampled), and evenly. Where a server rather shows a smaller picture, none is evenly.
-LOCAL = {"true": 0.3, "moved": 0.3, "whole": 0.1, "even": 0.3}
-GLOBAL = {"moved": 0.15, "whole": 0.25, "even": 0.6}
+# (of which tokens are sampled), and evenly, which is rarer where a server rather shows a smaller picture.
+LOCAL = {"true": 0.2, "moved": 0.3, "whole": 0.25, "even": 0.25}
+GLOBAL = {"moved": 0.15, "whole": 0.4, "even": 0.45}
 
 
 def plan_lesson(
@@ -37,7 +37,7 @@ def plan_lesson(
     local = region is not None and region != Region.whole()
     kinds = LOCAL if local else GLOBAL
     (kind,) = chance.choices(list(kinds), list(kinds.values()))
-    if kind == "even" and resizes:
+    if kind == "even" and resizes and chance.random() < 0.5:
         kind = "whole"
     if kind == "even":
         return even_plan(grid, retained_count(grid.num_tokens, rate), "resampler")
