@@ -6,16 +6,26 @@ and all of the picture is compressed alike, as rivals do it: then all families a
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import compress
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
+from lab.evaluation.compressing_report import (
+    COMPRESSIONS,
+    EVENLY,
+    SOURCES,
+    WHOLE,
+    compare,
+    markdown,
+    name_of,
+    print_report,
+    shares_of,
+    summarize,
+    with_localizer,
+)
 from lab.evaluation.conditions import OFF, Condition
 from lab.evaluation.options import weights_hash
 from lab.evaluation.published_answers import write_answers
@@ -23,11 +33,8 @@ from lab.evaluation.questions import SPLITS, Split, TestScene, make_split
 from lab.evaluation.regions import regions_for
 from lab.evaluation.rim_regions import shifted
 from lab.evaluation.rivals.names import CHOOSERS
-from lab.evaluation.stats import Estimate, difference, holm, mcnemar, wilson
 from lab.evaluation.store import ConditionResult, Store
-from lab.evaluation.summary import families_of, right_answers
 from lab.evaluation.tuned import TUNING, Tuning, read_tuning
-from lab.tinyvqa.questions import FAMILIES, LOCAL
 from vllm_crop.benchmarking.report import write_json
 from vllm_crop.benchmarking.session import progress_bar
 from vllm_crop.config import CropConfig
@@ -36,41 +43,11 @@ from vllm_crop.measuring.provenance import provenance
 from vllm_crop.planning.geometry import Region
 
 RATES = (0.889, 0.926, 0.95, 0.97)
-COMPRESSIONS = ("pool", "prune", "resampler")
-WHOLE, EVENLY = "whole", "evenly"
-SOURCES = {
-    "exact": "the smallest region that holds the answer, without a rim",
-    "exact, rim": "with the rim that servers have if nobody says otherwise",
-    "shifted": "every box moved by one of 8x8 cells, without a rim",
-    "shifted, rim": "with the rim",
-    WHOLE: "the box [0, 0, 1, 1]: all of the picture, of which tokens are sampled",
-    EVENLY: "no region: all of the picture in even groups, as a budget has it where images are not resized",
-}
 RIVALS = ("scope", "cdpruner", "divprune", "mmtok")  # the best of the dev split with 43 tokens
 OTHERS = (*RIVALS, "stride", "random")
 COMPRESSOR = Path("lab/checkpoints/tinyvqa-plc")
-LOCALIZER_TOKENS = 64  # of the view in which tinyvqa finds a region, through all layers
 MORE_TUNING = TUNING.with_name("tuning_compressing.json")
 app = typer.Typer(add_completion=False)
-
-
-@dataclass(frozen=True)
-class Row:
-    """Right answers of one condition, by group of families."""
-
-    condition: Condition
-    right: dict[str, Estimate]
-
-
-@dataclass(frozen=True)
-class Gain:
-    """How much more is answered right than by another condition, paired; `chance` of it between equals."""
-
-    ours: str
-    other: str
-    group: str
-    gained: Estimate
-    chance: float
 
 
 @app.command()
@@ -97,7 +74,8 @@ def compressing(
     """Measure a compressor. Run the command again to go on after an interruption.
 
     Rivals run at the same count of tokens, and at the count that both passes of CROP have together where the
-    model itself has found the region (64 tokens more).
+    model itself has found the region (64 tokens more). All of it takes about an hour on two cores; two runs
+    with different --rates may share a folder, and a last one with all of them reports.
     """
     console = Console(highlight=False)
     for option, named, known in (
@@ -107,6 +85,7 @@ def compressing(
     ):
         if unknown := [name for name in named if name not in known]:
             raise typer.BadParameter(f"{unknown[0]!r}: not of {known}", param_hint=option)
+    asked = _rates(rates)
     origin = provenance()
     try:
         from lab.evaluation.compressed_answers import CompressedAnswers
@@ -125,7 +104,7 @@ def compressing(
         names = [name for name in rivals.split(",") if name]
         grid = [
             one
-            for one in _grid([float(rate) for rate in rates.split(",")], sources.split(";"), names, tunings)
+            for one in _grid(asked, sources.split(";"), names, tunings)
             if one.method != "plc" or one.configuration in compressions.split(",")
         ]
         study = _Study(
@@ -142,14 +121,14 @@ def compressing(
         console.print("Stopped. The same command goes on with the first unfinished condition.")
         raise typer.Exit(130) from None
     rows, gains = summarize(scenes, results), compare(scenes, results)
-    _print(console, rows, gains, len(scenes))
+    print_report(console, rows, gains, len(scenes))
     write_answers(out / "answers.jsonl.gz", scenes, results)
     write_json(
         out / "compressing.json",
         {
             "provenance": {**origin, "settings": settings, "compressor": fingerprint},
             "rows": [
-                {"condition": name_of(row.condition), "rate": row.condition.pruning_rate, **_shares(row)}
+                {"condition": name_of(row.condition), "rate": row.condition.pruning_rate, **shares_of(row)}
                 for row in rows
             ],
             "gains": [
@@ -164,11 +143,18 @@ def compressing(
             ],
         },
     )
-    console.print(f"Wrote {out}/compressing.json and answers.jsonl.gz", markup=False)
+    (out / "compressing.md").write_text(markdown(rows, gains, n, split), encoding="utf-8")
+    console.print(f"Wrote {out}/compressing.json, compressing.md and answers.jsonl.gz", markup=False)
 
 
-def _shares(row: Row) -> dict[str, list[float]]:
-    return {group: [share.value, share.low, share.high] for group, share in row.right.items()}
+def _rates(text: str) -> list[float]:
+    try:
+        rates = [float(part) for part in text.split(",")]
+    except ValueError:
+        rates = []
+    if not rates or not all(0 < rate < 1 for rate in rates):
+        raise typer.BadParameter(f"fractions in (0, 1) needed, got {text!r}", param_hint="--rates")
+    return rates
 
 
 def _grid(
@@ -182,7 +168,7 @@ def _grid(
             grid += [Condition("plc", source, rate, name) for name in names]
         for rival in rivals:
             # With as many tokens as CROP where a client says the region, and where the model has to find it.
-            for one in (rate, _with_localizer(rate)) if rival in RIVALS else (rate,):
+            for one in (rate, with_localizer(rate)) if rival in RIVALS else (rate,):
                 grid.append(Condition(rival, None, one, _configuration(rival, one, tunings)))
     return list(dict.fromkeys(grid))
 
@@ -196,10 +182,6 @@ def _configuration(rival: str, rate: float, tunings: Sequence[Tuning]) -> str | 
         if one.method == rival and one.chosen is not None
     ]
     return min(tried, key=lambda one: one[0])[1] if tried else None
-
-
-def _with_localizer(rate: float) -> float:
-    return max(0.0, round(rate - LOCALIZER_TOKENS / 576, 3))
 
 
 class _Study:
@@ -255,94 +237,6 @@ def tasks_of(condition: Condition, scenes: Sequence[TestScene]) -> Iterator[Any]
                 for region, question in zip(regions, scene.questions, strict=True)
             ]
         yield SceneTask(scene, tuple(regions))
-
-
-def name_of(condition: Condition) -> str:
-    """As people read it."""
-    if condition == OFF:
-        return "unpruned"
-    if condition.method == "plc":
-        return f"{condition.configuration}, {condition.region}"
-    return CHOOSERS[condition.method]
-
-
-def groups_of(condition: Condition, families: Sequence[str]) -> dict[str, list[bool]]:
-    """Which questions count; a region is known of local ones alone."""
-    groups: dict[str, tuple[str, ...]] = {"local": LOCAL}
-    if condition.region in (None, WHOLE, EVENLY):
-        groups["all"] = FAMILIES
-        groups.update((name, (name,)) for name in FAMILIES)
-    return {name: [family in of for family in families] for name, of in groups.items()}
-
-
-def summarize(scenes: Sequence[TestScene], results: Sequence[ConditionResult]) -> list[Row]:
-    """A row per condition."""
-    families = families_of(scenes)
-    rows = []
-    for result in results:
-        right = right_answers(scenes, result)
-        shares = {
-            name: wilson(sum(compress(right, chosen)), sum(chosen))
-            for name, chosen in groups_of(result.condition, families).items()
-        }
-        rows.append(Row(result.condition, shares))
-    return rows
-
-
-def compare(scenes: Sequence[TestScene], results: Sequence[ConditionResult]) -> list[Gain]:
-    """The resampler against pooling, pruning and rivals; chances are corrected for all comparisons."""
-    families = families_of(scenes)
-    right = {one.condition: right_answers(scenes, one) for one in results}
-    gains: list[Gain] = []
-    for ours in right:
-        if ours.configuration != "resampler" or ours.pruning_rate is None:
-            continue
-        others = [replace(ours, configuration=name) for name in COMPRESSIONS if name != "resampler"]
-        found = ours.region not in (WHOLE, EVENLY)
-        rates = {ours.pruning_rate, _with_localizer(ours.pruning_rate)} if found else {ours.pruning_rate}
-        others += [one for one in right if one.method in CHOOSERS and one.pruning_rate in rates]
-        groups = groups_of(ours, families)
-        for other in others:
-            if other not in right:
-                continue
-            for group in ("local", "all") if not found else ("local",):
-                pair = [list(compress(right[one], groups[group])) for one in (ours, other)]
-                gains.append(Gain(_at(ours), _at(other), group, difference(*pair), mcnemar(*pair)))
-    corrected = holm([gain.chance for gain in gains])
-    return [replace(gain, chance=chance) for gain, chance in zip(gains, corrected, strict=True)]
-
-
-def _at(condition: Condition) -> str:
-    return f"{name_of(condition)} at {condition.pruning_rate:g}"
-
-
-def _print(console: Console, rows: Sequence[Row], gains: Sequence[Gain], num_scenes: int) -> None:
-    rates = sorted({row.condition.pruning_rate for row in rows if row.condition.pruning_rate is not None})
-    table = Table(title=f"right answers in %, local / all families, {num_scenes} scenes")
-    table.add_column("")
-    for rate in rates:
-        table.add_column(f"{rate:g}", justify="right")
-    by_name: dict[str, dict[float | None, Row]] = {}
-    for row in rows:
-        by_name.setdefault(name_of(row.condition), {})[row.condition.pruning_rate] = row
-    for name, found in by_name.items():
-        if None in found:
-            table.add_row(f"{name}: {_text(found[None])}", *[""] * len(rates))
-        else:
-            table.add_row(name, *(_text(found[rate]) if rate in found else "" for rate in rates))
-    console.print(table)
-    for gain in gains:
-        if gain.other.startswith(("pool", "prune")):
-            value, low, high = (100 * one for one in (gain.gained.value, gain.gained.low, gain.gained.high))
-            console.print(
-                f"{gain.ours} against {gain.other}, {gain.group}: {value:+.1f} ({low:.1f} to {high:.1f}), "
-                f"p {gain.chance:.3f}",
-                markup=False,
-            )
-
-
-def _text(row: Row) -> str:
-    return " / ".join(f"{100 * row.right[name].value:.1f}" for name in ("local", "all") if name in row.right)
 
 
 if __name__ == "__main__":
