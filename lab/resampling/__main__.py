@@ -71,7 +71,7 @@ def train(
     \b
     The reference checkpoint's, in two parts of about half an hour on two cores:
       python -m lab.resampling -o build/first --width 128 --heads 4 --mlp 256 --pictures 3000 --steps 2500
-      python -m lab.resampling -o build/second --start build/first --pictures 1200 --steps 900 --seed 20261129
+      python -m lab.resampling -o build/second --start build/first --pictures 800 --steps 1900 --seed 20261129
     For a model of your own on its own answers, on a GPU:
       python -m lab.resampling -o build/resampler --model llava-hf/llava-1.5-7b-hf --data questions.jsonl \\
           --recipe match --device cuda --dtype bfloat16 --batch 16

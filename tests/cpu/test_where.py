@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from vllm_crop.benchmarking.where import MODES, PARTS, WhereOutcome, ask_in_turn, where_table
+from vllm_crop.compression.weights import read_resampler, write_untrained
+from vllm_crop.families.checkpoint import load_model_config
 from vllm_crop.measuring.provenance import Machine
 
 pytestmark = pytest.mark.vllm_runtime
@@ -36,6 +38,25 @@ def test_every_part_is_timed_where_it_happens(deep_checkpoint: Path) -> None:
     for run in runs["attention"]:
         # The view is the picture itself: its features are found again.
         assert run.parts["tower"] < run.parts["view tower"]
+
+
+def test_a_compressor_is_timed_and_weighed(deep_checkpoint: Path, tmp_path: Path) -> None:
+    weights = write_untrained(tmp_path, "tiny", load_model_config(str(deep_checkpoint)))
+    crop = {
+        **{"compression": "resampler", "resampler": {"weights": str(weights)}},
+        "localizer": {"kind": "attention", "whole_below": 0, "layers": [3]},
+    }
+    crops = {"off": {"method": "off"}, "region": {"regions": [[[0.2, 0.2, 0.4, 0.4]]]}}
+    runs, compressor = ask_in_turn(
+        deep_checkpoint, crop, crops, 1, 336, 2048, is_cpu=True, serve_args=["--load-format", "dummy"]
+    )
+    assert compressor is not None
+    own, working = compressor
+    assert own == pytest.approx(sum(part.nbytes for part in read_resampler(weights).parameters()) / 2**20)
+    assert 0 < working < 10
+    (off,), (region,) = runs["off"], runs["region"]
+    assert off.parts.get("compressor", 0) == 0
+    assert 0 < region.parts["compressor"] < region.total
 
 
 def test_the_table_has_all_of_it() -> None:

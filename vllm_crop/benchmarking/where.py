@@ -273,8 +273,9 @@ class _Clock:
 
         from vllm_crop.models.plan_fields import assignment, places
 
-        # A copy, as what is tracked must be able to learn.
+        # A copy, as what is tracked must be able to learn, and without the clock.
         module = copy.deepcopy(self._encoder.resampler.module).requires_grad_(True)
+        module.__dict__.pop("forward", None)
         weights = list(module.parameters())
         plan = make_plan(grid, Region.whole(), 0.1, "resampler")  # most tokens are queries
         features = weights[0].new_zeros(grid.num_tokens, module.norm.normalized_shape[0])
