@@ -89,7 +89,7 @@ def compressing(
     origin = provenance()
     try:
         from lab.evaluation.compressed_answers import CompressedAnswers
-        from vllm_crop.compression.settings import fingerprint_of, read_files
+        from vllm_crop.compression.files import fingerprint_of, read_files
 
         settings = {
             "weights": weights_hash(model),

@@ -13,7 +13,8 @@ from rich.console import Console
 from lab.resampling.card import describe
 from lab.resampling.course import Course, Recipe
 from lab.resampling.items import TrainingDataError, read_items, scene_items
-from vllm_crop.compression.settings import ResamplerCard, ResamplerShape, read_card
+from vllm_crop.compression.files import read_card
+from vllm_crop.compression.settings import ResamplerCard, ResamplerShape
 from vllm_crop.errors import CropError
 from vllm_crop.families.model_shape import feature_size
 from vllm_crop.measuring.provenance import provenance

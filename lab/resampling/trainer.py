@@ -22,8 +22,9 @@ from lab.resampling.course import Course
 from lab.resampling.frozen import FrozenModel, Prompt, Shown
 from lab.resampling.items import Item, TrainingDataError
 from lab.resampling.lessons import plan_lesson
+from vllm_crop.compression.files import read_card
 from vllm_crop.compression.resampler import Resampler
-from vllm_crop.compression.settings import ResamplerShape, read_card
+from vllm_crop.compression.settings import ResamplerShape
 from vllm_crop.compression.weights import read_resampler
 from vllm_crop.families.model_shape import ModelShape
 from vllm_crop.models.plan_fields import assignment, places

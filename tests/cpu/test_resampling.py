@@ -22,8 +22,9 @@ from tests.conftest import CheckpointOf
 from tests.families import LLAVA, QWEN2_5_VL, QWEN2_VL, Family
 from tests.pictures import noise_image
 from tests.tinyvqa import CHECKPOINT
+from vllm_crop.compression.files import read_card
 from vllm_crop.compression.resampler import Resampler
-from vllm_crop.compression.settings import ResamplerCard, ResamplerShape, read_card
+from vllm_crop.compression.settings import ResamplerCard, ResamplerShape
 from vllm_crop.compression.weights import read_resampler, write_resampler
 from vllm_crop.planning.budget import retained_count
 from vllm_crop.planning.geometry import Box, ImageView, Region, TokenGrid

@@ -22,15 +22,7 @@ from tests.resampler_reference import (
 from tests.tinyvqa import CHECKPOINT
 from vllm_crop.commands.app import app
 from vllm_crop.compat.diagnosis import judge_settings
-from vllm_crop.compression.pooling import compress
-from vllm_crop.compression.reading import plan_reading
-from vllm_crop.compression.resampler import Resampler
-from vllm_crop.compression.served import worst_case
-from vllm_crop.compression.settings import (
-    ResamplerCard,
-    ResamplerConfig,
-    ResamplerError,
-    ResamplerShape,
+from vllm_crop.compression.files import (
     find_weights,
     fingerprint_of,
     read_card,
@@ -38,6 +30,11 @@ from vllm_crop.compression.settings import (
     require_fingerprint,
     with_compressor,
 )
+from vllm_crop.compression.pooling import compress
+from vllm_crop.compression.reading import plan_reading
+from vllm_crop.compression.resampler import Resampler
+from vllm_crop.compression.served import worst_case
+from vllm_crop.compression.settings import ResamplerCard, ResamplerConfig, ResamplerError, ResamplerShape
 from vllm_crop.compression.weights import load_resampler, read_resampler, write_resampler
 from vllm_crop.config import CropConfig
 from vllm_crop.errors import InvalidConfigError

@@ -29,7 +29,7 @@ from vllm_crop.compat.supported import (
     served_modules,
     unhooked,
 )
-from vllm_crop.compression.settings import with_compressor
+from vllm_crop.compression.files import with_compressor
 from vllm_crop.config import CropConfig
 from vllm_crop.errors import CropError, InvalidConfigError, UnsupportedModelError
 from vllm_crop.eviction.grouping import predict_grouping

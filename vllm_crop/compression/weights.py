@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from vllm_crop.compression.files import find_weights, parse_card, read_files, require_fingerprint
 from vllm_crop.compression.resampler import Resampler
 from vllm_crop.compression.settings import (
     CARD_FILE,
@@ -18,10 +19,6 @@ from vllm_crop.compression.settings import (
     ResamplerConfig,
     ResamplerError,
     ResamplerShape,
-    find_weights,
-    parse_card,
-    read_files,
-    require_fingerprint,
 )
 from vllm_crop.families.checkpoint import CONFIG_FILE
 from vllm_crop.families.model_shape import feature_size

@@ -26,7 +26,7 @@ from vllm_crop.compat.refusals import (
     refuse_tokenizer,
     served_geometry,
 )
-from vllm_crop.compression.settings import with_compressor
+from vllm_crop.compression.files import with_compressor
 from vllm_crop.config import CONFIG_KEY, CropConfig
 from vllm_crop.errors import CropError, UnsupportedFlagError, UnsupportedVersionError, reads_settings
 from vllm_crop.eviction.markers import attach_eviction
