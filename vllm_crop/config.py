@@ -299,8 +299,6 @@ class CropConfig(BaseModel):
                     f"resampler.{name} belongs to compression 'resampler', and the compression is "
                     f"{self.compression!r}"
                 )
-            if name != "weights" and value is not None and self.resampler.weights is None:
-                raise ValueError(f"resampler.{name} is about resampler.weights, which is left out")
         return self
 
     @model_validator(mode="after")

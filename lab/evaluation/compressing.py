@@ -27,14 +27,15 @@ from lab.evaluation.compressing_report import (
     with_localizer,
 )
 from lab.evaluation.conditions import OFF, Condition
-from lab.evaluation.options import weights_hash
+from lab.evaluation.options import shared_settings
 from lab.evaluation.published_answers import write_answers
-from lab.evaluation.questions import SPLITS, Split, TestScene, make_split
+from lab.evaluation.questions import Split, TestScene, make_split
 from lab.evaluation.regions import regions_for
 from lab.evaluation.rim_regions import shifted
 from lab.evaluation.rivals.names import CHOOSERS
 from lab.evaluation.store import ConditionResult, Store
 from lab.evaluation.tuned import TUNING, Tuning, read_tuning
+from lab.resampling.lessons import RATES
 from vllm_crop.benchmarking.report import write_json
 from vllm_crop.benchmarking.session import progress_bar
 from vllm_crop.config import CropConfig
@@ -42,7 +43,6 @@ from vllm_crop.errors import CropError
 from vllm_crop.measuring.provenance import provenance
 from vllm_crop.planning.geometry import Region
 
-RATES = (0.889, 0.926, 0.95, 0.97)
 RIVALS = ("scope", "cdpruner", "divprune", "mmtok")  # the best of the dev split with 43 tokens
 OTHERS = (*RIVALS, "stride", "random")
 COMPRESSOR = Path("lab/checkpoints/tinyvqa-plc")
@@ -91,13 +91,7 @@ def compressing(
         from lab.evaluation.compressed_answers import CompressedAnswers
         from vllm_crop.compression.files import fingerprint_of, read_files
 
-        settings = {
-            "weights": weights_hash(model),
-            "per_family": n,
-            "split": split,
-            "seed": SPLITS[split],
-            "rim": CropConfig().rim,
-        }
+        settings = {**shared_settings(model, n, split), "rim": CropConfig().rim}
         scenes = make_split(split, n)
         tunings = [read_tuning(path) for path in tuning or (TUNING, MORE_TUNING) if path.exists()]
         fingerprint = fingerprint_of(*read_files(weights))

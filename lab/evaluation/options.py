@@ -61,13 +61,22 @@ class Options:
 
     def settings(self) -> dict[str, Any]:
         """What the conditions of one table must share."""
-        return {
-            "weights": weights_hash(self.model),
-            "per_family": self.per_family,
-            "split": self.split,
-            "seed": SPLITS[self.split],
-            "eviction_layers": list(self.eviction_layers),
-        }
+        shared = shared_settings(self.model, self.per_family, self.split)
+        return {**shared, "eviction_layers": list(self.eviction_layers)}
+
+
+def shared_settings(model: Path, per_family: int, split: Split) -> dict[str, Any]:
+    """What the conditions of any table must share.
+
+    Raises:
+        CheckpointError: as of `weights_hash`.
+    """
+    return {
+        "weights": weights_hash(model),
+        "per_family": per_family,
+        "split": split,
+        "seed": SPLITS[split],
+    }
 
 
 def weights_hash(model: Path) -> str:

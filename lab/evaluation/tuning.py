@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from lab.evaluation.conditions import OFF, RATES, Condition
-from lab.evaluation.options import weights_hash
-from lab.evaluation.questions import SPLITS, Split, TestScene, make_split, only_local
+from lab.evaluation.options import shared_settings
+from lab.evaluation.questions import Split, TestScene, make_split, only_local
 from lab.evaluation.rivals.names import CHOOSERS
 from lab.evaluation.stats import wilson
 from lab.evaluation.store import ConditionResult, Store
@@ -69,13 +69,7 @@ def tune(
     origin = provenance()
     scenes = only_local(make_split(split, n))
     try:
-        settings = {
-            "weights": weights_hash(model),
-            "per_family": n,
-            "split": split,
-            "seed": SPLITS[split],
-            "families": "local",
-        }
+        settings = {**shared_settings(model, n, split), "families": "local"}
         study = _Study(model, scenes, Store(folder, settings), console, origin["git_revision"])
         tuned = study.run(names, [float(rate) for rate in rates.split(",")])
     except CropError as error:

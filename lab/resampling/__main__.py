@@ -11,8 +11,8 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from lab.resampling.card import describe
-from lab.resampling.course import Course, Recipe
 from lab.resampling.items import TrainingDataError, read_items, scene_items
+from lab.resampling.lessons import Course, Recipe
 from vllm_crop.compression.files import read_card
 from vllm_crop.compression.settings import ResamplerCard, ResamplerShape
 from vllm_crop.errors import CropError

@@ -1,23 +1,46 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the pictures of a step are compressed: around what is asked for, beside it, or evenly.
+"""How a compressor is trained, and how the pictures of a step are compressed: around what is asked or not.
 
 A server compresses around regions that somebody found, who errs, and whole pictures where a budget says so. A
 compressor that had only seen true regions would learn that what is far away never matters.
 """
 
 import random
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Literal
 
+from vllm_crop.config import CropConfig
 from vllm_crop.planning.budget import retained_count
 from vllm_crop.planning.geometry import Box, ImageTokens, ImageView, Region
 from vllm_crop.planning.plan import TokenPlan, even_plan, make_plan
 
 RATES = (0.889, 0.926, 0.95, 0.97)
-RIM, WITH_RIM = 0.125, 0.7  # as CropConfig's, and how often there is one
+RIM, WITH_RIM = CropConfig().rim, 0.7  # and how often there is one
 # How often a picture is compressed around what is asked for, around a box beside that, around all of itself
 # (of which tokens are sampled), and evenly, which is rarer where a server rather shows a smaller picture.
 LOCAL = {"true": 0.2, "moved": 0.3, "whole": 0.25, "even": 0.25}
 GLOBAL = {"moved": 0.15, "whole": 0.4, "even": 0.45}
+
+Recipe = Literal["answers", "match"]
+
+
+@dataclass(frozen=True)
+class Course:
+    """How it is trained.
+
+    Attributes:
+        recipe: "answers" learns what is right, "match" what the unpruned model thinks.
+        batch: questions a step.
+        rates: of which each step has one.
+    """
+
+    recipe: Recipe = "answers"
+    steps: int = 2000
+    batch: int = 32
+    learning_rate: float = 1e-3
+    seed: int = 20261128
+    rates: tuple[float, ...] = RATES
+    cache_gib: float = 2.0
 
 
 def plan_lesson(

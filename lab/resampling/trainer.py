@@ -18,10 +18,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torch.nn import functional
 
-from lab.resampling.course import Course
 from lab.resampling.frozen import FrozenModel, Prompt, Shown
 from lab.resampling.items import Item, TrainingDataError
-from lab.resampling.lessons import plan_lesson
+from lab.resampling.lessons import Course, plan_lesson
 from vllm_crop.compression.files import read_card
 from vllm_crop.compression.resampler import Resampler
 from vllm_crop.compression.settings import ResamplerShape
@@ -41,7 +40,6 @@ MOST_SAID = 16  # tokens of an answer that nobody has given
 class Lesson:
     """One question of a step."""
 
-    item: Item
     plan: TokenPlan
     features: Tensor
     prompt: Prompt
@@ -67,6 +65,7 @@ class Trainer:
             int(course.cache_gib * 2**30), getsizeof=lambda part: part.nbytes
         )
         self._said: dict[int, list[int]] = {}
+        self._sizes: dict[str, tuple[int, int]] = {}
         self._window: dict[str, list[float]] = defaultdict(list)
         self._load()
 
@@ -79,10 +78,11 @@ class Trainer:
         """
         if self.step:
             return
-        if read_card(folder).shape != self.shape:
+        card = read_card(folder)
+        if card.shape != self.shape:
             raise TrainingDataError(f"{folder} has other sizes: give its --width, --heads and --mlp")
         self.resampler.load_state_dict(read_resampler(folder).state_dict())
-        self.started_from = read_card(folder).training
+        self.started_from = card.training
 
     def run(self, minutes: float) -> bool:
         """Train until done or so many minutes have passed, then save.
@@ -136,7 +136,7 @@ class Trainer:
         grid, view = self.model.geometry.grid(width, height), self.model.geometry.view(width, height)
         resizes = bool(self.model.geometry.small(width, height, retained_count(grid.num_tokens, rate)))
         plan = plan_lesson(item.region, grid, view, rate, chance, resizes)
-        return Lesson(item, plan, features, self.model.prompt(item.question, ids))
+        return Lesson(plan, features, self.model.prompt(item.question, ids))
 
     def _compressed(self, lesson: Lesson) -> Shown:
         plan = lesson.plan
@@ -232,7 +232,6 @@ class Trainer:
         log.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
 
     def _load(self) -> None:
-        self._sizes: dict[str, tuple[int, int]] = {}
         path = self.out / "state.pt"
         if not path.exists():
             return

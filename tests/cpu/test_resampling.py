@@ -13,10 +13,9 @@ from typer.testing import CliRunner
 from lab.evaluation.runner.qwen import QwenRunner
 from lab.resampling import memory
 from lab.resampling.__main__ import app
-from lab.resampling.course import Course
 from lab.resampling.frozen import FrozenModel, Shown
 from lab.resampling.items import TrainingDataError, read_items, scene_items
-from lab.resampling.lessons import plan_lesson
+from lab.resampling.lessons import Course, plan_lesson
 from lab.resampling.trainer import Trainer
 from tests.conftest import CheckpointOf
 from tests.families import LLAVA, QWEN2_5_VL, QWEN2_VL, Family

@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from lab.evaluation import transformers_answers, tuning
+from lab.evaluation import options, transformers_answers, tuning
 from lab.evaluation.asking import Answer, SceneTask
 from lab.evaluation.conditions import LOCATE, OFF, Condition, make_grid
 from lab.evaluation.notes import notes_of
@@ -136,7 +136,7 @@ class StandIn:
 @pytest.fixture
 def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(transformers_answers, "TransformersAnswers", StandIn)
-    monkeypatch.setattr(tuning, "weights_hash", lambda model: "w")
+    monkeypatch.setattr(options, "weights_hash", lambda model: "w")
     StandIn.calls = 0
     folder = ["--folder", str(tmp_path / "cells"), "--out", str(tmp_path / "tuning.json")]
     return ["--n", "2", "--methods", "fastv,vtw", "--rates", "0.667,0.889", *folder]

@@ -10,7 +10,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from vllm_crop.compression.files import find_weights, parse_card, read_files, require_fingerprint
+from vllm_crop.compression.files import (
+    find_weights,
+    parse_card,
+    read_files,
+    require_fingerprint,
+    require_tensors,
+)
 from vllm_crop.compression.resampler import Resampler
 from vllm_crop.compression.settings import (
     CARD_FILE,
@@ -49,6 +55,7 @@ def read_resampler(folder: Path) -> Resampler:
 
 def _made_of(files: tuple[bytes, bytes], folder: Path) -> Resampler:
     card = parse_card(files[0], folder)
+    require_tensors(card, files[1], folder)
     try:
         weights = load(files[1])
     except SafetensorError as error:
@@ -58,15 +65,9 @@ def _made_of(files: tuple[bytes, bytes], folder: Path) -> Resampler:
             f"resampler.weights {folder}: {strange[0]} is of {weights[strange[0]].dtype}, and must be of "
             "float32, float16 or bfloat16"
         )
-    with torch.device("meta"):  # sizes that a file only claims take no memory
+    with torch.device("meta"):  # nothing to be overwritten takes memory
         resampler = Resampler(card.shape)
-    try:
-        resampler.load_state_dict({name: part.float() for name, part in weights.items()}, assign=True)
-    except RuntimeError as error:
-        told = str(error).split("\n")[1:2] or [str(error)]
-        raise ResamplerError(
-            f"resampler.weights {folder}: model.safetensors does not fit its config.json ({told[0].strip()})"
-        ) from None
+    resampler.load_state_dict({name: part.float() for name, part in weights.items()}, assign=True)
     return resampler.eval().requires_grad_(False)
 
 

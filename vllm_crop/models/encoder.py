@@ -13,10 +13,10 @@ from vllm_crop.compression.pooling import compress
 from vllm_crop.compression.served import ServedResampler
 from vllm_crop.config import CropConfig
 from vllm_crop.models.features import FeatureCache, ImageKey
+from vllm_crop.models.plan_fields import NO_PLACES
 from vllm_crop.planning.foveation import Piece
 
 Encode = Callable[[Sequence[int]], Iterable[torch.Tensor]]
-_NO_PLACES = torch.empty(0, 4)
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class CompressingEncoder:
         ]
         seen = iter(self._features(parts, encode, keys))
         self.rehearse()
-        places = [_NO_PLACES] * len(images) if crop_places is None else crop_places
+        places = [NO_PLACES] * len(images) if crop_places is None else crop_places
         plans = zip(images, crop_assignment, crop_positions, places, strict=True)
         embeddings = []
         for image, assignment, positions, placed in plans:

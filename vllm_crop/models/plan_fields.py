@@ -17,7 +17,7 @@ PIECES = "crop_pieces"
 PLACES = "crop_places"  # of servers with a resampler
 CROP_FIELDS = (*PLAN_FIELDS, PIECES, PLACES)
 _NOTHING = torch.empty(0, dtype=torch.int32)
-_NO_PLACES = torch.empty(0, 4, dtype=torch.int16)
+NO_PLACES = torch.empty(0, 4, dtype=torch.int16)
 
 
 def assignment(plan: TokenPlan | None) -> torch.Tensor:
@@ -33,7 +33,7 @@ def positions(plan: TokenPlan | None) -> torch.Tensor:
 def places(plan: TokenPlan | None) -> torch.Tensor:
     """`[num_tokens, 4]` as `vllm_crop.compression.reading` takes them, or empty for what is not resampled."""
     if plan is None or plan.zone is None:
-        return _NO_PLACES
+        return NO_PLACES
     return torch.from_numpy(np.stack([plan.zone, *places_of(plan.grid)], axis=1).astype(np.int16))
 
 
