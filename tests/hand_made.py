@@ -18,10 +18,13 @@ def image_of(
     early: Tensor = NOTHING,
     tower: Tensor | None = None,
     fingerprint: int = 0,
+    attention: Tensor = NOTHING,
+    entropy: Tensor = NOTHING,
 ) -> Seen:
     """An image of tokens in a row; what the tower made of them is what the model receives, if not said."""
     grid = grid or TokenGrid(1, len(features))
-    return Seen(features, grid, keys, received, early, features if tower is None else tower, fingerprint)
+    tower = features if tower is None else tower
+    return Seen(features, grid, keys, received, early, attention, tower, entropy, fingerprint)
 
 
 def sight_of(image: Seen, *questions: Tensor, spelled: tuple[str, ...] = ()) -> Sight:
@@ -40,6 +43,7 @@ def view_of(
     image_rows: Rows | None = None,
     text_rows: Rows | None = None,
     unrotated: Tensor | None = None,
+    layer: int = 1,
 ) -> LayerView:
     """A view whose attention scores `[questions, heads, length, visual]` are these: keys are unit vectors."""
     questions, heads, length, visual = scores.shape
@@ -54,7 +58,7 @@ def view_of(
 
     nothing = Rows(NOTHING, NOTHING, NOTHING)
     return LayerView(
-        1,
+        layer,
         Heads(scores * visual**0.5, text_keys, text_values),
         Heads(NOTHING, keys, image_values),
         rest,

@@ -44,15 +44,31 @@ class Tuned:
 
 @dataclass(frozen=True)
 class Tuning:
-    """All of it; `provenance` holds versions, revision, command and settings."""
+    """All of it.
+
+    Attributes:
+        provenance: versions, revision, command and settings of the last run.
+        earlier: the same of runs whose methods were kept.
+    """
 
     provenance: Mapping[str, Any]
     methods: tuple[Tuned, ...]
+    earlier: tuple[Mapping[str, Any], ...] = ()
 
     def configuration(self, method: str, rate: float) -> str | None:
         """What was chosen; None where nothing was tried."""
         found = self._find(method, rate)
         return found.chosen if found else None
+
+    def beside(self, known: "Tuning | None") -> "Tuning":
+        """With the methods that only an earlier tuning has, if it asked the same model the same questions."""
+        if known is None or known.provenance.get("settings") != self.provenance.get("settings"):
+            return self
+        here = {one.method for one in self.methods}
+        others = tuple(one for one in known.methods if one.method not in here)
+        if not others:
+            return self
+        return Tuning(self.provenance, others + self.methods, (*known.earlier, known.provenance))
 
     def number_tried(self, method: str, rate: float) -> int:
         """How many configurations could meet the rate and were asked."""

@@ -23,7 +23,7 @@ from lab.evaluation.rivals.names import CHOOSERS
 from lab.evaluation.stats import wilson
 from lab.evaluation.store import ConditionResult, Store
 from lab.evaluation.summary import right_answers
-from lab.evaluation.tuned import TUNING, Tried, Tuned, Tuning, choose, write_tuning
+from lab.evaluation.tuned import TUNING, Tried, Tuned, Tuning, choose, read_tuning, write_tuning
 from vllm_crop.benchmarking.report import write_json
 from vllm_crop.benchmarking.session import progress_bar
 from vllm_crop.errors import CropError
@@ -56,6 +56,7 @@ def tune(
 ) -> None:
     """Try every configuration of every rival, and write down which answers most.
 
+    What the file knows of other methods stays in it, if it was found by the same questions to the same model.
     Run the command again to go on after an interruption.
     """
     if split == "test":
@@ -80,7 +81,8 @@ def tune(
         raise typer.Exit(130) from None
     asked = sum(len(scene.questions) for scene in scenes)
     origin |= {"model": str(model), "settings": settings, "asked": asked, "seconds": round(study.seconds, 1)}
-    write_tuning(out, Tuning(origin, tuple(tuned)))
+    known = read_tuning(out) if out.exists() else None
+    write_tuning(out, Tuning(origin, tuple(tuned)).beside(known))
     _print(console, tuned)
     console.print(f"Wrote {out}", markup=False)
 

@@ -35,7 +35,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class _Cell:
+class Cell:
     """A value in view.
 
     Attributes:
@@ -50,7 +50,7 @@ class _Cell:
 
 def ask(page: Page, family: str, chance: random.Random) -> Question | None:
     """A question of a family, None where the page has none."""
-    cells = _cells(page)
+    cells = cells_of(page)
     if not cells:
         return None
     for _ in range(_TRIES):
@@ -60,9 +60,10 @@ def ask(page: Page, family: str, chance: random.Random) -> Question | None:
     return None
 
 
-def _cells(page: Page) -> list[_Cell]:
+def cells_of(page: Page) -> list[Cell]:
+    """The values of all tables that are in view with the names of their row and column."""
     return [
-        _Cell(s, r, c, boxes)
+        Cell(s, r, c, boxes)
         for s, sheet in enumerate(page.document.sheets)
         for r in range(len(sheet.rows))
         for c in range(len(sheet.columns))
@@ -82,20 +83,20 @@ def _header(boxes: Mapping[str, PixelBox], s: int, r: int, c: int) -> PixelBox |
     return next((boxes[key] for key in (*above, f"{s}.h.{c}") if key in boxes), None)
 
 
-def _names(page: Page, cell: _Cell) -> tuple[Sheet, str, str, str]:
+def _names(page: Page, cell: Cell) -> tuple[Sheet, str, str, str]:
     """The table, and what the cell's row and column are called and what it says."""
     sheet = page.document.sheets[cell.sheet]
     name, values = sheet.rows[cell.row]
     return sheet, name, sheet.columns[cell.column].name, values[cell.column]
 
 
-def _twins(page: Page, cell: _Cell) -> int:
+def _twins(page: Page, cell: Cell) -> int:
     """How many tables have this row."""
     _, name, _, _ = _names(page, cell)
     return sum(any(row[0] == name for row in sheet.rows) for sheet in page.document.sheets)
 
 
-def _in(page: Page, cell: _Cell) -> tuple[str, tuple[PixelBox, ...]] | None:
+def _in(page: Page, cell: Cell) -> tuple[str, tuple[PixelBox, ...]] | None:
     """What names the table where that is needed, with its box; None where its name is not in view."""
     if len(page.document.sheets) == 1:
         return "", ()
@@ -103,7 +104,7 @@ def _in(page: Page, cell: _Cell) -> tuple[str, tuple[PixelBox, ...]] | None:
     return None if box is None else (f" in {page.document.sheets[cell.sheet].title.lower()}", (box,))
 
 
-def _value(page: Page, cells: list[_Cell], chance: random.Random, twins: int, family: str) -> Question | None:
+def _value(page: Page, cells: list[Cell], chance: random.Random, twins: int, family: str) -> Question | None:
     cell = chance.choice(cells)
     if _twins(page, cell) != twins:
         return None
@@ -116,15 +117,15 @@ def _value(page: Page, cells: list[_Cell], chance: random.Random, twins: int, fa
     )
 
 
-def _read(page: Page, cells: list[_Cell], chance: random.Random) -> Question | None:
+def _read(page: Page, cells: list[Cell], chance: random.Random) -> Question | None:
     return _value(page, cells, chance, 1, "read")
 
 
-def _twin(page: Page, cells: list[_Cell], chance: random.Random) -> Question | None:
+def _twin(page: Page, cells: list[Cell], chance: random.Random) -> Question | None:
     return _value(page, cells, chance, 2, "twin")
 
 
-def _compare(page: Page, cells: list[_Cell], chance: random.Random) -> Question | None:
+def _compare(page: Page, cells: list[Cell], chance: random.Random) -> Question | None:
     one = chance.choice(cells)
     others = [
         cell for cell in cells if (cell.sheet, cell.column) == (one.sheet, one.column) and cell.row != one.row
@@ -142,7 +143,7 @@ def _compare(page: Page, cells: list[_Cell], chance: random.Random) -> Question 
     return Question("compare", text, larger.lower(), one.boxes + other.boxes + place[1])
 
 
-def _follow(page: Page, cells: list[_Cell], chance: random.Random) -> Question | None:
+def _follow(page: Page, cells: list[Cell], chance: random.Random) -> Question | None:
     cell = chance.choice(cells)
     sheet, name, column, code = _names(page, cell)
     place = _in(page, cell)
@@ -158,7 +159,7 @@ def _follow(page: Page, cells: list[_Cell], chance: random.Random) -> Question |
     return Question("follow", text, meaning.lower(), cell.boxes + found + place[1])
 
 
-def _count(page: Page, cells: list[_Cell], chance: random.Random) -> Question | None:
+def _count(page: Page, cells: list[Cell], chance: random.Random) -> Question | None:
     cell = chance.choice(cells)
     sheet, _, column, value = _names(page, cell)
     place = _in(page, cell)
@@ -179,7 +180,7 @@ def _amount(value: str) -> float:
     return float(value.replace(":", "."))
 
 
-_MAKERS: dict[str, Callable[[Page, list[_Cell], random.Random], Question | None]] = {
+_MAKERS: dict[str, Callable[[Page, list[Cell], random.Random], Question | None]] = {
     "read": _read,
     "twin": _twin,
     "compare": _compare,

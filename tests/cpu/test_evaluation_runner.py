@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from lab.evaluation.asking import Answer, SceneTask
 from lab.evaluation.conditions import LOCATE, OFF, Condition
@@ -25,7 +26,7 @@ from vllm_crop.planning.plan import TokenPlan, make_plan
 RATES = (0.667, 0.889, 0.926)
 CLOSE = 2e-5  # nats, in float32; a mistake changes tenths
 LAYERS = 12
-INSIDE = ("fastv", "pyramiddrop", "sparsevlm")  # in every configuration
+INSIDE = ("fastv", "pyramiddrop", "sparsevlm", "btp", "lvlm-csp")  # in every configuration
 CONFIGURED = [
     (name, configuration)
     for name, rival in RIVALS.items()
@@ -171,6 +172,7 @@ def check_counts(found: list[Reply], pruning: Pruning, rate: float) -> None:
         elif not pruning.stages:
             assert left == retained_count(576, rate)
         for layer, count in enumerate(counts):
+            left = 576 if layer == pruning.rejoin else left
             left = pruning.stages.get(layer, left)
             assert count == left
         assert abs(sum(counts) / LAYERS - 576 * (1 - rate)) <= 0.5
@@ -218,6 +220,58 @@ def test_a_method_sees_all_text_behind_the_image(runner: QwenRunner, seen: Seen,
     for text, embeddings, spelled in zip(texts, sight.words, sight.spelled, strict=True):
         assert "".join(spelled).strip() == text
         assert len(embeddings) == len(spelled)
+
+
+@torch.inference_mode()
+def test_tokens_that_come_back_are_as_they_were_embedded(
+    runner: QwenRunner, seen: Seen, texts: list[str]
+) -> None:
+    """Against transformers' own layers: two without most tokens, then all of them with all."""
+    kept = torch.arange(5, 576, 40)
+    method = Pruning(lambda sight: Kept(sight.image.features[kept][None], kept[None]), rejoin=2)
+    for text, reply in zip(texts[:2], runner.answer([seen], texts[:2], method), strict=True):
+        prompts = runner.prompts.make([seen.grid], [text])
+        lead, ids = prompts.lead, prompts.texts.ids[0, : int(prompts.texts.lengths[0])]
+        embed = runner.language.embed_tokens
+        hidden = torch.cat([embed(prompts.prefix[:lead]), seen.features, embed(ids)])
+        after = prompts.next_position + torch.arange(len(ids)).expand(3, -1)
+        positions = torch.cat([prompts.positions, after], dim=1)
+        few = torch.cat([torch.arange(lead), lead + kept, lead + 576 + torch.arange(len(ids))])
+        hidden[few] = through_layers(runner, hidden[few], positions[:, few], range(2))
+        hidden = through_layers(runner, hidden, positions, range(2, LAYERS))
+        logprobs = runner.model.lm_head(runner.language.norm(hidden[-1])).log_softmax(-1)
+        assert float((logprobs - reply.logprobs).abs().max()) < CLOSE
+        assert reply.tokens_per_layer == (len(kept),) * 2 + (576,) * (LAYERS - 2)
+    # It would notice if they did not come back.
+    away = Pruning(method.before)
+    assert worst(runner.answer([seen], texts[:2], method), runner.answer([seen], texts[:2], away)) > 0.01
+
+
+def through_layers(
+    runner: QwenRunner, hidden: torch.Tensor, positions: torch.Tensor, layers: range
+) -> torch.Tensor:
+    """Rows `[tokens, hidden]` after transformers' layers, each seeing what stands before it."""
+    count = len(hidden)
+    mask = torch.full((count, count), float("-inf")).triu(1)[None, None]
+    rotation = runner.language.rotary_emb(hidden[None], positions[:, None])
+    rows = hidden[None]
+    for index in layers:
+        layer = runner.language.layers[index]
+        made = layer(rows, attention_mask=mask, position_embeddings=rotation)
+        rows = made[0] if isinstance(made, tuple) else made
+    return rows[0]
+
+
+def test_grey_levels_and_attention_stand_where_their_tokens_do(runner: QwenRunner) -> None:
+    """One square of noise in an even picture: where it is, entropy and only there; rows sum to one."""
+    picture = Image.new("RGB", (384, 384), (90, 120, 30))
+    noise = torch.randint(0, 255, (16, 16, 3), generator=torch.Generator().manual_seed(0)).numpy()
+    picture.paste(Image.fromarray(noise.astype("uint8")), (16 * 7, 16 * 3))
+    noisy = runner.see(picture)
+    assert int(noisy.entropy.argmax()) == 3 * 24 + 7
+    assert int((noisy.entropy > 0.5).sum()) == 1
+    assert torch.allclose(noisy.attention.sum(1), torch.ones(576), atol=1e-4)
+    assert torch.allclose(noisy.attention.mean(0), noisy.received * 4, atol=1e-6)
 
 
 def test_questions_do_not_see_each_other(runner: QwenRunner, seen: Seen, texts: list[str]) -> None:

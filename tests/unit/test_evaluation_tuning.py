@@ -67,6 +67,18 @@ def test_a_tuning_survives_the_disk(tmp_path: Path) -> None:
     found = Tuning(ORIGIN, (Tuned("fastv", 0.889, "K=1", (tried("K=2", None), tried("K=1", 50))),))
     write_tuning(tmp_path / "tuning.json", found)
     assert read_tuning(tmp_path / "tuning.json") == found
+
+
+def test_other_methods_stay_if_the_same_was_asked() -> None:
+    old = Tuning({"settings": {"n": 1}, "date": "old"}, (Tuned("a", 0.5, "x", ()), Tuned("b", 0.5, "x", ())))
+    new = Tuning({"settings": {"n": 1}, "date": "new"}, (Tuned("b", 0.5, "y", ()), Tuned("c", 0.5, "x", ())))
+    both = new.beside(old)
+    assert [(one.method, one.chosen) for one in both.methods] == [("a", "x"), ("b", "y"), ("c", "x")]
+    assert both.earlier == (old.provenance,)
+    assert new.beside(None) == new
+    other = Tuning({"settings": {"n": 2}}, new.methods)
+    assert other.beside(old) == other
+    assert new.beside(Tuning(old.provenance, (Tuned("c", 0.5, "z", ()),))) == new  # nothing of it is left
     assert found.configuration("fastv", 0.889) == "K=1"
     assert found.configuration("fastv", 0.778) is None
     assert found.number_tried("fastv", 0.889) == 1  # what cannot meet the rate was not asked

@@ -14,9 +14,12 @@ from lab.evaluation.rivals import (
     fopru,
     holov,
     ivc_prune,
+    lvlm_csp,
     mmtok,
     novelty,
+    ptp,
     scope,
+    vflowopt,
     visionzip,
     vispruner,
     vscan,
@@ -24,7 +27,8 @@ from lab.evaluation.rivals import (
 from lab.evaluation.rivals.cdpruner import most_likely, relevance
 from lab.evaluation.rivals.divprune import most_diverse
 from lab.evaluation.runner.method import Kept, top
-from tests.hand_made import image_of, sight_of
+from tests.hand_made import image_of, sight_of, view_of
+from vllm_crop.planning.budget import BudgetError
 from vllm_crop.planning.geometry import TokenGrid
 
 
@@ -268,6 +272,80 @@ def test_vscan_scans_windows_and_the_whole() -> None:
 def test_vscan_merges_what_leaves_into_the_most_similar() -> None:
     features = torch.tensor([[2.0, 0.0], [4.0, 0.0], [0.0, 1.0], [0.0, 3.0]])
     assert vscan.merged(features, torch.tensor([0, 3])).tolist() == [[3.0, 0.0], [0.0, 2.0]]
+
+
+def test_vflowopt_asks_only_tokens_that_matter_and_adds_what_there_is_to_see() -> None:
+    attention = torch.tensor([[0.0, 0.9, 0.1], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0]])
+    image = image_of(torch.eye(3), attention.mean(0), attention=attention, entropy=torch.zeros(3))
+    # Token 2 receives most; alone above the mean it is asked alone, and it looks at 0.
+    assert vflowopt.scores_of(image, 1.05, 0.0).tolist() == [1.0, 0.0, 0.0]
+    assert torch.allclose(vflowopt.scores_of(image, 0.0, 0.0), attention.mean(0))
+    assert torch.allclose(vflowopt.scores_of(image, 99.0, 0.0), attention.mean(0))  # nobody: all are asked
+    rich = image_of(
+        torch.eye(3), attention.mean(0), attention=attention, entropy=torch.tensor([0.0, 9.0, 0.0])
+    )
+    assert vflowopt.scores_of(rich, 1.05, 10.0).argmax() == 1
+
+
+def test_vflowopt_recycles_what_leaves_at_the_best_token_of_its_square() -> None:
+    features, scores = torch.eye(8), torch.tensor([9.0, 1.0, 3.0, 8.0, 0.0, 2.0, 2.0, 7.0])
+    grid = TokenGrid(2, 4)
+    squares = vflowopt.squares_of(grid, 2)
+    assert squares.tolist() == [0, 0, 1, 1, 0, 0, 1, 1]
+    means, places = vflowopt.recycled(features, scores, torch.tensor([1, 2, 4, 5, 6]), squares)
+    assert places.tolist() == [5, 2]
+    assert means[0].tolist() == pytest.approx([0, 1 / 3, 0, 0, 0, 2 / 3, 0, 0])
+    assert means[1].tolist() == pytest.approx([0, 0, 0.6, 0, 0, 0, 0.4, 0])
+    image = image_of(
+        features, torch.ones(8), grid, attention=scores.expand(8, -1) / 32, entropy=torch.zeros(8)
+    )
+    flow = vflowopt.Flow(5, 0.0, 0.0, 2)
+    kept = flow.begin(image)
+    assert kept.tokens.tolist() == [[0, 2, 3, 5, 7]]
+    assert torch.allclose(kept.features[0, 3], means[0])
+    assert torch.equal(kept.features[0, 0], features[0])
+    # Later the same scores say who leaves, whatever the questions look at; then of those left.
+    view = view_of(torch.zeros(2, 1, 1, 5), [1, 1])
+    assert flow.choose(view, 3).tolist() == [[0, 2, 4]] * 2
+    assert flow.choose(view, 1).tolist() == [[0]] * 2
+
+
+def test_ptp_shares_the_count_between_regions_and_looks_within_them() -> None:
+    """Two regions of eight rows by eight columns; the left one is like the picture."""
+    grid, left = TokenGrid(8, 16), torch.arange(128) % 16 < 8
+    features = torch.where(left[:, None], torch.tensor([1.0, 0.0]), torch.tensor([0.6, 0.8]))
+    features[left] *= 3
+    received = torch.arange(128.0)
+    image = image_of(features, received, grid)
+    region, shares = ptp.parts_of(image, 100.0, 10)
+    assert region.tolist() == (~left).long().tolist()
+    assert shares.tolist() == [5, 5]
+    assert ptp.parts_of(image, 0.05, 10)[1].tolist() == [10, 0]
+    assert ptp.parts_of(image, 0.001, 100)[1].tolist() == [64, 36]  # a region holds no more than it has
+    kept = ptp.Pyramid(1.0, 0.05).now(sight_of(image, torch.zeros(1, 2)), 3).tokens
+    assert kept.tolist() == [[117, 118, 119]]  # the best of the left region, not of all
+    scores = torch.zeros(1, 1, 2, 128)
+    scores[0, 0, 0, 3], scores[0, 0, 1, 20] = 9.0, 9.0  # both words count
+    for alpha, expected in ((0.0, [3, 20]), (0.99, [118, 119])):
+        pyramid = ptp.Pyramid(alpha, 0.05)
+        assert pyramid.look(sight_of(image, torch.zeros(1, 2))).tokens.tolist() == [list(range(128))]
+        assert pyramid.choose(view_of(scores, [2]), 2).tolist() == [expected]
+
+
+def test_lvlm_csp_begins_small_and_sees_everything_once() -> None:
+    pruning = lvlm_csp.lvlm_csp(576, 12, 0.889, 16, 3)
+    assert pruning.rejoin == 3
+    assert list(pruning.stages) == [4]
+    assert (16 * 3 + 576 + pruning.stages[4] * 8) / 12 == pytest.approx(64, abs=0.5)
+    image = image_of(torch.eye(9), torch.arange(9.0), TokenGrid(3, 3))
+    grid = lvlm_csp.lvlm_csp(9, 12, 0.5, 1, 4)
+    tower = lvlm_csp.lvlm_csp(9, 12, 0.5, 2, 4, by="tower")
+    assert grid.before is not None
+    assert tower.before is not None
+    assert grid.before(sight_of(image, torch.zeros(1, 9))).tokens.tolist() == [[4]]
+    assert tower.before(sight_of(image, torch.zeros(1, 9))).tokens.tolist() == [[7, 8]]
+    with pytest.raises(BudgetError, match="more than a pruning rate of"):
+        lvlm_csp.lvlm_csp(576, 12, 0.926)
 
 
 def test_top_keeps_the_first_of_equals_in_ascending_order() -> None:

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from lab.evaluation.conditions import Condition
-from lab.evaluation.rivals import dart, fastv, ivc_prune, pyramiddrop, sparsevlm, vscan, vtw
-from lab.evaluation.rivals.budgets import scaled, stages, two_stages
+from lab.evaluation.rivals import btp, dart, fastv, ivc_prune, pyramiddrop, sparsevlm, vscan, vtw
+from lab.evaluation.rivals.budgets import scaled, stages, stages_from_the_start, two_stages
 from lab.evaluation.rivals.registry import RIVALS
 from lab.evaluation.runner.method import Rows
 from tests.hand_made import NOTHING, image_of, sight_of, view_of
@@ -158,6 +158,26 @@ def test_vscan_inside_may_do_without_rotation() -> None:
     assert vscan.choose(view, 1, rotated=False).tolist() == [[2]]
 
 
+def test_btp_takes_attended_tokens_then_the_farthest_from_them() -> None:
+    attention = torch.tensor([0.0, 0.1, 0.2, 0.9])
+    states = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.9, 0.1], [1.0, 0.1]])
+    assert btp.balance(attention, states, 2, 1.0, 0.0).tolist() == [2, 3]
+    assert btp.balance(attention, states, 2, 0.5, 0.0).tolist() == [1, 3]  # 1 is unlike what is attended
+    assert btp.balance(attention, states, 2, 0.5, 2.0).tolist() == [
+        0,
+        1,
+    ]  # of three attended the earliest, then 0
+    assert btp.balance(attention, states, 2, 0.0, 0.0).tolist() == [0, 1]
+    assert sorted(btp.balance(attention, states, 4, 0.5, 0.0).tolist()) == [0, 1, 2, 3]
+    scores = torch.zeros(1, 1, 1, 4)
+    scores[..., 3] = 9.0
+    pruning = btp.btp(TOKENS, LAYERS, 0.778, [1, 4], [0.0, 1.0], spare=0.0)
+    assert pruning.choose is not None
+    rows = Rows(states[None], NOTHING, NOTHING)
+    assert pruning.choose(view_of(scores, [1], image_rows=rows, layer=4), 1).tolist() == [[3]]
+    assert pruning.choose(view_of(scores, [1], image_rows=rows, layer=1), 1).tolist() == [[1]]
+
+
 def per_layer(name: str, rate: float, configuration: str | None = None) -> list[int]:
     """Visual tokens of every layer, as a method says."""
     pruning = RIVALS[name](TOKENS, LAYERS, rate, configuration)
@@ -169,7 +189,7 @@ def per_layer(name: str, rate: float, configuration: str | None = None) -> list[
 
 
 @pytest.mark.parametrize("rate", RATES)
-@pytest.mark.parametrize("name", ["fastv", "pyramiddrop", "sparsevlm", "dart", "ivc-prune"])
+@pytest.mark.parametrize("name", ["fastv", "pyramiddrop", "sparsevlm", "dart", "ivc-prune", "btp", "ptp"])
 def test_inner_rivals_meet_the_budget_on_average(name: str, rate: float) -> None:
     possible = 0
     for configuration in RIVALS[name].configurations:
@@ -200,6 +220,19 @@ def test_two_stages_meet_the_budget(rate: float) -> None:
         assert abs(average - target_average(TOKENS, rate)) <= 0.5
         assert later[layer] <= first <= TOKENS
     assert two_stages(TOKENS, 0.889, LAYERS, 8, 0.4) == (80, {8: 32})
+
+
+@pytest.mark.parametrize("rate", [0.0, *RATES, 0.926])
+def test_stages_from_the_start_meet_the_budget(rate: float) -> None:
+    for ratios in ((), (0.5,), (0.5, 0.5), (0.75, 0.75)):
+        layers = [4, 8][: len(ratios)]
+        first, later = stages_from_the_start(TOKENS, rate, LAYERS, layers, ratios)
+        counts = [first] * LAYERS
+        for layer, count in later.items():
+            counts[layer:] = [count] * (LAYERS - layer)
+        assert sorted(counts, reverse=True) == counts
+        # Nobody has more tokens than there are.
+        assert first == TOKENS or abs(sum(counts) / LAYERS - target_average(TOKENS, rate)) <= 0.5
 
 
 def test_the_first_of_the_configurations_is_the_first_that_meets_the_rate() -> None:

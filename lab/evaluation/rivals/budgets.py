@@ -30,6 +30,11 @@ def scaled(
     ends = [*layers[1:], num_layers]
     widths = [end - start for start, end in zip(layers, ends, strict=True)]
     wanted = target_average(num_tokens, rate) * num_layers - num_tokens * layers[0]
+    return dict(zip(layers, _solved(num_tokens, wanted, widths, proportions), strict=True))
+
+
+def _solved(num_tokens: int, wanted: float, widths: Sequence[int], proportions: Sequence[float]) -> list[int]:
+    """A count for each width, in given proportions, that take so many tokens in all layers together."""
 
     def counts(scale: float) -> list[float]:
         return [min(float(num_tokens), max(1.0, scale * part)) for part in proportions]
@@ -39,7 +44,25 @@ def scaled(
         middle = (low + high) / 2
         total = sum(width * count for width, count in zip(widths, counts(middle), strict=True))
         low, high = (middle, high) if total <= wanted else (low, middle)
-    return dict(zip(layers, map(round, counts(high)), strict=True))
+    return [round(count) for count in counts(high)]
+
+
+def stages_from_the_start(
+    num_tokens: int, rate: float, num_layers: int, layers: Sequence[int], ratios: Sequence[float]
+) -> tuple[int, dict[int, int]]:
+    """Tokens that the language model receives, and those left from each layer on.
+
+    Args:
+        ratios: of each layer's count to the one before it.
+    """
+    parts = [1.0]
+    for ratio in ratios:
+        parts.append(parts[-1] * ratio)
+    ends = [*layers, num_layers]
+    widths = [end - start for start, end in zip([0, *layers], ends, strict=True)]
+    wanted = target_average(num_tokens, rate) * num_layers
+    first, *later = _solved(num_tokens, wanted, widths, parts)
+    return first, dict(zip(layers, later, strict=True))
 
 
 def two_stages(

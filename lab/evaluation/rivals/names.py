@@ -21,6 +21,10 @@ RIVAL_TITLES = {
     "holov": "HoloV",
     "scope": "SCOPE",
     "fopru": "FoPru",
+    "vflowopt": "VFlowOpt",
+    "btp": "BTP",
+    "ptp": "PTP",
+    "lvlm-csp": "LVLM_CSP",
     "divprune-attention": "DivPrune, then attention (ours)",
     "novelty": "neighbour novelty (ours)",
 }

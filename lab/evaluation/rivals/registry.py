@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lab.evaluation.rivals import (
+    btp,
     cdpruner,
     chance,
     dart,
@@ -15,11 +16,14 @@ from lab.evaluation.rivals import (
     fopru,
     holov,
     ivc_prune,
+    lvlm_csp,
     mmtok,
     novelty,
+    ptp,
     pyramiddrop,
     scope,
     sparsevlm,
+    vflowopt,
     visionzip,
     vispruner,
     vscan,
@@ -91,6 +95,10 @@ RIVALS: dict[str, Rival] = {
     "holov": Rival(holov.holov, holov.CONFIGURATIONS),
     "scope": Rival(scope.scope, scope.CONFIGURATIONS),
     "fopru": Rival(fopru.fopru, fopru.CONFIGURATIONS),
+    "vflowopt": Rival(vflowopt.vflowopt, vflowopt.CONFIGURATIONS),
+    "btp": Rival(btp.btp, btp.CONFIGURATIONS),
+    "ptp": Rival(ptp.ptp, ptp.CONFIGURATIONS),
+    "lvlm-csp": Rival(lvlm_csp.lvlm_csp, lvlm_csp.CONFIGURATIONS),
     "divprune-attention": Rival(divprune.divprune_attention, divprune.ATTENTION_CONFIGURATIONS),
     "novelty": Rival(novelty.novelty),
 }

@@ -25,6 +25,26 @@ class Texts:
     lengths: Tensor
 
 
+@dataclass(frozen=True)
+class Away:
+    """Tokens that a method has left out for some layers.
+
+    Attributes:
+        every: all rows before the questions, those of the lead too, as they were embedded.
+        present: `[batch, kept]` indices of the visual tokens that were there.
+    """
+
+    every: Rows
+    present: Tensor
+
+    def rejoined(self, image: Rows, lead: int) -> Rows:
+        """All rows, the ones that were there as the layers have left them."""
+        there = torch.cat([torch.arange(lead).expand(len(self.present), -1), self.present + lead], dim=1)
+        hidden = self.every.hidden.repeat(len(image.hidden), 1, 1)
+        index = there[..., None].expand(len(hidden), -1, hidden.shape[-1])
+        return replace(self.every, hidden=hidden.scatter(1, index, image.hidden))
+
+
 @dataclass
 class LayerCache:
     """Keys and values `[batch, heads, tokens, width]` of one layer."""
@@ -46,13 +66,20 @@ class Decoder:
         return Rows(hidden, *self.language.rotary_emb(hidden, positions))
 
     def prefill(
-        self, image: Rows, lead: int, text: Rows, texts: Texts, pruning: Pruning
+        self,
+        image: Rows,
+        lead: int,
+        text: Rows,
+        texts: Texts,
+        pruning: Pruning,
+        away: "Away | None" = None,
     ) -> tuple[Tensor, list[LayerCache], list[int]]:
         """Run the prompts.
 
         Args:
             image: what stands before the questions, the first `lead` of it never pruned.
             text: the questions `[questions, length, hidden]`.
+            away: what comes back where the method says so.
 
         Returns:
             The last hidden states `[questions, length, hidden]`, the cache, and the visual tokens per layer.
@@ -63,6 +90,9 @@ class Decoder:
         present: list[int] = []
         before: tuple[Heads, Heads] | None = None
         for index, layer in enumerate(self.language.layers):
+            if index == pruning.rejoin:
+                assert away is not None, "nothing to come back"
+                image = away.rejoined(image, lead)
             if index in pruning.stages:
                 assert before is not None, "nothing can leave before layer 1"
                 assert pruning.choose is not None, "stages without a choice"

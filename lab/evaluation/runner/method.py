@@ -26,7 +26,10 @@ class Seen:
         keys: `[n, width]` of the tower's last attention over the whole image, mean over a token's patches.
         received: `[n]` how much attention a token's patches receive there, on average over patches and heads.
         early: the same of the tower's first attention over the whole image; of tinyvqa that is the last, too.
+        attention: `[n, n]` what each token's patches attend to in the tower's last attention over the whole
+            image, on average over patches and heads; rows sum to one.
         tower: `[n, width]` what the tower makes of a token's patches, side by side, before they are merged.
+        entropy: `[n]` bits of the grey levels that a token shows.
         fingerprint: of the picture; the same wherever it is seen.
     """
 
@@ -35,7 +38,9 @@ class Seen:
     keys: Tensor
     received: Tensor
     early: Tensor
+    attention: Tensor
     tower: Tensor
+    entropy: Tensor
     fingerprint: int
 
 
@@ -174,11 +179,13 @@ class Pruning:
         before: what the language model receives; None: all tokens.
         stages: visual tokens left from each layer on at which some leave.
         choose: says which.
+        rejoin: the layer before which all tokens that `before` left out come back, as they were embedded.
     """
 
     before: Callable[[Sight], Kept] | None = None
     stages: Mapping[int, int] = field(default_factory=dict)
     choose: Chooser | None = None
+    rejoin: int | None = None
 
 
 def top(scores: Tensor, count: int) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lab.evaluation.runner.decoder import Decoder, LayerCache
+from lab.evaluation.runner.decoder import Away, Decoder, LayerCache
 from lab.evaluation.runner.method import Kept, Pruning, Rows, Seen, Sight
 from lab.evaluation.runner.prompts import PromptMaker, Prompts
 from lab.evaluation.runner.vision import see
@@ -63,9 +63,11 @@ class QwenRunner:
     ) -> list[Reply]:
         """Answer greedily, with at most `steps` tokens; pruned is the only image."""
         prompts = self.prompts.make([image.grid for image in images], questions)
-        before = self._before(images, prompts, pruning)
+        before, away = self._before(images, prompts, pruning)
         text = self._text_rows(prompts)
-        states, cache, present = self.decoder.prefill(before, prompts.lead, text, prompts.texts, pruning)
+        states, cache, present = self.decoder.prefill(
+            before, prompts.lead, text, prompts.texts, pruning, away
+        )
         lengths = prompts.texts.lengths
         logits = self.model.lm_head(states[torch.arange(len(lengths)), lengths - 1])
         taken = [before.hidden.shape[1] + int(length) for length in lengths]
@@ -78,17 +80,19 @@ class QwenRunner:
             for ids, count, row in zip(spoken, taken, logprobs, strict=True)
         ]
 
-    def _before(self, images: Sequence[Seen], prompts: Prompts, pruning: Pruning) -> Rows:
+    def _before(self, images: Sequence[Seen], prompts: Prompts, pruning: Pruning) -> tuple[Rows, Away | None]:
         hidden = self.language.embed_tokens(prompts.prefix)
         if images:
             features = torch.cat([image.features for image in images])
             hidden = hidden.index_put((prompts.prefix == self.prompts.image,), features)
+        every = self.decoder.rows(hidden[None], prompts.positions[:, None])
         if pruning.before is None:
-            return self.decoder.rows(hidden[None], prompts.positions[:, None])
+            return every, None
         (image,), lead = images, prompts.lead
         at = prompts.positions[:, lead:]
         kept = pruning.before(self._sight(image, prompts, at))
-        return self._kept_rows(kept, hidden[:lead], prompts.positions[:, :lead], at)
+        rows = self._kept_rows(kept, hidden[:lead], prompts.positions[:, :lead], at)
+        return rows, Away(every, kept.tokens)
 
     def _kept_rows(self, kept: Kept, leading: Tensor, leading_at: Tensor, at: Tensor) -> Rows:
         batch = len(kept.tokens)

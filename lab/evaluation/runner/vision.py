@@ -4,6 +4,7 @@
 from typing import Any
 from zlib import crc32
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -38,7 +39,7 @@ def see(visual: Any, image_processor: Any, image: Image.Image, attention: bool =
             hook.remove()
     features, none, fingerprint = made.pooler_output, torch.empty(0), crc32(image.tobytes())
     if not attention:
-        return Seen(features, grid, none, none, none, none, fingerprint)
+        return Seen(features, grid, none, none, none, none, none, none, fingerprint)
     found = {
         index: _attention(visual.blocks[index].attn, one["hidden_states"], one["position_embeddings"])
         for index, one in caught.items()
@@ -49,17 +50,34 @@ def see(visual: Any, image_processor: Any, image: Image.Image, attention: bool =
     def by_token(part: Tensor) -> Tensor:
         return part.view(grid.num_tokens, merge**2, -1)[raster]
 
-    keys, received = found[last]
-    early = by_token(found[first][1]).mean((1, 2))
+    keys, paid = found[last]
+    early = by_token(found[first][1].mean(0)).mean((1, 2))
     tower = by_token(made.last_hidden_state).flatten(1)
-    received = by_token(received).mean((1, 2))
-    return Seen(features, grid, by_token(keys).mean(1), received, early, tower, fingerprint)
+    received = by_token(paid.mean(0)).mean((1, 2))
+    # First who attends, then to whom, both in raster order.
+    looks_at = by_token(by_token(paid).mean(1).T).sum(1).T
+    side = visual.patch_size * merge
+    entropy = grey_entropy(image, grid, side)
+    return Seen(
+        features, grid, by_token(keys).mean(1), received, early, looks_at, tower, entropy, fingerprint
+    )
+
+
+def grey_entropy(image: Image.Image, grid: TokenGrid, side: int) -> torch.Tensor:
+    """`[tokens]` bits of the grey levels of each square of `side` pixels, as the tower sees them."""
+    grey = np.asarray(image.convert("L").resize((grid.cols * side, grid.rows * side)))
+    squares = grey.reshape(grid.rows, side, grid.cols, side).swapaxes(1, 2).reshape(grid.num_tokens, -1)
+    found = []
+    for square in squares:
+        shares = np.bincount(square, minlength=256) / square.size
+        found.append(-(shares[shares > 0] * np.log2(shares[shares > 0])).sum())
+    return torch.tensor(found, dtype=torch.float32)
 
 
 def _attention(attention: Any, hidden: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Keys before rotation `[patches, width]`, and the attention each patch receives `[patches]`."""
+    """Keys before rotation `[patches, width]`, and the attention `[patches, patches]` each pays to each."""
     count = len(hidden)
     query, key, _ = attention.qkv(hidden).view(count, 3, attention.num_heads, -1).unbind(1)
     turned_query, turned_key = apply_rotary_pos_emb_vision(query, key, *rotation)
     scores = turned_query.transpose(0, 1) @ turned_key.permute(1, 2, 0) * attention.scaling
-    return key.flatten(1), scores.softmax(dim=-1).mean(dim=(0, 1))
+    return key.flatten(1), scores.softmax(dim=-1).mean(dim=0)

@@ -22,11 +22,12 @@ from lab.pages.checkpoint import WINDOW
 from lab.pages.store import read_pages
 from lab.pages.training.lessons import teach, words_of
 from lab.pages.training.letters import IGNORED, letter_labels
+from lab.pages.training.names import name_labels
 from lab.pages.training.phases import Phase
 from lab.tinyvqa.checkpoint import TOKEN
 from lab.tinyvqa.words import ANSWER, END, VISION_END
 
-LENGTH = 44  # tokens of a question with its answer; longer ones are not asked
+LENGTH = 32  # tokens of a question with its answer; longer ones are not asked
 _TRIES = 200
 _MOST_STEPS = 10**9
 
@@ -38,9 +39,11 @@ class Sample:
     """A page in memory.
 
     Attributes:
+        number: of the page among all.
         png: the picture's file: decoded, thousands would not fit.
     """
 
+    number: int
     page: Page
     png: bytes
 
@@ -55,15 +58,19 @@ class Batch:
     """One step's input, pages of one size.
 
     Attributes:
+        numbers: of the pages.
         images: `[pages, height, width, 3]` bytes.
         letters: `[pages, tokens, SLOTS]`, see `letter_labels`.
+        names: `[pages, tokens, len(NAMES), MOST_IDS]`, see `name_labels`.
         questions: `[pages, questions, LENGTH]` token ids, answers included.
         targets: the same shape: the token that must follow, IGNORED where it is not part of an answer.
         families: per page and question.
     """
 
+    numbers: list[int]
     images: Tensor
     letters: Tensor
+    names: Tensor
     questions: Tensor
     targets: Tensor
     families: list[list[str]]
@@ -74,10 +81,10 @@ class Pages:
 
     def __init__(self, folder: Path, tokenizer: Any) -> None:
         self.by_size: dict[Size, list[Sample]] = defaultdict(list)
-        for page in track(read_pages(folder), description="reading pages"):
+        for number, page in enumerate(track(read_pages(folder), description="reading pages")):
             path = Path(str(page.picture.filename))  # type: ignore[attr-defined]
             page.picture.close()
-            self.by_size[page.look.size].append(Sample(page, path.read_bytes()))
+            self.by_size[page.look.size].append(Sample(number, page, path.read_bytes()))
         self.tokenizer = tokenizer
         self.end, self.answer, self.vision_end = (
             tokenizer.convert_tokens_to_ids(token) for token in (END, ANSWER, VISION_END)
@@ -101,14 +108,22 @@ class Pages:
         count = max(1, tokens // (scaled[0] * scaled[1] // TOKEN**2))
         samples = chance.sample(self.by_size[size], min(count, len(self.by_size[size])))
         rows = [self._rows(sample, questions, weights, chance) for sample in samples]
-        labels = [_labels(sample.page, size, scaled) for sample in samples]
+        letters = [_letters(sample.page, size, scaled) for sample in samples]
+        names = [self._names(sample.page, size, scaled) for sample in samples]
         return Batch(
+            numbers=[sample.number for sample in samples],
             images=torch.from_numpy(np.stack([_decoded(sample.png, scaled) for sample in samples])),
-            letters=torch.from_numpy(np.stack(labels)),
+            letters=torch.from_numpy(np.stack(letters)),
+            names=torch.from_numpy(np.stack(names)),
             questions=torch.tensor([[row[0] for row in page] for page in rows]),
             targets=torch.tensor([[row[1] for row in page] for page in rows]),
             families=[[row[2] for row in page] for page in rows],
         )
+
+    def _names(self, page: Page, size: Size, scaled: Size) -> NDArray[np.int64]:
+        rows, cols = scaled[1] // TOKEN, scaled[0] // TOKEN
+        labels = name_labels(page, rows, cols, (scaled[0] / size[0], scaled[1] / size[1]), self._encode)
+        return labels.reshape(rows * cols, *labels.shape[2:])
 
     def _rows(
         self, sample: Sample, questions: int, weights: Mapping[str, float], chance: random.Random
@@ -183,7 +198,7 @@ def _decoded(png: bytes, size: Size) -> NDArray[np.uint8]:
     return np.asarray(picture if picture.size == size else picture.resize(size, Image.Resampling.BICUBIC))
 
 
-def _labels(page: Page, size: Size, scaled: Size) -> NDArray[np.int64]:
+def _letters(page: Page, size: Size, scaled: Size) -> NDArray[np.int64]:
     rows, cols = scaled[1] // TOKEN, scaled[0] // TOKEN
     labels = letter_labels(page.letters, rows, cols, (scaled[0] / size[0], scaled[1] / size[1]))
     return labels.reshape(rows * cols, -1)

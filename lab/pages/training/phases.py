@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The curriculum: letters, then answers, then answers from fewer tokens."""
+"""The curriculum: letters, then names and answers, then both parts together, then fewer tokens."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,6 +20,8 @@ class Phase:
         tokens: about so many visual tokens a step.
         questions: of each page; 0 for letters alone.
         letters: weight of the loss of letters.
+        names: weight of the loss of names.
+        tower: whether the vision tower is trained; where not, what it says of a page is computed once.
         scales: of pictures.
         fewer: share of steps with fewer visual tokens.
     """
@@ -31,6 +33,8 @@ class Phase:
     questions: int = 0
     weights: Mapping[str, float] = field(default_factory=dict)
     letters: float = 1.0
+    names: float = 0.0
+    tower: bool = True
     scales: tuple[float, ...] = (1.0,)
     fewer: float = 0.0
     final_rate: float = 0.1
@@ -38,9 +42,10 @@ class Phase:
 
 PHASES = (
     Phase("letters", 5000, 2e-3, 2048, final_rate=0.3),
-    Phase("reading", 10_000, 2e-3, 1536, 16, FIRST, 0.3, final_rate=0.5),
-    Phase("asking", 15_000, 1.5e-3, 1536, 16, THEN, 0.1),
-    Phase("fewer", 6000, 5e-4, 1536, 16, THEN, 0.05, (1.0, 1.0, 0.75, 0.5), 0.5),
+    Phase("reading", 6000, 2e-3, 1536, 12, FIRST, 0.0, 1.0, tower=False, final_rate=0.5),
+    Phase("asking", 12_000, 1.5e-3, 1536, 16, THEN, 0.0, 0.3, tower=False, final_rate=0.3),
+    Phase("together", 6000, 7e-4, 1536, 16, THEN, 0.1, 0.1),
+    Phase("fewer", 6000, 5e-4, 1536, 16, THEN, 0.05, 0.1, scales=(1.0, 1.0, 0.75, 0.5), fewer=0.5),
 )
 
 

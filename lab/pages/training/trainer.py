@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Qwen2_5_VLForConditionalGeneration
 
@@ -22,12 +22,14 @@ from lab.pages.tokenizer import make_tokenizer
 from lab.pages.training.batches import LENGTH, Batch, Pages, Steps
 from lab.pages.training.fewer import fewer_tokens
 from lab.pages.training.letters import IGNORED, LetterHeads
+from lab.pages.training.names import BEFORE_LAYER, NameHeads
 from lab.pages.training.phases import PHASES, Phase, share_of
 from lab.tinyvqa.checkpoint import TOKEN, make_processor, save
 from lab.tinyvqa.training.batches import moved
 from lab.tinyvqa.training.forward import (
     Layout,
     Probes,
+    compiled_steps,
     image_patches,
     language_states,
     make_layout,
@@ -67,13 +69,16 @@ class Trainer:
         out.mkdir(parents=True, exist_ok=True)
         self.tokenizer = make_tokenizer()
         self.model: Any = Qwen2_5_VLForConditionalGeneration(checkpoint.make_config(self.tokenizer))
-        self.heads: Any = LetterHeads(checkpoint.HIDDEN)
+        heads = {"letters": LetterHeads(checkpoint.HIDDEN), "names": NameHeads(checkpoint.HIDDEN)}
+        self.heads: Any = nn.ModuleDict(heads)
         self.model.to(self.device)
         self.heads.to(self.device)
         self.pages = Pages(pages, self.tokenizer)
         self.phase, self.step, self.spent = 0, 0, 0.0
         self.optimizer = Optimizers(self.model, self.heads)
         self._batches: Iterator[Batch] | None = None
+        self._compiled = compiled_steps()
+        self._seen: dict[int, Tensor] = {}  # by page: what the tower says of it while it is not trained
         # Read when a report is due: reading a number waits for the device.
         self._window: dict[str, list[Tensor]] = defaultdict(list)
         self._answered: list[tuple[str, Tensor, list[list[str]]]] = []
@@ -120,6 +125,7 @@ class Trainer:
             self._report(phase)
         if self._done(phase) >= 1:
             self.phase, self.step, self.spent, self._batches = self.phase + 1, 0, 0.0, None
+            self._seen.clear()
 
     def _done(self, phase: Phase) -> float:
         """Which part of a phase is done, 1 or more when it is over."""
@@ -130,27 +136,44 @@ class Trainer:
     def _loss(self, phase: Phase, batch: Batch, chance: random.Random) -> Tensor:
         height, width = batch.images.shape[1:3]
         rows, cols = height // TOKEN, width // TOKEN
-        features = vision_features(self.model.model.visual, image_patches(batch.images), rows, cols)
+        if not phase.tower:
+            features = self._known_features(batch, rows, cols)
+        else:
+            visual, patches = self.model.model.visual, image_patches(batch.images)
+            features = vision_features(visual, patches, rows, cols, self._compiled)
         loss: Tensor
-        loss, right = self.heads.loss(features, batch.letters)
+        loss, right = self.heads["letters"].loss(features, batch.letters)
         self._window["letters loss"].append(loss.detach())
         self._window["letters"].append(right)
         if not phase.questions:
             return loss
         layout = _layout(rows, cols, phase.questions, self.device)
-        kind = ""
         if chance.random() < phase.fewer:
             features, layout = fewer_tokens(features, layout, rows, cols, chance)
-            kind = "fewer "
-        answers = self._answer_loss(features, layout, batch, kind)
-        return answers + phase.letters * loss
+            return self._answer_loss(features, layout, batch, "fewer ") + phase.letters * loss
+        return self._answer_loss(features, layout, batch, "", phase.names) + phase.letters * loss
 
-    def _answer_loss(self, features: Tensor, layout: Layout, batch: Batch, kind: str) -> Tensor:
+    def _known_features(self, batch: Batch, rows: int, cols: int) -> Tensor:
+        new = [at for at, number in enumerate(batch.numbers) if number not in self._seen]
+        if new:
+            visual, patches = self.model.model.visual, image_patches(batch.images[new])
+            with torch.no_grad():
+                features = vision_features(visual, patches, rows, cols)
+            for at, each in zip(new, features, strict=True):
+                self._seen[batch.numbers[at]] = each.to(torch.bfloat16)
+        return torch.stack([self._seen[number] for number in batch.numbers])
+
+    def _answer_loss(
+        self, features: Tensor, layout: Layout, batch: Batch, kind: str, names: float = 0.0
+    ) -> Tensor:
+        """The loss of answers, and where `names` is its weight, that of names."""
         ids = self.tokenizer.convert_tokens_to_ids([START, VISION_START])
         prefix = torch.tensor(ids, device=self.device)
-        probes = Probes((), torch.zeros(batch.questions.shape[:2], dtype=torch.long, device=self.device))
+        probed = (BEFORE_LAYER,) if names else ()
+        probes = Probes(probed, torch.zeros(batch.questions.shape[:2], dtype=torch.long, device=self.device))
         language = self.model.model.language_model
-        states = language_states(language, prefix, features, batch.questions, layout, probes)
+        steps = None if kind else self._compiled  # each part of the tokens would be a new shape
+        states = language_states(language, prefix, features, batch.questions, layout, probes, steps)
         asked = batch.targets != IGNORED
         logits = self.model.lm_head(states.last[asked]).float()
         targets = batch.targets[asked]
@@ -159,6 +182,12 @@ class Trainer:
         right = torch.ones_like(asked)
         right[asked] = logits.argmax(-1) == targets
         self._answered.append((kind, right.all(-1), batch.families))
+        if names:
+            embeddings = language.embed_tokens.weight
+            named, right = self.heads["names"].loss(states.image[0], batch.names, embeddings)
+            for name, share in right.items():
+                self._window[f"name of {name}"].append(share)
+            loss = loss + names * named
         return loss
 
     def _report(self, phase: Phase) -> None:
