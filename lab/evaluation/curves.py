@@ -10,10 +10,11 @@ from lab.evaluation.conditions import CROP_METHODS, OFF, Condition
 from lab.evaluation.summary import Row
 
 _TICKS = (43, 64, 96, 128, 192, 288, 576)  # tokens
-Cost = Literal["answer", "total", "kv", "ttft"]
+Cost = Literal["answer", "total", "work", "kv", "ttft"]
 _COSTS: dict[Cost, str] = {
     "answer": "visual tokens, averaged over layers, without the localizer's pass",
     "total": "visual tokens, averaged over layers, with those of the localizer's pass",
+    "work": "multiply-adds of the language model before it answers, as a share of the unpruned prompt's",
     "kv": "tokens of the prompt that a layer keeps while it decodes, averaged over layers",
     "ttft": "ms to the first token on vLLM, the localizer's request included",
 }
@@ -34,7 +35,12 @@ class Panel:
         if self.cost == "ttft":
             found = localizer_ms if row.condition.locates else 0.0
             return None if row.ttft_ms is None or found is None else row.ttft_ms + found
-        return {"answer": score.visual_tokens, "total": score.total_tokens, "kv": score.kv_tokens}[self.cost]
+        return {
+            "answer": score.visual_tokens,
+            "total": score.total_tokens,
+            "work": score.prefill_work,
+            "kv": score.kv_tokens,
+        }[self.cost]
 
 
 def _against(condition: Condition) -> bool:
@@ -42,15 +48,18 @@ def _against(condition: Condition) -> bool:
     return condition.region in (None, "localizer", "whole")
 
 
+_LOCAL = "read, relation, compare"
+_EVERY = "with search and count"
 PANELS = (
-    Panel(
-        "Where the region comes from\nread, relation, compare", "local", lambda c: c.method in CROP_METHODS
-    ),
-    Panel("CROP's own regions against others\nread, relation, compare", "local", _against),
-    Panel("The same, what it costs to find a region included", "local", _against, "total"),
-    Panel("CROP's own regions against others\nwith search and count", "all", _against),
-    Panel("KV while decoding\nread, relation, compare", "local", _against, "kv"),
-    Panel("Time to first token, of what runs on vLLM\nread, relation, compare", "local", _against, "ttft"),
+    # The four costs, what it costs to find a region in each of them.
+    Panel(f"Visual tokens of all passes\n{_LOCAL}", "local", _against, "total"),
+    Panel(f"Prefill work of all passes\n{_LOCAL}", "local", _against, "work"),
+    Panel(f"KV while decoding\n{_LOCAL}", "local", _against, "kv"),
+    Panel(f"Time to first token, of what runs on vLLM\n{_LOCAL}", "local", _against, "ttft"),
+    Panel(f"Where the region comes from\n{_LOCAL}", "local", lambda c: c.method in CROP_METHODS),
+    Panel(f"Tokens of the answering pass alone\n{_LOCAL}", "local", _against),
+    Panel(f"Visual tokens of all passes\n{_EVERY}", "all", _against, "total"),
+    Panel(f"Prefill work of all passes\n{_EVERY}", "all", _against, "work"),
 )
 
 
@@ -61,7 +70,7 @@ def draw_curves(rows: Sequence[Row], path: Path, localizer_ms: float | None = No
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, grid = plt.subplots(2, len(PANELS) // 2, figsize=(22, 18), sharey=True)
+    figure, grid = plt.subplots(2, len(PANELS) // 2, figsize=(29, 19), sharey=True)
     for axis, panel in zip(grid.flat, PANELS, strict=True):
         _draw(axis, panel, rows, localizer_ms)
         axis.set_ylabel("exact answers")
@@ -96,7 +105,7 @@ def _draw(axis: Any, panel: Panel, rows: Sequence[Row], localizer_ms: float | No
     for row in rows:
         if row.condition == OFF:
             axis.axhline(row.groups[panel.group].accuracy.value, color="black", linewidth=1, label="unpruned")
-    if panel.cost != "ttft":
+    if panel.cost in ("answer", "total", "kv"):
         axis.set_xscale("log")
         axis.minorticks_off()
         axis.set_xticks(_TICKS, [str(tick) for tick in _TICKS])

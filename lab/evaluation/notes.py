@@ -16,6 +16,10 @@ _READING = (
     "localizer's steps are what it says, token by token; the question, which it reads once more, is in "
     "neither. Compare such a row with others at as many tokens. KV tokens count the whole prompt of the "
     "answering pass.",
+    "Prefill work is on paper: multiply-adds of the language model over prompt and image before it begins to "
+    "answer, as a share of the unpruned prompt's, for local and for all questions. The localizer's pass is "
+    "in it where it was asked, with its question and its words. The vision tower, which runs on the whole "
+    "picture either way, is not in it, nor is what a method takes to choose.",
     "CROP plc, whole, uses no region: the image is pooled evenly. It and the even grid of tokens are the "
     "first to compare with at the same tokens.",
 )

@@ -22,7 +22,7 @@ from lab.tinyvqa.questions import FAMILIES
 
 COLUMNS = (
     *("method", "rate", "tokens: local / all", "local %", "retained %", "all %", "retained %", "TTFT ms"),
-    *("tokens with localizer", "localizer's steps", "KV tokens", *FAMILIES, "engine"),
+    *("tokens with localizer", "localizer's steps", "prefill work", "KV tokens", *FAMILIES, "engine"),
 )
 
 
@@ -92,7 +92,7 @@ def row_cells(row: Row) -> list[str]:
         return [*cells, *[""] * (len(COLUMNS) - len(cells))]
     families = [f"{100 * row.families[family].value:.1f}" for family in FAMILIES]
     kv = f"{row.groups['all'].kv_tokens:.0f}"
-    return [*cells, *_localizer_cells(row), kv, *families, row.engine]
+    return [*cells, *_localizer_cells(row), _work_cell(row), kv, *families, row.engine]
 
 
 def _localizer_cells(row: Row) -> tuple[str, str]:
@@ -104,6 +104,12 @@ def _localizer_cells(row: Row) -> tuple[str, str]:
         f"{local.total_tokens:.0f} / {every.total_tokens:.0f}",
         "" if every.localizer_steps is None else f"{every.localizer_steps:.1f}",
     )
+
+
+def _work_cell(row: Row) -> str:
+    """Of local and of all questions; nothing where nobody knows."""
+    shares = [row.groups[name].prefill_work for name in ("local", "all")]
+    return " / ".join(f"{share:.2f}x" for share in shares if share is not None)
 
 
 def _margin_cells(report: Report, index: int) -> list[str]:

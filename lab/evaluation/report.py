@@ -13,6 +13,7 @@ from rich.table import Table
 from lab.evaluation.comparisons import Agreement, EqualCost, Margin, equal_cost, margins
 from lab.evaluation.curves import draw_curves
 from lab.evaluation.localizer_score import LocalizerScore, score_localizer
+from lab.evaluation.prefill_work import PrefillWork
 from lab.evaluation.questions import TestScene
 from lab.evaluation.rivals.names import ONLY
 from lab.evaluation.stats import Estimate
@@ -46,10 +47,11 @@ def make_report(
     provenance: Mapping[str, Any],
     notes: tuple[str, ...] = (),
     times: Times | None = None,
+    work: PrefillWork | None = None,
 ) -> Report:
     """Work out all numbers."""
     return Report(
-        tuple(summarize(scenes, results, times)),
+        tuple(summarize(scenes, results, times, work)),
         tuple(margins(scenes, results)),
         tuple(equal_cost(scenes, results)),
         tuple(agreed),

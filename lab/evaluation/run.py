@@ -11,6 +11,7 @@ from lab.evaluation.answerers import Answerers
 from lab.evaluation.comparisons import agreements
 from lab.evaluation.notes import notes_of
 from lab.evaluation.options import CheckpointError, Options
+from lab.evaluation.prefill_work import PrefillWork
 from lab.evaluation.published_answers import NAME as ANSWERS
 from lab.evaluation.published_answers import write_answers
 from lab.evaluation.questions import make_split
@@ -19,6 +20,7 @@ from lab.evaluation.rivals.registry import RIVALS
 from lab.evaluation.session import Session
 from lab.evaluation.store import ConditionResult, Store
 from lab.evaluation.times import measure_times
+from vllm_crop.benchmarking.prefill import read_shape
 from vllm_crop.measuring.provenance import provenance
 
 
@@ -39,7 +41,8 @@ def evaluate(options: Options, console: Console) -> Report:
     origin = _origin(origin, options, settings, results)
     write_answers(options.folder / ANSWERS, scenes, results)
     notes = notes_of(options.split, options.tuning)
-    return make_report(scenes, results, agreements(results, store), origin, notes, times)
+    work = PrefillWork(read_shape(str(options.model)), options.eviction_layers)
+    return make_report(scenes, results, agreements(results, store), origin, notes, times, work)
 
 
 def _check_tuning(options: Options, settings: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from statistics import fmean
 
 from lab.evaluation.asking import Answer
 from lab.evaluation.conditions import LOCATE, OFF, Condition
+from lab.evaluation.prefill_work import PrefillWork, share_of_unpruned
 from lab.evaluation.questions import TestScene
 from lab.evaluation.stats import Estimate, retention, wilson
 from lab.evaluation.store import ConditionResult
@@ -28,6 +29,8 @@ class GroupScore:
         localizer_tokens: visual tokens of the pass in which the model found the region, averaged alike; None
             where nobody knows.
         localizer_steps: how many tokens it said in that pass, on average.
+        prefill_work: of the language model until the answer begins, that pass included, as a share of the
+            unpruned prompt's; None where nobody knows.
     """
 
     asked: int
@@ -38,6 +41,7 @@ class GroupScore:
     prompt_tokens: float
     localizer_tokens: float | None = None
     localizer_steps: float | None = None
+    prefill_work: float | None = None
 
     @property
     def total_tokens(self) -> float:
@@ -70,14 +74,17 @@ def right_answers(scenes: Sequence[TestScene], result: ConditionResult) -> list[
 
 
 def summarize(
-    scenes: Sequence[TestScene], results: Sequence[ConditionResult], times: Times | None = None
+    scenes: Sequence[TestScene],
+    results: Sequence[ConditionResult],
+    times: Times | None = None,
+    work: PrefillWork | None = None,
 ) -> list[Row]:
     """A row per condition, in the order of the results; the unpruned model's is among them."""
     families = families_of(scenes)
-    base = right_answers(scenes, next(result for result in results if result.condition == OFF))
+    base = next(result for result in results if result.condition == OFF)
     found = next((result.answers for result in results if result.condition.method == LOCATE), None)
     return [
-        _timed(_row(scenes, families, result, base, found), times or {})
+        _timed(_row(scenes, families, result, base, found, work), times or {})
         for result in results
         if result.condition.method != LOCATE
     ]
@@ -97,17 +104,29 @@ def _row(
     scenes: Sequence[TestScene],
     families: Sequence[str],
     result: ConditionResult,
-    base: Sequence[bool],
+    base: ConditionResult,
     located: Sequence[Answer] | None,
+    work: PrefillWork | None,
 ) -> Row:
     if result.impossible:
         return Row(result.condition, result.engine, {}, {}, result.impossible)
-    right = right_answers(scenes, result)
+    right, wanted = right_answers(scenes, result), right_answers(scenes, base)
     located = located if result.condition.locates else ()
     groups = {
-        name: _group(result, right, base, [family in of for family in families], located)
+        name: _group(result, right, wanted, [family in of for family in families], located)
         for name, of in GROUPS.items()
     }
+    if work is not None:
+        for name, of in GROUPS.items():
+            chosen = [family in of for family in families]
+            share = share_of_unpruned(
+                work,
+                result.condition,
+                list(compress(result.answers, chosen)),
+                list(compress(base.answers, chosen)),
+                None if located is None else list(compress(located, chosen)),
+            )
+            groups[name] = replace(groups[name], prefill_work=share)
     by_family = {}
     for family in FAMILIES:
         chosen = list(compress(right, [one == family for one in families]))

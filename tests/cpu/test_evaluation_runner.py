@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The evaluation's runner against plain transformers, on a small random checkpoint of tinyvqa's shape."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 from lab.evaluation.asking import Answer, SceneTask
 from lab.evaluation.conditions import LOCATE, OFF, Condition
 from lab.evaluation.crop_pruning import crop_pruning
+from lab.evaluation.prefill_work import PrefillWork
 from lab.evaluation.questions import TestScene, make_test_set
 from lab.evaluation.regions import regions_for
 from lab.evaluation.rivals import ivc_prune
@@ -20,12 +22,14 @@ from lab.evaluation.transformers_answers import TransformersAnswers
 from lab.tinyvqa import words
 from tests.slow_plan import embeddings_of
 from tests.untrained_tinyvqa import make_untrained
+from vllm_crop.benchmarking.prefill import ModelShape
 from vllm_crop.planning.budget import BudgetError, retained_count
 from vllm_crop.planning.plan import TokenPlan, make_plan
 
 RATES = (0.667, 0.889, 0.926)
 CLOSE = 2e-5  # nats, in float32; a mistake changes tenths
 LAYERS = 12
+WORK = PrefillWork(ModelShape(LAYERS, 128, 384), (1,))
 INSIDE = ("fastv", "pyramiddrop", "sparsevlm", "btp", "lvlm-csp")  # in every configuration
 CONFIGURED = [
     (name, configuration)
@@ -149,6 +153,10 @@ def test_rivals_run_with_exactly_the_tokens_they_say(
         found = runner.answer([seen], texts[:3], pruning)
         check_counts(found, pruning, rate)
         assert worst(found, unpruned[:3]) > 0.01  # it does change something
+        for reply in found:  # and the average tells what every layer ran with
+            average = sum(reply.tokens_per_layer) / LAYERS
+            counts = WORK.layer_counts(Condition(name, None, rate), average, 576)
+            assert counts == pytest.approx(reply.tokens_per_layer)
 
 
 @pytest.mark.parametrize(("name", "configuration"), CONFIGURED)
@@ -293,6 +301,10 @@ def test_crops_plans_run_as_a_mask_over_the_unpruned_model_would(
     found = runner.answer([seen], local, crop_pruning(plans[method], LAYERS))
     for text, plan, reply in zip(local, plans[method], found, strict=True):
         assert reply.tokens_per_layer == tuple(plan.tokens_per_layer(LAYERS))
+        average = sum(reply.tokens_per_layer) / LAYERS
+        work = replace(WORK, eviction_layers=(1, 5) if method == "plc+ilp" else (1,))
+        counts = work.layer_counts(Condition(method, "oracle", 0.889), average, 576)
+        assert counts == pytest.approx(reply.tokens_per_layer)
         logprobs = by_transformers_layers(runner, seen, text, plan)
         assert float((logprobs - reply.logprobs).abs().max()) < CLOSE
 

@@ -25,6 +25,7 @@ from lab.evaluation.controls import near_square, resized, thumbnail_and_crop
 from lab.evaluation.curves import Panel
 from lab.evaluation.localizer_score import score_localizer
 from lab.evaluation.markdown import write_markdown
+from lab.evaluation.prefill_work import PrefillWork
 from lab.evaluation.questions import TestScene, make_test_set
 from lab.evaluation.regions import SOURCES, area, cells_of, coverage, parse_location, regions_for
 from lab.evaluation.report import Report, make_report, write_report
@@ -38,6 +39,7 @@ from lab.evaluation.thresholds import THRESHOLDS, sweep
 from lab.evaluation.times import ROUNDS, measure_times
 from lab.tinyvqa.questions import FAMILIES, boxes_region
 from lab.tinyvqa.scenes import is_test_seed
+from vllm_crop.benchmarking.prefill import ModelShape, prefill_flops
 from vllm_crop.families.qwen_vl import SmartResize
 from vllm_crop.planning.budget import BudgetError
 from vllm_crop.planning.geometry import Region
@@ -469,6 +471,14 @@ def test_finding_a_region_costs_tokens_and_steps(
     assert (kept, unknown_time) == (row.groups["local"].kv_tokens, None)
     timed = Panel("", "local", lambda _: True, "ttft").costs(replace(row, ttft_ms=20.0), 5.0)
     assert timed == (20 if source == "oracle" else 25)
+    work = PrefillWork(ModelShape(12, 128, 384), (1,))
+    worked = next(one for one in summarize(scenes, results, None, work) if one.condition.method == "plc")
+    for name, group in worked.groups.items():
+        share = group.prefill_work
+        assert share is not None
+        assert share == Panel("", name, lambda _: True, "work").costs(worked, 5.0)
+        # The stand-in says as many tokens for the unpruned image: what is more is the other pass.
+        assert share == 1 if source == "oracle" else 2 < share < 2.5
     described = score_localizer(scenes, results)
     assert (described is None) == (source == "oracle")
     if described:
@@ -477,6 +487,31 @@ def test_finding_a_region_costs_tokens_and_steps(
     unknown = [one for one in results if one.condition.method != LOCATE]
     without = next(one for one in summarize(scenes, unknown) if one.condition.method == "plc")
     assert without.groups["all"].localizer_tokens == (0 if source == "oracle" else None)
+    rows = summarize(scenes, unknown, None, work)
+    without = next(one for one in rows if one.condition.method == "plc")
+    assert (without.groups["all"].prefill_work is None) == (source != "oracle")
+
+
+def test_work_is_counted_layer_by_layer_and_word_by_word() -> None:
+    shape = ModelShape(12, 128, 384)
+    work = PrefillWork(shape, (1,))
+    full = Answer("7", 576.0, 588.0, 588)
+    pruned = Answer("7", 64.0, 76.0, 588)
+    plain = work.of_answer(Condition("plc", "oracle", 0.889), pruned, full)
+    assert plain == prefill_flops(shape, [76.0] * 12)
+    # The same average, but a full layer at first: attention among all of its tokens is dearer.
+    staged = work.of_answer(Condition("ilp", "oracle", 0.889), pruned, full)
+    assert staged == pytest.approx(prefill_flops(shape, [588.0, *[12 + (64 * 12 - 576) / 11] * 11]), rel=1e-2)
+    assert staged > plain
+    back = work.layer_counts(Condition("lvlm-csp", None, 0.889, "grid of 16, all at 3"), 64.0, 576)
+    assert back[:5] == pytest.approx([16, 16, 16, 576, 18])
+    whole = work.of_answer(Condition("ilp", "localizer", 0.889), full, full)
+    assert whole == prefill_flops(shape, [588.0] * 12)
+    assert work.layer_counts(Condition("resize", None, 0.889), 66.0, 576) == [66.0] * 12
+    located = Answer("all", 64.0, 80.0, 80, steps=5)
+    prompt, word = prefill_flops(shape, [80.0] * 12), prefill_flops(shape, [1.0] * 12) + 2 * 80 * 128 * 12
+    assert work.of_localizing(located) == prompt + 4 * word
+    assert work.of_localizing(replace(located, steps=1)) == prompt
 
 
 def test_the_localizer_is_scored_by_cells(tmp_path: Path, scenes: tuple[TestScene, ...]) -> None:

@@ -67,6 +67,9 @@ def test_a_tuning_survives_the_disk(tmp_path: Path) -> None:
     found = Tuning(ORIGIN, (Tuned("fastv", 0.889, "K=1", (tried("K=2", None), tried("K=1", 50))),))
     write_tuning(tmp_path / "tuning.json", found)
     assert read_tuning(tmp_path / "tuning.json") == found
+    assert found.configuration("fastv", 0.889) == "K=1"
+    assert found.configuration("fastv", 0.778) is None
+    assert found.number_tried("fastv", 0.889) == 1  # what cannot meet the rate was not asked
 
 
 def test_other_methods_stay_if_the_same_was_asked() -> None:
@@ -79,9 +82,6 @@ def test_other_methods_stay_if_the_same_was_asked() -> None:
     other = Tuning({"settings": {"n": 2}}, new.methods)
     assert other.beside(old) == other
     assert new.beside(Tuning(old.provenance, (Tuned("c", 0.5, "z", ()),))) == new  # nothing of it is left
-    assert found.configuration("fastv", 0.889) == "K=1"
-    assert found.configuration("fastv", 0.778) is None
-    assert found.number_tried("fastv", 0.889) == 1  # what cannot meet the rate was not asked
 
 
 def test_what_is_chosen_is_what_runs() -> None:
