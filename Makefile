@@ -55,6 +55,12 @@ ray-test: setup  ## deploy/ray with two replicas: ask, kill one, ask on; in an e
 eval: setup  ## are answers still right: CROP, rivals, controls (ARGS="--quick" in minutes)
 	@$(BIN)/python -m lab.evaluation $(ARGS)
 
+results: setup  ## from the checkpoint to README's tables: tune rivals on dev, ask the test split, publish (hours)
+	@$(BIN)/python -m lab.evaluation.covipal
+	@$(BIN)/python -m lab.evaluation.tuning
+	@$(BIN)/python -m lab.evaluation
+	@$(BIN)/python -m lab.evaluation.publish
+
 lmms-eval: setup  ## do lmms-eval and our own evaluation get the same answers? in an environment of its own, 1 GB (ARGS="--n 4")
 	@lab/environment.sh $(VENV) .venv-lmms-eval lab/lmms_eval/constraints.txt lmms-eval
 	@.venv-lmms-eval/bin/python -m lab.lmms_eval.proof $(ARGS)

@@ -77,7 +77,7 @@ def draw_curves(rows: Sequence[Row], path: Path, localizer_ms: float | None = No
         axis.set_ylim(0, 1.02)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=80)
     plt.close(figure)
 
 

@@ -14,6 +14,7 @@ from lab.tinyvqa import checkpoint, words
 from lab.tinyvqa.questions import FAMILIES
 from lab.tinyvqa.training import trainer
 from lab.tinyvqa.training.batches import Batch, BatchMaker, Task
+from lab.tinyvqa.training.forward import LayerSteps, compiled_steps, language_layer, vision_layer
 from lab.tinyvqa.training.labels import IGNORED
 from lab.tinyvqa.training.language import answer_states, look_loss
 from lab.tinyvqa.training.phases import Phase
@@ -95,6 +96,33 @@ def test_pictures_with_fewer_tokens_keep_the_places_of_those_left(model: Any, to
     assert float((nothing_lost - expected).abs().max()) <= 1e-4
     fewer = answer_states(model, tokenizer, batch, task, train_vision=False).last
     assert float((fewer.view_as(expected) - expected).abs().max()) > 0.01
+
+
+def test_compiled_layers_say_what_they_said(model: Any) -> None:
+    """Outputs and gradients, of windows and of both parts of the language model."""
+    torch.manual_seed(0)
+    steps = compiled_steps()
+    tower, language = model.model.visual.blocks[0], model.model.language_model.layers[0]
+    width = tower.norm1.weight.shape[0]
+    turns = torch.randn(128, model.model.visual.blocks[0].attn.head_dim)
+    seen = torch.randn(1, 128, width)
+    shown = torch.randn(1, 20 + 2 * 6, language.input_layernorm.weight.shape[0])
+    rotation = model.model.language_model.rotary_emb(shown, torch.arange(32).expand(3, 1, -1))
+    check_alike(lambda run: run.vision(tower, seen, turns.cos(), turns.sin(), 64), steps, tower)
+    check_alike(lambda run: run.language(language, shown, *rotation, 20, 6), steps, language)
+
+
+def check_alike(run: Any, steps: LayerSteps, layer: Any) -> None:
+    """Of a layer, eager and compiled."""
+    found = []
+    for each in (LayerSteps(vision_layer, language_layer), steps):
+        layer.zero_grad()
+        made = run(each)
+        made.square().mean().backward()
+        found.append([made.detach(), *(part.grad.clone() for part in layer.parameters())])
+    for one, other in zip(*found, strict=True):
+        assert torch.allclose(one, other, atol=1e-5, rtol=1e-4)
+        assert one.abs().sum() > 0
 
 
 def test_targets_are_the_answers_tokens(tokenizer: Any) -> None:

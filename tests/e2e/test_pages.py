@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pages as a real browser draws them: what boxes hold is what questions are about."""
 
+import itertools
 import json
 import random
 from collections.abc import Iterator
@@ -10,14 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from lab.pages.asking import FAMILIES, LOCAL, ask
+from lab.pages.asking import FAMILIES, LOCAL, ask, cells_of
 from lab.pages.browser import Drawer, Page, drawer
 from lab.pages.looks import FONTS, LAYOUTS, SPLITS, Split
 from lab.pages.questions import write_questions
 from lab.pages.store import read_pages, write_page
+from lab.pages.tokenizer import make_tokenizer
 from lab.pages.training.batches import Pages, Steps
+from lab.pages.training.letters import IGNORED
+from lab.pages.training.names import name_labels
 from lab.pages.training.phases import PHASES
 from lab.pages.training.trainer import Trainer
+from lab.tinyvqa.checkpoint import TOKEN
+from lab.tinyvqa.training.forward import image_patches, vision_features
 
 
 @pytest.fixture(scope="module")
@@ -122,11 +128,74 @@ def test_kept_and_read_again(browser: Drawer, tmp_path: Path) -> None:
         write_questions(tmp_path, 3000)
 
 
+def test_tokens_of_values_know_what_their_row_and_column_are_called(browser: Drawer) -> None:
+    """Each letter of a value is in a token of that lesson, whose ids spell the names; others have none."""
+    tokenizer = make_tokenizer()
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+        return ids
+
+    taught = 0
+    for page in drawn(browser, "train", 6):
+        size = page.look.size
+        rows, cols = size[1] // TOKEN, size[0] // TOKEN
+        labels = name_labels(page, rows, cols, (1.0, 1.0), encode)
+        at = {}
+        for cell in cells_of(page):
+            x0, y0, x1, y1 = cell.boxes[1]
+            inside = [one for one in page.letters if x0 <= one.x <= x1 and y0 <= one.y <= y1]
+            for row, col in {(int(one.y // TOKEN), int(one.x // TOKEN)) for one in inside}:
+                if row < rows and col < cols:
+                    at.setdefault((row, col), []).append(cell)
+        for row, col in itertools.product(range(rows), range(cols)):
+            spelled = [
+                tokenizer.decode([one for one in name if one != IGNORED]).strip()
+                for name in labels[row, col].tolist()
+            ]
+            named = {
+                (
+                    page.document.sheets[cell.sheet].rows[cell.row][0].lower(),
+                    page.document.sheets[cell.sheet].columns[cell.column].name,
+                )
+                for cell in at.get((row, col), [])
+            }
+            if named:
+                taught += 1
+                assert tuple(spelled) in named
+            elif not page.document.codes:
+                assert spelled == ["", ""]
+    assert taught > 50
+
+
+def test_a_tower_that_stands_still_is_asked_once(browser: Drawer, tmp_path: Path) -> None:
+    """What it says of a page is kept for the phase, and is what it would say; its weights do not move."""
+    for index, page in enumerate(drawn(browser, "train", 2)):
+        write_page(page, tmp_path, f"{index}.png")
+    trainer = Trainer(tmp_path, tmp_path / "model", "cpu", batch_scale=0.05, compiled=False)
+    trainer.phase = next(at for at, phase in enumerate(PHASES) if not phase.tower)
+    before = trainer.model.model.visual.state_dict()["patch_embed.proj.weight"].clone()
+    for _ in range(4):
+        trainer.train_step()
+    assert torch.equal(trainer.model.model.visual.state_dict()["patch_embed.proj.weight"], before)
+    assert 1 <= len(trainer._seen) <= 2
+    steps = Steps(trainer.pages, PHASES[trainer.phase], seed=1, batch_scale=0.05)
+    batch = steps[0]
+    rows, cols = batch.images.shape[1] // TOKEN, batch.images.shape[2] // TOKEN
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        known = trainer._known_features(batch, rows, cols)
+        visual = trainer.model.model.visual
+        anew = vision_features(visual, image_patches(batch.images), rows, cols)
+    assert torch.allclose(known.float(), anew.float(), atol=0.05, rtol=0.05)
+
+
 def test_a_whole_curriculum_within_seconds(browser: Drawer, tmp_path: Path) -> None:
     """Every phase has its share; batches made ahead by another process are those made here."""
     for index, page in enumerate(drawn(browser, "train", 3)):
         write_page(page, tmp_path, f"{index}.png")
-    trainer = Trainer(tmp_path, tmp_path / "model", "cpu", batch_scale=0.05, workers=1, within=0.05)
+    trainer = Trainer(
+        tmp_path, tmp_path / "model", "cpu", batch_scale=0.05, workers=1, within=0.05, compiled=False
+    )
     trainer.run(minutes=5)
     assert trainer.phase == len(PHASES)
     assert (tmp_path / "model" / "checkpoint" / "model.safetensors").exists()

@@ -16,7 +16,6 @@ from pydantic import TypeAdapter
 from rich.console import Console
 from typer.testing import CliRunner
 
-from lab import evaluation
 from lab.evaluation.__main__ import app
 from lab.evaluation.asking import Answer, SceneTask, ask
 from lab.evaluation.comparisons import agreements, equal_cost, margins
@@ -26,6 +25,7 @@ from lab.evaluation.curves import Panel
 from lab.evaluation.localizer_score import score_localizer
 from lab.evaluation.markdown import write_markdown
 from lab.evaluation.prefill_work import PrefillWork
+from lab.evaluation.publish import PUBLISHED, tables_of, with_tables
 from lab.evaluation.questions import TestScene, make_test_set
 from lab.evaluation.regions import SOURCES, area, cells_of, coverage, parse_location, regions_for
 from lab.evaluation.report import Report, make_report, write_report
@@ -46,7 +46,6 @@ from vllm_crop.planning.geometry import Region
 
 RESIZE = SmartResize(token_side=16, min_pixels=16 * 16**2, max_pixels=2**24)
 PER_FAMILY = 6
-PUBLISHED = Path(evaluation.__file__).parent / "results"
 
 
 @pytest.fixture(scope="module")
@@ -566,6 +565,28 @@ def test_the_page_needs_nothing_else(tmp_path: Path, scenes: tuple[TestScene, ..
     by_name = {line.split(" | ")[0].removeprefix("| "): line for line in lines}
     assert "| 128 / 128 |" in by_name["CROP plc, localizer"]  # 64 more than without the localizer
     assert "|  |  |" in by_name["FastV"]
+
+
+def test_readmes_tables_are_made_of_the_published_numbers() -> None:
+    readme = (PUBLISHED.parents[2] / "README.md").read_text(encoding="utf-8")
+    tables = tables_of(PUBLISHED)
+    assert with_tables(readme, tables) == readme
+    # It would notice: one digit, or a table that has no place.
+    assert with_tables(readme.replace("| 576 | 1.00x | 99.3", "| 576 | 1.00x | 99.4"), tables) == readme
+    with pytest.raises(ValueError, match="no place for the table 'same tokens'"):
+        with_tables(readme.replace("<!-- end of same tokens -->", ""), tables)
+
+
+def test_readmes_tables_leave_nobody_out() -> None:
+    """Every rival that can meet the rate is in both; what is untrained is in no comparison at equal cost."""
+    report = TypeAdapter(Report).validate_json((PUBLISHED / "results.json").read_text())
+    tables = tables_of(PUBLISHED)
+    for row in report.rows:
+        if row.condition.chooses_tokens and not row.impossible and row.condition.pruning_rate == 0.889:
+            for table in tables.values():
+                assert f"| {row.condition.row}" in table, row.condition.row
+    assert "resize" in tables["same tokens"]
+    assert "resize" not in tables["equal cost"]
 
 
 def test_the_published_page_is_made_of_the_published_numbers(tmp_path: Path) -> None:

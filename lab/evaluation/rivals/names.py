@@ -25,6 +25,7 @@ RIVAL_TITLES = {
     "btp": "BTP",
     "ptp": "PTP",
     "lvlm-csp": "LVLM_CSP",
+    "covipal": "CoViPAL (trained here)",
     "divprune-attention": "DivPrune, then attention (ours)",
     "novelty": "neighbour novelty (ours)",
 }

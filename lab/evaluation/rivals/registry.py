@@ -9,6 +9,7 @@ from lab.evaluation.rivals import (
     btp,
     cdpruner,
     chance,
+    covipal,
     dart,
     divprune,
     even_grid,
@@ -99,6 +100,7 @@ RIVALS: dict[str, Rival] = {
     "btp": Rival(btp.btp, btp.CONFIGURATIONS),
     "ptp": Rival(ptp.ptp, ptp.CONFIGURATIONS),
     "lvlm-csp": Rival(lvlm_csp.lvlm_csp, lvlm_csp.CONFIGURATIONS),
+    "covipal": Rival(covipal.covipal),
     "divprune-attention": Rival(divprune.divprune_attention, divprune.ATTENTION_CONFIGURATIONS),
     "novelty": Rival(novelty.novelty),
 }

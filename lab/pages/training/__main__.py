@@ -21,10 +21,13 @@ def main(
     within: Annotated[
         float | None, typer.Option(help="Minutes for the whole curriculum, phases getting their shares.")
     ] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="Half the time of a step, minutes at the start.")
+    ] = True,
 ) -> None:
     """Train letters, then answers."""
     torch.set_num_threads(threads)
-    Trainer(pages, out, device, batch_scale, workers, within).run(minutes)
+    Trainer(pages, out, device, batch_scale, workers, within, compiled).run(minutes)
 
 
 typer.run(main)

@@ -55,6 +55,7 @@ class Trainer:
         batch_scale: float = 1.0,
         workers: int = 0,
         within: float | None = None,
+        compiled: bool = True,
     ) -> None:
         """Go on with what `out` has, else begin.
 
@@ -62,6 +63,7 @@ class Trainer:
             batch_scale: how many times as many visual tokens a step has as `phases` says.
             workers: processes that make batches ahead.
             within: minutes for all phases; without it each has as many steps as `phases` says.
+            compiled: whether layers are compiled; worth it from some hundred steps on.
         """
         torch.manual_seed(SEED)
         self.out, self.device, self.batch_scale = out, torch.device(device), batch_scale
@@ -77,7 +79,7 @@ class Trainer:
         self.phase, self.step, self.spent = 0, 0, 0.0
         self.optimizer = Optimizers(self.model, self.heads)
         self._batches: Iterator[Batch] | None = None
-        self._compiled = compiled_steps()
+        self._layers = compiled_steps() if compiled else None
         self._seen: dict[int, Tensor] = {}  # by page: what the tower says of it while it is not trained
         # Read when a report is due: reading a number waits for the device.
         self._window: dict[str, list[Tensor]] = defaultdict(list)
@@ -140,7 +142,7 @@ class Trainer:
             features = self._known_features(batch, rows, cols)
         else:
             visual, patches = self.model.model.visual, image_patches(batch.images)
-            features = vision_features(visual, patches, rows, cols, self._compiled)
+            features = vision_features(visual, patches, rows, cols, self._layers)
         loss: Tensor
         loss, right = self.heads["letters"].loss(features, batch.letters)
         self._window["letters loss"].append(loss.detach())
@@ -172,7 +174,7 @@ class Trainer:
         probed = (BEFORE_LAYER,) if names else ()
         probes = Probes(probed, torch.zeros(batch.questions.shape[:2], dtype=torch.long, device=self.device))
         language = self.model.model.language_model
-        steps = None if kind else self._compiled  # each part of the tokens would be a new shape
+        steps = None if kind else self._layers  # each part of the tokens would be a new shape
         states = language_states(language, prefix, features, batch.questions, layout, probes, steps)
         asked = batch.targets != IGNORED
         logits = self.model.lm_head(states.last[asked]).float()

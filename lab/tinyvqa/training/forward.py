@@ -170,6 +170,7 @@ def language_states(
     layout: Layout,
     probes: Probes,
     steps: "LayerSteps | None" = None,
+    gates: Tensor | None = None,
 ) -> States:
     """The language model over images and all questions about them.
 
@@ -178,6 +179,7 @@ def language_states(
         image: `[batch, rows * cols, hidden]` embeddings.
         questions: `[batch, questions, length]` token ids.
         steps: how a layer runs; as it is written here without it.
+        gates: `[batch, questions, rows * cols]` added to the scores with which questions look at the image.
     """
     run = language_layer if steps is None else steps.language
     batch, count, length = questions.shape
@@ -194,15 +196,29 @@ def language_states(
             looked.append(_look(query, key, at, layout.image))
             shown.append(hidden[:, PREFIX : layout.image])
             asking.append(hidden.gather(1, at[:, :, None].expand(-1, -1, hidden.shape[-1])))
-        hidden = run(layer, hidden, cos, sin, layout.image, length)
+        hidden = run(layer, hidden, cos, sin, layout.image, length, gates)
     states = language.norm(hidden[:, layout.image :])
     return States(states.view(batch, count, length, -1), looked, shown, asking)
 
 
-def language_layer(layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor, image: int, length: int) -> Tensor:
-    """A layer of the language model; `image`: tokens before the questions, `length`: of a question."""
+def language_layer(
+    layer: Any,
+    hidden: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    image: int,
+    length: int,
+    gates: Tensor | None = None,
+) -> Tensor:
+    """A layer of the language model.
+
+    Args:
+        image: tokens before the questions.
+        length: of a question.
+        gates: see `language_states`.
+    """
     query, key, value = _projected(layer.self_attn, layer.input_layernorm(hidden), cos, sin)
-    mixed = _attend(query, key, value, image, length)
+    mixed = _attend(query, key, value, image, length, gates)
     hidden = hidden + layer.self_attn.o_proj(mixed.transpose(1, 2).flatten(2))
     after: Tensor = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
     return after
@@ -234,7 +250,9 @@ def _projected(attention: Any, hidden: Tensor, cos: Tensor, sin: Tensor) -> tupl
     return query, key, value
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, image: int, length: int) -> Tensor:
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, image: int, length: int, gates: Tensor | None = None
+) -> Tensor:
     """The image sees itself, a question the image and itself; each token only what comes before it."""
     batch, heads, _, width = query.shape
     (looking, asking), (shown, asked), (seen, said) = (
@@ -247,6 +265,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, image: int, length: int) 
     )
     later = torch.ones(length, length, dtype=torch.bool, device=query.device).triu(1)
     of_image = (asking @ shown.transpose(2, 3)).view(batch, heads, -1, length, image)
+    if gates is not None:
+        of_image = of_image + functional.pad(gates, (PREFIX, 0))[:, None, :, None]
     of_own = (own_query @ own_key.transpose(3, 4)).masked_fill(later, float("-inf"))
     weights = torch.cat([of_image, of_own], dim=-1).softmax(-1).to(value.dtype)
     to_image = weights[..., :image].reshape(batch, heads, -1, image)

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CoViPAL's pruning module, trained here: `python -m lab.evaluation.covipal`."""
