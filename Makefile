@@ -25,7 +25,7 @@ LANE := set -o pipefail; OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(BI
 export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 
-.PHONY: help setup demo serve image image-gpu image-test ray-test eval lmms-eval drift test test-all also-v1 also-v2 lane-other-v1 lane-other-v2 lane-v1 lane-v1-rest lane-v2 lane-trained lane-served test-unit lint format clean
+.PHONY: help setup demo serve image image-gpu image-test ray-test eval results lmms-eval drift test test-all also-v1 also-v2 lane-other-v1 lane-other-v2 lane-v1 lane-v1-rest lane-v2 lane-trained lane-served test-unit lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The evaluation's runner against plain transformers, on a small random checkpoint of tinyvqa's shape."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,11 +11,12 @@ from PIL import Image
 
 from lab.evaluation.asking import Answer, SceneTask
 from lab.evaluation.conditions import LOCATE, OFF, Condition
+from lab.evaluation.covipal.module import PruningModule
 from lab.evaluation.crop_pruning import crop_pruning
 from lab.evaluation.prefill_work import PrefillWork
 from lab.evaluation.questions import TestScene, make_test_set
 from lab.evaluation.regions import regions_for
-from lab.evaluation.rivals import ivc_prune
+from lab.evaluation.rivals import covipal, ivc_prune
 from lab.evaluation.rivals.registry import RIVALS
 from lab.evaluation.runner.method import Kept, Pruning, Seen, Sight
 from lab.evaluation.runner.qwen import QwenRunner, Reply
@@ -42,6 +44,16 @@ CONFIGURED = [
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_untrained(tmp_path_factory.mktemp("tiny"), LAYERS)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def narrow_module() -> Iterator[None]:
+    """CoViPAL's module is trained for another width: one of this width, untrained."""
+    torch.manual_seed(0)
+    module = PruningModule(64).eval()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(covipal, "read_module", lambda: module)
+        yield
 
 
 @pytest.fixture(scope="module")
