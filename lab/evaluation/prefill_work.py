@@ -18,7 +18,9 @@ from vllm_crop.planning.budget import Method, method_evicts, retained_per_stage
 
 @dataclass(frozen=True)
 class PrefillWork:
-    """Counts multiply-adds; see `prefill_flops` for what they are. No vision tower is in them.
+    """Counts multiply-adds; see `prefill_flops` for what they are.
+
+    No vision tower is in them, neither the picture's pass nor the localizer's view's.
 
     Attributes:
         eviction_layers: of CROP's ilp and plc+ilp.

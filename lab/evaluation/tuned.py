@@ -48,7 +48,7 @@ class Tuning:
 
     Attributes:
         provenance: versions, revision, command and settings of the last run.
-        earlier: the same of runs whose methods were kept.
+        earlier: the same of runs before it, whose findings may have been kept.
     """
 
     provenance: Mapping[str, Any]
@@ -61,11 +61,11 @@ class Tuning:
         return found.chosen if found else None
 
     def beside(self, known: "Tuning | None") -> "Tuning":
-        """With the methods that only an earlier tuning has, if it asked the same model the same questions."""
+        """With what only an earlier tuning has, method by rate, if it asked the same model the same."""
         if known is None or known.provenance.get("settings") != self.provenance.get("settings"):
             return self
-        here = {one.method for one in self.methods}
-        others = tuple(one for one in known.methods if one.method not in here)
+        here = {(one.method, one.pruning_rate) for one in self.methods}
+        others = tuple(one for one in known.methods if (one.method, one.pruning_rate) not in here)
         if not others:
             return self
         return Tuning(self.provenance, others + self.methods, (*known.earlier, known.provenance))

@@ -56,8 +56,8 @@ def tune(
 ) -> None:
     """Try every configuration of every rival, and write down which answers most.
 
-    What the file knows of other methods stays in it, if it was found by the same questions to the same model.
-    Run the command again to go on after an interruption.
+    What the file knows of other methods and rates stays in it, if it was found by the same questions. Run
+    the command again to go on after an interruption.
     """
     if split == "test":
         raise typer.BadParameter("nothing is chosen on the test split", param_hint="--split")

@@ -79,6 +79,10 @@ def test_other_methods_stay_if_the_same_was_asked() -> None:
     assert [(one.method, one.chosen) for one in both.methods] == [("a", "x"), ("b", "y"), ("c", "x")]
     assert both.earlier == (old.provenance,)
     assert new.beside(None) == new
+    rates = Tuning(old.provenance, (Tuned("c", 0.9, "z", ()), Tuned("c", 0.5, "z", ())))
+    assert [(one.pruning_rate, one.chosen) for one in new.beside(rates).methods] == [
+        *((0.9, "z"), (0.5, "y"), (0.5, "x"))
+    ]
     other = Tuning({"settings": {"n": 2}}, new.methods)
     assert other.beside(old) == other
     assert new.beside(Tuning(old.provenance, (Tuned("c", 0.5, "z", ()),))) == new  # nothing of it is left

@@ -8,8 +8,9 @@ stay.
 
 Deviations: where a small calibration set finds stages in the paper, they are configurations here; how the two
 goals are weighed into one set is our reading: the attended ones are taken first, and the others are added one
-by one, each the farthest from all that are taken. The spread of the first tokens by their distance on the
-grid is left out, as attended tokens begin the set.
+by one, each the farthest from all that are taken. A first stage at layer 0 is before the language model,
+where nothing is attended to yet: in a model of twelve layers a full one is dear. The spread of the first
+tokens by their distance on the grid is left out, as attended tokens begin the set.
 """
 
 import math
@@ -19,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from lab.evaluation.rivals.budgets import scaled
-from lab.evaluation.runner.method import LayerView, Pruning, top
+from lab.evaluation.rivals.budgets import scaled, stages_from_the_start
+from lab.evaluation.runner.method import Kept, LayerView, Pruning, Seen, top
 
 CONFIGURATIONS: dict[str, dict[str, object]] = {
     "2, 5, 9, shares 0.2 to 0.8": {},
@@ -49,6 +50,15 @@ CONFIGURATIONS: dict[str, dict[str, object]] = {
         "spare": 0.0,
     },
     "2, 8, shares 0 and 1, no rebalance": {"layers": [2, 8], "shares": [0.0, 1.0], "spare": 0.0},
+    "before and 8, shares 0 and 1": {"layers": [0, 8], "shares": [0.0, 1.0]},
+    "before and 8, shares 0 and 1, no rebalance": {"layers": [0, 8], "shares": [0.0, 1.0], "spare": 0.0},
+    "before and 8, a third, shares 0 and 1, no rebalance": {
+        "layers": [0, 8],
+        "shares": [0.0, 1.0],
+        "ratio": 1 / 3,
+        "spare": 0.0,
+    },
+    "before, 4 and 8, shares 0 to 1": {"layers": [0, 4, 8], "shares": [0.0, 0.5, 1.0]},
 }
 
 
@@ -88,12 +98,18 @@ def btp(
     """BTP at a pruning rate.
 
     Args:
-        layers: at which tokens leave.
+        layers: at which tokens leave; 0: before the first one.
         shares: what goes by attention at each of them.
         ratio: of each stage's count to the one before it.
         spare: see `balance`.
     """
-    left = scaled(num_tokens, rate, num_layers, tuple(layers), [ratio**at for at in range(len(layers))])
+    first = 0
+    if layers[0] == 0:
+        first, left = stages_from_the_start(
+            num_tokens, rate, num_layers, layers[1:], [ratio] * (len(layers) - 1)
+        )
+    else:
+        left = scaled(num_tokens, rate, num_layers, tuple(layers), [ratio**at for at in range(len(layers))])
     share_at = dict(zip(layers, shares, strict=True))
 
     def choose(view: LayerView, count: int) -> Tensor:
@@ -104,4 +120,8 @@ def btp(
             [balance(one, rows, count, share, spare) for one, rows in zip(attention, states, strict=True)]
         )
 
-    return Pruning(stages=left, choose=choose)
+    def before(image: Seen) -> Kept:
+        unasked = torch.zeros(len(image.features))
+        return Kept.choose(image.features, balance(unasked, image.features, first, 0.0, 0.0)[None])
+
+    return Pruning((lambda sight: before(sight.image)) if first else None, left, choose)

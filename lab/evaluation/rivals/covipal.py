@@ -8,7 +8,8 @@ heads, then end to end by the answers, with a soft mask. Of all rivals it is clo
 Deviations: the module's shape is ours (two layers of attention, 64 wide, 105,000 weights); the soft mask
 multiplies what questions see, not what visual tokens see of each other. Trained here
 (`lab/evaluation/covipal`) on scenes of the training split, as the checkpoint and its localizer were; the deep
-layer is one of the two whose attention the checkpoint's training supervised.
+layer is one of the two whose attention the checkpoint's training supervised. It is one training of twenty
+minutes, nothing of which was chosen on the dev split.
 """
 
 import torch

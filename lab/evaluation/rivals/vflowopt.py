@@ -28,6 +28,12 @@ CONFIGURATIONS: dict[str, dict[str, object]] = {
     "half stays twice, much entropy": {"entropy": 10.0},
     "half stays twice, all rows": {"threshold": 0.0},
     "half stays twice, few rows": {"threshold": 2.0},
+    "half stays twice, much entropy, all rows": {"entropy": 10.0, "threshold": 0.0},
+    "3 of 4 stay twice, much entropy, all rows": {
+        "ratios": [0.75, 0.75],
+        "entropy": 10.0,
+        "threshold": 0.0,
+    },
     "3 of 4 stay twice, squares of 6": {"ratios": [0.75, 0.75]},
     "3 of 4 stay twice, squares of 8": {"ratios": [0.75, 0.75], "recycle": 8},
     "3 of 4 stay twice, much entropy": {"ratios": [0.75, 0.75], "entropy": 10.0},

@@ -92,6 +92,7 @@ class Decoder:
         for index, layer in enumerate(self.language.layers):
             if index == pruning.rejoin:
                 assert away is not None, "nothing to come back"
+                assert min(pruning.stages, default=index) >= index, "what left in a stage does not come back"
                 image = away.rejoined(image, lead)
             if index in pruning.stages:
                 assert before is not None, "nothing can leave before layer 1"

@@ -27,7 +27,7 @@ MOST_IDS = 8  # token ids of a name
 def name_labels(
     page: Page, rows: int, cols: int, scale: tuple[float, float], encode: Callable[[str], Sequence[int]]
 ) -> NDArray[np.int64]:
-    """`[rows, cols, len(NAMES), MOST_IDS]`: token ids of names as questions say them, IGNORED beyond them.
+    """`[rows, cols, len(NAMES), MOST_IDS]`: token ids of names in small letters, IGNORED beyond them.
 
     Tokens that show no letter of a value have IGNORED alone.
 
@@ -86,5 +86,6 @@ class NameHeads(nn.Module):
             picked = chances.gather(1, ids[said].clamp(min=0)) * known
             losses.append(-(picked.sum(1) / known.sum(1)).sum() / said.sum().clamp(min=1))
             likeliest = chances.argmax(1, keepdim=True)
-            right[name] = ((ids[said] == likeliest) & known).any(1).float().mean()
+            found = ((ids[said] == likeliest) & known).any(1).float().sum()
+            right[name] = found / said.sum().clamp(min=1)
         return torch.stack(losses).sum(), right
