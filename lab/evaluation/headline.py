@@ -4,7 +4,7 @@
 from collections.abc import Iterable, Sequence
 
 from lab.evaluation.conditions import CROP_METHODS, OFF, Condition
-from lab.evaluation.report import Report, interval
+from lab.evaluation.report import Report, interval, table_cells
 from lab.evaluation.summary import Row
 
 RATE = 0.889
@@ -46,12 +46,9 @@ def same_tokens(report: Report) -> str:
     return _table(
         head,
         [
-            [
-                _name(row, False),
-                _both(row),
-                *(interval(row.groups[name].accuracy) for name in ("local", "all")),
-            ]
+            [_name(row, False), tokens, local, every]
             for row in sorted(shown, key=lambda row: -row.groups["local"].accuracy.value)
+            for _, _, tokens, local, _, every, *_ in [table_cells(row)]
         ],
     )
 
@@ -89,10 +86,6 @@ def _tokens(row: Row) -> str:
     score = row.groups["local"]
     found = f" + {score.localizer_tokens:.0f}" if score.localizer_tokens else ""
     return f"{score.visual_tokens:.0f}{found}"
-
-
-def _both(row: Row) -> str:
-    return " / ".join(f"{row.groups[name].visual_tokens:.0f}" for name in ("local", "all"))
 
 
 def _work(row: Row) -> str:

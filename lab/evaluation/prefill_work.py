@@ -6,8 +6,9 @@ them evenly, but attention among a prompt's tokens grows with their square: wher
 inside the model, its stages say how the average came about.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import cast
 
 from lab.evaluation.asking import Answer
@@ -51,7 +52,9 @@ class PrefillWork:
             num_tokens: of the unpruned image.
         """
         layers = self.shape.layers
-        later = {} if average == num_tokens else self._stages(condition, num_tokens)
+        if average == num_tokens:
+            return [average] * layers
+        later = _stages(condition, num_tokens, layers, self.eviction_layers)
         if not later:
             return [average] * layers
         bounds = [*later, layers]
@@ -62,23 +65,25 @@ class PrefillWork:
             counts += [float(count)] * width
         return counts
 
-    def _stages(self, condition: Condition, num_tokens: int) -> dict[int, int]:
-        """Visual tokens from each layer on at which some leave or come back."""
-        method, rate, layers = condition.method, condition.pruning_rate, self.shape.layers
-        if rate is None:
-            return {}
-        if method in CROP_METHODS and method_evicts(cast(Method, method)):
-            _, *left = retained_per_stage(
-                num_tokens, rate, cast(Method, method), layers, self.eviction_layers
-            )
-            return dict(zip(self.eviction_layers, left, strict=True))
-        if not condition.chooses_tokens:
-            return {}
-        from lab.evaluation.rivals.registry import RIVALS
 
-        pruning = RIVALS[method](num_tokens, layers, rate, condition.configuration)
-        back = {} if pruning.rejoin is None else {pruning.rejoin: num_tokens}
-        return dict(sorted({**back, **pruning.stages}.items()))
+@cache
+def _stages(
+    condition: Condition, num_tokens: int, layers: int, eviction_layers: tuple[int, ...]
+) -> Mapping[int, int]:
+    """Visual tokens from each layer on at which some leave or come back; the same for every question."""
+    method, rate = condition.method, condition.pruning_rate
+    if rate is None:
+        return {}
+    if method in CROP_METHODS and method_evicts(cast(Method, method)):
+        _, *left = retained_per_stage(num_tokens, rate, cast(Method, method), layers, eviction_layers)
+        return dict(zip(eviction_layers, left, strict=True))
+    if not condition.chooses_tokens:
+        return {}
+    from lab.evaluation.rivals.registry import RIVALS
+
+    pruning = RIVALS[method](num_tokens, layers, rate, condition.configuration)
+    back = {} if pruning.rejoin is None else {pruning.rejoin: num_tokens}
+    return dict(sorted({**back, **pruning.stages}.items()))
 
 
 def share_of_unpruned(

@@ -13,8 +13,9 @@ from pydantic import TypeAdapter
 from lab.evaluation.headline import equal_cost, same_tokens
 from lab.evaluation.published_answers import NAME as ANSWERS
 from lab.evaluation.report import Report
+from lab.evaluation.tuned import TUNING
 
-PUBLISHED = Path(__file__).parent / "results"
+PUBLISHED = TUNING.parent
 FILES = ("README.md", "results.json", "curves.png", ANSWERS)
 
 

@@ -113,20 +113,9 @@ def _row(
     right, wanted = right_answers(scenes, result), right_answers(scenes, base)
     located = located if result.condition.locates else ()
     groups = {
-        name: _group(result, right, wanted, [family in of for family in families], located)
+        name: _group(result, right, base, wanted, [family in of for family in families], located, work)
         for name, of in GROUPS.items()
     }
-    if work is not None:
-        for name, of in GROUPS.items():
-            chosen = [family in of for family in families]
-            share = share_of_unpruned(
-                work,
-                result.condition,
-                list(compress(result.answers, chosen)),
-                list(compress(base.answers, chosen)),
-                None if located is None else list(compress(located, chosen)),
-            )
-            groups[name] = replace(groups[name], prefill_work=share)
     by_family = {}
     for family in FAMILIES:
         chosen = list(compress(right, [one == family for one in families]))
@@ -137,13 +126,17 @@ def _row(
 def _group(
     result: ConditionResult,
     right: Sequence[bool],
-    base: Sequence[bool],
+    base: ConditionResult,
+    wanted: Sequence[bool],
     chosen: Sequence[bool],
     located: Sequence[Answer] | None,
+    work: PrefillWork | None,
 ) -> GroupScore:
     """`located`: the localizer's answers, none where it was not asked, None where nobody knows them."""
-    ours, theirs = list(compress(right, chosen)), list(compress(base, chosen))
+    ours, theirs = list(compress(right, chosen)), list(compress(wanted, chosen))
     answers = list(compress(result.answers, chosen))
+    found = None if located is None else list(compress(located, chosen))
+    unpruned = list(compress(base.answers, chosen))
     return GroupScore(
         len(ours),
         wilson(sum(ours), len(ours)),
@@ -151,8 +144,9 @@ def _group(
         fmean(answer.visual_tokens for answer in answers),
         fmean(answer.kv_tokens for answer in answers),
         fmean(answer.prompt_tokens for answer in answers),
-        None if located is None else _mean([one.visual_tokens for one in compress(located, chosen)]),
-        None if located is None else _mean([one.steps for one in compress(located, chosen)]),
+        None if found is None else _mean([one.visual_tokens for one in found]),
+        None if found is None else _mean([one.steps for one in found]),
+        None if work is None else share_of_unpruned(work, result.condition, answers, unpruned, found),
     )
 
 

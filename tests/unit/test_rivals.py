@@ -26,7 +26,7 @@ from lab.evaluation.rivals import (
 )
 from lab.evaluation.rivals.cdpruner import most_likely, relevance
 from lab.evaluation.rivals.divprune import most_diverse
-from lab.evaluation.runner.method import Kept, top
+from lab.evaluation.runner.method import Kept, squares_of, top
 from tests.hand_made import image_of, sight_of, view_of
 from vllm_crop.planning.budget import BudgetError
 from vllm_crop.planning.geometry import TokenGrid
@@ -290,7 +290,7 @@ def test_vflowopt_asks_only_tokens_that_matter_and_adds_what_there_is_to_see() -
 def test_vflowopt_recycles_what_leaves_at_the_best_token_of_its_square() -> None:
     features, scores = torch.eye(8), torch.tensor([9.0, 1.0, 3.0, 8.0, 0.0, 2.0, 2.0, 7.0])
     grid = TokenGrid(2, 4)
-    squares = vflowopt.squares_of(grid, 2)
+    squares = squares_of(grid, 2)
     assert squares.tolist() == [0, 0, 1, 1, 0, 0, 1, 1]
     means, places = vflowopt.recycled(features, scores, torch.tensor([1, 2, 4, 5, 6]), squares)
     assert places.tolist() == [5, 2]

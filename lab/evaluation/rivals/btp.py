@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from lab.evaluation.rivals.budgets import scaled, stages_from_the_start
+from lab.evaluation.rivals.divprune import with_farthest
 from lab.evaluation.runner.method import Kept, LayerView, Pruning, Seen, top
 
 CONFIGURATIONS: dict[str, dict[str, object]] = {
@@ -77,13 +78,7 @@ def balance(attention: Tensor, states: Tensor, count: int, share: float, spare: 
     distance = 1 - directions @ directions.T
     if not chosen:
         chosen = [int(distance.sum(0).argmax())]
-    nearest = distance[chosen].min(0).values
-    nearest[chosen] = float("-inf")
-    while len(chosen) < count:
-        chosen.append(int(nearest.argmax()))
-        nearest = torch.minimum(nearest, distance[chosen[-1]])
-        nearest[chosen[-1]] = float("-inf")
-    return torch.tensor(sorted(chosen[:count]), dtype=torch.long)
+    return torch.tensor(sorted(with_farthest(distance, chosen, count)[:count]), dtype=torch.long)
 
 
 def btp(

@@ -36,13 +36,19 @@ def most_diverse(features: Tensor, count: int) -> Tensor:
     directions = normalize(features, dim=-1)
     distance = 1 - directions @ directions.T
     others = distance + torch.diag(torch.full((len(features),), float("inf")))
-    chosen = [int(others.min(dim=0).values.argmax())]
-    nearest = distance[chosen[0]].clone()
-    while len(chosen) < count:
-        nearest[chosen[-1]] = float("-inf")
-        chosen.append(int(nearest.argmax()))
-        nearest = torch.minimum(nearest, distance[chosen[-1]])
-    return torch.tensor(chosen)
+    return torch.tensor(with_farthest(distance, [int(others.min(dim=0).values.argmax())], count))
+
+
+def with_farthest(distance: Tensor, chosen: list[int], count: int) -> list[int]:
+    """`count` indices of `[tokens, tokens]`: those chosen, then one by one the farthest from all before."""
+    found = list(chosen)
+    nearest = distance[found].min(0).values
+    nearest[found] = float("-inf")
+    while len(found) < count:
+        found.append(int(nearest.argmax()))
+        nearest = torch.minimum(nearest, distance[found[-1]])
+        nearest[found[-1]] = float("-inf")
+    return found
 
 
 def divprune(num_tokens: int, num_layers: int, rate: float) -> Pruning:

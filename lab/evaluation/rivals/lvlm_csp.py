@@ -12,10 +12,9 @@ the budget.
 
 from typing import Literal
 
-from torch import Tensor
-
 from lab.evaluation.rivals.even_grid import even_tokens
-from lab.evaluation.runner.method import Kept, LayerView, Pruning, Sight, top
+from lab.evaluation.rivals.fastv import choose
+from lab.evaluation.runner.method import Kept, Pruning, Sight, top
 from vllm_crop.planning.budget import BudgetError, target_average
 
 CONFIGURATIONS: dict[str, dict[str, object]] = {
@@ -69,9 +68,6 @@ def lvlm_csp(
     def begin(sight: Sight) -> Kept:
         image = sight.image
         tokens = even_tokens(image.grid, first) if by == "grid" else top(image.received, first)
-        return Kept(image.features[tokens][None], tokens[None])
-
-    def choose(view: LayerView, count: int) -> Tensor:
-        return top(view.last_word_attention(), count)
+        return Kept.choose(image.features, tokens[None])
 
     return Pruning(begin, {layer + 1: left}, choose, rejoin=layer)

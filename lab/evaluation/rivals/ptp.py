@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from lab.evaluation.rivals.budgets import stages
-from lab.evaluation.runner.method import Kept, LayerView, Pruning, Seen, Sight, top
+from lab.evaluation.runner.method import Kept, LayerView, Pruning, Seen, Sight, squares_of, top
 from vllm_crop.planning.budget import retained_count
 
 REGION = 8  # tokens of a side
@@ -43,9 +43,7 @@ CONFIGURATIONS: dict[str, dict[str, object]] = {
 
 def parts_of(image: Seen, temperature: float, count: int) -> tuple[Tensor, Tensor]:
     """Each token's region, and how many tokens of each region stay."""
-    index = torch.arange(image.grid.num_tokens)
-    across = -(-image.grid.cols // REGION)
-    region = index // image.grid.cols // REGION * across + index % image.grid.cols // REGION
+    region = squares_of(image.grid, REGION)
     member = torch.nn.functional.one_hot(region).to(image.features.dtype)
     sizes = member.sum(0)
     means = member.T @ image.features / sizes[:, None]

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from lab.evaluation.rivals.budgets import stages_from_the_start
-from lab.evaluation.runner.method import Kept, LayerView, Pruning, Seen, top
-from vllm_crop.planning.geometry import TokenGrid
+from lab.evaluation.runner.method import Kept, LayerView, Pruning, Seen, squares_of, top
 
 CONFIGURATIONS: dict[str, dict[str, object]] = {
     "half stays twice, squares of 6": {},
@@ -56,13 +55,6 @@ def scores_of(image: Seen, threshold: float, entropy: float) -> Tensor:
     return image.attention[asking].mean(0) + entropy * image.entropy.softmax(0)
 
 
-def squares_of(grid: TokenGrid, side: int) -> Tensor:
-    """`[tokens]`: the number of each token's square of `side` by `side` tokens."""
-    index = torch.arange(grid.num_tokens)
-    across = -(-grid.cols // side)
-    return index // grid.cols // side * across + index % grid.cols // side
-
-
 def recycled(features: Tensor, scores: Tensor, leaving: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
     """Of each square with tokens that leave their mean, weighed by score, and the best of them.
 
@@ -91,7 +83,7 @@ class Flow:
         if self.recycle is None or self.first >= len(scores):
             kept = top(scores, self.first)
             self.left = scores[kept]
-            return Kept(image.features[kept][None], kept[None])
+            return Kept.choose(image.features, kept[None])
         kept, away, squares = self._divide(scores, squares_of(image.grid, self.recycle))
         means, places = recycled(image.features, scores, away, squares)
         tokens, order = torch.cat([kept, places]).sort()

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from lab.evaluation.rivals.budgets import two_stages
-from lab.evaluation.runner.method import Kept, LayerView, Pruning, Seen, top
+from lab.evaluation.runner.method import Kept, LayerView, Pruning, Seen, squares_of, top
 from vllm_crop.planning.geometry import TokenGrid
 
 WINDOW = 4
@@ -58,9 +58,8 @@ def scan(image: Seen, count: int, local: float) -> Tensor:
 
 def best_of_windows(scores: Tensor, grid: TokenGrid, count: int) -> Tensor:
     """`count` indices: the best of every window, then the second, and so on; of equals in rank the better."""
-    index = torch.arange(grid.num_tokens)
-    window = index // grid.cols // WINDOW * grid.cols + index % grid.cols // WINDOW
-    place = torch.zeros_like(index)
+    window = squares_of(grid, WINDOW)
+    place = torch.zeros_like(window)
     for one in range(int(window.max()) + 1):
         members = (window == one).nonzero()[:, 0]
         place[members[scores[members].argsort(descending=True, stable=True)]] = torch.arange(len(members))

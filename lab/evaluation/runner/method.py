@@ -188,6 +188,13 @@ class Pruning:
     rejoin: int | None = None
 
 
+def squares_of(grid: TokenGrid, side: int) -> Tensor:
+    """`[tokens]`: the number of each token's square of `side` by `side` tokens, in raster order."""
+    index = torch.arange(grid.num_tokens)
+    across = -(-grid.cols // side)
+    return index // grid.cols // side * across + index % grid.cols // side
+
+
 def top(scores: Tensor, count: int) -> Tensor:
     """Ascending indices of the `count` highest scores along the last dimension; the first of equals."""
     order = scores.argsort(dim=-1, descending=True, stable=True)
